@@ -1,0 +1,108 @@
+"""Every choice of a run in one model. Reward, algorithm, backbone and prompt settings stand beside their code."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.algorithms.advantage import AdvantageConfig
+from align_cluster.backbones import BACKBONES
+from align_cluster.config.base import Section
+from align_cluster.prompts import PROMPTS
+from align_cluster.rewards import REWARDS
+from align_cluster.rollouts.steps import STEPS
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def one_of(kinds: dict[str, type]) -> object:
+    """The settings type of a folder's classes, told apart by `kind`."""
+    union = None
+    for implementation in kinds.values():
+        union = implementation.Config if union is None else union | implementation.Config
+    return union if len(kinds) == 1 else Annotated[union, Field(discriminator="kind")]
+
+
+class RolloutConfig(Section):
+    """How samplers draw. `step: null` takes the algorithm's own step kind."""
+
+    group_size: PositiveInt = 12
+    steps: PositiveInt = 10
+    step: one_of(STEPS) | None = None
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: the whole group")
+
+
+class OptimizerConfig(Section):
+    """AdamW on the LoRA, in fp32. `decay` lets the learning rate fall linearly to `final` x lr after `flat` of the run."""
+
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    max_grad_norm: PositiveFloat = 1.0
+    schedule: Literal["constant", "linear"] = "constant"
+    flat: Fraction = 0.25
+    final: Fraction = 0.05
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed engine and how a step's work is cut.
+
+    `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which makes
+    the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first update.
+    """
+
+    updates_per_step: PositiveInt = 1
+    micro_batch: PositiveInt | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    ratio_tolerance: PositiveFloat = 1e-5
+
+
+class ClusterConfig(Section):
+    """Where workers run. null counts are derived from the cores or GPUs of the cluster.
+
+    `address: null` starts a Ray of its own on this machine; "auto" joins the running one.
+    """
+
+    address: str | None = None
+    samplers: PositiveInt | None = None
+    reward_workers: PositiveInt = 1
+    learners: PositiveInt | None = None
+    threads: PositiveInt = 1
+    timeout_s: PositiveFloat = 600.0
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation: ODE sampling, fixed seeds. `every: 0` evaluates before and after the run only."""
+
+    prompts: one_of(PROMPTS)
+    count: PositiveInt = 64
+    images_per_prompt: PositiveInt = 4
+    steps: PositiveInt | None = Field(None, description="null: as the rollout")
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    every: Annotated[int, Field(ge=0)] = 0
+    grid_every: Annotated[int, Field(ge=0)] = 10
+    grid_prompts: PositiveInt = 8
+    grid_columns: PositiveInt = 4
+
+
+class RunConfig(Section):
+    """One alignment run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    out: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    steps: PositiveInt
+    prompts_per_step: PositiveInt = 8
+    backbone: one_of(BACKBONES)
+    prompts: one_of(PROMPTS)
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: Annotated[dict[str, one_of(REWARDS)], Field(min_length=1)]
+    advantage: AdvantageConfig = AdvantageConfig()
+    algorithm: one_of(ALGORITHMS)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluate: EvaluateConfig

@@ -1,0 +1,141 @@
+"""The records that travel between stages. Identity is in the record: prompt, group, members, seeds, policy version.
+
+Tensors inside records are numpy arrays: they go through Ray's object store without a copy.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence that says what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `metadata` holds what rewards read: GenEval's tag/include/exclude, or `text` for OCR."""
+
+    id: int
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def task(self) -> str:
+        """Group under which scores are reported: the GenEval tag, or "all"."""
+        return self.metadata.get("tag", "all")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Encoded text of one prompt: `sequence` [T, D] and `pooled` [P], fp32."""
+
+    key: str
+    sequence: np.ndarray
+    pooled: np.ndarray
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The unit of work: consecutive members of one prompt group, always batched together.
+
+    `seeds` has one 63-bit integer a member. They depend on (run seed, step, group, member) only, so the same images
+    come out whichever worker draws them.
+    """
+
+    step: int
+    group: int
+    first: int
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+    @property
+    def id(self) -> tuple[int, int, int]:
+        return self.step, self.group, self.first
+
+
+@dataclass(frozen=True)
+class DrawInfo:
+    """What the driver keeps of a drawn chunk; images and the record stay in the object store."""
+
+    chunk: Chunk
+    version: int
+    fingerprint: str
+    seconds: float
+    denoiser_calls: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the learner needs of a drawn chunk; B members, C x H x W latents, fp32.
+
+    x0           [B, C, H, W]    final latents
+    sigmas       [N + 1]         the exact noise levels of the rollout, 1 ... 0
+    indices      [K]             denoising steps that carry a density (empty for an ODE rollout)
+    before       [B, K, C, H, W] latents that those steps started from
+    after        [B, K, C, H, W] latents that they drew
+    log_probs    [B, K]          mean over dimensions of the Gaussian log-density of `after`
+    """
+
+    chunk: Chunk
+    version: int
+    x0: np.ndarray
+    sigmas: np.ndarray
+    indices: np.ndarray
+    before: np.ndarray | None = None
+    after: np.ndarray | None = None
+    log_probs: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B images: `values` fp64 [B] by reward name, NaN-free where `valid` [B] holds.
+
+    `failures` counts failed scores by reward name; `details` are extra per-image columns for reports (accuracy, text read).
+    """
+
+    values: dict[str, np.ndarray]
+    valid: dict[str, np.ndarray]
+    failures: dict[str, str] = field(default_factory=dict)
+    details: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Advantages of one step: fp32 [P, G] over groups and members, 0 where masked, and what to log about them."""
+
+    advantages: np.ndarray
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies in a flat weight buffer; offset in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of one published weight buffer: what a receiver must find, bind and prove."""
+
+    version: int
+    tensors: tuple[Tensor, ...]
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A worker's proof of a weight sync: the checksum is taken from the adopted parameters, not from the buffer."""
+
+    worker: str
+    version: int
+    bound: int
+    checksum: str
+    seconds: float

@@ -1,8 +1,8 @@
 """Rule-based object detector of the embedded world, batched, torch only.
 
-A pixel gets the colour class of its hue, or white or black by its brightness against the ground; a connected part of one
-colour class is an object; its outline is matched with rendered templates of every shape. Lengths are in pixels of the
-48 x 48 canvas.
+A pixel gets the colour class of its hue, or white or black by its brightness against the ground; a connected part of
+one colour class is an object; its outline is matched with rendered templates of every shape. Lengths are in pixels of
+the 48 x 48 canvas.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ COLORS = tuple(scene.COLORS)
 HUES = torch.tensor([15.5, 42.5, 85.0, 178.0, 252.0, 325.0])  # degrees; where red, orange, ..., purple end
 WASHED = 0.45  # foreground starts at this part of the way from ground to pure colour; a small VAE pales edges
 MIN_SIDE, MAX_SIDE = 6, 40  # anything smaller is a speck, anything larger is ground
+MARGIN = 0.12  # a second shape that fits nearly as well takes confidence away: a blob is no circle
 CROP = 24  # templates and outlines are compared on a CROP x CROP raster
 
 
@@ -28,7 +29,7 @@ class Detection:
     """One found object. Real detectors return the same record.
 
     label   class name
-    score   confidence in [0, 1]; here the overlap (IoU) of the outline with the best template
+    score   confidence in [0, 1]; here the overlap (IoU) with the best template, less if a second shape fits nearly as well
     box     x0, y0, x1, y1 in pixels, the far edges exclusive
     mask    bool [H, W]
     color   colour name, None where the detector does not tell colours
@@ -142,12 +143,12 @@ def _fringes(owner: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def _match(masks: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best shape index [N] and its overlap [N] in [0, 1] for masks [N, H, W]."""
+    """Best shape index [N] and its score [N] in [0, 1] for masks [N, H, W]."""
     outlines, templates = _crops(masks, boxes).flatten(1), _templates().flatten(1)
     shared = outlines @ templates.T
     overlap = shared / (outlines.sum(1)[:, None] + templates.sum(1) - shared)
-    score, shape = overlap.unflatten(1, (len(scene.SHAPES), -1)).amax(2).max(1)
-    return shape, score
+    (best, rival), shapes = (v.T for v in overlap.unflatten(1, (len(scene.SHAPES), -1)).amax(2).topk(2, dim=1))
+    return shapes[0], (best - (MARGIN - (best - rival)).clamp_min(0)).clamp_min(0)
 
 
 def _crops(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,6 @@
+"""ADD AN ALGORITHM HERE: one file with a class like GRPO, and one line below."""
+
+from align_cluster.algorithms.grpo import GRPO
+from align_cluster.algorithms.nft import NFT
+
+ALGORITHMS = {"grpo": GRPO, "nft": NFT}

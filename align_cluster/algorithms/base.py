@@ -1,0 +1,77 @@
+"""The contract of an algorithm, and what the learner hands to it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from align_cluster.config.base import Section
+
+
+class Policy(Protocol):
+    """The learner's network as an algorithm sees it: one base with named adapters."""
+
+    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
+        """Velocity fp32 like x under an adapter (None: the bare base), guided as the rollout was. Only the default
+        adapter carries gradient."""
+
+    def step_mean(self, k: int, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+        """Mean, standard deviation and std_t of the rollout's stochastic step at noise level k."""
+
+    def log_prob(self, k: int, x: torch.Tensor, v: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
+        """Log-density [B] of the rollout's stochastic step at noise level k."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: b members of one chunk, for the pass number `turn` over them.
+
+    advantages [b]; x0 [b, C, H, W]; sigmas [N + 1]; before, after [b, K, C, H, W] and log_probs [b, K] where recorded.
+    `generators` gives each member a fresh random stream for this (step, update, turn), whatever the world size.
+    """
+
+    turn: int
+    advantages: torch.Tensor
+    x0: torch.Tensor
+    sigmas: np.ndarray
+    indices: np.ndarray
+    before: torch.Tensor | None
+    after: torch.Tensor | None
+    log_probs: torch.Tensor | None
+    generators: Callable[[str], list[torch.Generator]]
+
+
+class Algorithm(ABC):
+    """A loss over finished rollouts. Pure: state lives in the policy's adapters.
+
+    `needs_density` asks for a step kind with log-probs, `default_step` names the step kind to draw with, `behaviour` is the
+    adapter that samplers draw with, `adapters` are the adapters that the learner keeps.
+    """
+
+    Config: type[Section]
+    needs_density: ClassVar[bool]
+    default_step: ClassVar[str]
+    behaviour: ClassVar[str]
+    adapters: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Section) -> None:
+        self.config = config
+
+    @abstractmethod
+    def record_indices(self, steps: int, seed: int) -> tuple[int, ...]:
+        """Denoising steps that a rollout must record, for one training step (seeded)."""
+
+    @abstractmethod
+    def turns(self, steps: int) -> int:
+        """Passes over each sample in one update, for N-step rollouts."""
+
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of each member [b], and detached metrics, each [b]."""
+
+    def old_decay(self, updates: int) -> float | None:
+        """Factor d of old <- d old + (1 - d) default after the step that ends at update number `updates`; None: no old."""
+        return None

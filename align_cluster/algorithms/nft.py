@@ -1,0 +1,88 @@
+"""DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): forward-process policy optimisation without likelihoods."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.terms import nft_policy_loss
+from align_cluster.config.base import Section
+from align_cluster.rollouts.denoise import initial_noise
+
+
+class NFT(Algorithm):
+    """Samplers draw with the lagged adapter "old"; the default one regresses towards good samples and away from bad ones."""
+
+    class Config(Section):
+        """`timesteps` noise levels a sample and update (null: 99 % of the rollout's); `old` is the lag of the old adapter.
+
+        on_policy: old = default after every step. slow: decay min(.001 u, .5) at update u (GenEval, preference rewards).
+        late: 0 before update 75, then min(.0075 (u - 75), .999) (OCR, several rewards).
+        """
+
+        kind: Literal["nft"] = "nft"
+        beta: PositiveFloat = 1.0
+        kl_beta: Annotated[float, Field(ge=0)] = 1e-4
+        advantage_clip: PositiveFloat = 5.0
+        advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+        timesteps: PositiveInt | None = None
+        old: Literal["on_policy", "slow", "late"] = "slow"
+
+    needs_density = False
+    default_step = "dpm2"
+    behaviour = "old"
+    adapters = ("default", "old")
+
+    def record_indices(self, steps: int, seed: int) -> tuple[int, ...]:
+        return ()
+
+    def turns(self, steps: int) -> int:
+        return min(steps, self.config.timesteps or max(1, int(0.99 * steps)))
+
+    def optimality(self, advantages: torch.Tensor) -> torch.Tensor:
+        """r in [0, 1]: the advantage after its mode, mapped from [-clip, clip]."""
+        clip, mode = self.config.advantage_clip, self.config.advantage_mode
+        a = advantages.clamp(-clip, clip)
+        if mode == "positive_only":
+            a = a.clamp_min(0)
+        elif mode == "negative_only":
+            a = a.clamp_max(0)
+        elif mode == "one_only":
+            a = (a > 0).float()
+        elif mode == "binary":
+            a = a.sign()
+        return (a / (2 * clip) + 0.5).clamp(0, 1)
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # Each sample visits a random permutation of the rollout's own levels, one a turn, with fresh noise each time.
+        levels = torch.from_numpy(batch.sigmas[:-1]).float()
+        orders = [torch.randperm(len(levels), generator=g) for g in batch.generators("order")]
+        sigma = torch.stack([levels[order[batch.turn]] for order in orders]).to(batch.x0.device)
+        noise = initial_noise(batch.generators(f"noise {batch.turn}"), batch.x0.shape[1:]).to(batch.x0.device)
+        level = sigma.view(-1, *[1] * (batch.x0.ndim - 1))
+        x_t = (1 - level) * batch.x0 + level * noise
+        v_old = policy.velocity(x_t, sigma, "old")
+        v = policy.velocity(x_t, sigma)
+        loss = nft_policy_loss(
+            v,
+            v_old,
+            x_t,
+            sigma,
+            batch.x0,
+            self.optimality(batch.advantages),
+            self.config.beta,
+            self.config.advantage_clip,
+        )
+        metrics = {"old_gap": ((v.detach() - v_old) ** 2).flatten(1).mean(1)}
+        if self.config.kl_beta:
+            kl = ((v - policy.velocity(x_t, sigma, None)) ** 2).flatten(1).mean(1)
+            loss, metrics["kl"] = loss + self.config.kl_beta * kl, kl.detach()
+        return loss, metrics
+
+    def old_decay(self, updates: int) -> float:
+        if self.config.old == "on_policy":
+            return 0.0
+        if self.config.old == "slow":
+            return min(0.001 * updates, 0.5)
+        return 0.0 if updates < 75 else min(0.0075 * (updates - 75), 0.999)

@@ -1,0 +1,56 @@
+"""Loss terms: pure functions of tensors, fp32, one value a sample."""
+
+import torch
+
+
+def clipped_surrogate(
+    log_prob: torch.Tensor, log_prob_old: torch.Tensor, advantage: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's pessimistic surrogate (Schulman et al. 2017, eq. 7) as a loss, and the ratio; all [B].
+
+    log_prob is the mean over latent dimensions, so the ratio is the true one to the power 1/D and clip ranges are tiny.
+    """
+    ratio = torch.exp(log_prob - log_prob_old)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+def gaussian_kl(
+    mean: torch.Tensor, mean_ref: torch.Tensor, std: float, std_t: float, mode: str
+) -> torch.Tensor:
+    """KL [B] of two Gaussian steps with the same deviation, in one of three conventions (algorithm settings name them).
+
+    exact_sum: sum_d (mu - mu_ref)^2 / (2 std^2). exact_mean: the mean over dimensions. no_dt: the mean with std_t instead of
+    std = std_t sqrt(-dt), which is what Flow-GRPO's published coefficients refer to.
+    """
+    squares = ((mean - mean_ref) ** 2).flatten(1)
+    if mode == "exact_sum":
+        return squares.sum(1) / (2 * std**2)
+    return squares.mean(1) / (2 * (std if mode == "exact_mean" else std_t) ** 2)
+
+
+def nft_policy_loss(
+    v: torch.Tensor,
+    v_old: torch.Tensor,
+    x_t: torch.Tensor,
+    sigma: torch.Tensor,
+    x0: torch.Tensor,
+    optimality: torch.Tensor,
+    beta: float,
+    advantage_clip: float,
+) -> torch.Tensor:
+    """DiffusionNFT's forward-process loss [B] (Zheng et al. 2025, arXiv 2509.16117, eq. 5, with the released code's weights).
+
+    v_pos = beta v + (1 - beta) v_old and v_neg = (1 + beta) v_old - beta v both regress onto x0; `optimality` r in [0, 1] [B]
+    weighs the first, 1 - r the second. Each error is divided by its own mean absolute value, held constant.
+    """
+    level = sigma.view(-1, *[1] * (x_t.ndim - 1))
+
+    def regression(velocity: torch.Tensor) -> torch.Tensor:
+        error = (x_t - level * velocity - x0).flatten(1)
+        weight = error.detach().double().abs().mean(1).clamp_min(1e-5)
+        return (error**2).mean(1) / weight.float()
+
+    positive = regression(beta * v + (1 - beta) * v_old)
+    negative = regression((1 + beta) * v_old - beta * v)
+    return (optimality * positive + (1 - optimality) * negative) * advantage_clip / beta

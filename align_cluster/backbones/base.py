@@ -1,0 +1,86 @@
+"""The contract of a backbone: load parts alone, encode, predict, decode. One code path serves rollout and learner."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from align_cluster.config.base import Section
+from align_cluster.types import Condition
+
+
+class LoraSettings(Section):
+    """Rank, scale and targets of the adapters. `targets: null` takes the backbone's published recipe."""
+
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = 64
+    targets: tuple[str, ...] | None = None
+
+
+class BackboneSection(Section):
+    """Settings that every backbone shares.
+
+    `precision: bf16` runs the network under autocast (weights bf16 on a GPU, fp32 on a CPU); the LoRA is always fp32.
+    """
+
+    path: str = Field(description='"embedded", a local diffusers folder, or a hub id')
+    precision: Literal["fp32", "bf16"] = "bf16"
+    height: Annotated[int, Field(gt=0, multiple_of=16)] | None = None
+    width: Annotated[int, Field(gt=0, multiple_of=16)] | None = None
+    lora: LoraSettings = LoraSettings()
+
+
+class Backbone(ABC):
+    """A diffusion or flow model in parts. Constructing it loads nothing; each `load_*` loads one part, frozen, in eval mode.
+
+    Latents and velocities are fp32 [B, C, H, W]; sigmas fp32; images uint8 [B, H, W, 3]. Flow convention (Lipman et al.;
+    SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0.
+    """
+
+    prediction: Literal["flow", "epsilon", "v"]
+    lora_targets: tuple[str, ...]
+
+    def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
+        self.config, self.device = config, torch.device(device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of frozen weights."""
+        return torch.bfloat16 if self.config.precision == "bf16" and self.device.type == "cuda" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the configured image size."""
+
+    @abstractmethod
+    def sigmas(self, steps: int) -> np.ndarray:
+        """Noise levels of an N-step rollout, fp64 [N + 1], from 1 to 0."""
+
+    @abstractmethod
+    def load_denoiser(self) -> torch.nn.Module:
+        """The velocity network, without adapters."""
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> list[Condition]:
+        """Encode prompts one by one, so that a condition depends on its text alone. Loads the text encoders if needed."""
+
+    @abstractmethod
+    def velocity(
+        self, denoiser: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor, sequence: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        """Predicted velocity, fp32, like x; sigma [B], sequence [B, T, D], pooled [B, P]."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Images of final latents; loads the VAE if needed."""
+
+    @abstractmethod
+    def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
+        """Write adapter weights as a safetensors file that the stock pipeline's `load_lora_weights` reads."""

@@ -1,0 +1,168 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206), and the embedded pipeline, which has their architecture."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from align_cluster.backbones.base import Backbone, BackboneSection
+from align_cluster.embedded import pipeline_path
+from align_cluster.rollouts.schedule import sd3_sigmas
+from align_cluster.types import Condition, UserError
+
+
+class SD3(Backbone):
+    """Velocity network with joint attention over image tokens and two CLIP (and optionally T5) text encodings."""
+
+    class Config(BackboneSection):
+        """Settings of the SD3 family. `t5: false` leaves the T5 encoder out, as SD3 allows."""
+
+        kind: Literal["sd3"] = "sd3"
+        path: str = "embedded"
+        t5: bool = True
+        max_sequence_length: Annotated[int, Field(gt=0, le=512)] = 128
+
+    prediction = "flow"
+    # The eight attention projections of the Flow-GRPO and DiffusionNFT recipes.
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    @property
+    def source(self) -> str:
+        return str(pipeline_path()) if self.config.path == "embedded" else self.config.path
+
+    def _part_config(self, cls: type, part: str) -> dict:
+        try:
+            return cls.load_config(self.source, subfolder=part)
+        except OSError as error:
+            raise UserError(
+                f"backbone.path: {self.config.path!r} has no readable {part!r} part: give 'embedded', a diffusers "
+                f"folder of an SD3 pipeline, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
+            ) from error
+
+    @cached_property
+    def _transformer_config(self) -> dict:
+        from diffusers import SD3Transformer2DModel
+
+        return self._part_config(SD3Transformer2DModel, "transformer")
+
+    @cached_property
+    def _vae_config(self) -> dict:
+        from diffusers import AutoencoderKL
+
+        return self._part_config(AutoencoderKL, "vae")
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        factor = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+        native = self._transformer_config["sample_size"]
+        height, width = (size // factor if size else native for size in (self.config.height, self.config.width))
+        return self._transformer_config["in_channels"], height, width
+
+    def sigmas(self, steps: int) -> np.ndarray:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        shift = self._part_config(FlowMatchEulerDiscreteScheduler, "scheduler").get("shift", 1.0)
+        return sd3_sigmas(steps, shift)
+
+    def load_denoiser(self) -> torch.nn.Module:
+        from diffusers import SD3Transformer2DModel
+
+        self._transformer_config  # noqa: B018 - a clear error for a bad path
+        model = SD3Transformer2DModel.from_pretrained(self.source, subfolder="transformer", torch_dtype=self.dtype)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def _text(self) -> object:
+        """The stock pipeline with text encoders only; its transformer is a shell on the meta device (its widths are read)."""
+        from accelerate import init_empty_weights
+        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+        with init_empty_weights():
+            shell = SD3Transformer2DModel.from_config(self._transformer_config)
+        without_t5 = {} if self.config.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+        return StableDiffusion3Pipeline.from_pretrained(
+            self.source, transformer=shell, vae=None, torch_dtype=self.dtype, **without_t5
+        )
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> list[Condition]:
+        pipeline = self._text
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if getattr(pipeline, name) is not None:
+                getattr(pipeline, name).to(self.device)
+        # Without T5 the stock pipeline pads with zero tokens up to max_sequence_length; the embedded model never saw them.
+        length = self.config.max_sequence_length if self.config.path != "embedded" else 0
+        conditions = []
+        for text in texts:
+            sequence, _, pooled, _ = pipeline.encode_prompt(
+                text, None, None, self.device, do_classifier_free_guidance=False, max_sequence_length=length
+            )
+            arrays = (sequence[0].float().cpu().numpy(), pooled[0].float().cpu().numpy())
+            conditions.append(Condition(self.condition_key(text), *arrays))
+        return conditions
+
+    def condition_key(self, text: str) -> str:
+        """Content address of an encoding: everything that it depends on."""
+        facts = (self.source, self._transformer_config.get("_name_or_path"), self.config.t5, str(self.dtype))
+        facts += (self.config.max_sequence_length, text)
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def free_text_encoders(self) -> None:
+        """Drop the text encoders, once every prompt of a run is encoded."""
+        self.__dict__.pop("_text", None)
+
+    def velocity(
+        self, denoiser: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor, sequence: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        with self.autocast():
+            output = denoiser(
+                hidden_states=x.to(self.dtype),
+                encoder_hidden_states=sequence.to(self.dtype),
+                pooled_projections=pooled.to(self.dtype),
+                timestep=1000 * sigma,
+                return_dict=False,
+            )
+        return output[0].float()
+
+    @cached_property
+    def _vae(self) -> torch.nn.Module:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(self.source, subfolder="vae", torch_dtype=self.dtype)
+        return vae.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        config = self._vae.config
+        z = latents.to(self.device) / config.scaling_factor + (config.shift_factor or 0.0)
+        with self.autocast():
+            pixels = self._vae.decode(z.to(self.dtype, memory_format=torch.channels_last)).sample.float()
+        images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
+        from diffusers import StableDiffusion3Pipeline
+
+        from align_cluster.backbones.adapters import lora_config
+
+        metadata = lora_config(self).to_dict()
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers={name: torch.from_numpy(value.copy()) for name, value in state.items()},
+            transformer_lora_adapter_metadata=metadata,
+        )
+        return folder / "pytorch_lora_weights.safetensors"

@@ -1,0 +1,48 @@
+"""Classifier-free guidance around a backbone's velocity; rollout and learner call the same function."""
+
+from dataclasses import dataclass
+
+import torch
+
+from align_cluster.backbones.base import Backbone
+from align_cluster.types import Condition
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Conditions of a batch on the device: `sequence` [B, T, D], `pooled` [B, P]; `null_*` only where guidance is used."""
+
+    sequence: torch.Tensor
+    pooled: torch.Tensor
+    null_sequence: torch.Tensor | None = None
+    null_pooled: torch.Tensor | None = None
+
+    @classmethod
+    def build(cls, conditions: list[Condition], null: Condition | None, device: torch.device) -> "TextBatch":
+        def stack(items: list[Condition]) -> tuple[torch.Tensor, torch.Tensor]:
+            # Conditions are few and repeat within a chunk; copying makes read-only shared memory writable.
+            sequence = torch.stack([torch.tensor(item.sequence) for item in items])
+            return sequence.to(device), torch.stack([torch.tensor(item.pooled) for item in items]).to(device)
+
+        return cls(*stack(conditions), *(stack([null] * len(conditions)) if null else ()))
+
+
+def guided_velocity(
+    backbone: Backbone,
+    denoiser: torch.nn.Module,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    text: TextBatch,
+    guidance: float = 1.0,
+) -> torch.Tensor:
+    """v_null + guidance (v_text - v_null); the null branch is detached, so gradients reach the text branch only.
+
+    The two branches are separate forwards (Flow-GRPO stacks them): the text branch then has the same batch, hence the same
+    bits, in a rollout without gradient and in the learner with it.
+    """
+    v = backbone.velocity(denoiser, x, sigma, text.sequence, text.pooled)
+    if guidance == 1.0:
+        return v
+    with torch.no_grad():
+        v_null = backbone.velocity(denoiser, x, sigma, text.null_sequence, text.null_pooled)
+    return v_null + guidance * (v - v_null)

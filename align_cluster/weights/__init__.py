@@ -1,0 +1,88 @@
+"""Weight sync: one flat buffer, a manifest of what is in it, and receipts that prove its adoption.
+
+    state -> publish() -> (Manifest, uint8 buffer) -> object store -> adopt() on every sampler -> Receipt -> check()
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from align_cluster.types import Manifest, Receipt, Tensor
+
+ALIGN = 64  # bytes; keeps every tensor's view aligned for vector loads
+ROW = 8192  # bytes of one checksum row
+
+
+def checksum(buffer: np.ndarray) -> str:
+    """Position-sensitive 128-bit checksum of a uint8 buffer at memory speed.
+
+    The buffer is read as a matrix of 64-bit words; its row sums and column sums (mod 2^64) are hashed. A changed word, or
+    words that swapped places, changes a row or a column sum.
+    """
+    whole = len(buffer) // ROW * ROW
+    digest = hashlib.blake2b(len(buffer).to_bytes(8, "little"), digest_size=16)
+    if whole:
+        words = buffer[:whole].view(np.uint64).reshape(-1, ROW // 8)
+        digest.update(words.sum(0, dtype=np.uint64).tobytes())
+        digest.update(words.sum(1, dtype=np.uint64).tobytes())
+    digest.update(buffer[whole:].tobytes())
+    return digest.hexdigest()
+
+
+def publish(state: dict[str, np.ndarray], version: int) -> tuple[Manifest, np.ndarray]:
+    """Lay named arrays out in one uint8 buffer, sorted by name."""
+    tensors, offset = [], 0
+    for name in sorted(state):
+        tensors.append(Tensor(name, state[name].shape, str(state[name].dtype), offset))
+        offset += -(-state[name].nbytes // ALIGN) * ALIGN
+    buffer = np.zeros(offset, dtype=np.uint8)
+    for tensor in tensors:
+        view(buffer, tensor)[...] = state[tensor.name]
+    return Manifest(version, tuple(tensors), offset, checksum(buffer)), buffer
+
+
+def view(buffer: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """The part of a buffer that one tensor occupies, without a copy."""
+    dtype = np.dtype(tensor.dtype)
+    size = int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize
+    return buffer[tensor.offset : tensor.offset + size].view(dtype).reshape(tensor.shape)
+
+
+def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn.Parameter]) -> str:
+    """Copy every tensor into the parameter of its name, in place, and return the checksum of what the parameters now hold.
+
+    Raises RuntimeError where names or shapes differ: a weight that binds to nothing is an error, never a warning.
+    """
+    names = {tensor.name for tensor in manifest.tensors}
+    if names != parameters.keys() or not names:
+        missing, extra = sorted(parameters.keys() - names), sorted(names - parameters.keys())
+        raise RuntimeError(f"weights {manifest.version} do not fit: {len(missing)} missing {missing[:2]}, unknown {extra[:2]}")
+    held = np.zeros(manifest.nbytes, dtype=np.uint8)
+    with torch.no_grad():
+        for tensor in manifest.tensors:
+            parameter = parameters[tensor.name]
+            if tuple(parameter.shape) != tensor.shape:
+                raise RuntimeError(f"{tensor.name}: published {tensor.shape}, expected {tuple(parameter.shape)}")
+            # The buffer is read-only shared memory, which torch.from_numpy would warn about: copy through the held bytes.
+            part = view(held, tensor)
+            part[...] = view(buffer, tensor)
+            parameter.copy_(torch.from_numpy(part))
+            part[...] = parameter.detach().cpu().numpy()
+    return checksum(held)
+
+
+def check(manifest: Manifest, receipts: Iterable[Receipt], expected: int) -> None:
+    """Raise RuntimeError unless `expected` workers hold exactly the published weights."""
+    receipts = list(receipts)
+    if len(receipts) != expected:
+        raise RuntimeError(f"weights {manifest.version}: {len(receipts)} receipts from {expected} samplers")
+    for receipt in receipts:
+        if receipt.bound != len(manifest.tensors) or receipt.bound == 0:
+            raise RuntimeError(f"{receipt.worker} bound {receipt.bound} of {len(manifest.tensors)} tensors")
+        if (receipt.version, receipt.checksum) != (manifest.version, manifest.checksum):
+            raise RuntimeError(
+                f"{receipt.worker} holds weights {receipt.version} with checksum {receipt.checksum}, "
+                f"published were {manifest.version} with {manifest.checksum}"
+            )

@@ -1,0 +1,7 @@
+"""Prompt sources by kind. To add one: write a file with a class like these, and one line here."""
+
+from align_cluster.prompts.embedded import EmbeddedPrompts
+from align_cluster.prompts.files import JsonlPrompts, TextPrompts
+from align_cluster.prompts.geneval import GenevalPrompts
+
+PROMPTS = {"embedded": EmbeddedPrompts, "txt": TextPrompts, "jsonl": JsonlPrompts, "geneval": GenevalPrompts}

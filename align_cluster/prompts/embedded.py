@@ -1,0 +1,50 @@
+"""Prompts of the embedded world: shapes, colours, counts, positions, and short words."""
+
+from itertools import cycle, islice
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from align_cluster.config.base import Section
+from align_cluster.embedded import scene
+from align_cluster.types import Prompt
+
+
+class EmbeddedPrompts:
+    """The prompts of the chosen tasks in one split; training and held-out prompts never meet.
+
+    `even` gives every task the same number of turns: the prompts of a smaller task come again (there are 1,167
+    training prompts with colours and 102 with counts). Without it every prompt has one turn.
+    """
+
+    class Config(Section):
+        kind: Literal["embedded"] = "embedded"
+        tasks: Annotated[tuple[Literal[scene.TASKS], ...], Field(min_length=1)] = (
+            "single_object",
+            "colors",
+            "counting",
+        )
+        split: Literal["train", "held_out"] = "train"
+        even: bool = True
+
+        @field_validator("tasks")
+        @classmethod
+        def name_each_task_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+            repeated = next((task for task in tasks if tasks.count(task) > 1), None)
+            if repeated:
+                raise ValueError(f"a list that names {repeated!r} once")
+            return tasks
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def load(self) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        known = 0
+        pools = [scene.prompts(task, self.config.split) for task in self.config.tasks]
+        turns = max(map(len, pools))
+        for records in pools:
+            pool = [Prompt(known + i, record["prompt"], dict(record)) for i, record in enumerate(records)]
+            known += len(pool)
+            prompts += islice(cycle(pool), turns) if self.config.even else pool
+        return prompts

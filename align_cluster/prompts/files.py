@@ -1,0 +1,138 @@
+"""Prompts from files: one prompt a line (txt), or one JSON object a line with GenEval or OCR metadata (jsonl)."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictInt, ValidationError
+
+from align_cluster.config.base import Section
+from align_cluster.types import Prompt, UserError
+
+RELATIONS = ("left of", "right of", "above", "below")
+_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+
+
+class TextPrompts:
+    """One prompt a line; blank lines are skipped. With `ocr` the first quoted text of a line becomes the OCR target."""
+
+    class Config(Section):
+        kind: Literal["txt"] = "txt"
+        path: Annotated[str, Field(min_length=1)]
+        ocr: bool = False
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def load(self) -> list[Prompt]:
+        prompts = []
+        for number, line in read_lines(self.config.path):
+            metadata: dict[str, Any] = {}
+            if self.config.ocr:
+                target = quoted(line)
+                if not target:
+                    raise UserError(
+                        f"{self.config.path}, line {number}: an OCR prompt needs its text in double quotes, "
+                        'as in: a sign that says "OPEN"'
+                    )
+                metadata = {"tag": "ocr", "text": target}
+            prompts.append(Prompt(len(prompts), line, metadata))
+        return prompts
+
+
+class Include(Section):
+    """One object that must be there; `position` is a relation to another clause of the list, by its index."""
+
+    name: Annotated[str, Field(alias="class", min_length=1)]
+    count: Annotated[StrictInt, Field(ge=1)]
+    color: str | None = None
+    position: tuple[Literal[RELATIONS], Annotated[StrictInt, Field(ge=0)]] | None = None
+
+
+class Exclude(Section):
+    """Fewer than `count` objects of this class may be there."""
+
+    name: Annotated[str, Field(alias="class", min_length=1)]
+    count: PositiveInt
+
+
+class Line(BaseModel):
+    """One line of GenEval's evaluation_metadata.jsonl, or of an OCR file (`text`). Other keys are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    prompt: Annotated[str, Field(min_length=1)]
+    tag: Annotated[str, Field(min_length=1)] = "all"
+    include: list[Include] = []
+    exclude: list[Exclude] = []
+    text: Annotated[str, Field(min_length=1)] | None = None
+
+
+class JsonlPrompts:
+    """One JSON object a line: `prompt`, and what rewards read (`tag`, `include`, `exclude`, `text`)."""
+
+    class Config(Section):
+        kind: Literal["jsonl"] = "jsonl"
+        path: Annotated[str, Field(min_length=1)]
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def load(self) -> list[Prompt]:
+        records = [parse(line, f"{self.config.path}, line {number}") for number, line in read_lines(self.config.path)]
+        return [Prompt(index, record["prompt"], record) for index, record in enumerate(records)]
+
+
+def parse(line: str, where: str) -> dict[str, Any]:
+    """The checked record of one line, with `include` and `exclude` always present. UserError says where it is wrong."""
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: this is not JSON ({error.msg} at column {error.colno}); write one object a line"
+        ) from None
+    if not isinstance(raw, dict):
+        raise UserError(f'{where}: a line must be a JSON object such as {{"prompt": "..."}}, not {type(raw).__name__}')
+    try:
+        checked = Line.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        spot = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{where}: {spot}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+        ) from None
+    for index, clause in enumerate(checked.include):
+        target = clause.position[1] if clause.position else None
+        if target is not None and (target >= len(checked.include) or target == index):
+            raise UserError(
+                f"{where}: include.{index}.position names clause {target}; it must be another clause of the list"
+            )
+    if checked.tag == "ocr" and not checked.text:
+        raw["text"] = quoted(checked.prompt)
+        if not raw["text"]:
+            raise UserError(f'{where}: an OCR prompt needs "text", or its text in double quotes inside the prompt')
+    return {"include": [], "exclude": [], **raw}
+
+
+def quoted(prompt: str) -> str:
+    """Text inside the first pair of double quotes, "" where there is none."""
+    match = _QUOTED.search(prompt)
+    return (match[1] or match[2] or "").strip() if match else ""
+
+
+def read_lines(path: str) -> list[tuple[int, str]]:
+    """Non-blank lines with their numbers from 1. UserError where the file is missing, empty or not UTF-8."""
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"prompt file {path} does not exist; give a path relative to {Path.cwd()} or an absolute one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read ({error}); it must be UTF-8 text") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"prompt file {path} has no prompts; write one a line")
+    return lines

@@ -1,0 +1,205 @@
+"""Training prompts in GenEval's format: the 80 COCO class names, 10 colours and six tasks of arXiv 2310.11513.
+
+The wording follows the published evaluation set, its naive plurals included ("benchs"), because models are evaluated
+on that wording. Prompts that describe the same scene ("a cat and a dog", "a dog and a cat"; "a cat left of a dog",
+"a dog right of a cat") share their split and are excluded together.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from itertools import cycle, islice
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from align_cluster.config.base import Section
+from align_cluster.prompts.files import RELATIONS, JsonlPrompts
+from align_cluster.types import Prompt, UserError
+
+_NAMES = (
+    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign "
+    "parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie "
+    "suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard "
+    "tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange broccoli carrot "
+    "hot_dog pizza donut cake chair couch potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote "
+    "computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear "
+    "hair_drier toothbrush"
+)
+CLASSES = tuple(name.replace("_", " ") for name in _NAMES.split())
+THINGS = CLASSES[1:]  # coloured persons are never asked for
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+HELD_OUT_ONE_IN = 10
+
+Record = dict[str, Any]
+
+
+def _a(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _pair(index: int, count: int) -> tuple[int, int]:
+    """The index-th ordered pair of two different numbers below `count`."""
+    first, second = divmod(index, count - 1)
+    return first, second + (second >= first)
+
+
+def _single_object(index: int) -> Record:
+    include = [{"class": CLASSES[index], "count": 1}]
+    return {"tag": "single_object", "include": include, "prompt": f"a photo of {_a(CLASSES[index])}"}
+
+
+def _two_object(index: int) -> Record:
+    first, second = (CLASSES[i] for i in _pair(index, len(CLASSES)))
+    include = [{"class": first, "count": 1}, {"class": second, "count": 1}]
+    return {"tag": "two_object", "include": include, "prompt": f"a photo of {_a(first)} and {_a(second)}"}
+
+
+def _counting(index: int) -> Record:
+    which, extra = divmod(index, len(NUMBERS))
+    name, count = CLASSES[which], 2 + extra
+    plural = name + ("es" if name.endswith("s") else "s")
+    return {
+        "tag": "counting",
+        "include": [{"class": name, "count": count}],
+        "exclude": [{"class": name, "count": count + 1}],
+        "prompt": f"a photo of {NUMBERS[count]} {plural}",
+    }
+
+
+def _colors(index: int) -> Record:
+    which, color = divmod(index, len(COLORS))
+    name, color = THINGS[which], COLORS[color]
+    include = [{"class": name, "count": 1, "color": color}]
+    return {"tag": "colors", "include": include, "prompt": f"a photo of {_a(color)} {name}"}
+
+
+def _position(index: int) -> Record:
+    pair, relation = divmod(index, len(RELATIONS))
+    first, second = (CLASSES[i] for i in _pair(pair, len(CLASSES)))
+    relation = RELATIONS[relation]
+    include = [{"class": second, "count": 1}, {"class": first, "count": 1, "position": [relation, 0]}]
+    return {"tag": "position", "include": include, "prompt": f"a photo of {_a(first)} {relation} {_a(second)}"}
+
+
+def _color_attr(index: int) -> Record:
+    things, colors = divmod(index, len(COLORS) * (len(COLORS) - 1))
+    names = [THINGS[i] for i in _pair(things, len(THINGS))]
+    tints = [COLORS[i] for i in _pair(colors, len(COLORS))]
+    include = [{"class": name, "count": 1, "color": tint} for name, tint in zip(names, tints, strict=True)]
+    text = " and ".join(f"{_a(tint)} {name}" for name, tint in zip(names, tints, strict=True))
+    return {"tag": "color_attr", "include": include, "prompt": f"a photo of {text}"}
+
+
+# Task -> (number of distinct prompts, the prompt of an index).
+TASKS: dict[str, tuple[int, Callable[[int], Record]]] = {
+    "single_object": (80, _single_object),
+    "two_object": (80 * 79, _two_object),
+    "counting": (80 * 3, _counting),
+    "colors": (79 * 10, _colors),
+    "position": (80 * 79 * 4, _position),
+    "color_attr": (79 * 78 * 10 * 9, _color_attr),
+}
+
+
+def scene(record: Record) -> str:
+    """Identity of what a record asks for, whatever the order of the objects in the sentence."""
+    clauses = [[clause["class"], clause["count"], clause.get("color")] for clause in record["include"]]
+    position = next((clause["position"] for clause in record["include"] if clause.get("position")), None)
+    if position is None:
+        return json.dumps(sorted(clauses, key=str))
+    relation, target = position
+    subject = next(i for i, clause in enumerate(record["include"]) if clause.get("position"))
+    ends = [clauses[subject], clauses[target]]
+    if relation in ("right of", "below"):
+        relation, ends = {"right of": "left of", "below": "above"}[relation], ends[::-1]
+    return json.dumps([relation, *ends])
+
+
+def _held_out(identity: str) -> bool:
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
+
+
+class GenevalPrompts:
+    """`count` generated prompts, split over the tasks by `ratios`, in an order that follows from `seed`.
+
+    Some tasks are small (counting has 240 prompts): none of their prompts comes again before all have come.
+    `split` keeps one scene in ten out of training, whatever the seed; `exclude` names a metadata file (jsonl) whose
+    scenes never occur, such as GenEval's own evaluation set. The default ratios are Flow-GRPO's.
+    """
+
+    class Config(Section):
+        kind: Literal["geneval"] = "geneval"
+        count: PositiveInt = 50_000
+        seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+        split: Literal["train", "held_out", "all"] = "train"
+        exclude: str | None = None
+        ratios: dict[Literal[tuple(TASKS)], NonNegativeInt] = {
+            "position": 7,
+            "counting": 5,
+            "color_attr": 3,
+            "colors": 1,
+            "two_object": 1,
+            "single_object": 0,
+        }
+
+        @field_validator("ratios")
+        @classmethod
+        def some_task_counts(cls, ratios: dict[str, int]) -> dict[str, int]:
+            if not any(ratios.values()):
+                raise ValueError("a mapping from task to a whole number, at least one of them above 0")
+            return ratios
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def load(self) -> list[Prompt]:
+        banned = self._banned()
+        prompts: list[Prompt] = []
+        known = 0
+        for task, wanted in shares(self.config.count, self.config.ratios).items():
+            pool = [Prompt(known + i, r["prompt"], r) for i, r in enumerate(self._pool(task, wanted, banned))]
+            if wanted and not pool:
+                raise UserError(
+                    f"prompts of kind geneval: every {task} prompt is excluded by {self.config.exclude}; "
+                    f"set ratios.{task} to 0"
+                )
+            known += len(pool)
+            prompts += islice(cycle(pool), wanted)
+        return prompts
+
+    def _banned(self) -> set[str]:
+        if self.config.exclude is None:
+            return set()
+        return {scene(p.metadata) for p in JsonlPrompts(JsonlPrompts.Config(path=self.config.exclude)).load()}
+
+    def _pool(self, task: str, wanted: int, banned: set[str]) -> list[Record]:
+        """Up to `wanted` distinct records of a task. RandomState, because NumPy promises never to change its stream."""
+        size, make = TASKS[task]
+        pool: list[Record] = []
+        if not wanted:
+            return pool
+        for index in np.random.RandomState([self.config.seed, list(TASKS).index(task)]).permutation(size):
+            record = {"exclude": [], **make(int(index))}
+            identity = scene(record)
+            if identity in banned or (
+                self.config.split != "all" and _held_out(identity) != (self.config.split == "held_out")
+            ):
+                continue
+            pool.append(record)
+            if len(pool) == wanted:
+                break
+        return pool
+
+
+def shares(count: int, ratios: dict[str, int]) -> dict[str, int]:
+    """Divide `count` by `ratios`; what rounding leaves over goes to the largest remainders."""
+    total = sum(ratios.values())
+    parts = {task: count * ratio // total for task, ratio in ratios.items()}
+    by_remainder = sorted(ratios, key=lambda task: -(count * ratios[task] % total))
+    for task in by_remainder[: count - sum(parts.values())]:
+        parts[task] += 1
+    return parts

@@ -1,0 +1,96 @@
+import json
+
+import pytest
+
+from align_cluster.prompts.files import JsonlPrompts, TextPrompts, parse, quoted
+from align_cluster.types import UserError
+
+
+def text_prompts(tmp_path, content, **settings):
+    path = tmp_path / "prompts.txt"
+    path.write_text(content, encoding="utf-8")
+    return TextPrompts(TextPrompts.Config(path=str(path), **settings)).load()
+
+
+def json_prompts(tmp_path, *lines):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return JsonlPrompts(JsonlPrompts.Config(path=str(path))).load()
+
+
+def test_one_prompt_a_line_and_blank_lines_are_skipped(tmp_path):
+    prompts = text_prompts(tmp_path, "\ufeffa cat\n\n  a dog  \n\n")
+    assert [(prompt.id, prompt.text) for prompt in prompts] == [(0, "a cat"), (1, "a dog")]
+    assert prompts[0].task == "all" and prompts[0].metadata == {}
+
+
+def test_ocr_lines_carry_their_quoted_text(tmp_path):
+    prompts = text_prompts(tmp_path, 'a sign "GO"\na poster “Two Words” and "more"\n', ocr=True)
+    assert [prompt.metadata["text"] for prompt in prompts] == ["GO", "Two Words"]
+    assert {prompt.task for prompt in prompts} == {"ocr"}
+
+
+def test_an_ocr_line_without_quotes_is_refused_with_its_number(tmp_path):
+    with pytest.raises(UserError, match="line 3: .*double quotes"):
+        text_prompts(tmp_path, 'a sign "GO"\n\na sign\n', ocr=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"), [('say "hi" "you"', "hi"), ("nothing", ""), ('an "open end', ""), ('say ""', ""), ("it's", "")]
+)
+def test_quoted_takes_the_first_pair_of_double_quotes(prompt, text):
+    assert quoted(prompt) == text
+
+
+def test_missing_empty_and_binary_files_say_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        TextPrompts(TextPrompts.Config(path=str(tmp_path / "no.txt"))).load()
+    with pytest.raises(UserError, match="has no prompts"):
+        text_prompts(tmp_path, "\n \n")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="UTF-8"):
+        TextPrompts(TextPrompts.Config(path=str(binary))).load()
+
+
+def test_geneval_metadata_comes_through_unchanged(tmp_path):
+    record = {
+        "tag": "position",
+        "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
+        "prompt": "a photo of a dog left of a cat",
+        "source": "mine",
+    }
+    (prompt,) = json_prompts(tmp_path, json.dumps(record))
+    assert prompt.text == record["prompt"] and prompt.task == "position"
+    assert prompt.metadata == {**record, "exclude": []}
+
+
+def test_ocr_records_take_their_target_from_text_or_quotes(tmp_path):
+    prompts = json_prompts(
+        tmp_path, '{"tag": "ocr", "prompt": "a sign", "text": "GO"}', '{"tag": "ocr", "prompt": "a sign \\"UP\\""}'
+    )
+    assert [prompt.metadata["text"] for prompt in prompts] == ["GO", "UP"]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "must be a JSON object"),
+        ("{}", "prompt: field required"),
+        ('{"prompt": ""}', "prompt: .*at least 1 character"),
+        ('{"prompt": 3}', "prompt: .*valid string"),
+        ('{"prompt": "a", "include": [{"count": 1}]}', "include.0.class: field required"),
+        ('{"prompt": "a", "include": [{"class": "cat", "count": 0}]}', "include.0.count: .*greater than or equal to 1"),
+        ('{"prompt": "a", "include": [{"class": "cat", "count": 1.0}]}', "include.0.count: .*valid integer"),
+        ('{"prompt": "a", "include": [{"class": "cat", "count": 1, "colour": "red"}]}', "include.0.colour"),
+        ('{"prompt": "a", "include": [{"class": "c", "count": 1, "position": ["near", 0]}]}', "include.0.position.0"),
+        ('{"prompt": "a", "include": [{"class": "c", "count": 1, "position": ["above", 0]}]}', "another clause"),
+        ('{"prompt": "a", "include": [{"class": "c", "count": 1, "position": ["above", 5]}]}', "another clause"),
+        ('{"prompt": "a sign", "tag": "ocr"}', "OCR prompt needs"),
+    ],
+)
+def test_a_bad_line_gives_one_sentence_with_file_and_line(line, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        parse(line, "my.jsonl, line 7")
+    assert str(caught.value).startswith("my.jsonl, line 7: ") and "\n" not in str(caught.value)

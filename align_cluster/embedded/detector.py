@@ -29,7 +29,7 @@ class Detection:
     """One found object. Real detectors return the same record.
 
     label   class name
-    score   confidence in [0, 1]; here the overlap (IoU) with the best template, less if a second shape fits nearly as well
+    score   confidence in [0, 1]; here the overlap (IoU) with the best template, less where a second shape fits too
     box     x0, y0, x1, y1 in pixels, the far edges exclusive
     mask    bool [H, W]
     color   colour name, None where the detector does not tell colours

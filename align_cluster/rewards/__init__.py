@@ -1,0 +1,7 @@
+"""ADD A REWARD HERE: one file with a class like ClipScore, and one line below."""
+
+from align_cluster.rewards.clip_score import ClipScore
+from align_cluster.rewards.geneval import GenEval
+from align_cluster.rewards.ocr import Ocr
+
+REWARDS = {"geneval": GenEval, "clip_score": ClipScore, "ocr": Ocr}

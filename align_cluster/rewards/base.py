@@ -1,0 +1,52 @@
+"""The contract of a reward: a pure function of (image, prompt), with a validity mask."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from align_cluster.config.base import Section
+from align_cluster.types import Prompt
+
+
+class RewardSection(Section):
+    """Settings of every reward. A `monitor` is scored and reported, but never trained on; its weight has no effect."""
+
+    weight: float = 1.0
+    role: Literal["train", "monitor"] = "train"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of B images.
+
+    values    fp64 [B], higher is better, NaN where not valid
+    valid     bool [B], False where the reward does not apply to the prompt
+    details   more columns for reports, fp64 [B] by name, NaN where a column does not apply
+    """
+
+    values: np.ndarray
+    valid: np.ndarray
+    details: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Reward(ABC):
+    """One reward model. The constructor is cheap; `load` brings in what is heavy, on the worker that will score.
+
+    The same (image, prompt) always gets the same value, whatever else is in the batch. Raise where scoring fails: the
+    worker masks the batch and reports the message. Never return a stand-in value.
+    """
+
+    Config: type[RewardSection]
+
+    def __init__(self, config: RewardSection) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self, device: str, threads: int) -> None:
+        """Load models to `device`, to run on `threads` CPU threads. UserError says what is missing."""
+
+    @abstractmethod
+    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        """Score images uint8 [B, H, W, 3], one prompt an image."""

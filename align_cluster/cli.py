@@ -1,0 +1,295 @@
+"""The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align_cluster import __version__
+
+if TYPE_CHECKING:
+    from align_cluster.config.run import RunConfig
+
+DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
+EPILOG = """\
+start here:
+  align-cluster train configs/quickstart.yaml        minutes on two cores, no GPU
+  align-cluster sample runs/quickstart --prompt "a photo of a red circle"
+
+Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from align_cluster.types import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "align-cluster", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"align-cluster {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, summary: str, example: str, *flags: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  align-cluster {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=run)
+        for flag in flags:
+            command.add_argument(*ARGUMENTS[flag][0], **ARGUMENTS[flag][1])
+        return command
+
+    train = add(
+        "train",
+        _train,
+        "run an alignment job",
+        "train configs/quickstart.yaml --set steps=20 --name short",
+        *("config", "set", "name", "out"),
+    )
+    train.add_argument("--resume", metavar="RUN", help="reserved for continuing a run; not there yet")
+    validate = add(
+        "validate", _validate, "check a run file in seconds", "validate configs/quickstart.yaml", "config", "set"
+    )
+    validate.add_argument("--resolved", action="store_true", help="print every setting, defaults included, as YAML")
+    plan = add(
+        "plan",
+        _plan,
+        "show pools, batches and resource shares",
+        "plan configs/quickstart.yaml",
+        "config",
+        "set",
+        "json",
+    )
+    plan.add_argument("--cores", type=int, help="plan for a cluster with so many CPU cores (default: this machine)")
+    plan.add_argument("--gpus", type=int, help="plan for a cluster with so many GPUs (default: this machine)")
+    sample = add(
+        "sample",
+        _sample,
+        "draw images into a folder, with a LoRA or without",
+        'sample runs/quickstart --prompt "a photo of a red circle" --count 8',
+        *("target", "set", "lora", "base", "seed"),
+    )
+    sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    sample.add_argument(
+        "--prompts", metavar="FILE", help="prompts from a file, one a line (.txt) or JSON lines (.jsonl)"
+    )
+    sample.add_argument("--steps", type=int, help="denoising steps (default: the run's evaluation steps)")
+    sample.add_argument(
+        "--guidance", type=float, help="guidance scale, 1 is none (default: the run's evaluation guidance)"
+    )
+    sample.add_argument("--count", type=int, default=4, help="images a prompt (default 4)")
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default ./samples)")
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "score held-out prompts, with a LoRA or without",
+        "evaluate runs/quickstart --out scores.json",
+        *("target", "set", "lora", "base", "json"),
+    )
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the scores to this JSON file")
+    submit = add(
+        "submit",
+        _submit,
+        "run `train` as a job on a Ray cluster that has align_cluster installed",
+        "submit configs/quickstart.yaml --address http://127.0.0.1:8265 --out /shared/runs",
+        *("config", "set", "name"),
+    )
+    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
+    submit.add_argument(
+        "--out", help="folder for runs on the cluster, an absolute path on storage that outlives the job"
+    )
+    submit.add_argument(
+        "--file", action="append", default=[], type=Path, help="another file that the job needs; repeatable"
+    )
+    submit.add_argument(
+        "--no-wait", action="store_true", help="return once the job is queued, instead of following its log"
+    )
+    doctor = add("doctor", _doctor, "check versions, resources, Ray and the weight sync", "doctor", "json")
+    doctor.add_argument("--address", help="also reach this Ray cluster: a dashboard URL, or auto")
+    doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip through a local Ray")
+    report = add("report", _report, "write a run's report.html again", "report runs/quickstart")
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    add("schema", _schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
+    return parser
+
+
+# Arguments that several commands share: name -> (flags, settings).
+ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "config": (("config",), {"metavar": "CONFIG", "help": "run file, such as configs/quickstart.yaml"}),
+    "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
+    "set": (
+        ("--set",),
+        {
+            "action": "extend",
+            "nargs": "+",
+            "default": [],
+            "metavar": "PATH=VALUE",
+            "help": "override settings by dotted path, such as optimizer.lr=1e-4; a new kind starts its block anew",
+        },
+    ),
+    "name": (("--name",), {"help": "name of the run (default: the run file's)"}),
+    "out": (("--out",), {"help": "folder that holds runs (default: the run file's)"}),
+    "lora": (("--lora",), {"type": Path, "metavar": "FILE|RUN", "help": "LoRA file, or a run whose LoRA to use"}),
+    "base": (("--base",), {"action": "store_true", "help": "the base model, although RUN has a LoRA"}),
+    "seed": (("--seed",), {"type": int, "default": 0, "help": "seed of the images (default 0)"}),
+    "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),
+}
+
+
+def _config(args: argparse.Namespace) -> "RunConfig":
+    """The checked config of CONFIG, --set, --name and --out; notes go to stderr."""
+    from align_cluster.config.check import check
+    from align_cluster.config.load import load
+
+    overrides = list(args.set)
+    for key in ("name", "out"):
+        if getattr(args, key, None) is not None:
+            overrides.append(f"{key}={json.dumps(getattr(args, key))}")
+    config = load(args.config, overrides)
+    for note in check(config):
+        print(f"note: {note}", file=sys.stderr)
+    return config
+
+
+def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None]:
+    """Config and LoRA file that CONFIG|RUN, --lora and --base name."""
+    from align_cluster.config.load import load
+    from align_cluster.evaluate.lora import find_lora
+    from align_cluster.observe.rundir import RunDir
+
+    target = Path(args.target)
+    lora = args.lora or (target if target.is_dir() and not args.base else None)
+    config = load(RunDir(target).config if target.is_dir() else target, args.set)
+    return config, find_lora(lora) if lora else None
+
+
+def _train(args: argparse.Namespace) -> int:
+    from align_cluster.types import UserError
+
+    if args.resume:
+        raise UserError("--resume is reserved and not there yet; start a new run, which never overwrites an old one")
+    config = _config(args)
+    from align_cluster.loop.driver import train
+
+    train(config, Path(config.out).expanduser(), progress=True)
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from align_cluster.config.load import config_hash, dump
+
+    config = _config(args)
+    if args.resolved:
+        print(dump(config), end="")
+        return 0
+    images = config.prompts_per_step * config.rollout.group_size
+    print(
+        f"{args.config} is valid: {config.algorithm.kind} on {config.backbone.path}, {config.steps} steps of {images} "
+        f"images ({config.prompts_per_step} prompts x {config.rollout.group_size}), config hash {config_hash(config)}"
+    )
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from align_cluster.config.plan import derive, local_resources, table
+
+    config = _config(args)
+    cores, gpus = local_resources()
+    plan = derive(config, args.cores or cores, gpus if args.gpus is None else args.gpus)
+    print(json.dumps(asdict(plan), indent=2) if args.json else table(plan))
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from align_cluster.evaluate.sample import sample
+    from align_cluster.prompts.files import JsonlPrompts, TextPrompts
+    from align_cluster.types import Prompt, UserError
+
+    config, lora = _target(args)
+    prompts = [Prompt(index, text) for index, text in enumerate(args.prompt)]
+    if args.prompts:
+        reader = JsonlPrompts if args.prompts.endswith(".jsonl") else TextPrompts
+        prompts += reader(reader.Config(path=args.prompts)).load()
+    if not prompts:
+        raise UserError('sample needs prompts; give --prompt "a photo of a red circle" or --prompts FILE')
+    grid = sample(config.backbone, lora, prompts, args.out, args.count, args.seed, *_drawing(args, config))
+    print(f"{len(prompts) * args.count} images in {args.out}, overview in {grid}")
+    return 0
+
+
+def _drawing(args: argparse.Namespace, config: "RunConfig") -> tuple[int, float]:
+    steps = args.steps or config.evaluate.steps or config.rollout.steps
+    return steps, config.evaluate.guidance if args.guidance is None else args.guidance
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from align_cluster.evaluate.run import evaluate
+    from align_cluster.observe.rundir import write_json
+
+    config, lora = _target(args)
+    scores = evaluate(config, lora)
+    if args.out:
+        write_json(args.out, scores)
+    if args.json:
+        print(json.dumps(scores, indent=2))
+    else:
+        from rich.console import Console
+
+        from align_cluster.evaluate.table import evaluation_table
+
+        Console().print(evaluation_table(scores, f"held-out scores, {lora or 'base model'}"))
+    return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from align_cluster.cluster.submit import submit
+
+    return submit(_config(args), args.address, args.file, wait=not args.no_wait)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from align_cluster.cluster.doctor import examine, render
+
+    findings = examine(args.address, quick=args.quick)
+    print(render(findings, as_json=args.json))
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from align_cluster.observe.report import write_report
+
+    print(write_report(args.run))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from align_cluster.config.load import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

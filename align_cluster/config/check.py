@@ -1,0 +1,222 @@
+"""What no single setting shows: combinations that cannot work, and prompts that do not fit. No model is loaded.
+
+ADD A RULE HERE: a function that yields one sentence a problem (the path, what is wrong, the nearest valid choice), and
+its name in one of three tuples: RULES reads settings alone, PROMPT_RULES the loaded prompts too, NOTES never refuses.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.config.run import RunConfig
+from align_cluster.embedded.scene import SHAPES
+from align_cluster.prompts import PROMPTS
+from align_cluster.prompts.files import quoted
+from align_cluster.rollouts.steps import STEPS
+from align_cluster.types import Prompt, UserError
+
+Problems = Iterator[str]
+
+
+def check(config: RunConfig) -> list[str]:
+    """Raise UserError with every problem, one a line; return notes on what is allowed but probably not meant."""
+    _refuse(sentence for rule in RULES for sentence in rule(config))
+    train = PROMPTS[config.prompts.kind](config.prompts).load()
+    held_out = PROMPTS[config.evaluate.prompts.kind](config.evaluate.prompts).load()
+    _refuse(sentence for rule in PROMPT_RULES for sentence in rule(config, train, held_out))
+    return [sentence for rule in NOTES for sentence in rule(config, train, held_out)]
+
+
+def _refuse(problems: Problems) -> None:
+    sentences = list(problems)
+    if sentences:
+        raise UserError("\n".join(sentences))
+
+
+def chunk_divides_group(config: RunConfig) -> Problems:
+    size, chunk = config.rollout.group_size, config.rollout.chunk
+    if chunk and size % chunk:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        near = sorted(divisors, key=lambda d: abs(d - chunk))[:2]
+        yield (
+            f"rollout.chunk is {chunk}, which does not divide rollout.group_size {size}; "
+            f"set it to {' or '.join(map(str, sorted(near)))}"
+        )
+
+
+def micro_batch_fits_chunk(config: RunConfig) -> Problems:
+    chunk = config.rollout.chunk or config.rollout.group_size
+    if (config.learner.micro_batch or 0) > chunk:
+        yield (
+            f"learner.micro_batch is {config.learner.micro_batch}, and images come in chunks of {chunk}; "
+            f"set it to at most {chunk}, or leave it out"
+        )
+
+
+def updates_have_work(config: RunConfig) -> Problems:
+    size = config.rollout.group_size
+    chunks = config.prompts_per_step * -(-size // (config.rollout.chunk or size))
+    if config.learner.updates_per_step > chunks:
+        yield (
+            f"learner.updates_per_step is {config.learner.updates_per_step}, and a step has {chunks} chunks to share "
+            f"out; set it to at most {chunks}"
+        )
+
+
+def groups_can_compare(config: RunConfig) -> Problems:
+    if config.rollout.group_size == 1:
+        yield (
+            "rollout.group_size is 1, and an advantage compares an image with others of its prompt; "
+            "set it to 2 or more (12 is usual)"
+        )
+
+
+def step_has_density(config: RunConfig) -> Problems:
+    algorithm = ALGORITHMS[config.algorithm.kind]
+    if not algorithm.needs_density:
+        return
+    if config.rollout.step and not STEPS[config.rollout.step.kind].has_density:
+        yield (
+            f"rollout.step.kind is {config.rollout.step.kind}, which has no density, and algorithm.kind "
+            f"{config.algorithm.kind} needs one; set it to {algorithm.default_step}, or leave rollout.step out"
+        )
+    if config.rollout.steps < 2:
+        yield (
+            f"rollout.steps is {config.rollout.steps}, and the last step of a rollout has no density for "
+            f"algorithm.kind {config.algorithm.kind}; set it to 2 or more (10 is usual)"
+        )
+
+
+def timesteps_exist(config: RunConfig) -> Problems:
+    timesteps = getattr(config.algorithm, "timesteps", None)
+    if timesteps and timesteps > config.rollout.steps:
+        yield (
+            f"algorithm.timesteps is {timesteps}, and a rollout has {config.rollout.steps} noise levels; "
+            f"set it to at most {config.rollout.steps}, or leave it out"
+        )
+
+
+def something_is_trained_on(config: RunConfig) -> Problems:
+    trained = [name for name, reward in config.rewards.items() if reward.role == "train"]
+    first = next(iter(config.rewards))
+    if not trained:
+        yield f"rewards: all have role monitor, so there is nothing to train on; set rewards.{first}.role to train"
+    elif all(config.rewards[name].weight == 0 for name in trained):
+        yield f"rewards: every trained one has weight 0; set rewards.{trained[0]}.weight to 1, or another weight but 0"
+
+
+def backbone_exists(config: RunConfig) -> Problems:
+    path = config.backbone.path
+    if path == "embedded":
+        return
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").exists():
+            yield f"backbone.path is {path}, a folder without model_index.json; give the folder of a diffusers pipeline"
+    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        yield (
+            f"backbone.path is {path}, which is no folder here and no hub id; give embedded, a folder, "
+            "or an id such as stabilityai/stable-diffusion-3.5-medium"
+        )
+
+
+def embedded_knows_its_words(config: RunConfig) -> Problems:
+    for where, source in (("prompts", config.prompts), ("evaluate.prompts", config.evaluate.prompts)):
+        if config.backbone.path == "embedded" and source.kind == "geneval":
+            yield (
+                f"{where}.kind is geneval, whose objects the embedded model never saw; set it to embedded, "
+                "or set backbone.path to a real model"
+            )
+
+
+def enough_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    asked = (
+        ("prompts_per_step", config.prompts_per_step, "prompts", train),
+        ("evaluate.count", config.evaluate.count, "evaluate.prompts", held_out),
+        ("evaluate.grid_prompts", config.evaluate.grid_prompts, "evaluate.prompts", held_out),
+    )
+    for key, count, source, prompts in asked:
+        there = len({prompt.text for prompt in prompts})
+        if count > there:
+            yield f"{key} is {count}, and {source} has {there} different ones; set it to at most {there}"
+
+
+def held_out_is_held_out(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    trained = {prompt.text for prompt in train}
+    leaks = sorted({prompt.text for prompt in held_out} & trained)
+    if leaks:
+        fields = type(config.evaluate.prompts).model_fields
+        remedy = "set evaluate.prompts.split to held_out" if "split" in fields else "evaluate on another file"
+        if {config.prompts.kind, config.evaluate.prompts.kind} == {"geneval", "jsonl"}:
+            remedy = "name the evaluation file in prompts.exclude"
+        yield f"evaluate.prompts: {len(leaks)} prompts are trained on as well, such as {leaks[0]!r}; {remedy}"
+
+
+def rewards_can_judge(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    for name, reward in config.rewards.items():
+        if reward.role == "train" and not any(judges(reward.kind, prompt) for prompt in train):
+            yield (
+                f"rewards.{name} judges none of the training prompts: {NEEDS[reward.kind]}; "
+                f"choose other prompts, or set rewards.{name}.role to monitor"
+            )
+
+
+def detector_knows_the_objects(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    asked = {clause["class"] for prompt in [*train, *held_out] for clause in prompt.metadata.get("include", ())}
+    unknown = sorted(asked - set(SHAPES))
+    for name, reward in config.rewards.items():
+        if unknown and getattr(reward, "detector", None) == "embedded":
+            yield (
+                f"rewards.{name}: the embedded detector knows {', '.join(SHAPES)}, and prompts ask for {unknown[0]!r}; "
+                "use clip_score for these prompts"
+            )
+
+
+def density_without_use(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    algorithm = ALGORITHMS[config.algorithm.kind]
+    if config.rollout.step and STEPS[config.rollout.step.kind].has_density and not algorithm.needs_density:
+        yield (
+            f"rollout.step.kind is {config.rollout.step.kind}, whose noise {config.algorithm.kind} has no use for; "
+            f"{algorithm.default_step} draws cleaner images"
+        )
+
+
+def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    kinds = [reward.kind for reward in config.rewards.values() if reward.role == "train"]
+    lost = [prompt.text for prompt in train if not any(judges(kind, prompt) for kind in kinds)]
+    if lost:
+        yield f"{len(lost)} of {len(train)} training prompts have no reward and teach nothing, such as {lost[0]!r}"
+    for name, reward in config.rewards.items():
+        if not any(judges(reward.kind, prompt) for prompt in held_out):
+            yield f"rewards.{name} judges none of the held-out prompts: {NEEDS[reward.kind]}"
+
+
+RULES = (
+    chunk_divides_group,
+    micro_batch_fits_chunk,
+    updates_have_work,
+    groups_can_compare,
+    step_has_density,
+    timesteps_exist,
+    something_is_trained_on,
+    backbone_exists,
+    embedded_knows_its_words,
+)
+PROMPT_RULES = (enough_prompts, held_out_is_held_out, rewards_can_judge, detector_knows_the_objects)
+NOTES = (density_without_use, prompts_without_reward)
+
+# Rewards that need more than a prompt's text, and what.
+NEEDS = {
+    "geneval": "it needs metadata with include clauses, as prompts of kind embedded, geneval and jsonl have",
+    "ocr": "it needs prompts that quote text, as the embedded task ocr does",
+}
+
+
+def judges(kind: str, prompt: Prompt) -> bool:
+    """Whether a reward of this kind has a value for the prompt."""
+    if kind == "geneval":
+        return bool(prompt.metadata.get("include"))
+    if kind == "ocr":
+        return bool(prompt.metadata.get("text") or quoted(prompt.text))
+    return True

@@ -1,0 +1,138 @@
+"""Run files: YAML and dotted overrides in, a checked RunConfig out; and back again.
+
+Every mistake becomes one line that names the file or override, the dotted path, and what to write instead.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from align_cluster.config.explain import explain
+from align_cluster.config.run import RunConfig
+from align_cluster.types import UserError
+
+_NO_RESULT_DEPENDS_ON = ("name", "out", "cluster")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 asks for 1.0e-4)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is set twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the loader above would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply `a.b=value` overrides (values in YAML). UserError lists every mistake, one a line."""
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], n=1)
+        hint = (
+            f"did you mean {file.parent / near[0]}?"
+            if near
+            else "give the path of a run file such as configs/quickstart.yaml"
+        )
+        raise UserError(f"{path} does not exist; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give the path of a YAML file") from None
+    return loads(text, str(path), overrides)
+
+
+def loads(text: str, source: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """`load` for text that came from `source`."""
+    data = _parse(text, source)
+    if data is None:
+        raise UserError(f"{source} is empty; start from configs/quickstart.yaml")
+    if not isinstance(data, dict):
+        raise UserError(f"{source} holds a {type(data).__name__}; it must be a mapping of settings such as steps: 60")
+    changed = apply(data, overrides)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, source, changed))) from None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        spot = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{spot}: {error.problem or error.context}; correct that line") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML ({' '.join(str(error).split())}); write it as plain UTF-8 text") from None
+
+
+def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
+    """Set dotted paths of `data` in place; returns them.
+
+    An override of `x.kind` to another kind than the file's starts block x anew, since one kind's settings mean nothing
+    to another; further overrides then fill it, whatever their order.
+    """
+    pairs = [_split(override) for override in overrides]
+    for path, value in sorted(pairs, key=lambda pair: pair[0][-1] != "kind"):
+        block = data
+        for depth, part in enumerate(path[:-1]):
+            if block.get(part) is None:
+                block[part] = {}
+            if not isinstance(block[part], dict):
+                here = ".".join(path[: depth + 1])
+                raise UserError(
+                    f"--set {'.'.join(path)}: {here} is {block[part]!r}, which has no settings; set {here} itself"
+                )
+            block = block[part]
+        if path[-1] == "kind" and block.get("kind") != value:
+            block.clear()
+        block[path[-1]] = value
+    return {".".join(path) for path, _ in pairs}
+
+
+def _split(override: str) -> tuple[list[str], Any]:
+    key, equals, value = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"--set {override}: write it as path=value, such as --set optimizer.lr=1e-4")
+    return path, _parse(value, f"--set {override}")
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config, defaults included, as YAML that `load` reads back to an equal one."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def config_hash(config: RunConfig) -> str:
+    """16 hex digits over every setting that the result depends on: not the name, the folder or the workers."""
+    data = config.model_dump(mode="json")
+    for key in _NO_RESULT_DEPENDS_ON:
+        del data[key]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of run files, for editors."""
+    return RunConfig.model_json_schema()

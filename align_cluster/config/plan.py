@@ -1,0 +1,142 @@
+"""The planner: from a run's settings and the machine's resources to pools, batches and resource shares.
+
+The user states groups and updates; this module alone turns them into worker counts, and no result depends on it.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.config.run import RunConfig
+from align_cluster.types import UserError
+
+# In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
+TURN = 0.45
+REST = 1 - 2 * TURN
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pools, the share of a core and of a GPU that each of their actors asks for, and how a step's work is cut.
+
+    `micro_batch` is in images; `micro_batches` are those of one learner in one update, each visited `turns` times.
+    `rollout_calls` are the forward passes of the denoiser, with a whole chunk each, that a step's images take.
+    `notes` say where a setting could not be followed, or costs speed.
+    """
+
+    samplers: int
+    learners: int
+    reward_workers: int
+    threads: int
+    sampler_cpus: float
+    learner_cpus: float
+    reward_cpus: float
+    sampler_gpus: float
+    learner_gpus: float
+    chunk: int
+    micro_batch: int
+    images_per_step: int
+    chunks_per_step: int
+    updates_per_step: int
+    micro_batches: int
+    turns: int
+    rollout_calls: int
+    notes: tuple[str, ...] = ()
+
+
+def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
+    """Plan a run on `cores` CPU cores and `gpus` GPUs in all. Counts in `config.cluster` win over derived ones.
+
+    On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does.
+    Raises UserError where stated counts cannot work.
+    """
+    rollout, cluster, notes = config.rollout, config.cluster, []
+    chunk = min(rollout.chunk or rollout.group_size, rollout.group_size)
+    chunks = config.prompts_per_step * math.ceil(rollout.group_size / chunk)
+    micro_batch = min(config.learner.micro_batch or chunk, chunk)
+    updates = config.learner.updates_per_step
+    per_update = math.ceil(chunks / updates) * math.ceil(chunk / micro_batch)
+
+    slots = gpus or max(1, cores // cluster.threads)
+    samplers = cluster.samplers or min(slots, chunks)
+    learners = cluster.learners or min(slots, per_update)
+    if learners > per_update:
+        notes.append(
+            f"cluster.learners is {learners}, but an update has {per_update} micro-batches: {per_update} learners start"
+        )
+        learners = per_update
+    if samplers > chunks:
+        notes.append(
+            f"cluster.samplers is {samplers}, but a step has {chunks} chunks: {samplers - chunks} samplers idle"
+        )
+    if gpus and learners > gpus:
+        raise UserError(
+            f"cluster.learners is {learners} with {gpus} GPUs; each learner needs one: set it to {gpus} or less"
+        )
+    if not gpus and max(samplers, learners) * cluster.threads > cores:
+        notes.append(
+            f"{max(samplers, learners)} workers with {cluster.threads} threads share {cores} cores, which costs speed; "
+            "leave cluster.samplers and cluster.learners unset"
+        )
+    share = cluster.threads * TURN if not gpus else 1.0
+    sampler_cpus = _floor(min(share, cores * TURN / samplers))
+    learner_cpus = _floor(min(share, cores * TURN / learners))
+    left = cores - samplers * sampler_cpus - learners * learner_cpus
+    whole = gpus > 0 and samplers + learners <= gpus and bool(cluster.samplers or cluster.learners)
+    return Plan(
+        samplers=samplers,
+        learners=learners,
+        reward_workers=cluster.reward_workers,
+        threads=cluster.threads,
+        sampler_cpus=sampler_cpus,
+        learner_cpus=learner_cpus,
+        reward_cpus=_floor(min(1.0 if gpus else REST * cluster.threads, left / cluster.reward_workers)),
+        sampler_gpus=0.0 if not gpus else 1.0 if whole else _floor(0.5 / math.ceil(samplers / gpus)),
+        learner_gpus=0.0 if not gpus else 1.0 if whole else 0.5,
+        chunk=chunk,
+        micro_batch=micro_batch,
+        images_per_step=config.prompts_per_step * rollout.group_size,
+        chunks_per_step=chunks,
+        updates_per_step=updates,
+        micro_batches=math.ceil(per_update / learners),
+        turns=ALGORITHMS[config.algorithm.kind](config.algorithm).turns(rollout.steps),
+        rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
+        notes=tuple(notes),
+    )
+
+
+def _floor(share: float) -> float:
+    """Ray counts resources in ten-thousandths; rounding up would ask for more than there is."""
+    return max(1, math.floor(share * 10_000 + 1e-6)) / 10_000
+
+
+def local_resources() -> tuple[int, int]:
+    """(CPU cores, GPUs) of this machine."""
+    import torch
+
+    return os.cpu_count() or 1, torch.cuda.device_count()
+
+
+def table(plan: Plan) -> str:
+    """The plan as text: one line a decision."""
+    rows = [
+        ("samplers", f"{plan.samplers} x {_share(plan.sampler_cpus, plan.sampler_gpus)}"),
+        ("learners", f"{plan.learners} x {_share(plan.learner_cpus, plan.learner_gpus)}"),
+        ("reward workers", f"{plan.reward_workers} x {_share(plan.reward_cpus, 0)}"),
+        ("threads a worker", f"{plan.threads}"),
+        ("images a step", f"{plan.images_per_step}, in {plan.chunks_per_step} chunks of {plan.chunk}"),
+        ("denoiser calls a step", f"{plan.rollout_calls} in rollouts, each with {plan.chunk} images"),
+        ("updates a step", f"{plan.updates_per_step}"),
+        (
+            "an update",
+            f"{plan.micro_batches} micro-batches of {plan.micro_batch} a learner, {plan.turns} passes over each",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _share(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU" + (f", {gpus:g} GPU" if gpus else "")

@@ -20,7 +20,7 @@ COLORS = tuple(scene.COLORS)
 HUES = torch.tensor([15.5, 42.5, 85.0, 178.0, 252.0, 325.0])  # degrees; where red, orange, ..., purple end
 WASHED = 0.45  # foreground starts at this part of the way from ground to pure colour; a small VAE pales edges
 MIN_SIDE, MAX_SIDE = 6, 40  # anything smaller is a speck, anything larger is ground
-MARGIN = 0.12  # a second shape that fits nearly as well takes confidence away: a blob is no circle
+MARGIN = 0.14  # true shapes lead the next best by this; every point less costs two, since a blob is no circle
 CROP = 24  # templates and outlines are compared on a CROP x CROP raster
 
 
@@ -144,11 +144,13 @@ def _fringes(owner: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 def _match(masks: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Best shape index [N] and its score [N] in [0, 1] for masks [N, H, W]."""
-    outlines, templates = _crops(masks, boxes).flatten(1), _templates().flatten(1)
+    templates, widths = _templates()
+    outlines, width = _crops(masks, boxes).flatten(1), (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True)
     shared = outlines @ templates.T
     overlap = shared / (outlines.sum(1)[:, None] + templates.sum(1) - shared)
+    overlap = overlap * ((width.clamp(widths.min(), widths.max()) - widths).abs() <= 0.15 * widths)
     (best, rival), shapes = (v.T for v in overlap.unflatten(1, (len(scene.SHAPES), -1)).amax(2).topk(2, dim=1))
-    return shapes[0], (best - (MARGIN - (best - rival)).clamp_min(0)).clamp_min(0)
+    return shapes[0], (best - 2 * (MARGIN - (best - rival)).clamp_min(0)).clamp_min(0)
 
 
 def _crops(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -162,13 +164,16 @@ def _crops(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _templates() -> torch.Tensor:
-    """Outlines of every shape at the sizes in use and between, on and off the pixel lattice: [6 * K, CROP, CROP]."""
-    radii, offsets, cuts = (7, 8, 9, 10, 12, 13.5, 15), (0, 0.25, 0.5), (0.4, 0.55)  # cuts: thin tips come and go
-    radius, x, y = torch.tensor(list(product(radii, offsets, offsets))).T
+def _templates() -> tuple[torch.Tensor, torch.Tensor]:
+    """Outlines of every shape, at the sizes in use and around them: [6 * K, CROP * CROP], and their widths [6 * K].
+
+    Whole radii, on the pixel lattice and half a pixel off. More would be too forgiving: a circle of 14.5 pixels, cut
+    to 14 by its raster, is a fine square with round corners.
+    """
+    radius, x, y = torch.tensor(list(product(range(6, 17), (0, 0.5), (0, 0.5)))).T
     masks = []
     for shape in scene.SHAPES:
         cover = coverage(shape, SIZE / 2 + x, SIZE / 2 + y, radius)
-        masks += [_parts((cover > cut).long() - 1)[1] for cut in cuts]
-    masks = torch.cat(masks)
-    return _crops(masks, _boxes(masks))
+        masks += [_parts((cover > cut).long() - 1)[1] for cut in (0.4, 0.55)]  # thin tips come and go
+    boxes = _boxes(torch.cat(masks))
+    return _crops(torch.cat(masks), boxes).flatten(1), (boxes[:, 2:] - boxes[:, :2]).amax(1)

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from align_cluster.embedded import scene
+from align_cluster.embedded.render import render
+from align_cluster.rewards import REWARDS
+from align_cluster.rewards.base import Result
+from align_cluster.rewards.geneval import GenEval
+from align_cluster.rewards.worker import RewardWorker, _checked
+from align_cluster.types import Prompt, UserError
+
+RECORD = scene.prompts("colors", "held_out")[0]
+IMAGES = render([RECORD] * 2, 1).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def worker():
+    return RewardWorker({"objects": GenEval.Config(), "strict": GenEval.Config(score="strict", role="monitor")})
+
+
+def test_scores_carry_every_reward_by_its_name_in_the_run(worker):
+    scores = worker.score(IMAGES, [Prompt(0, RECORD["prompt"], RECORD)] * 2)
+    assert list(scores.values) == list(scores.valid) == ["objects", "strict"]
+    np.testing.assert_array_equal(scores.values["objects"], [1, 1])
+    assert set(scores.details) == {f"{n}/{d}" for n in ("objects", "strict") for d in ("accuracy", "strict", "graded")}
+    assert scores.failures == {} and scores.seconds > 0
+
+
+def test_a_failing_reward_masks_the_batch_and_reports_why(worker):
+    broken = Prompt(0, "a circle", {"include": [{"class": "circle"}]})  # a clause without its count
+    scores = worker.score(IMAGES, [broken, Prompt(1, RECORD["prompt"], RECORD)])
+    assert scores.failures == {"objects": "KeyError: 'count'", "strict": "KeyError: 'count'"}
+    for name in ("objects", "strict"):
+        assert not scores.valid[name].any() and np.isnan(scores.values[name]).all()
+    again = worker.score(IMAGES, [Prompt(0, RECORD["prompt"], RECORD)] * 2)
+    assert again.failures == {} and again.valid["objects"].all()
+
+
+def test_a_failing_reward_leaves_the_others_alone():
+    pytest.importorskip("rapidocr", reason="the extra 'rewards' is not installed")
+    worker = RewardWorker({"objects": GenEval.Config(), "text": REWARDS["ocr"].Config()})
+    word = scene.prompts("ocr", "held_out")[1]
+    broken = Prompt(0, word["prompt"], {**word, "include": [{"class": "circle"}]})
+    scores = worker.score(render([word], 1).permute(0, 2, 3, 1).numpy(), [broken])
+    assert list(scores.failures) == ["objects"] and scores.values["text"][0] == 1
+
+
+def test_one_prompt_an_image(worker):
+    with pytest.raises(ValueError, match="2 images came with 1 prompts"):
+        worker.score(IMAGES, [Prompt(0, RECORD["prompt"], RECORD)])
+
+
+def test_values_that_are_not_finite_or_not_one_an_image_are_failures():
+    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        _checked(Result(np.array([1, np.inf]), np.ones(2, bool)), 2)
+    with pytest.raises(ValueError, match="values has shape"):
+        _checked(Result(np.ones(1), np.ones(2, bool)), 2)
+
+
+def test_loading_errors_rise(tmp_path):
+    with pytest.raises(UserError):
+        RewardWorker({"clip": REWARDS["clip_score"].Config(path=str(tmp_path))})

@@ -63,4 +63,3 @@ class GRPO(Algorithm):
             kl = gaussian_kl(mean, reference, std, std_t, self.config.kl_mode)
             loss, metrics["kl"] = loss + self.config.kl_beta * kl, kl.detach()
         return loss, metrics
-

@@ -15,9 +15,7 @@ def clipped_surrogate(
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
 
 
-def gaussian_kl(
-    mean: torch.Tensor, mean_ref: torch.Tensor, std: float, std_t: float, mode: str
-) -> torch.Tensor:
+def gaussian_kl(mean: torch.Tensor, mean_ref: torch.Tensor, std: float, std_t: float, mode: str) -> torch.Tensor:
     """KL [B] of two Gaussian steps with the same deviation, in one of three conventions (algorithm settings name them).
 
     exact_sum: sum_d (mu - mu_ref)^2 / (2 std^2). exact_mean: the mean over dimensions. no_dt: the mean with std_t instead of

@@ -21,9 +21,7 @@ def lora_config(backbone: Backbone) -> LoraConfig:
     )
 
 
-def add_adapters(
-    backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[str], seed: int = 0
-) -> torch.nn.Module:
+def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[str], seed: int = 0) -> torch.nn.Module:
     """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable."""
     state = torch.get_rng_state()
     for name in names:

@@ -68,12 +68,25 @@ class Backbone(ABC):
         """The velocity network, without adapters."""
 
     @abstractmethod
+    def condition_key(self, text: str) -> str:
+        """Content address of a prompt's encoding: a hash of everything that it depends on."""
+
+    @abstractmethod
     def encode(self, texts: list[str]) -> list[Condition]:
         """Encode prompts one by one, so that a condition depends on its text alone. Loads the text encoders if needed."""
 
     @abstractmethod
+    def free_text_encoders(self) -> None:
+        """Drop the text encoders, once every prompt of a run is encoded."""
+
+    @abstractmethod
     def velocity(
-        self, denoiser: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor, sequence: torch.Tensor, pooled: torch.Tensor
+        self,
+        denoiser: torch.nn.Module,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        sequence: torch.Tensor,
+        pooled: torch.Tensor,
     ) -> torch.Tensor:
         """Predicted velocity, fp32, like x; sigma [B], sequence [B, T, D], pooled [B, P]."""
 

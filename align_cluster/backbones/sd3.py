@@ -82,7 +82,7 @@ class SD3(Backbone):
         from diffusers import SD3Transformer2DModel
 
         self._transformer_config  # noqa: B018 - a clear error for a bad path
-        model = SD3Transformer2DModel.from_pretrained(self.source, subfolder="transformer", torch_dtype=self.dtype)
+        model = SD3Transformer2DModel.from_pretrained(self.source, subfolder="transformer", dtype=self.dtype)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -93,9 +93,11 @@ class SD3(Backbone):
 
         with init_empty_weights():
             shell = SD3Transformer2DModel.from_config(self._transformer_config)
-        without_t5 = {} if self.config.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+        index = StableDiffusion3Pipeline.load_config(self.source)
+        has_t5 = self.config.t5 and index.get("text_encoder_3", (None, None))[0] is not None
+        without_t5 = {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
         return StableDiffusion3Pipeline.from_pretrained(
-            self.source, transformer=shell, vae=None, torch_dtype=self.dtype, **without_t5
+            self.source, transformer=shell, vae=None, dtype=self.dtype, **without_t5
         )
 
     @torch.no_grad()
@@ -115,18 +117,27 @@ class SD3(Backbone):
             conditions.append(Condition(self.condition_key(text), *arrays))
         return conditions
 
+    @cached_property
+    def _text_identity(self) -> list:
+        """Which text encoders these are: name, size and time of their files, or the hub id."""
+        files = sorted(path for part in ("text_encoder*", "tokenizer*") for path in Path(self.source).glob(f"{part}/*"))
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [self.source]
+
     def condition_key(self, text: str) -> str:
         """Content address of an encoding: everything that it depends on."""
-        facts = (self.source, self._transformer_config.get("_name_or_path"), self.config.t5, str(self.dtype))
-        facts += (self.config.max_sequence_length, text)
+        facts = (self._text_identity, self.config.t5, self.config.max_sequence_length, str(self.dtype), text)
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def free_text_encoders(self) -> None:
-        """Drop the text encoders, once every prompt of a run is encoded."""
         self.__dict__.pop("_text", None)
 
     def velocity(
-        self, denoiser: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor, sequence: torch.Tensor, pooled: torch.Tensor
+        self,
+        denoiser: torch.nn.Module,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        sequence: torch.Tensor,
+        pooled: torch.Tensor,
     ) -> torch.Tensor:
         with self.autocast():
             output = denoiser(
@@ -142,7 +153,7 @@ class SD3(Backbone):
     def _vae(self) -> torch.nn.Module:
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(self.source, subfolder="vae", torch_dtype=self.dtype)
+        vae = AutoencoderKL.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
         return vae.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     @torch.no_grad()

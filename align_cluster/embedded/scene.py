@@ -28,8 +28,7 @@ MEDIA = ("photo", "picture", "drawing")
 BACKGROUNDS = {"": 0.60, " on a light background": 0.76, " on a dark background": 0.40}
 SIZES = {"": 12, "small ": 8, "large ": 15}
 WORDS = tuple(
-    "GO NO UP HI OK IN ON BY MY WE ART BAR BUS CAB CAT CUP DAY EGG FUN GAS HAT ICE JAM KEY LAB MAP "
-    "NEW OIL PUB RUN SKI TAX USA VAN WAX YES ZOO INN PIE TEA".split()
+    ["GO", "NO", "UP", "HI", "OK", "IN", "ON", "BY", "MY", "WE", "ART", "BAR", "BUS", "CAB", "CAT", "CUP", "DAY", "EGG", "FUN", "GAS", "HAT", "ICE", "JAM", "KEY", "LAB", "MAP", "NEW", "OIL", "PUB", "RUN", "SKI", "TAX", "USA", "VAN", "WAX", "YES", "ZOO", "INN", "PIE", "TEA"]
 )
 TASKS = ("single_object", "colors", "two_object", "counting", "position", "color_attr", "ocr")
 HELD_OUT_AT_LEAST, HELD_OUT_PART = 60, 0.10
@@ -45,9 +44,7 @@ def _record(tag: str, prompt: str, include: list[dict], exclude: list[dict] | No
 
 def _single_object():
     for medium, size, shape, ground in product(MEDIA, SIZES, SHAPES, BACKGROUNDS):
-        yield _record(
-            "single_object", f"a {medium} of {_a(size + shape)}{ground}", [{"class": shape, "count": 1}]
-        )
+        yield _record("single_object", f"a {medium} of {_a(size + shape)}{ground}", [{"class": shape, "count": 1}])
 
 
 def _colors():
@@ -70,9 +67,7 @@ def _counting():
 
 
 def _position():
-    for medium, (first, second), relation, ground in product(
-        MEDIA, permutations(SHAPES, 2), RELATIONS, BACKGROUNDS
-    ):
+    for medium, (first, second), relation, ground in product(MEDIA, permutations(SHAPES, 2), RELATIONS, BACKGROUNDS):
         include = [
             {"class": second, "count": 1},
             {"class": first, "count": 1, "position": [relation, 0]},
@@ -82,9 +77,7 @@ def _position():
 
 def _color_attr():
     for medium, shapes, colors in product(MEDIA, permutations(SHAPES, 2), permutations(COLORS, 2)):
-        include = [
-            {"class": shape, "count": 1, "color": color} for shape, color in zip(shapes, colors, strict=True)
-        ]
+        include = [{"class": shape, "count": 1, "color": color} for shape, color in zip(shapes, colors, strict=True)]
         pair = " and ".join(_a(f"{clause['color']} {clause['class']}") for clause in include)
         yield _record("color_attr", f"a {medium} of {pair}", include)
 
@@ -142,8 +135,7 @@ def layout(record: dict, rng: random.Random) -> list[tuple[str, str, int, int, i
         free = iter(rng.sample([c for c in COLORS if all(c != k.get("color") for k in clauses)], len(clauses)))
         colors = [clause.get("color") or next(free) for clause in clauses]
     return [
-        (clause["class"], color, x, y, radius)
-        for clause, color, (x, y) in zip(clauses, colors, spots, strict=True)
+        (clause["class"], color, x, y, radius) for clause, color, (x, y) in zip(clauses, colors, spots, strict=True)
     ]
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.base import BackboneSection
+from align_cluster.conditions.cache import ConditionCache, default_folder
 from align_cluster.config.base import Section
-from align_cluster.backbones.adapters import add_adapters, adapter_parameters
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import STEPS
@@ -50,7 +51,16 @@ class Sampler:
         return self._denoiser
 
     def encode(self, texts: list[str]) -> list[Condition]:
-        return self.backbone.encode(texts)
+        """Conditions of prompts, from the disk cache where they are there; the text encoders load only for the others."""
+        cache = ConditionCache(default_folder())
+        found = [cache.get(self.backbone.condition_key(text)) for text in texts]
+        missing = [text for text, condition in zip(texts, found, strict=True) if condition is None]
+        fresh = {}
+        for condition, text in zip(self.backbone.encode(missing) if missing else [], missing, strict=True):
+            cache.put(condition)
+            fresh[text] = condition
+        self.backbone.free_text_encoders()
+        return [condition or fresh[text] for text, condition in zip(texts, found, strict=True)]
 
     def adopt(self, manifest: Manifest, buffer: np.ndarray) -> Receipt:
         """Bind every tensor of a published buffer to this worker's adapter; the checksum is read back from the parameters."""
@@ -65,7 +75,9 @@ class Sampler:
     ) -> tuple[DrawInfo, np.ndarray, Record]:
         """Draw one chunk: (what the driver keeps, images uint8 [B, H, W, 3], what the learner needs)."""
         if request.version != self.version:
-            raise RuntimeError(f"{self.name} holds weights {self.version}, but was asked to draw with {request.version}")
+            raise RuntimeError(
+                f"{self.name} holds weights {self.version}, but was asked to draw with {request.version}"
+            )
         started = time.perf_counter()
         sigmas = self.backbone.sigmas(request.steps)
         text = TextBatch.build([condition] * len(chunk.seeds), null, self.backbone.device)
@@ -86,14 +98,14 @@ class Sampler:
         info = DrawInfo(
             chunk,
             self.version,
-            fingerprint(sigmas, chunk.seeds, request, condition),
+            fingerprint(chunk.seeds, request, condition.key),
             time.perf_counter() - started,
             request.steps * (1 if request.guidance == 1.0 else 2),
         )
         return info, images, record
 
 
-def fingerprint(sigmas: np.ndarray, seeds: Sequence[int], request: DrawRequest, condition: Condition) -> str:
-    """Hash of everything that decides a draw; the driver compares it with its own."""
-    facts = (sigmas.tobytes(), tuple(seeds), request.version, request.step.model_dump_json(), request.guidance, condition.key)
-    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+def fingerprint(seeds: Sequence[int], request: DrawRequest, condition_key: str) -> str:
+    """Hash of everything that decides a draw; the driver compares the one that comes back with its own."""
+    facts = (request.version, request.steps, request.step.model_dump_json(), request.guidance, request.indices)
+    return hashlib.blake2b(repr((facts, tuple(seeds), condition_key)).encode(), digest_size=8).hexdigest()

@@ -1,6 +1,6 @@
 """Weight sync: one flat buffer, a manifest of what is in it, and receipts that prove its adoption.
 
-    state -> publish() -> (Manifest, uint8 buffer) -> object store -> adopt() on every sampler -> Receipt -> check()
+state -> publish() -> (Manifest, uint8 buffer) -> object store -> adopt() on every sampler -> Receipt -> check()
 """
 
 import hashlib
@@ -58,7 +58,9 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
     names = {tensor.name for tensor in manifest.tensors}
     if names != parameters.keys() or not names:
         missing, extra = sorted(parameters.keys() - names), sorted(names - parameters.keys())
-        raise RuntimeError(f"weights {manifest.version} do not fit: {len(missing)} missing {missing[:2]}, unknown {extra[:2]}")
+        raise RuntimeError(
+            f"weights {manifest.version} do not fit: {len(missing)} missing {missing[:2]}, unknown {extra[:2]}"
+        )
     held = np.zeros(manifest.nbytes, dtype=np.uint8)
     with torch.no_grad():
         for tensor in manifest.tensors:

@@ -1,0 +1,88 @@
+"""The learner's ranks as actors: rendezvous, calls to all ranks at once, one deadline."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayTaskError
+
+from align_cluster.cluster.pool import LOST, cause_of
+from align_cluster.config.plan import Plan
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.worker import Learner
+
+
+class LearnerRank:
+    """The actor around a Learner: built in two calls, because the other ranks need rank 0's address first."""
+
+    def address(self) -> tuple[str, int]:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def build(self, *args: Any) -> None:
+        self.learner = Learner(*args)
+
+    def update(self, *args: Any) -> Any:
+        return self.learner.update(*args)
+
+    def publish(self, *args: Any) -> Any:
+        return self.learner.publish(*args)
+
+
+class LearnerGroup:
+    """All ranks of one learner. Every call goes to every rank."""
+
+    def __init__(self, config: RunConfig, plan: Plan) -> None:
+        self.timeout_s = config.cluster.timeout_s
+        actor = ray.remote(LearnerRank).options(num_cpus=plan.learner_cpus, num_gpus=plan.learner_gpus)
+        self.ranks = [actor.remote() for _ in range(plan.learners)]
+        address, port = self.wait([self.ranks[0].address.remote()])[0]
+        device = "cuda" if plan.learner_gpus else "cpu"
+        self.built = [
+            rank.build.remote(config, index, plan.learners, address, port, plan.threads, device)
+            for index, rank in enumerate(self.ranks)
+        ]
+
+    def wait(self, refs: list) -> list[Any]:
+        """Results of one call on every rank; names the rank that is lost or late."""
+        left = list(refs)
+        try:
+            while left:
+                # Any rank's error must surface at once: the others would wait for it in a collective.
+                ready, left = ray.wait(left, num_returns=1, timeout=self.timeout_s)
+                if not ready:
+                    raise TimeoutError(
+                        f"learner ranks did not finish within {self.timeout_s:g} s: {len(left)} are late"
+                    )
+                ray.get(ready)
+            return ray.get(refs)
+        except RayTaskError as error:
+            raise cause_of(error) from error
+        except LOST as error:
+            raise RuntimeError(f"a learner rank was lost: {error}") from error
+        except GetTimeoutError as error:
+            raise TimeoutError("a learner rank's result did not arrive") from error
+
+    def ready(self) -> None:
+        """Wait until every rank has loaded its model and joined the process group."""
+        self.wait(self.built)
+
+    def update(self, step: int, shares: list[tuple], totals: dict[int, float], null: Any) -> list[dict]:
+        """Run one step on all ranks; `shares` has (pieces, data references) for each."""
+        refs = [
+            rank.update.remote(step, pieces, totals, null, *data)
+            for rank, (pieces, data) in zip(self.ranks, shares, strict=True)
+        ]
+        return self.wait(refs)
+
+    def publish(self, source: str, version: int) -> tuple[Any, Any]:
+        """(manifest, reference to the flat buffer) of rank 0."""
+        pairs = [rank.publish.options(num_returns=2).remote(source, version) for rank in self.ranks]
+        manifest, *_ = self.wait([manifest for manifest, _ in pairs])
+        return manifest, pairs[0][1]
+
+    def shutdown(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)

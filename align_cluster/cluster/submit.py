@@ -1,0 +1,127 @@
+"""`train` as a Ray job: upload the run file and what it names, start it on the cluster, follow its log."""
+
+import asyncio
+import logging
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from align_cluster.config.load import dump
+from align_cluster.config.run import RunConfig
+from align_cluster.types import UserError
+
+FILE_SETTINGS = ("path", "exclude")  # settings of a prompts block that name a file
+
+
+def submit(
+    config: RunConfig,
+    address: str | None = None,
+    files: Sequence[Path] = (),
+    wait: bool = True,
+    python: str = "python",
+) -> int:
+    """Start the run as a job on the cluster whose dashboard is at `address`; returns 0 if it succeeded, 1 if not.
+
+    The job's working directory holds the resolved config, the prompt files that it names, and `files`, nothing else:
+    align_cluster itself must be installed on the cluster, for `python` there. With `wait` the log is shown as it is
+    written; interrupting this leaves the job running.
+    """
+    if not PurePosixPath(config.out).is_absolute():
+        raise UserError(
+            f"out is {config.out}, inside the job's working directory, which Ray deletes; "
+            "give --out an absolute path on storage that the cluster keeps, such as /shared/runs"
+        )
+    client = connect(address)
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder), config, files)
+        env = {"RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
+        try:
+            entrypoint = f"{shlex.quote(python)} -m align_cluster.cli train config.yaml"
+            job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder, "env_vars": env})
+        except RuntimeError as error:
+            raise UserError(f"{client.get_address()} refused the job ({_first_line(error)})") from error
+    shown = f"ray job {{}} --address {client.get_address()} {job}"
+    print(f"job {job}: stop it with `{shown.format('stop')}`", flush=True)
+    if not wait:
+        print(f"follow it with `{shown.format('logs -f')}`")
+        return 0
+    asyncio.run(_follow(client, job))
+    status = client.get_job_status(job).value
+    print(f"job {job}: {status.lower()}", flush=True)
+    if status == "FAILED" and "No module named" in client.get_job_logs(job):
+        print(f"`{python}` on the cluster lacks align_cluster or its packages; give --python, the one that has them")
+    return 0 if status == "SUCCEEDED" else 1
+
+
+def connect(address: str | None) -> Any:
+    """A JobSubmissionClient, with the authentication that the cluster asks for. UserError where nothing answers.
+
+    Ray decides whether to send a token by RAY_AUTH_MODE, which it reads while it is imported; so the cluster is asked
+    first.
+    """
+    import requests
+
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not address:
+        raise UserError("submit needs the cluster's dashboard; give --address, such as --address http://127.0.0.1:8265")
+    url = (address if "://" in address else f"http://{address}").rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise UserError(
+            f"--address {address} is no dashboard; jobs go to its http address, such as http://127.0.0.1:8265"
+        )
+    try:
+        answer = requests.get(f"{url}/api/version", timeout=10)
+        os.environ["RAY_AUTH_MODE"] = "token" if answer.status_code in (401, 403) else "disabled"
+        from ray.job_submission import JobSubmissionClient
+
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.WARNING)  # uploads and closed sockets are no news
+        return JobSubmissionClient(url)
+    except (requests.exceptions.RequestException, ConnectionError) as error:
+        raise UserError(
+            f"no Ray dashboard answers at {url} ({type(error).__name__}); check --address, and that Ray was started "
+            "with its dashboard"
+        ) from error
+    except Exception as error:
+        if "auth" not in f"{type(error).__name__} {error}".lower():
+            raise
+        raise UserError(
+            f"{url} wants another token ({_first_line(error)}); put the cluster's into ~/.ray/auth_token, or set "
+            "RAY_AUTH_MODE as the cluster has it"
+        ) from error
+
+
+def fill(folder: Path, config: RunConfig, files: Sequence[Path]) -> None:
+    """Write the job's working directory: config.yaml, the prompt files that it names (paths rewritten), and `files`."""
+    data = config.model_dump(mode="json")
+    data["cluster"]["address"] = "auto"
+    for block in (data["prompts"], data["evaluate"]["prompts"]):
+        for setting in FILE_SETTINGS:
+            if block.get(setting):
+                block[setting] = _copy(Path(block[setting]).expanduser(), folder).name
+    for file in files:
+        _copy(file, folder)
+    (folder / "config.yaml").write_text(dump(RunConfig.model_validate(data)), encoding="utf-8")
+
+
+def _copy(file: Path, folder: Path) -> Path:
+    target = folder / file.name
+    if not file.is_file():
+        raise UserError(f"{file} is no file, so it cannot go along with the job; give an existing one")
+    if target.name == "config.yaml" or (target.exists() and target.read_bytes() != file.read_bytes()):
+        raise UserError(f"{file} has the name of another file of the job; rename one of them")
+    shutil.copyfile(file, target)
+    return target
+
+
+async def _follow(client: Any, job: str) -> None:
+    async for text in client.tail_job_logs(job):
+        print(text, end="", flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

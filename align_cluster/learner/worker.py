@@ -1,0 +1,190 @@
+"""One learner rank: runs an algorithm's loss over its share of a step's micro-batches and publishes adapters."""
+
+import hashlib
+import time
+from typing import Literal
+
+import numpy as np
+import torch
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.algorithms.base import Batch
+from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import Piece
+from align_cluster.learner.engine import Engine, join
+from align_cluster.learner.policy import LearnerPolicy
+from align_cluster.rollouts.guidance import TextBatch
+from align_cluster.rollouts.steps import STEPS
+from align_cluster.types import Condition, Manifest, Record
+from align_cluster.weights import publish
+
+
+class Learner:
+    """A rank of the learner. A plain class: a test builds it in its own process, the cluster wraps it in an actor."""
+
+    def __init__(
+        self, config: RunConfig, rank: int, world: int, address: str, port: int, threads: int = 1, device: str = "cpu"
+    ) -> None:
+        torch.set_num_threads(threads)
+        join(rank, world, address, port, device)
+        self.config, self.rank, self.world = config, rank, world
+        self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
+        self.backbone = BACKBONES[config.backbone.kind](config.backbone, device)
+        self.denoiser = add_adapters(self.backbone, self.backbone.load_denoiser(), self.algorithm.adapters)
+        self.engine = Engine(self.denoiser, config.optimizer, config.learner.zero_stage)
+        self.updates = 0
+        self.ema = self._read("default") if config.learner.ema else None
+
+    def learning_rate(self) -> float:
+        """Learning rate of the next update: flat, then linear in the run's progress."""
+        settings = self.config.optimizer
+        progress = self.updates / (self.config.steps * self.config.learner.updates_per_step)
+        if settings.schedule == "constant" or progress < settings.flat:
+            return settings.lr
+        left = (1 - progress) / (1 - settings.flat)
+        return settings.lr * max(settings.final, left)
+
+    def update(
+        self,
+        step: int,
+        pieces: list[Piece],
+        totals: dict[int, float],
+        null: Condition | None,
+        *data: Record | Condition,
+    ) -> dict[str, tuple[float, float, float]]:
+        """Run one step's updates. `data` alternates records and conditions, in the order of the pieces' `source`.
+
+        Returns, for each metric, (weighted sum, weight, largest magnitude) of this rank; raises FloatingPointError where a
+        loss is not finite, before that update changes any weight.
+        """
+        started = time.perf_counter()
+        sums: dict[str, list[float]] = {}
+        turns = self.algorithm.turns(len(data[0].sigmas) - 1)
+        for update, total in sorted(totals.items()):
+            mine = [piece for piece in pieces if piece.update == update]
+            scale = self.world / max(total * turns, 1.0)
+            for turn in range(turns):
+                for number, piece in enumerate(mine):
+                    loss = self._loss(step, turn, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums)
+                    self.engine.backward(loss * scale, last=turn == turns - 1 and number == len(mine) - 1)
+            rate = self.learning_rate()
+            _add(sums, "grad_norm", self.engine.step(rate), 1.0)
+            _add(sums, "lr", rate, 1.0)
+            self.updates += 1
+            self._average()
+        self._lag()
+        _add(sums, "seconds", time.perf_counter() - started, 1.0)
+        return {name: tuple(values) for name, values in sums.items()}
+
+    def _loss(
+        self,
+        step: int,
+        turn: int,
+        piece: Piece,
+        record: Record,
+        condition: Condition,
+        null: Condition | None,
+        sums: dict[str, list[float]],
+    ) -> torch.Tensor:
+        device, rows = self.backbone.device, slice(piece.start, piece.stop)
+
+        def part(array: np.ndarray | None) -> torch.Tensor | None:
+            return None if array is None else torch.tensor(array[rows], device=device)
+
+        def generators(purpose: str) -> list[torch.Generator]:
+            # A function of the sample and the moment, never of rank or micro-batch.
+            names = (f"{seed} {step} {piece.update} {purpose}" for seed in record.chunk.seeds[rows])
+            digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+            return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
+
+        kind = self.config.rollout.step or STEPS[self.algorithm.default_step].Config()
+        text = TextBatch.build([condition] * (piece.stop - piece.start), null, device)
+        policy = LearnerPolicy(
+            self.backbone,
+            self.engine.deepspeed,
+            self.denoiser,
+            STEPS[kind.kind](kind, record.sigmas),
+            text,
+            self.config.rollout.guidance,
+        )
+        batch = Batch(
+            turn,
+            torch.tensor(piece.advantages, device=device),
+            part(record.x0),
+            record.sigmas,
+            record.indices,
+            part(record.before),
+            part(record.after),
+            part(record.log_probs),
+            generators,
+        )
+        loss, metrics = self.algorithm.loss(policy, batch)
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(
+                f"step {step}: the loss of group {record.chunk.group} is not finite. "
+                "Lower optimizer.lr, or set backbone.precision: fp32"
+            )
+        weights = torch.from_numpy(piece.weights).to(device)
+        if piece.update == 0 and "log_ratio" in metrics:
+            metrics["first_log_ratio"] = metrics["log_ratio"]  # weights are still those of the rollout: must be 0
+        for name, values in {"loss": loss.detach(), **metrics}.items():
+            _add(
+                sums, name, float((values * weights).sum()), float(weights.sum()), float((values * weights).abs().max())
+            )
+        return (loss * weights).sum()
+
+    def _read(self, adapter: str) -> dict[str, torch.Tensor]:
+        parameters = adapter_parameters(self.denoiser, adapter)
+        with self.engine.gathered(list(parameters.values())):
+            return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def _average(self) -> None:
+        """EMA of the default adapter with Flow-GRPO's warm-up, min((1 + u) / (10 + u), ema)."""
+        if self.ema is None:
+            return
+        decay = min((1 + self.updates) / (10 + self.updates), self.config.learner.ema)
+        for name, value in self._read("default").items():
+            self.ema[name].lerp_(value, 1 - decay)
+
+    def _lag(self) -> None:
+        decay = self.algorithm.old_decay(self.updates)
+        if decay is None:
+            return
+        default = self._read("default")
+        old = adapter_parameters(self.denoiser, "old")
+        with self.engine.gathered(list(old.values()), write=True):
+            for name, parameter in old.items():
+                if parameter.numel():
+                    parameter.lerp_(default[name], 1 - decay)
+
+    def publish(
+        self, source: Literal["behaviour", "evaluation"], version: int
+    ) -> tuple[Manifest, np.ndarray] | tuple[None, None]:
+        """Rank 0's flat buffer of the adapter that samplers draw with, or of the one that is evaluated and shipped (the EMA
+        where there is one). All ranks must call it."""
+        if source == "evaluation" and self.ema is not None:
+            state = self.ema
+        else:
+            state = self._read(self.algorithm.behaviour if source == "behaviour" else "default")
+        if self.rank:
+            return None, None
+        return publish({name: value.float().cpu().numpy() for name, value in state.items()}, version)
+
+
+def _add(sums: dict[str, list[float]], name: str, value: float, weight: float, largest: float | None = None) -> None:
+    entry = sums.setdefault(name, [0.0, 0.0, 0.0])
+    entry[0] += value
+    entry[1] += weight
+    entry[2] = max(entry[2], abs(value) if largest is None else largest)
+
+
+def merge(ranks: list[dict[str, tuple[float, float, float]]]) -> dict[str, tuple[float, float]]:
+    """(mean, largest magnitude) of each metric over all ranks."""
+    merged = {}
+    for name in ranks[0]:
+        entries = [rank[name] for rank in ranks]
+        weight = sum(entry[1] for entry in entries)
+        merged[name] = (sum(entry[0] for entry in entries) / max(weight, 1e-9), max(entry[2] for entry in entries))
+    return merged

@@ -1,0 +1,156 @@
+"""The workers of one run and what the driver asks of them. Tensors stay in the object store; the driver holds references."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import ray
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.cluster.learners import LearnerGroup
+from align_cluster.cluster.placement import check_fits
+from align_cluster.cluster.pool import Pool, stream
+from align_cluster.cluster.workers import make_reward_worker, make_sampler
+from align_cluster.config.plan import Plan
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import cut, share, total_weight
+from align_cluster.learner.worker import merge
+from align_cluster.rollouts.sampler import DrawRequest, fingerprint
+from align_cluster.rollouts.steps import STEPS, Euler
+from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Receipt, Scores
+from align_cluster.weights import check
+
+Report = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One chunk that was drawn and scored: images and record are references."""
+
+    info: DrawInfo
+    images: Any
+    record: Any
+    scores: Scores
+
+
+class Crew:
+    """Samplers, reward workers and learner ranks of one run. Leaving the context stops them all."""
+
+    def __init__(self, config: RunConfig, plan: Plan, report: Report) -> None:
+        check_fits(plan)
+        self.config, self.plan, self.report = config, plan, report
+        self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
+        wait = config.cluster.timeout_s
+        self.samplers = Pool("sampler", lambda name: make_sampler(config, plan, name), plan.samplers, wait)
+        self.rewards = Pool("reward", lambda name: make_reward_worker(config, plan, name), plan.reward_workers, wait)
+        self.learners = LearnerGroup(config, plan)
+        self.conditions: dict[str, Any] = {}
+        self.keys: dict[str, str] = {}
+        self.version = 0
+        self.images_drawn = 0
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for group in (self.samplers, self.rewards, self.learners):
+            group.shutdown()
+
+    def encode(self, prompts: list[Prompt]) -> None:
+        """Encode every text that is new, and the empty prompt where guidance needs it; conditions go to the object store."""
+        guided = max(self.config.rollout.guidance, self.config.evaluate.guidance) > 1
+        texts = dict.fromkeys([prompt.text for prompt in prompts] + ([""] if guided else []))
+        new = [text for text in texts if text not in self.conditions]
+        for start in range(0, len(new), 32):
+            self.samplers.submit(start, "encode", new[start : start + 32])
+        for done in stream(self.samplers):
+            for text, condition in zip(new[done.key : done.key + 32], done.value, strict=True):
+                self.conditions[text], self.keys[text] = ray.put(condition), condition.key
+
+    def request(self, indices: tuple[int, ...] = (), evaluation: bool = False) -> DrawRequest:
+        """How to draw with the current weights: as the algorithm trains, or by ODE for evaluation."""
+        rollout, held_out = self.config.rollout, self.config.evaluate
+        if evaluation:
+            return DrawRequest(self.version, held_out.steps or rollout.steps, Euler.Config(), held_out.guidance)
+        step = rollout.step or STEPS[self.algorithm.default_step].Config()
+        return DrawRequest(self.version, rollout.steps, step, rollout.guidance, indices)
+
+    def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:
+        """Draw and score chunks, each scored as soon as it is drawn; results in the order of `chunks`, and stage times.
+
+        "rollout" lasts until the last chunk is drawn, "reward" from there until the last score.
+        """
+        self.encode([chunk.prompt for chunk in chunks])
+        started = last_drawn = time.perf_counter()
+        null = self.conditions.get("") if request.guidance > 1 else None
+        for chunk in chunks:
+            self.samplers.submit(chunk.id, "draw", chunk, self.conditions[chunk.prompt.text], null, request, returns=3)
+        by_id = {chunk.id: chunk for chunk in chunks}
+        drawn: dict[tuple, tuple] = {}
+        scores: dict[tuple, Scores] = {}
+        self.report("rollout", 0, len(chunks))
+        self.report("reward", 0, len(chunks))
+        for done in stream(self.samplers, self.rewards):
+            chunk = by_id[done.key]
+            if done.pool is self.samplers:
+                self._verify(done.value, request)
+                drawn[done.key] = (done.value, *done.refs)
+                self.rewards.submit(done.key, "score", done.refs[0], [chunk.prompt] * len(chunk.seeds))
+                last_drawn = time.perf_counter()
+                self.report("rollout", len(drawn), len(chunks))
+            else:
+                scores[done.key] = done.value
+                self.report("reward", len(scores), len(chunks))
+        self.images_drawn += sum(len(chunk.seeds) for chunk in chunks)
+        times = {"rollout": last_drawn - started, "reward": time.perf_counter() - last_drawn}
+        return [Drawn(*drawn[chunk.id], scores[chunk.id]) for chunk in chunks], times
+
+    def _verify(self, info: DrawInfo, request: DrawRequest) -> None:
+        """A chunk must have been drawn with exactly the levels, seeds, weights and condition that were asked for."""
+        key = self.keys[info.chunk.prompt.text]
+        if info.fingerprint != fingerprint(info.chunk.seeds, request, key):
+            raise RuntimeError(f"chunk {info.chunk.id} was not drawn as requested; sampler and driver versions differ")
+
+    def images(self, drawn: list[Drawn]) -> np.ndarray:
+        """Images of drawn chunks, uint8 [N, H, W, 3]."""
+        return np.concatenate(ray.get([item.images for item in drawn]))
+
+    def update(
+        self, step: int, drawn: list[Drawn], credit: Credit, valid: np.ndarray
+    ) -> dict[str, tuple[float, float]]:
+        """One step of the learner: (mean, largest magnitude) of each of its metrics over all ranks."""
+        sizes = np.cumsum([len(item.info.chunk.seeds) for item in drawn])[:-1]
+        pieces = cut(
+            [item.info.chunk for item in drawn],
+            np.split(credit.advantages.ravel(), sizes),
+            np.split(valid.ravel(), sizes),
+            self.config.learner.updates_per_step,
+            self.plan.micro_batch,
+            seed=self.config.seed * 1_000_003 + step,
+        )
+        shares = []
+        for rank in range(self.plan.learners):
+            mine, sources = share(pieces, rank, self.plan.learners)
+            data = [
+                reference
+                for source in sources
+                for reference in (drawn[source].record, self.conditions[drawn[source].info.chunk.prompt.text])
+            ]
+            shares.append((mine, data))
+        null = self.conditions.get("") if self.config.rollout.guidance > 1 else None
+        return merge(self.learners.update(step, shares, total_weight(pieces), null))
+
+    def publish(self, source: str) -> tuple[Manifest, Any, list[Receipt], float]:
+        """Send the learner's adapter to all samplers and prove that it arrived; returns also the seconds from the finished
+        buffer to the last receipt."""
+        self.version += 1
+        manifest, buffer = self.learners.publish(source, self.version)
+        started = time.perf_counter()
+        receipts = self.samplers.broadcast("adopt", manifest, buffer, sticky=True)
+        check(manifest, receipts, self.plan.samplers)
+        return manifest, buffer, receipts, time.perf_counter() - started

@@ -1,0 +1,64 @@
+"""The one vocabulary of metric names: what every number that a run writes is called, means and is measured in.
+
+A name is a path of segments; `<...>` in a pattern stands for exactly one segment. The first pattern that fits wins,
+so the special cases stand above the general ones.
+"""
+
+import difflib
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One declared name: `unit` is a short label for an axis ("" where the number has none)."""
+
+    pattern: str
+    unit: str
+    meaning: str
+
+
+METRICS = (
+    Metric("reward/<name>/mean", "score", "mean over the step's training images with a valid score"),
+    Metric("reward/<name>/failed", "images", "training images of the step without a valid score"),
+    Metric("reward/<name>/<task>", "score", "mean over the step's training images of one task"),
+    Metric("group/std", "score", "spread of the combined reward inside a group, mean over groups"),
+    Metric("group/zero_std_ratio", "fraction", "share of groups whose members all score the same: they teach nothing"),
+    Metric("group/masked", "fraction", "share of images left out of the group statistics because a score failed"),
+    Metric("time/step", "s", "wall time of the step: its stages together"),
+    Metric("time/learner", "s", "part of the update that the learner ranks spent computing"),
+    Metric("time/<stage>", "s", "wall time that the step spent in this stage"),
+    Metric("train/loss", "", "loss, mean over the step's images and denoising steps"),
+    Metric(
+        "train/kl", "", "distance from the base model: Gaussian KL a dimension, for NFT squared velocity difference"
+    ),
+    Metric("train/grad_norm", "", "gradient norm before clipping, largest of the step"),
+    Metric("train/log_ratio_max", "nats/dim", "largest |log ratio| of the policy to the one that drew"),
+    Metric("train/first_log_ratio_max", "nats/dim", "the same before the step's first update, where it must be 0"),
+    Metric("train/clip_high", "fraction", "share of ratios above the clip range"),
+    Metric("train/clip_low", "fraction", "share of ratios below the clip range"),
+    Metric("train/old_gap", "", "squared velocity difference of the policy to its lagged copy (NFT)"),
+    Metric("lr", "", "learning rate, mean over the step's updates"),
+    Metric("throughput/images_per_s", "images/s", "training images over the step's wall time"),
+    Metric("weights/bytes", "bytes", "size of the published weight buffer"),
+    Metric("weights/adopt_s", "s", "from publishing to the last sampler's receipt"),
+    Metric("weights/version", "version", "policy version that the samplers hold after the step"),
+)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    wanted, given = pattern.split("/"), name.split("/")
+    return len(wanted) == len(given) and all(
+        part and (part == want or want.startswith("<")) for want, part in zip(wanted, given, strict=True)
+    )
+
+
+@cache
+def describe(name: str) -> Metric:
+    """The declaration of metric `name`; ValueError with the nearest declared name where there is none."""
+    for metric in METRICS:
+        if _fits(metric.pattern, name):
+            return metric
+    near = difflib.get_close_matches(name, [metric.pattern for metric in METRICS], n=1)
+    hint = f"; the nearest declared name is {near[0]!r}" if near else ""
+    raise ValueError(f"metric {name!r} is not declared in align_cluster/observe/metrics.py{hint}")

@@ -144,11 +144,14 @@ def _fringes(owner: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 def _match(masks: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Best shape index [N] and its score [N] in [0, 1] for masks [N, H, W]."""
-    templates, widths = _templates()
-    outlines, width = _crops(masks, boxes).flatten(1), (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True)
+    templates, sides = _templates()
+    outlines, size = _crops(masks, boxes).flatten(1), boxes[:, 2:] - boxes[:, :2]
     shared = outlines @ templates.T
     overlap = shared / (outlines.sum(1)[:, None] + templates.sum(1) - shared)
+    width, widths = size.amax(1, keepdim=True), sides.amax(1)
     overlap = overlap * ((width.clamp(widths.min(), widths.max()) - widths).abs() <= 0.15 * widths)
+    stretch = ((size[:, 0] / size[:, 1]).log()[:, None] - (sides[:, 0] / sides[:, 1]).log()).abs()
+    overlap = overlap * torch.exp(-2 * (stretch - 0.1).clamp_min(0))  # an oval is no circle
     (best, rival), shapes = (v.T for v in overlap.unflatten(1, (len(scene.SHAPES), -1)).amax(2).topk(2, dim=1))
     return shapes[0], (best - 2 * (MARGIN - (best - rival)).clamp_min(0)).clamp_min(0)
 
@@ -165,7 +168,7 @@ def _crops(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _templates() -> tuple[torch.Tensor, torch.Tensor]:
-    """Outlines of every shape, at the sizes in use and around them: [6 * K, CROP * CROP], and their widths [6 * K].
+    """Outlines of every shape, at the sizes in use and around them: [6 * K, CROP * CROP], and their sides [6 * K, 2].
 
     Whole radii, on the pixel lattice and half a pixel off. More would be too forgiving: a circle of 14.5 pixels, cut
     to 14 by its raster, is a fine square with round corners.
@@ -176,4 +179,4 @@ def _templates() -> tuple[torch.Tensor, torch.Tensor]:
         cover = coverage(shape, SIZE / 2 + x, SIZE / 2 + y, radius)
         masks += [_parts((cover > cut).long() - 1)[1] for cut in (0.4, 0.55)]  # thin tips come and go
     boxes = _boxes(torch.cat(masks))
-    return _crops(torch.cat(masks), boxes).flatten(1), (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    return _crops(torch.cat(masks), boxes).flatten(1), boxes[:, 2:] - boxes[:, :2]

@@ -100,6 +100,13 @@ def test_something_between_two_shapes_is_surely_neither():
     assert detection.score < THRESHOLD
 
 
+def test_an_oval_is_surely_no_circle():
+    axis = torch.arange(SIZE) + 0.5 - 24
+    oval = ((axis[:, None] / 14) ** 2 + (axis[None, :] / 11) ** 2 < 1).float()
+    (detection,) = detect(canvas((oval, "green")))[0]
+    assert detection.score < THRESHOLD
+
+
 def test_no_images_and_empty_images_give_no_objects():
     assert detect(np.zeros((0, SIZE, SIZE, 3), dtype=np.uint8)) == []
     assert detect(np.full((2, SIZE, SIZE, 3), 128, dtype=np.uint8)) == [[], []]

@@ -4,6 +4,8 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from align_cluster.embedded import scene
+from align_cluster.embedded.render import render
 from align_cluster.embedded.tokenizer import build
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.types import Prompt, UserError
@@ -84,3 +86,13 @@ def test_text_beyond_the_models_length_is_cut(reward, images):
 def test_a_missing_checkpoint_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="clip_score cannot load .*preprocessor_config.json"):
         ClipScore(ClipScore.Config(path=str(tmp_path))).load("cpu", 1)
+
+
+def test_the_shipped_model_prefers_an_image_to_another_prompts_image():
+    reward = ClipScore(ClipScore.Config())
+    reward.load("cpu", 1)
+    records = [record for task in scene.TASKS for record in scene.prompts(task, "held_out")[:12]]
+    images = render(records, 3).permute(0, 2, 3, 1).numpy()
+    asked = prompts([record["prompt"] for record in records])
+    own, other = reward.score(images, asked).values, reward.score(np.roll(images, 17, axis=0), asked).values
+    assert (own > other).mean() >= 0.9

@@ -128,8 +128,8 @@ def check_ratio(config: RunConfig, trained: dict[str, tuple[float, float]]) -> d
     largest = trained["first_log_ratio"][1]
     if not np.isfinite(largest) or largest > config.learner.ratio_tolerance:
         raise UserError(
-            f"self-check failed: before the first update the learner's log-probs differ from the rollout's by {largest:.2e} "
-            f"(learner.ratio_tolerance is {config.learner.ratio_tolerance:g}): leave learner.micro_batch unset so that both "
-            "batch alike, or set backbone.precision: fp32"
+            "self-check failed: before the first update the learner's log-probs differ from the rollout's by "
+            f"{largest:.2e} (learner.ratio_tolerance is {config.learner.ratio_tolerance:g}): leave "
+            "learner.micro_batch unset so that both batch alike, or set backbone.precision: fp32"
         )
     return {"max_abs_log_ratio": largest}

@@ -29,9 +29,7 @@ METRICS = (
     Metric("time/learner", "s", "part of the update that the learner ranks spent computing"),
     Metric("time/<stage>", "s", "wall time that the step spent in this stage"),
     Metric("train/loss", "", "loss, mean over the step's images and denoising steps"),
-    Metric(
-        "train/kl", "", "distance from the base model: Gaussian KL a dimension, for NFT squared velocity difference"
-    ),
+    Metric("train/kl", "", "distance from the base model: KL a dimension; NFT: squared velocity gap"),
     Metric("train/grad_norm", "", "gradient norm before clipping, largest of the step"),
     Metric("train/log_ratio_max", "nats/dim", "largest |log ratio| of the policy to the one that drew"),
     Metric("train/first_log_ratio_max", "nats/dim", "the same before the step's first update, where it must be 0"),

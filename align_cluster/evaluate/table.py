@@ -1,0 +1,153 @@
+"""Tables of held-out scores: means per task, the overall score with its uncertainty, before against after."""
+
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+KEYS = ("task", "prompt_id")
+
+
+def summarise(rows: list[dict[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Means of the score columns of per-image rows {"task", "prompt_id", column: float or None}.
+
+    Returns {"overall": {column: mean}, "tasks": {task: {column: mean}}, "interval": {column: [low, high]}, "count":
+    images, "prompts": distinct prompts}. A task's mean is over its images; `overall` is the mean of the task means
+    (GenEval's convention), so a task counts the same however many prompts it has. A failed score (None or NaN) is left
+    out, never counted as zero; a column without any score in a task is absent there, and that task does not enter the
+    column's overall.
+
+    `interval` is the 95 % bootstrap interval of `overall`: prompts are redrawn with replacement inside each task, with
+    all of a prompt's images, since images of one prompt are not independent. ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("a table of no images: there is nothing to summarise")
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in KEYS))
+    scores = np.array([[np.nan if row.get(c) is None else row[c] for c in columns] for row in rows], dtype=np.float64)
+    tasks = np.array([row["task"] for row in rows])
+    prompts = np.array([str(row["prompt_id"]) for row in rows])
+    rng = np.random.default_rng(seed)
+
+    names = list(dict.fromkeys(tasks.tolist()))
+    means, redrawn, distinct = [], [], 0
+    for name in names:
+        sums, counts = _per_prompt(scores[tasks == name], prompts[tasks == name])
+        size = len(sums)
+        distinct += size
+        draws = rng.multinomial(size, np.full(size, 1 / size), size=resamples).astype(np.float64)
+        means.append(_divide(sums.sum(0), counts.sum(0)))
+        redrawn.append(_divide(draws @ sums, draws @ counts))
+    overall = _mean_of_tasks(np.stack(means))
+    spread = _mean_of_tasks(np.stack(redrawn))
+    return {
+        "overall": _defined(columns, overall),
+        "tasks": {name: _defined(columns, mean) for name, mean in zip(names, means, strict=True)},
+        "interval": {
+            column: np.nanpercentile(spread[:, index], (2.5, 97.5)).tolist()
+            for index, column in enumerate(columns)
+            if np.isfinite(overall[index])
+        },
+        "count": len(rows),
+        "prompts": distinct,
+    }
+
+
+def _per_prompt(scores: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and numbers of the defined scores [B, C] of each of P prompts: two arrays [P, C]."""
+    keys, owner = np.unique(prompts, return_inverse=True)
+    sums, counts = np.zeros((2, len(keys), scores.shape[1]))
+    np.add.at(sums, owner, np.nan_to_num(scores))
+    np.add.at(counts, owner, np.isfinite(scores))
+    return sums, counts
+
+
+def _divide(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+
+
+def _mean_of_tasks(means: np.ndarray) -> np.ndarray:
+    """Mean over axis 0 of the tasks that have a score."""
+    return _divide(np.nansum(means, axis=0), np.isfinite(means).sum(axis=0))
+
+
+def _defined(columns: list[str], means: np.ndarray) -> dict[str, float]:
+    return {column: float(mean) for column, mean in zip(columns, means, strict=True) if np.isfinite(mean)}
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """{"overall": {column: cell}, "tasks": {task: {column: cell}}} with cell = {"before", "after", "change"}.
+
+    A side without the score has None there, and the change is None.
+    """
+    tasks = list(dict.fromkeys([*before.get("tasks", {}), *after.get("tasks", {})]))
+    sides = (before.get("tasks", {}), after.get("tasks", {}))
+    return {
+        "overall": _cells(before.get("overall", {}), after.get("overall", {})),
+        "tasks": {task: _cells(*(side.get(task, {}) for side in sides)) for task in tasks},
+    }
+
+
+def _cells(before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    cells = {}
+    for column in dict.fromkeys([*before, *after]):
+        old, new = before.get(column), after.get(column)
+        cells[column] = {"before": old, "after": new, "change": None if old is None or new is None else new - old}
+    return cells
+
+
+def headline_column(wanted: str | None, columns: list[str]) -> str | None:
+    """The column to show first: `wanted`, with or without its "reward/", or else the first there is."""
+    for name in (wanted, f"reward/{wanted}"):
+        if name in columns:
+            return name
+    return columns[0] if columns else None
+
+
+def evaluation_table(scores: dict[str, Any], title: str = "held-out scores") -> Table:
+    """What `summarise` returned, for the terminal: one row a task, one column a score."""
+    columns = list(scores["overall"])
+    table = Table(title=title, title_justify="left", caption_justify="left", caption=_caption(scores))
+    table.add_column("task")
+    for column in columns:
+        table.add_column(column.removeprefix("reward/"), justify="right")
+    for task, means in scores["tasks"].items():
+        table.add_row(escape(task), *(_score(means.get(column)) for column in columns))
+    table.add_section()
+    table.add_row("overall", *(_score(scores["overall"][column]) for column in columns), style="bold")
+    if "interval" in scores:
+        bounds = (scores["interval"][column] for column in columns)
+        table.add_row("95 % interval", *(f"{low:.3f} – {high:.3f}" for low, high in bounds), style="dim")
+    return table
+
+
+def comparison_table(before: dict[str, Any], after: dict[str, Any], column: str, title: str | None = None) -> Table:
+    """Before against after in one column: one row a task, and overall."""
+    cells = compare(before, after)
+    table = Table(title=title or column.removeprefix("reward/"), title_justify="left")
+    for name in ("task", "before", "after", "change"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for task, row in cells["tasks"].items():
+        table.add_row(escape(task), *_shown(row.get(column)))
+    table.add_section()
+    table.add_row("overall", *_shown(cells["overall"].get(column)), style="bold")
+    return table
+
+
+def _caption(scores: dict[str, Any]) -> str:
+    prompts = f" of {scores['prompts']} prompts" if "prompts" in scores else ""
+    return f"{scores['count']} images{prompts}; overall is the mean of the task means"
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _shown(cell: dict[str, float | None] | None) -> tuple[str, str, str]:
+    if cell is None:
+        return "–", "–", "–"
+    change = cell["change"]
+    if change is None:
+        return _score(cell["before"]), _score(cell["after"]), "–"
+    colour = "green" if change > 0 else "red" if change < 0 else "dim"
+    return _score(cell["before"]), _score(cell["after"]), f"[{colour}]{change:+.3f}[/]"

@@ -1,0 +1,138 @@
+"""What a person sees in the terminal while a run works, and the short table at its end."""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from align_cluster.evaluate.table import comparison_table, headline_column
+
+SHOWN_REWARDS = 3
+
+
+class Progress:
+    """Bars for the run and for each stage of its step; where stdout is no terminal, a plain line every `every` steps.
+
+    `every: None` gives about twenty lines a run. `stage` is cheap enough to call once a chunk.
+    """
+
+    def __init__(self, total_steps: int, stages: list[str], every: int | None = None, console: Console | None = None):
+        self.total, self.names, self.console = total_steps, stages, console or Console()
+        self.every = every or max(1, total_steps // 20)
+        self.began = self.last = time.monotonic()
+        self.recent: deque[float] = deque(maxlen=10)
+        self.first_rewards: dict[str, float] = {}
+        self.live = None
+        if self.console.is_terminal:
+            width = max(map(len, ["steps", *stages]))
+            self.run = Bars(_name(width), BarColumn(36), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self.run_bar = self.run.add_task("steps", total=total_steps, text="")
+            self.stages = Bars(_name(width), BarColumn(36), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bars = {name: self.stages.add_task(name, start=False, total=1) for name in stages}
+            self.live = Live(Group(self.run, self.stages), console=self.console, refresh_per_second=8)
+
+    def __enter__(self) -> "Progress":
+        self.began = self.last = time.monotonic()
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` units of stage `name` are ready; `done` = 0 begins the stage anew."""
+        if name not in self.names:
+            raise ValueError(f"stage {name!r} was not declared; there are {', '.join(self.names)}")
+        if self.live:
+            bar = self.bars[name]
+            if done == 0:
+                self.stages.reset(bar, total=total)
+            self.stages.start_task(bar)
+            self.stages.update(bar, completed=done, total=total)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """`step` steps (1 ... total) are done; `values` are the metrics of the last one."""
+        now = time.monotonic()
+        # Before the first step lie the start of the workers and the first evaluation, which do not come again.
+        self.recent.append(now - self.last if self.recent else values.get("time/step", now - self.last))
+        self.last = now
+        text = "  ".join([f"ETA {clock(self._remaining(step))}", *self._rewards(values)])
+        if self.live:
+            self.run.update(self.run_bar, completed=step, text=text)
+        elif step == 1 or step % self.every == 0 or step == self.total:
+            speed = values.get("throughput/images_per_s")
+            rate = "" if speed is None else f"  {speed:.1f} images/s"
+            self._plain(f"step {step}/{self.total}  elapsed {clock(now - self.began)}  {text}{rate}")
+
+    def note(self, text: str) -> None:
+        """Print one line that stays, above the bars."""
+        self._plain(text)
+
+    def _remaining(self, step: int) -> float:
+        return sum(self.recent) / len(self.recent) * (self.total - step)
+
+    def _rewards(self, values: dict[str, float]) -> list[str]:
+        texts = []
+        for metric, value in values.items():
+            kind, _, rest = metric.partition("/")
+            if kind == "reward" and rest.endswith("/mean"):
+                name = rest.removesuffix("/mean")
+                first = self.first_rewards.setdefault(name, value)
+                texts.append(f"{name} {value:.3f} (began {first:.3f})")
+        return texts[:SHOWN_REWARDS]
+
+    def _plain(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def _name(width: int) -> TextColumn:
+    return TextColumn("{task.description:<" + str(width) + "}")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def table(summary: dict[str, Any], run_dir: Path | None = None) -> Table:
+    """The end of a run in one table: held-out score before and after, what was drawn, how long it took, where it lies.
+
+    `summary` is the content of summary.json; what it lacks is left out.
+    """
+    outer = Table.grid(padding=(0, 0, 1, 0))
+    before, after = summary.get("before") or {}, summary.get("after") or {}
+    column = headline_column(summary.get("headline"), list(before.get("overall", {})))
+    if column:
+        title = f"held-out {column.removeprefix('reward/')}"
+        outer.add_row(comparison_table(before, after, column, title))
+    facts = Table.grid(padding=(0, 2))
+    for name, text in _facts(summary, run_dir):
+        facts.add_row(f"[dim]{name}[/]", escape(text))
+    outer.add_row(facts)
+    return outer
+
+
+def _facts(summary: dict[str, Any], run_dir: Path | None) -> list[tuple[str, str]]:
+    facts = []
+    if "images_drawn" in summary:
+        facts.append(("images", f"{summary['images_drawn']} drawn, {summary['images_per_s']:.1f} images/s"))
+    if "wall_seconds" in summary:
+        parts = "  ".join(f"{stage} {clock(seconds)}" for stage, seconds in summary["stage_seconds"].items())
+        facts.append(("wall time", f"{clock(summary['wall_seconds'])}   {parts}"))
+    if summary.get("lora_path"):
+        facts.append(("LoRA", f"{summary['lora_path']}"))
+    if run_dir:
+        facts.append(("files", f"{run_dir}"))
+        facts.append(("report", f"{run_dir / 'report.html'}"))
+    return facts

@@ -1,0 +1,89 @@
+"""What the report knows of a run: the files of a run directory, read into one record."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align_cluster.evaluate.table import headline_column
+from align_cluster.observe.charts import Point
+from align_cluster.observe.metrics import describe
+from align_cluster.observe.rundir import RunDir, read_json
+from align_cluster.observe.sinks import read_jsonl
+from align_cluster.types import UserError
+
+
+@dataclass
+class RunData:
+    """What the report knows of a run; everything but `name` may be missing."""
+
+    name: str
+    config_text: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    headline: str | None = None
+    grids: list[tuple[int, Path]] = field(default_factory=list)
+    grid_prompts: list[str] = field(default_factory=list)
+
+    def points(self, metric: str) -> list[Point]:
+        """(step, value) of every step that wrote `metric`."""
+        return [(row["step"], row[metric]) for row in self.rows if metric in row]
+
+    def metrics(self, prefix: str) -> list[str]:
+        """Names under `prefix`, in the order of their first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix)))
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys([*self.before.get("tasks", {}), *self.after.get("tasks", {})]))
+
+    @property
+    def stages(self) -> list[str]:
+        """Metric names of the stages that a step's time is divided into."""
+        return [name for name in self.metrics("time/") if describe(name).pattern == "time/<stage>"]
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Total seconds by stage: the summary's, or the sum over the steps of a run that has none."""
+        if "stage_seconds" in self.summary:
+            return self.summary["stage_seconds"]
+        return {name.removeprefix("time/"): sum(y or 0.0 for _, y in self.points(name)) for name in self.stages}
+
+
+def load(files: RunDir) -> RunData:
+    """Read a run directory. Without a summary, the first and the last evaluation stand for before and after.
+
+    UserError where there is no such folder.
+    """
+    if not files.path.is_dir():
+        raise UserError(
+            f"{files.path} is not a run directory: give the folder that `train` made, such as runs/quickstart"
+        )
+    summary = read_json(files.summary) or {}
+    evaluations = list(_last_of_each_step(read_jsonl(files.evaluations)).values())
+    before = summary.get("before") or (evaluations[0] if evaluations else {})
+    after = summary.get("after") or (evaluations[-1] if len(evaluations) > 1 else {})
+    config_text = files.config.read_text(encoding="utf-8") if files.config.exists() else ""
+    return RunData(
+        name=str(summary.get("name", files.path.resolve().name)),
+        config_text=config_text,
+        config=yaml.safe_load(config_text) or {},
+        rows=list(_last_of_each_step(read_jsonl(files.metrics)).values()),
+        evaluations=evaluations,
+        summary=summary,
+        before=before,
+        after=after,
+        headline=headline_column(summary.get("headline"), list(before.get("overall", {}))),
+        grids=[(step, files.grid(step)) for step in files.grid_steps()],
+        grid_prompts=[str(prompt) for prompt in read_json(files.grid_prompts) or []],
+    )
+
+
+def _last_of_each_step(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """A resumed run repeats the steps after its checkpoint: the later record counts."""
+    return {record["step"]: record for record in sorted(records, key=lambda record: record["step"])}

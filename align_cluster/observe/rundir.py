@@ -1,0 +1,89 @@
+"""The run directory: what each file is called; no run overwrites another, and no file is ever half written."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; a clean exit renames it over `path`, an exception removes it.
+
+    A reader therefore sees the old file or the new one, never half of one. The suffix of `path` is kept, because
+    PIL and others choose the format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunDir:
+    """Paths of one run's files under `path`. The constructor touches nothing; `create` makes a new directory."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
+        self.summary = self.path / "summary.json"
+        self.grids = self.path / "grids"
+        self.grid_prompts = self.grids / "prompts.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.lora = self.path / "lora"
+        self.lora_weights = self.lora / "pytorch_lora_weights.safetensors"
+        self.report = self.path / "report.html"
+
+    @classmethod
+    def create(cls, out: Path | str, name: str) -> "RunDir":
+        """Claim `out/name`, or `out/name-2`, `out/name-3` ... where that exists and is not empty.
+
+        A directory that already holds `grids/` is renamed into place: rename(2) replaces nothing or an empty folder
+        and fails on any other, so of two runs that start at once exactly one gets each name.
+        """
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        staged = out / f".{uuid.uuid4().hex}"
+        (staged / "grids").mkdir(parents=True)
+        number = 1
+        while True:
+            target = out / (name if number == 1 else f"{name}-{number}")
+            try:
+                os.rename(staged, target)
+            except OSError:
+                if not target.exists():  # not a name that is taken but, say, a full or read-only disk
+                    raise
+                number += 1
+            else:
+                return cls(target)
+
+    def grid(self, step: int) -> Path:
+        """Sample grid of the weights after `step` steps; step 0 is the base model."""
+        return self.grids / f"step_{step:06d}.png"
+
+    def grid_steps(self) -> list[int]:
+        """Steps that have a grid, ascending."""
+        return sorted(int(path.stem.removeprefix("step_")) for path in self.grids.glob("step_*.png"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON; ValueError on NaN, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """The parsed file, or None where it does not exist (a run that has not come so far)."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

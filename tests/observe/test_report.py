@@ -1,0 +1,141 @@
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from align_cluster.observe.report import write_report
+from align_cluster.observe.rundir import RunDir, write_json, write_text
+from align_cluster.observe.sinks import MetricWriter, append_jsonl
+from align_cluster.types import UserError
+
+VOID = {"meta", "img", "br", "link", "line", "rect", "circle", "path", "polygon"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects them with the text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID or (self.open and self.open[-1] == tag):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def report(run: RunDir) -> tuple[str, Page]:
+    html = write_report(run.path).read_text()
+    body = re.sub(r"<(line|rect|circle|path|polygon)([^>]*)>", r"<\1\2>", html)
+    return html, Page(body)
+
+
+def test_a_finished_run_shows_its_figures(make_run):
+    html, page = report(make_run(steps=20))
+    for part in ("quickstart", "finished", "5 min 04 s", "4,800", "15.8", "xxh3:9f2c41d07be5a813", "self-check"):
+        assert part in page.text
+    for section in ("Held-out scores", "Samples", "Reward", "Groups and updates", "Time", "Provenance"):
+        assert section in page.text
+    for task in ("single_object", "colors", "two_object", "counting", "overall"):
+        assert task in page.text
+    assert "not finite in 1 step" in page.text
+    assert "reward/geneval/mean" in page.text and "mean of the last 3 steps" in page.text
+    assert "time/learner" not in page.text  # it lies inside the update: not one more stage
+
+
+def test_the_page_is_self_contained(make_run):
+    html, page = report(make_run(steps=10))
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html
+
+
+def test_everything_a_user_wrote_is_escaped(make_run):
+    evil = "<script>alert('x')</script> & \"quotes\" </pre></style>"
+    run = make_run(steps=3)
+    write_json(run.grid_prompts, [evil])
+    write_text(run.config, yaml.safe_dump({"steps": evil, "seed": evil, "algorithm": {"kind": evil}}))
+    summary = {"name": evil, "headline": evil, "versions": {evil: evil}, "lora_path": evil, "lora_checksum": evil}
+    scores = {"overall": {evil: 0.5}, "tasks": {evil: {evil: 0.5}}, "count": 1}
+    write_json(run.summary, summary | {"config_hash": evil, "before": scores, "after": scores})
+    with MetricWriter(run.path) as writer:
+        writer.write(4, {"time/<img src=x onerror=y>": 1.0, "reward/<b>/mean": 0.5})
+    html, page = report(run)
+    assert not {tag for tag, _ in page.tags} & {"script", "b onerror"}
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert page.text.count("<script>alert('x')</script>") >= 6
+
+
+def test_a_run_without_steps_says_so(tmp_path):
+    html, page = report(RunDir.create(tmp_path, "new"))
+    assert "new" in page.text and "unfinished: 0 of ? steps" in page.text and "No step" in page.text
+
+
+def test_a_run_that_stopped_half_way_has_a_report(make_run):
+    run = make_run(steps=40, done=13, finished=False)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 14, "train/lo')
+    html, page = report(run)
+    assert "unfinished: 13 of 40 steps" in page.text
+    assert "up to step 10" in page.text and "Time" in page.text and "Provenance" in page.text
+
+
+@pytest.mark.parametrize("missing", ["config", "metrics", "evaluations", "summary", "grid_prompts"])
+def test_each_file_may_be_missing(make_run, missing):
+    run = make_run(steps=3)
+    getattr(run, missing).unlink()
+    report(run)
+
+
+def test_before_alone_is_shown_without_a_change(make_run):
+    html, page = report(make_run(steps=5, done=0, finished=False))
+    assert "not evaluated after" in page.text and "–" in page.text
+
+
+def test_steps_repeated_by_a_resumed_run_count_once(tmp_path):
+    run = RunDir.create(tmp_path, "resumed")
+    for step, value in ((1, 0.1), (2, 0.2), (2, 0.75)):
+        append_jsonl(run.metrics, {"step": step, "seconds": 1.0, "train/loss": value})
+    html, page = report(run)
+    assert "2 of ? steps" in page.text and "step 2: 0.75" in page.text and "step 2: 0.2 " not in page.text
+
+
+def test_a_metric_of_another_version_is_drawn_without_a_unit(tmp_path):
+    run = RunDir.create(tmp_path, "old")
+    append_jsonl(run.metrics, {"step": 1, "seconds": 1.0, "train/forgotten": 0.5})
+    assert "train/forgotten" in report(run)[1].text
+
+
+def test_a_huge_grid_is_embedded_smaller(make_run):
+    run = make_run(steps=2)
+    noise = np.random.default_rng(0).integers(0, 256, (800, 1600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(run.grid(2))
+    html, page = report(run)
+    assert run.grid(2).stat().st_size > 3_000_000
+    assert "data:image/jpeg" in html and len(html) < 2_500_000
+
+
+def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        write_report(tmp_path / "nothing")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,15 @@ start here:
 
 Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
 
+# Libraries say much that users need not read; Ray's workers inherit these.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         return args.command(args)
     except KeyboardInterrupt:
@@ -120,6 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     submit.add_argument(
         "--file", action="append", default=[], type=Path, help="another file that the job needs; repeatable"
+    )
+    submit.add_argument(
+        "--python", default="python", help="Python on the cluster that has align_cluster (default: python)"
     )
     submit.add_argument(
         "--no-wait", action="store_true", help="return once the job is queued, instead of following its log"
@@ -266,7 +275,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace) -> int:
     from align_cluster.cluster.submit import submit
 
-    return submit(_config(args), args.address, args.file, wait=not args.no_wait)
+    return submit(_config(args), args.address, args.file, not args.no_wait, args.python)
 
 
 def _doctor(args: argparse.Namespace) -> int:

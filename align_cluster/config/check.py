@@ -22,8 +22,12 @@ Problems = Iterator[str]
 def check(config: RunConfig) -> list[str]:
     """Raise UserError with every problem, one a line; return notes on what is allowed but probably not meant."""
     _refuse(sentence for rule in RULES for sentence in rule(config))
-    train = PROMPTS[config.prompts.kind](config.prompts).load()
-    held_out = PROMPTS[config.evaluate.prompts.kind](config.evaluate.prompts).load()
+    train, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
+    return check_prompts(config, train, held_out)
+
+
+def check_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> list[str]:
+    """The part of `check` that follows once the prompts are loaded."""
     _refuse(sentence for rule in PROMPT_RULES for sentence in rule(config, train, held_out))
     return [sentence for rule in NOTES for sentence in rule(config, train, held_out)]
 

@@ -44,6 +44,8 @@ def explain(error: ValidationError, source: str, overridden: set[str]) -> list[s
     errors = sorted(error.errors(), key=lambda e: ORDER.index(e["type"]) if e["type"] in ORDER else len(ORDER))
     lines, meant = [], set()
     for item in errors:
+        if any(other["loc"][:-1] == item["loc"] for other in errors):
+            continue  # a list without its wrong entries is also too short: the entries say it better
         path, owner, annotation = locate(item["loc"])
         dotted = ".".join(path)
         where = "--set" if dotted in overridden else source

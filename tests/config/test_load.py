@@ -1,0 +1,208 @@
+import json
+
+import pytest
+
+from align_cluster.config.load import config_hash, dump, json_schema, load, loads
+from align_cluster.config.run import RunConfig
+from align_cluster.types import UserError
+
+
+def complaint(text, *overrides):
+    """The message of a run file that must be refused; one line for one mistake."""
+    with pytest.raises(UserError) as caught:
+        loads(text, "run.yaml", overrides)
+    return str(caught.value)
+
+
+def test_a_run_file_loads_with_defaults_and_numbers_in_every_notation(text):
+    config = loads(text)
+    assert config.optimizer.lr == 1e-4 and config.rollout.guidance == 1.0
+    assert loads(text.replace("1e-4", "1.0E-04")) == config
+
+
+# One mistake each: what to replace in the run file, by what, and what the sentence must say.
+MISTAKES = [
+    ("steps: 3\n", "stepz: 3\n", ["stepz is no setting", "did you mean steps?"]),
+    ("group_size: 6", "grup_size: 6", ["rollout.grup_size is no setting", "did you mean rollout.group_size?"]),
+    ("  steps: 4", "  group_size_: 4", ["rollout.group_size_", "did you mean rollout.group_size?"]),
+    ("optimizer:\n  lr", "optimizer:\n  learning_rate", ["optimizer.learning_rate", "optimizer has lr, betas"]),
+    ("name: test", "name: test\nlr: 3", ["lr is no setting", "did you mean optimizer.lr?"]),
+    ("name: test", "name: test\ngroup_size: 3", ["group_size is no setting", "did you mean rollout.group_size?"]),
+    ("name: test", "name: test\nxyz: 3", ["xyz is no setting", "a run has name, out, seed"]),
+    ("kind: nft", "kind: nfd", ["algorithm.kind is 'nfd'", "one of grpo, nft", "did you mean nft?"]),
+    ("  kind: nft", "  beta: 1.0", ["algorithm.kind is missing", "one of grpo, nft"]),
+    ("algorithm:\n  kind: nft", "algorithm: nft", ["algorithm is 'nft'", "write it as algorithm.kind: nft"]),
+    (
+        "algorithm:\n  kind: nft",
+        "algorithm: [nft]",
+        ["algorithm is ['nft']", "mapping of settings such as algorithm.kind"],
+    ),
+    ("algorithm:\n  kind: nft\n", "", ["algorithm is missing", "add algorithm.kind, one of grpo, nft"]),
+    ("  kind: nft", "  kind: nft\n  clip: 1.0", ["algorithm.clip is no setting", "algorithm has kind, beta"]),
+    ("  kind: nft", "  kind: nft\n  kl_betta: 1.0", ["algorithm.kl_betta", "did you mean algorithm.kl_beta?"]),
+    ("  kind: nft", "  kind: nft\n  beta: 0", ["algorithm.beta is 0", "above 0"]),
+    ("  kind: nft", "  kind: nft\n  old: sloww", ["algorithm.old is 'sloww'", "'slow'", "did you mean slow?"]),
+    ("kind: geneval", "kind: gen_eval", ["rewards.judge.kind is 'gen_eval'", "did you mean geneval?"]),
+    ("kind: geneval", "kind: geneval\n    wieght: 2", ["rewards.judge.wieght", "did you mean rewards.judge.weight?"]),
+    (
+        "kind: geneval",
+        "kind: geneval\n    role: training",
+        ["rewards.judge.role is 'training'", "'train' or 'monitor'"],
+    ),
+    ("kind: geneval", "kind: geneval\n    threshold: 1.5", ["rewards.judge.threshold is 1.5", "below 1"]),
+    ("rewards:\n  judge:\n    kind: geneval", "rewards: {}", ["rewards is {}", "at least 1 entry"]),
+    ("rewards:\n  judge:\n    kind: geneval", "rewards:\n  judge: geneval", ["rewards.judge.kind: geneval"]),
+    ("steps: 3\n", "", ["steps is missing", "add steps: a whole number"]),
+    ("name: test\n", "", ["name is missing", "add name: text"]),
+    ("steps: 3\n", "steps: 0\n", ["steps is 0", "above 0"]),
+    ("steps: 3\n", "steps: 2.5\n", ["steps is 2.5", "a whole number"]),
+    ("steps: 3\n", "steps: many\n", ["steps is 'many'", "a whole number"]),
+    ("steps: 3\n", "steps: [3]\n", ["steps is [3]", "a whole number"]),
+    ("steps: 3\n", "steps: null\n", ["steps is None", "a whole number"]),
+    ("name: test", "name: 2024", ["name is 2024", "text", "quotes"]),
+    ("name: test", "name: a/b", ["name is 'a/b'", "letters, digits"]),
+    ("lr: 1e-4", "lr: -1e-4", ["optimizer.lr is -0.0001", "above 0"]),
+    ("lr: 1e-4", "lr: .nan", ["optimizer.lr is nan", "a finite number"]),
+    ("lr: 1e-4", "lr: fast", ["optimizer.lr is 'fast'", "a number"]),
+    ("lr: 1e-4", "betas: [0.9]", ["optimizer.betas.1 is missing"]),
+    ("lr: 1e-4", "betas: [0.9, 2]", ["optimizer.betas.1 is 2", "at most 1"]),
+    ("lr: 1e-4", "betas: 0.9", ["optimizer.betas is 0.9", "a list in [brackets]"]),
+    ("lr: 1e-4", "schedule: cosine", ["optimizer.schedule is 'cosine'", "'constant' or 'linear'"]),
+    ("optimizer:\n  lr: 1e-4", "optimizer: 3", ["optimizer is 3", "a mapping of settings such as optimizer.lr"]),
+    ("  steps: 4", "  step: {kind: sde}", ["rollout.step.kind is 'sde'", "euler, dpm2, flow_sde"]),
+    (
+        "  steps: 4",
+        "  step: {kind: flow_sde, noise: 1}",
+        ["rollout.step.noise is no", "did you mean rollout.step.noise_level?"],
+    ),
+    ("  steps: 4", "  guidance: 0.5", ["rollout.guidance is 0.5", "at least 1"]),
+    ("path: embedded", "path: embedded\n  height: 500", ["backbone.height is 500", "a multiple of 16"]),
+    ("path: embedded", "path: embedded\n  lora: {rank: 0}", ["backbone.lora.rank is 0", "above 0"]),
+    ("kind: sd3", "kind: flux", ["backbone.kind is 'flux'", "'sd3'"]),
+    ("tasks: [colors]\nrollout", "tasks: [colours]\nrollout", ["prompts.tasks.0 is 'colours'", "did you mean colors?"]),
+    ("tasks: [colors]\nrollout", "tasks: [colors, colors]\nrollout", ["prompts.tasks", "names 'colors' once"]),
+    ("tasks: [colors]\nrollout", "tasks: []\nrollout", ["prompts.tasks is []", "at least 1 entry"]),
+    ("split: held_out", "split: heldout", ["evaluate.prompts.split is 'heldout'", "did you mean held_out?"]),
+    ("evaluate:\n", "learner:\n  zero_stage: 4\nevaluate:\n", ["learner.zero_stage is 4", "0, 1, 2 or 3"]),
+    ("evaluate:\n", "learner:\n  ema: 1\nevaluate:\n", ["learner.ema is 1", "below 1"]),
+    (
+        "evaluate:\n",
+        "cluster:\n  gpus: 1\nevaluate:\n",
+        ["cluster.gpus is no setting", "cluster has address, samplers"],
+    ),
+    ("name: test", "name: test\nname: again", ["run.yaml, line 2", "name is set twice"]),
+    ("  steps: 4", "  steps: [4", ["run.yaml, line", "correct that line"]),
+    ("  steps: 4", "\tsteps: 4", ["run.yaml, line 12", "correct that line"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "parts"), MISTAKES, ids=[" ".join(m[2][0].split()) for m in MISTAKES])
+def test_one_mistake_gives_one_sentence_with_place_and_remedy(text, old, new, parts):
+    assert old in text
+    message = complaint(text.replace(old, new, 1))
+    assert "\n" not in message and message.startswith("run.yaml")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["run.yaml is empty", "configs/quickstart.yaml"]),
+        ("# only a comment\n", ["run.yaml is empty"]),
+        ("- a\n- b\n", ["holds a list", "a mapping"]),
+        ("hello", ["holds a str", "a mapping"]),
+        ("a: \x00", ["not YAML"]),
+        ("a: !!python/object:os.system x", ["line 1", "could not determine a constructor"]),
+    ],
+)
+def test_what_is_no_run_file_gives_one_sentence(text, parts):
+    message = complaint(text)
+    assert "\n" not in message and all(part in message for part in parts)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path, text):
+    (tmp_path / "quickstart.yaml").write_text(text)
+    with pytest.raises(UserError, match="quikstart.yaml does not exist; did you mean .*quickstart.yaml"):
+        load(tmp_path / "quikstart.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_several_mistakes_are_listed_with_unknown_settings_first(text):
+    lines = complaint(text.replace("steps: 3", "steps: x").replace("group_size", "grup_size")).splitlines()
+    assert len(lines) == 2 and "grup_size" in lines[0] and "steps is 'x'" in lines[1]
+
+
+def test_overrides_set_dotted_paths_to_yaml_values(run_config):
+    config = run_config(
+        "optimizer.betas=[0.8, 0.9]", "rollout.chunk=null", "name='7'", "rollout.step.kind=euler", "steps=9"
+    )
+    assert config.optimizer.betas == (0.8, 0.9) and config.rollout.chunk is None
+    assert (config.name, config.rollout.step.kind, config.steps) == ("7", "euler", 9)
+
+
+def test_the_last_override_of_a_setting_wins(run_config):
+    assert run_config("steps=5", "steps=6").steps == 6
+
+
+def test_a_new_kind_starts_its_block_anew_whatever_the_order(text):
+    text = text.replace("kind: nft", "kind: nft\n  beta: 0.5\n  kl_beta: 0.2")
+    for overrides in (["algorithm.kind=grpo", "algorithm.clip=1e-3"], ["algorithm.clip=1e-3", "algorithm.kind=grpo"]):
+        algorithm = loads(text, "run.yaml", overrides).algorithm
+        assert algorithm.kind == "grpo" and algorithm.clip == 1e-3
+        assert algorithm.kl_beta == type(algorithm)().kl_beta, "nft's kl_beta must not leak into grpo"
+
+
+def test_the_same_kind_keeps_its_block(text):
+    text = text.replace("kind: nft", "kind: nft\n  beta: 0.5")
+    assert loads(text, "run.yaml", ["algorithm.kind=nft"]).algorithm.beta == 0.5
+
+
+def test_an_override_can_add_a_reward(run_config):
+    config = run_config("rewards.clip.kind=clip_score", "rewards.clip.role=monitor")
+    assert list(config.rewards) == ["judge", "clip"]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("steps", ["--set steps", "path=value"]),
+        ("=3", ["--set =3", "path=value"]),
+        ("a..b=3", ["--set a..b=3", "path=value"]),
+        ("steps=[", ["--set steps=[", "correct that line"]),
+        ("steps.more=3", ["--set steps.more", "steps is 3", "set steps itself"]),
+        ("rollout.grup_size=3", ["--set: rollout.grup_size", "did you mean rollout.group_size?"]),
+        ("steps=many", ["--set: steps is 'many'", "a whole number"]),
+        ("algorithm=grpo", ["--set: algorithm is 'grpo'", "algorithm.kind: grpo"]),
+    ],
+)
+def test_a_bad_override_gives_one_sentence_that_names_it(text, override, parts):
+    message = complaint(text, override)
+    assert "\n" not in message and all(part in message for part in parts)
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("algorithm.kind=grpo", "rollout.step.kind=flow_sde", "name='1e5'", "optimizer.lr=3e-7")]
+)
+def test_the_resolved_config_loads_back_equal(run_config, tmp_path, overrides):
+    config = run_config(*overrides)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load(path) == config and config_hash(load(path)) == config_hash(config)
+
+
+def test_the_hash_follows_what_the_result_depends_on(run_config):
+    same = {config_hash(run_config(*o)) for o in ((), ("name=other",), ("out=/x",), ("cluster.samplers=7",))}
+    other = {config_hash(run_config(*o)) for o in (("seed=1",), ("optimizer.lr=2e-4",), ("rollout.chunk=3",))}
+    assert len(same) == 1 and len(other) == 3 and not same & other
+
+
+def test_the_schema_describes_every_block():
+    schema = json_schema()
+    assert set(schema["properties"]) == set(RunConfig.model_fields) and json.dumps(schema)
+
+
+def test_settings_are_frozen(run_config):
+    with pytest.raises(Exception, match="frozen"):
+        run_config().steps = 5

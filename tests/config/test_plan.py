@@ -1,0 +1,89 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from align_cluster.config.plan import derive, table
+from align_cluster.types import UserError
+
+
+def total_cpus(plan):
+    shares = (
+        (plan.sampler_cpus, plan.samplers),
+        (plan.learner_cpus, plan.learners),
+        (plan.reward_cpus, plan.reward_workers),
+    )
+    return sum(share * count for share, count in shares)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 8, 64])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_on_cpus_the_shares_always_fit_the_cores(run_config, cores, workers, threads):
+    config = run_config(f"cluster.reward_workers={workers}", f"cluster.threads={threads}", "prompts_per_step=32")
+    plan = derive(config, cores, 0)
+    assert total_cpus(plan) <= cores + 1e-9
+    assert min(plan.sampler_cpus, plan.learner_cpus, plan.reward_cpus) >= 1e-4
+    assert plan.samplers * threads <= max(cores, threads) and plan.sampler_gpus == plan.learner_gpus == 0
+
+
+def test_two_cores_get_one_sampler_and_one_learner_each(run_config):
+    plan = derive(run_config(), 2, 0)
+    assert (plan.samplers, plan.learners, plan.sampler_cpus, plan.learner_cpus) == (2, 2, 0.45, 0.45)
+    assert plan.reward_cpus == pytest.approx(0.1)
+
+
+def test_every_gpu_gets_one_sampler_and_one_learner_that_share_it(run_config):
+    plan = derive(run_config("prompts_per_step=48"), 64, 8)
+    assert (plan.samplers, plan.learners, plan.sampler_gpus, plan.learner_gpus) == (8, 8, 0.5, 0.5)
+    assert (plan.sampler_cpus, plan.learner_cpus, plan.reward_cpus) == (1, 1, 1)
+
+
+def test_stated_gpu_pools_that_fit_side_by_side_get_whole_gpus(run_config):
+    plan = derive(run_config("cluster.samplers=5", "cluster.learners=3", "prompts_per_step=48"), 64, 8)
+    assert (plan.sampler_gpus, plan.learner_gpus) == (1, 1)
+
+
+def test_two_samplers_on_one_gpu_share_its_half(run_config):
+    plan = derive(run_config("cluster.samplers=2"), 8, 1)
+    assert (plan.samplers, plan.sampler_gpus, plan.learner_gpus) == (2, 0.25, 0.5)
+
+
+def test_more_learners_than_gpus_are_refused(run_config):
+    with pytest.raises(UserError, match="cluster.learners is 2 with 1 GPUs.*set it to 1"):
+        derive(run_config("cluster.learners=2"), 8, 1)
+
+
+def test_stated_counts_win_and_oversubscription_is_noted(run_config):
+    plan = derive(run_config("cluster.samplers=4", "cluster.learners=1"), 2, 0)
+    assert (plan.samplers, plan.learners) == (4, 1) and total_cpus(plan) <= 2
+    assert any("share 2 cores" in note for note in plan.notes)
+
+
+def test_no_more_workers_start_than_there_is_work(run_config):
+    plan = derive(run_config("prompts_per_step=3"), 16, 0)
+    assert (plan.samplers, plan.learners) == (3, 3)
+    plan = derive(run_config("cluster.learners=9", "prompts_per_step=3", "learner.updates_per_step=3"), 16, 0)
+    assert plan.learners == 1 and "cluster.learners is 9" in plan.notes[0]
+
+
+def test_the_work_of_a_step_adds_up(run_config):
+    config = run_config("rollout.chunk=3", "learner.micro_batch=2", "learner.updates_per_step=2", "rollout.guidance=4")
+    plan = derive(config, 2, 0)
+    assert plan.images_per_step == 4 * 6 and plan.chunks_per_step == 8 and plan.chunk == 3
+    # Chunks of 3 in micro-batches of 2 are two pieces each: 8 pieces an update, shared by two ranks.
+    assert plan.micro_batch == 2 and plan.micro_batches == math.ceil(8 / 2 * 2 / 2)
+    assert plan.rollout_calls == 8 * 4 * 2, "chunks x steps x two branches of guidance"
+
+
+def test_cutting_does_not_depend_on_the_machine(run_config):
+    small, large = (derive(run_config(), cores, gpus) for cores, gpus in ((1, 0), (256, 32)))
+    for field in ("chunk", "micro_batch", "images_per_step", "chunks_per_step", "updates_per_step", "turns"):
+        assert getattr(small, field) == getattr(large, field)
+
+
+def test_the_table_says_everything_that_was_decided(run_config):
+    plan = replace(derive(run_config(), 2, 0), notes=("something to know",))
+    text = table(plan)
+    for part in ("2 x 0.45 CPU", "24, in 4 chunks of 6", "note: something to know"):
+        assert part in text

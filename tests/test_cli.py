@@ -1,0 +1,156 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from align_cluster.cli import build_parser, main
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["train", "validate", "plan", "sample", "evaluate", "submit", "doctor", "report", "schema"]
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return "configs/quickstart.yaml"
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from align_cluster.cli import build_parser; build_parser().format_help()\n"
+        "heavy = ('numpy', 'torch', 'pydantic', 'yaml', 'ray')\n"
+        "print(time.perf_counter() - start, [name for name in heavy if name in sys.modules])"
+    )
+    seconds, modules = [], ""
+    for _ in range(3):  # the best of three: other processes may have the cores
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        first, modules = done.stdout.split(maxsplit=1)
+        seconds.append(float(first))
+    assert modules.strip() == "[]" and min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args([command, "--help"])
+    assert caught.value.code == 0
+    assert f"example:\n  align-cluster {command}" in capsys.readouterr().out
+
+
+def test_validate_names_the_run_and_its_hash(quickstart, capsys):
+    assert main(["validate", quickstart]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("configs/quickstart.yaml is valid: nft on embedded") and "config hash" in out
+
+
+def test_validate_resolved_prints_yaml_that_loads(quickstart, capsys, tmp_path):
+    assert main(["validate", quickstart, "--resolved", "--set", "steps=7"]) == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    assert main(["validate", str(tmp_path / "resolved.yaml")]) == 0
+    assert "7 steps" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(quickstart, capsys):
+    assert main(["validate", quickstart, "--set", "rollout.grup_size=3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: --set: rollout.grup_size is no setting; did you mean rollout.group_size?\n"
+
+
+def test_several_mistakes_are_one_line_each(quickstart, capsys):
+    assert main(["validate", quickstart, "--set", "rollout.chunk=5", "rewards.geneval.role=monitor"]) == 2
+    assert [line[:6] for line in capsys.readouterr().err.splitlines()] == ["error:"] * 2
+
+
+def test_set_takes_several_values_and_may_be_repeated(quickstart, capsys):
+    assert (
+        main(["validate", quickstart, "--set", "steps=2", "seed=3", "--set", "prompts_per_step=1", "--resolved"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "steps: 2\n" in out and "seed: 3\n" in out and "prompts_per_step: 1\n" in out
+
+
+def test_notes_go_to_stderr(quickstart, capsys):
+    assert main(["validate", quickstart, "--set", "rollout.step.kind=flow_sde"]) == 0
+    assert capsys.readouterr().err.startswith("note: rollout.step.kind is flow_sde")
+
+
+def test_plan_for_another_machine(quickstart, capsys):
+    assert main(["plan", quickstart, "--cores", "16", "--gpus", "4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["samplers"], plan["learners"], plan["sampler_gpus"]) == (4, 4, 0.5)
+    assert main(["plan", quickstart]) == 0
+    assert "samplers" in capsys.readouterr().out
+
+
+def test_schema_is_json(capsys):
+    assert main(["schema"]) == 0
+    assert "rollout" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_resume_is_refused_with_one_sentence(quickstart, capsys):
+    assert main(["train", quickstart, "--resume", "runs/x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing.yaml"], "missing.yaml does not exist"),
+        (["sample", "configs/quickstart.yaml"], "sample needs prompts"),
+        (["sample", "configs/quickstart.yaml", "--prompt", "x", "--lora", "nowhere"], "nowhere holds no LoRA"),
+        (["sample", "configs/quickstart.yaml", "--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["sample", "configs/quickstart.yaml", "--prompt", "x", "--count", "0"], "must be at least 1"),
+        (["evaluate", "runs/nowhere"], "runs/nowhere does not exist"),
+        (["submit", "configs/quickstart.yaml", "--address", "http://127.0.0.1:1"], "give --out an absolute path"),
+        (["submit", "configs/quickstart.yaml", "--out", "/x"], "give --address"),
+        (["submit", "configs/quickstart.yaml", "--out", "/x", "--address", "ray://h:1"], "is no dashboard"),
+        (
+            ["submit", "configs/quickstart.yaml", "--out", "/x", "--address", "http://127.0.0.1:1"],
+            "no Ray dashboard answers",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_exit_code_2(quickstart, capsys, monkeypatch, arguments, words):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_an_interrupt_exits_with_130(quickstart, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("align_cluster.config.load.load", interrupted)
+    assert main(["validate", quickstart]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_other_errors_keep_their_trace(quickstart, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("align_cluster.config.load.load", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["validate", quickstart])
+
+
+def test_doctor_reports_what_is_there(capsys):
+    assert main(["doctor", "--quick", "--json"]) == 0
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["torch"]["state"] == "ok" and findings["cores"]["value"] == str(os.cpu_count())
+    assert findings["embedded model"]["state"] == "ok"
+
+
+def test_the_module_runs_as_a_script():
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "align_cluster.cli", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("align-cluster ") and time.perf_counter() - started < 5

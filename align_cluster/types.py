@@ -92,7 +92,8 @@ class Record:
 class Scores:
     """Scores of B images: `values` fp64 [B] by reward name, NaN-free where `valid` [B] holds.
 
-    `failures` counts failed scores by reward name; `details` are extra per-image columns for reports (accuracy, text read).
+    `failures` counts failed scores by reward name; `details` are extra per-image columns for reports (accuracy, text
+    read).
     """
 
     values: dict[str, np.ndarray]

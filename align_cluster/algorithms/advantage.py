@@ -14,8 +14,8 @@ FLAT = 1e-6  # a group whose rewards spread less than this teaches nothing
 class AdvantageConfig(Section):
     """How rewards become advantages. The mean is always the group's.
 
-    `std: group` divides by each group's own deviation (GRPO); `global` by that of all raw rewards of the step (Flow-GRPO's
-    and DiffusionNFT's default). `eps` is added to the deviation.
+    `std: group` divides by each group's own deviation (GRPO); `global` by that of all raw rewards of the step
+    (Flow-GRPO's and DiffusionNFT's default). `eps` is added to the deviation.
     """
 
     std: Literal["group", "global"] = "group"

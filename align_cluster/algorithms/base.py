@@ -47,8 +47,8 @@ class Batch:
 class Algorithm(ABC):
     """A loss over finished rollouts. Pure: state lives in the policy's adapters.
 
-    `needs_density` asks for a step kind with log-probs, `default_step` names the step kind to draw with, `behaviour` is the
-    adapter that samplers draw with, `adapters` are the adapters that the learner keeps.
+    `needs_density` asks for a step kind with log-probs, `default_step` names the step kind to draw with, `behaviour`
+    is the adapter that samplers draw with, `adapters` are the adapters that the learner keeps.
     """
 
     Config: type[Section]
@@ -73,5 +73,6 @@ class Algorithm(ABC):
         """Loss of each member [b], and detached metrics, each [b]."""
 
     def old_decay(self, updates: int) -> float | None:
-        """Factor d of old <- d old + (1 - d) default after the step that ends at update number `updates`; None: no old."""
+        """Factor d of old <- d old + (1 - d) default after the step that ends at update number `updates`; None: no
+        old."""
         return None

@@ -15,7 +15,8 @@ class GRPO(Algorithm):
     """Every trained denoising step of a sample gets the sample's group advantage."""
 
     class Config(Section):
-        """`timestep_fraction` of the steps before the last are trained: the first ones, or a seeded random choice a step.
+        """`timestep_fraction` of the steps before the last are trained: the first ones, or a seeded random choice a
+        step.
 
         `kl_mode` says what `kl_beta` multiplies; see `terms.gaussian_kl`. The published values use no_dt.
         """

@@ -12,13 +12,15 @@ from align_cluster.rollouts.denoise import initial_noise
 
 
 class NFT(Algorithm):
-    """Samplers draw with the lagged adapter "old"; the default one regresses towards good samples and away from bad ones."""
+    """Samplers draw with the lagged adapter "old"; the default one regresses towards good samples and away from bad
+    ones."""
 
     class Config(Section):
-        """`timesteps` noise levels a sample and update (null: 99 % of the rollout's); `old` is the lag of the old adapter.
+        """`timesteps` noise levels a sample and update (null: 99 % of the rollout's); `old` is the lag of the old
+        adapter.
 
-        on_policy: old = default after every step. slow: decay min(.001 u, .5) at update u (GenEval, preference rewards).
-        late: 0 before update 75, then min(.0075 (u - 75), .999) (OCR, several rewards).
+        on_policy: old = default after every step. slow: decay min(.001 u, .5) at update u (GenEval, preference
+        rewards). late: 0 before update 75, then min(.0075 (u - 75), .999) (OCR, several rewards).
         """
 
         kind: Literal["nft"] = "nft"

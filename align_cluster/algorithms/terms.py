@@ -18,8 +18,8 @@ def clipped_surrogate(
 def gaussian_kl(mean: torch.Tensor, mean_ref: torch.Tensor, std: float, std_t: float, mode: str) -> torch.Tensor:
     """KL [B] of two Gaussian steps with the same deviation, in one of three conventions (algorithm settings name them).
 
-    exact_sum: sum_d (mu - mu_ref)^2 / (2 std^2). exact_mean: the mean over dimensions. no_dt: the mean with std_t instead of
-    std = std_t sqrt(-dt), which is what Flow-GRPO's published coefficients refer to.
+    exact_sum: sum_d (mu - mu_ref)^2 / (2 std^2). exact_mean: the mean over dimensions. no_dt: the mean with std_t
+    instead of std = std_t sqrt(-dt), which is what Flow-GRPO's published coefficients refer to.
     """
     squares = ((mean - mean_ref) ** 2).flatten(1)
     if mode == "exact_sum":
@@ -37,10 +37,11 @@ def nft_policy_loss(
     beta: float,
     advantage_clip: float,
 ) -> torch.Tensor:
-    """DiffusionNFT's forward-process loss [B] (Zheng et al. 2025, arXiv 2509.16117, eq. 5, with the released code's weights).
+    """DiffusionNFT's forward-process loss [B] (Zheng et al. 2025, arXiv 2509.16117, eq. 5, with the released code's
+    weights).
 
-    v_pos = beta v + (1 - beta) v_old and v_neg = (1 + beta) v_old - beta v both regress onto x0; `optimality` r in [0, 1] [B]
-    weighs the first, 1 - r the second. Each error is divided by its own mean absolute value, held constant.
+    v_pos = beta v + (1 - beta) v_old and v_neg = (1 + beta) v_old - beta v both regress onto x0; `optimality` r in
+    [0, 1] [B] weighs the first, 1 - r the second. Each error is divided by its own mean absolute value, held constant.
     """
     level = sigma.view(-1, *[1] * (x_t.ndim - 1))
 

@@ -1,4 +1,5 @@
-"""LoRA adapters on one frozen base: several by name, one active, all fp32. Sampler and learner use the same functions."""
+"""LoRA adapters on one frozen base: several by name, one active, all fp32. Sampler and learner use the same
+functions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

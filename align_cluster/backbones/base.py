@@ -34,10 +34,11 @@ class BackboneSection(Section):
 
 
 class Backbone(ABC):
-    """A diffusion or flow model in parts. Constructing it loads nothing; each `load_*` loads one part, frozen, in eval mode.
+    """A diffusion or flow model in parts. Constructing it loads nothing; each `load_*` loads one part, frozen, in
+    eval mode.
 
-    Latents and velocities are fp32 [B, C, H, W]; sigmas fp32; images uint8 [B, H, W, 3]. Flow convention (Lipman et al.;
-    SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0.
+    Latents and velocities are fp32 [B, C, H, W]; sigmas fp32; images uint8 [B, H, W, 3]. Flow convention (Lipman et
+    al.; SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0.
     """
 
     prediction: Literal["flow", "epsilon", "v"]
@@ -73,7 +74,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[Condition]:
-        """Encode prompts one by one, so that a condition depends on its text alone. Loads the text encoders if needed."""
+        """Encode prompts one by one, so that a condition depends on its text alone. Loads the text encoders if
+        needed."""
 
     @abstractmethod
     def free_text_encoders(self) -> None:

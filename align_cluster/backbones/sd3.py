@@ -1,4 +1,5 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206), and the embedded pipeline, which has their architecture."""
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206), and the embedded pipeline, which has their
+architecture."""
 
 import hashlib
 import json
@@ -87,7 +88,8 @@ class SD3(Backbone):
 
     @cached_property
     def _text(self) -> object:
-        """The stock pipeline with text encoders only; its transformer is a shell on the meta device (its widths are read)."""
+        """The stock pipeline with text encoders only; its transformer is a shell on the meta device (its widths are
+        read)."""
         from accelerate import init_empty_weights
         from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -106,7 +108,8 @@ class SD3(Backbone):
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
             if getattr(pipeline, name) is not None:
                 getattr(pipeline, name).to(self.device)
-        # Without T5 the stock pipeline pads with zero tokens up to max_sequence_length; the embedded model never saw them.
+        # Without T5 the stock pipeline pads with zero tokens up to max_sequence_length; the embedded model never saw
+        # them.
         length = self.config.max_sequence_length if self.config.path != "embedded" else 0
         conditions = []
         for text in texts:

@@ -52,5 +52,6 @@ def check_fits(plan: Plan) -> None:
     if short:
         raise UserError(
             f"the cluster lacks {' and '.join(short)} for {plan.samplers} samplers, {plan.learners} learners and "
-            f"{plan.reward_workers} reward workers: lower cluster.samplers, cluster.learners or cluster.reward_workers, or add nodes"
+            f"{plan.reward_workers} reward workers: lower cluster.samplers, cluster.learners or "
+            "cluster.reward_workers, or add nodes"
         )

@@ -34,7 +34,8 @@ class RolloutConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW on the LoRA, in fp32. `decay` lets the learning rate fall linearly to `final` x lr after `flat` of the run."""
+    """AdamW on the LoRA, in fp32. `decay` lets the learning rate fall linearly to `final` x lr after `flat` of the
+    run."""
 
     lr: PositiveFloat = 3e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -49,8 +50,9 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """The DeepSpeed engine and how a step's work is cut.
 
-    `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which makes
-    the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first update.
+    `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which
+    makes the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first
+    update.
     """
 
     updates_per_step: PositiveInt = 1

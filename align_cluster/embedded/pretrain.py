@@ -225,7 +225,7 @@ def warm_start(init: Path, dit: SD3Transformer2DModel, guide: CLIPTextModelWithP
     """Copy an earlier pipeline whose two text slots held one encoder: the guide inherits it, the DiT loses a block."""
     from tokenizers import Tokenizer
 
-    donor = SD3Transformer2DModel.from_pretrained(init / "transformer", torch_dtype=torch.float32).state_dict()
+    donor = SD3Transformer2DModel.from_pretrained(init / "transformer", dtype=torch.float32).state_dict()
     state, half = dit.state_dict(), GUIDE_TEXT[0]
     for name, value in state.items():
         source = name
@@ -238,7 +238,7 @@ def warm_start(init: Path, dit: SD3Transformer2DModel, guide: CLIPTextModelWithP
         else:  # both halves read the same text encoder: their sum belongs to the guide, the CLIP-L part starts at 0
             value.zero_()[:, -half:] = old[:, :half] + old[:, half:]
     dit.load_state_dict(state)
-    encoder = CLIPTextModelWithProjection.from_pretrained(init / "text_encoder", torch_dtype=torch.float32).state_dict()
+    encoder = CLIPTextModelWithProjection.from_pretrained(init / "text_encoder", dtype=torch.float32).state_dict()
     words = Tokenizer.from_file(str(init / "tokenizer" / "tokenizer.json")).get_vocab()
     mine = guide.state_dict()
     for name, value in mine.items():
@@ -278,7 +278,7 @@ class DitTrainer:
         ]
         self.step = self.images_seen = 0
         self.ids = tokenize([*all_prompts(), ""])
-        clip = CLIPModel.from_pretrained(self.out / "clip", torch_dtype=torch.float32)
+        clip = CLIPModel.from_pretrained(self.out / "clip", dtype=torch.float32)
         self.frozen, self.frozen_pooled = encode_frozen(clip, self.ids)
 
     def condition(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -379,7 +379,7 @@ def pack(out: Path) -> Path:
     """Write OUT/pipeline (a StableDiffusion3Pipeline folder) and OUT/pipeline/clip in fp16; returns the folder."""
     target = out / "pipeline"
     shutil.rmtree(target, ignore_errors=True)
-    clip = CLIPModel.from_pretrained(out / "clip", torch_dtype=torch.float32)
+    clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)
     frozen = CLIPTextModelWithProjection(text_config(*CLIP_TEXT, vocab=len(build())))
     source, state = clip.state_dict(), frozen.state_dict()
     for name in state:
@@ -425,7 +425,7 @@ def main() -> None:
     if not (args.out / "clip" / "config.json").exists():
         train_clip(args.out, images, owners, args.clip_steps)
     if not (args.out / "vae" / "config.json").exists():
-        vae = AutoencoderKL.from_pretrained(args.init / "vae", torch_dtype=torch.float32) if args.init else new_vae()
+        vae = AutoencoderKL.from_pretrained(args.init / "vae", dtype=torch.float32) if args.init else new_vae()
         train_vae(args.out, vae, images, args.vae_steps)
     encode_latents(args.out, images)
     if args.workers > 1:

@@ -12,7 +12,7 @@ SPECIAL = ("<|pad|>", "<|unk|>", "<|startoftext|>", "<|endoftext|>")
 
 def vocabulary() -> dict[str, int]:
     """Token to id; the order is part of the shipped weights."""
-    words = ["a", "an", "photo", "picture", "drawing", "of", "and", "on", "light", "dark", "background", "small", "large", "sign", "that", "says"]
+    words = "a an photo picture drawing of and on light dark background small large sign that says".split()
     words += [*scene.NUMBERS.values(), "left", "right", "above", "below"]
     words += [*scene.SHAPES, *scene.PLURALS.values(), *scene.COLORS]
     words += [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", '"', ".", ",", "-"]

@@ -66,7 +66,8 @@ class Engine:
 
     @contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter], write: bool = False) -> Iterator[None]:
-        """Whole tensors inside; under ZeRO-3 all ranks must enter. With `write`, rank 0's values hold for all afterwards."""
+        """Whole tensors inside; under ZeRO-3 all ranks must enter. With `write`, rank 0's values hold for all
+        afterwards."""
         if self.stage < 3:
             context = nullcontext()
         else:

@@ -56,8 +56,8 @@ class Learner:
     ) -> dict[str, tuple[float, float, float]]:
         """Run one step's updates. `data` alternates records and conditions, in the order of the pieces' `source`.
 
-        Returns, for each metric, (weighted sum, weight, largest magnitude) of this rank; raises FloatingPointError where a
-        loss is not finite, before that update changes any weight.
+        Returns, for each metric, (weighted sum, weight, largest magnitude) of this rank; raises FloatingPointError
+        where a loss is not finite, before that update changes any weight.
         """
         started = time.perf_counter()
         sums: dict[str, list[float]] = {}
@@ -162,8 +162,8 @@ class Learner:
     def publish(
         self, source: Literal["behaviour", "evaluation"], version: int
     ) -> tuple[Manifest, np.ndarray] | tuple[None, None]:
-        """Rank 0's flat buffer of the adapter that samplers draw with, or of the one that is evaluated and shipped (the EMA
-        where there is one). All ranks must call it."""
+        """Rank 0's flat buffer of the adapter that samplers draw with, or of the one that is evaluated and shipped
+        (the EMA where there is one). All ranks must call it."""
         if source == "evaluation" and self.ema is not None:
             state = self.ema
         else:

@@ -1,4 +1,5 @@
-"""The workers of one run and what the driver asks of them. Tensors stay in the object store; the driver holds references."""
+"""The workers of one run and what the driver asks of them. Tensors stay in the object store; the driver holds
+references."""
 
 import time
 from collections.abc import Callable
@@ -62,7 +63,8 @@ class Crew:
             group.shutdown()
 
     def encode(self, prompts: list[Prompt]) -> None:
-        """Encode every text that is new, and the empty prompt where guidance needs it; conditions go to the object store."""
+        """Encode every text that is new, and the empty prompt where guidance needs it; conditions go to the object
+        store."""
         guided = max(self.config.rollout.guidance, self.config.evaluate.guidance) > 1
         texts = dict.fromkeys([prompt.text for prompt in prompts] + ([""] if guided else []))
         new = [text for text in texts if text not in self.conditions]
@@ -146,8 +148,8 @@ class Crew:
         return merge(self.learners.update(step, shares, total_weight(pieces), null))
 
     def publish(self, source: str) -> tuple[Manifest, Any, list[Receipt], float]:
-        """Send the learner's adapter to all samplers and prove that it arrived; returns also the seconds from the finished
-        buffer to the last receipt."""
+        """Send the learner's adapter to all samplers and prove that it arrived; returns also the seconds from the
+        finished buffer to the last receipt."""
         self.version += 1
         manifest, buffer = self.learners.publish(source, self.version)
         started = time.perf_counter()

@@ -11,7 +11,8 @@ Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, 
 
 @dataclass(frozen=True)
 class Path:
-    """Final latents [B, C, H, W] and, for the K recorded steps, where they began, what they drew, and its log-density."""
+    """Final latents [B, C, H, W] and, for the K recorded steps, where they began, what they drew, and its
+    log-density."""
 
     x0: torch.Tensor
     before: torch.Tensor | None

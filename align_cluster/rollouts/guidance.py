@@ -10,7 +10,8 @@ from align_cluster.types import Condition
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Conditions of a batch on the device: `sequence` [B, T, D], `pooled` [B, P]; `null_*` only where guidance is used."""
+    """Conditions of a batch on the device: `sequence` [B, T, D], `pooled` [B, P]; `null_*` only where guidance is
+    used."""
 
     sequence: torch.Tensor
     pooled: torch.Tensor
@@ -37,8 +38,8 @@ def guided_velocity(
 ) -> torch.Tensor:
     """v_null + guidance (v_text - v_null); the null branch is detached, so gradients reach the text branch only.
 
-    The two branches are separate forwards (Flow-GRPO stacks them): the text branch then has the same batch, hence the same
-    bits, in a rollout without gradient and in the learner with it.
+    The two branches are separate forwards (Flow-GRPO stacks them): the text branch then has the same batch, hence the
+    same bits, in a rollout without gradient and in the learner with it.
     """
     v = backbone.velocity(denoiser, x, sigma, text.sequence, text.pooled)
     if guidance == 1.0:

@@ -22,7 +22,8 @@ from align_cluster.weights import adopt
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """How to draw: the same for all chunks of a step. `indices` are the denoising steps to record; `version` the weights."""
+    """How to draw: the same for all chunks of a step. `indices` are the denoising steps to record; `version` the
+    weights."""
 
     version: int
     steps: int
@@ -51,7 +52,8 @@ class Sampler:
         return self._denoiser
 
     def encode(self, texts: list[str]) -> list[Condition]:
-        """Conditions of prompts, from the disk cache where they are there; the text encoders load only for the others."""
+        """Conditions of prompts, from the disk cache where they are there; the text encoders load only for the
+        others."""
         cache = ConditionCache(default_folder())
         found = [cache.get(self.backbone.condition_key(text)) for text in texts]
         missing = [text for text, condition in zip(texts, found, strict=True) if condition is None]
@@ -63,7 +65,8 @@ class Sampler:
         return [condition or fresh[text] for text, condition in zip(texts, found, strict=True)]
 
     def adopt(self, manifest: Manifest, buffer: np.ndarray) -> Receipt:
-        """Bind every tensor of a published buffer to this worker's adapter; the checksum is read back from the parameters."""
+        """Bind every tensor of a published buffer to this worker's adapter; the checksum is read back from the
+        parameters."""
         started = time.perf_counter()
         parameters = adapter_parameters(self.denoiser, "default")
         checksum = adopt(manifest, buffer, parameters)

@@ -14,5 +14,6 @@ def sd3_sigmas(steps: int, shift: float) -> np.ndarray:
     The shift is applied twice to the inner points (once to the end point 1/1000, once to the whole table): that is what
     released SD3.5 results were made with, so it is reproduced here. The last level before 0 is therefore tiny.
     """
-    levels = np.linspace(1.0, shift_map(0.001, shift), steps)
-    return np.append(shift_map(levels, shift), 0.0)
+    sigmas = np.append(shift_map(np.linspace(1.0, shift_map(0.001, shift), steps), shift), 0.0)
+    sigmas[0] = 1.0  # rounding leaves 1 - 1e-16 for some shifts, which an SDE step would divide by
+    return sigmas

@@ -1,4 +1,5 @@
-"""Sampler steps: pure fp32 maths from (x, velocity, sigma, sigma_next) to the next latent, and its density where it has one.
+"""Sampler steps: pure fp32 maths from (x, velocity, sigma, sigma_next) to the next latent, and its density where it
+has one.
 
 Flow convention: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0; dt = sigma_next - sigma < 0.
 ADD A STEP HERE: a class with Config, `has_density`, `advance` and, with a density, `log_prob`; and a line in STEPS.
@@ -54,7 +55,8 @@ def flow_sde_mean(
 
 
 def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
-    """Log-density of x [B, ...] averaged over all non-batch dimensions, [B] (Flow-GRPO's convention: a mean, not a sum)."""
+    """Log-density of x [B, ...] averaged over all non-batch dimensions, [B] (Flow-GRPO's convention: a mean, not a
+    sum)."""
     density = -((x - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
@@ -96,7 +98,8 @@ class Dpm2:
 
 
 class FlowSde:
-    """Flow-GRPO's SDE: the ODE's marginals with noise injected at every step, so that each step has a Gaussian density."""
+    """Flow-GRPO's SDE: the ODE's marginals with noise injected at every step, so that each step has a Gaussian
+    density."""
 
     class Config(Section):
         kind: Literal["flow_sde"] = "flow_sde"

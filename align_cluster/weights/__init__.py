@@ -18,8 +18,8 @@ ROW = 8192  # bytes of one checksum row
 def checksum(buffer: np.ndarray) -> str:
     """Position-sensitive 128-bit checksum of a uint8 buffer at memory speed.
 
-    The buffer is read as a matrix of 64-bit words; its row sums and column sums (mod 2^64) are hashed. A changed word, or
-    words that swapped places, changes a row or a column sum.
+    The buffer is read as a matrix of 64-bit words; its row sums and column sums (mod 2^64) are hashed. A changed
+    word, or words that swapped places, changes a row or a column sum.
     """
     whole = len(buffer) // ROW * ROW
     digest = hashlib.blake2b(len(buffer).to_bytes(8, "little"), digest_size=16)
@@ -51,7 +51,8 @@ def view(buffer: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn.Parameter]) -> str:
-    """Copy every tensor into the parameter of its name, in place, and return the checksum of what the parameters now hold.
+    """Copy every tensor into the parameter of its name, in place, and return the checksum of what the parameters now
+    hold.
 
     Raises RuntimeError where names or shapes differ: a weight that binds to nothing is an error, never a warning.
     """
@@ -67,7 +68,8 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
             parameter = parameters[tensor.name]
             if tuple(parameter.shape) != tensor.shape:
                 raise RuntimeError(f"{tensor.name}: published {tensor.shape}, expected {tuple(parameter.shape)}")
-            # The buffer is read-only shared memory, which torch.from_numpy would warn about: copy through the held bytes.
+            # The buffer is read-only shared memory, which torch.from_numpy would warn about: copy through the held
+            # bytes.
             part = view(held, tensor)
             part[...] = view(buffer, tensor)
             parameter.copy_(torch.from_numpy(part))

@@ -243,7 +243,7 @@ def _sample(args: argparse.Namespace) -> int:
         prompts += reader(reader.Config(path=args.prompts)).load()
     if not prompts:
         raise UserError('sample needs prompts; give --prompt "a photo of a red circle" or --prompts FILE')
-    grid = sample(config.backbone, lora, prompts, args.out, args.count, args.seed, *_drawing(args, config))
+    grid = sample(config, lora, prompts, args.out, args.count, args.seed, *_drawing(args, config))
     print(f"{len(prompts) * args.count} images in {args.out}, overview in {grid}")
     return 0
 

@@ -1,12 +1,11 @@
 """Draw images of given prompts into a folder: PNG files, an overview, and a JSON file that says how they were made."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from align_cluster.backbones.base import BackboneSection
+from align_cluster.config.run import RunConfig
 from align_cluster.evaluate.lora import sampler_with
 from align_cluster.evaluate.run import encode, progress
 from align_cluster.observe.grids import save_grid
@@ -20,7 +19,7 @@ BATCH = 8
 
 
 def sample(
-    backbone: BackboneSection,
+    config: RunConfig,
     lora: Path | None,
     prompts: list[Prompt],
     out: Path,
@@ -29,14 +28,14 @@ def sample(
     steps: int,
     guidance: float,
 ) -> Path:
-    """Draw `count` images of each prompt with ODE steps; returns the overview, OUT/grid.png.
+    """Draw `count` images of each prompt with the run's backbone and ODE steps; returns the overview, OUT/grid.png.
 
     Image 002_01.png is member 1 of prompt 2. The same seed draws the same noise with any LoRA, so two folders compare
     image by image.
     """
     if count < 1 or steps < 1 or guidance < 1:
         raise UserError(f"--count {count}, --steps {steps} and --guidance {guidance} must be at least 1")
-    sampler = sampler_with(backbone, lora, os.cpu_count() or 1)
+    sampler = sampler_with(config.backbone, lora, config.cluster.threads)
     conditions = encode(sampler, [prompt.text for prompt in prompts], guidance)
     request = DrawRequest(sampler.version, steps, Euler.Config(), guidance)
     chunks = [
@@ -55,7 +54,12 @@ def sample(
             files.append({"file": file, "prompt": chunk.prompt.text, "seed": chunk.seeds[offset]})
     grid = out / "grid.png"
     save_grid(np.concatenate(drawn), count, grid, [prompt.text for prompt in prompts])
-    facts = {"backbone": backbone.path, "lora": str(lora) if lora else None, "steps": steps, "guidance": guidance}
+    facts = {
+        "backbone": config.backbone.path,
+        "lora": str(lora) if lora else None,
+        "steps": steps,
+        "guidance": guidance,
+    }
     write_json(out / "samples.json", {**facts, "seed": seed, "images": files})
     return grid
 

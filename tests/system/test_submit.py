@@ -1,0 +1,128 @@
+"""Jobs on a real cluster: `ray start --head` with dashboard and token authentication, and `align-cluster submit`."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TINY = ["steps=1", "prompts_per_step=2", "rollout.group_size=2", "rollout.steps=2", "algorithm.timesteps=1"]
+TINY += ["evaluate.count=3", "evaluate.images_per_prompt=1", "evaluate.grid_prompts=1", "cluster.timeout_s=120"]
+PORTS = ("ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "node-manager")
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """(dashboard address, environment of its clients) of a cluster of two cores; stopped by its own handle."""
+    folder = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))  # Ray's sockets need a short path
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+    }
+    port, dashboard, *others = free_ports(2 + len(PORTS))
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    command += [
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        "--disable-usage-stats",
+    ]
+    command += [f"--{name}-port={number}" for name, number in zip(PORTS, others, strict=True)]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000", f"--temp-dir={folder}"]
+    head = subprocess.Popen(
+        command, env=env | {"RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(address, head)
+        yield address, env
+    finally:
+        head.terminate()
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            head.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(address, head):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert head.poll() is None, f"ray start ended with {head.returncode}"
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=2)
+        except urllib.error.HTTPError as answer:
+            assert answer.code == 401, "the cluster must ask for its token"
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"no dashboard at {address}")
+
+
+def submit(cluster, *arguments):
+    address, env = cluster
+    command = [sys.executable, "-m", "align_cluster.cli", "submit", *arguments, "--address", address]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_submitted_run_streams_its_log_and_leaves_its_lora(cluster, tmp_path):
+    done = submit(cluster, "configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", "--set", *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 1/1" in done.stdout and done.stdout.rstrip().endswith("succeeded")
+    summary = json.loads((tmp_path / "job" / "summary.json").read_text())
+    assert summary["steps"] == 1 and (tmp_path / "job" / "lora" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_failed_job_exits_with_1_and_shows_why(cluster, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    done = submit(cluster, "configs/quickstart.yaml", "--out", str(blocked), "--set", *TINY)
+    assert done.returncode == 1 and str(blocked) in done.stdout and done.stdout.rstrip().endswith("failed")
+
+
+def test_a_python_without_the_package_is_explained(cluster, tmp_path):
+    bare = tmp_path / "bare.sh"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    bare.chmod(0o755)
+    done = submit(cluster, "configs/quickstart.yaml", "--out", str(tmp_path), "--python", str(bare))
+    assert done.returncode == 1 and "give --python" in done.stdout
+
+
+def test_prompt_files_travel_with_the_job_and_no_wait_returns_at_once(cluster, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a red circle\na photo of a blue star\n")
+    run_file = tmp_path / "run.yaml"
+    shutil.copy(ROOT / "configs" / "quickstart.yaml", run_file)
+    on_file = ["prompts.kind=txt", f"prompts.path={prompts}", "rewards.geneval.kind=clip_score", "name=queued"]
+    done = submit(cluster, str(run_file), "--out", str(tmp_path), "--no-wait", "--set", *TINY, *on_file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    prompts.unlink()  # the job has its own copy
+    summary = tmp_path / "queued" / "summary.json"
+    deadline = time.monotonic() + 120
+    while not summary.exists() and time.monotonic() < deadline:
+        time.sleep(1)
+    assert summary.exists()

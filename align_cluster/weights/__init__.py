@@ -54,7 +54,8 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
     """Copy every tensor into the parameter of its name, in place, and return the checksum of what the parameters now
     hold.
 
-    Raises RuntimeError where names or shapes differ: a weight that binds to nothing is an error, never a warning.
+    Raises RuntimeError where names or shapes differ, and then changes nothing: a weight that binds to nothing is an
+    error, never a warning.
     """
     names = {tensor.name for tensor in manifest.tensors}
     if names != parameters.keys() or not names:
@@ -62,12 +63,14 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
         raise RuntimeError(
             f"weights {manifest.version} do not fit: {len(missing)} missing {missing[:2]}, unknown {extra[:2]}"
         )
+    for tensor in manifest.tensors:  # all of them before the first copy, so that a refusal changes nothing
+        expected = tuple(parameters[tensor.name].shape)
+        if expected != tensor.shape:
+            raise RuntimeError(f"{tensor.name}: published {tensor.shape}, expected {expected}")
     held = np.zeros(manifest.nbytes, dtype=np.uint8)
     with torch.no_grad():
         for tensor in manifest.tensors:
             parameter = parameters[tensor.name]
-            if tuple(parameter.shape) != tensor.shape:
-                raise RuntimeError(f"{tensor.name}: published {tensor.shape}, expected {tuple(parameter.shape)}")
             # The buffer is read-only shared memory, which torch.from_numpy would warn about: copy through the held
             # bytes.
             part = view(held, tensor)

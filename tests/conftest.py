@@ -1,0 +1,50 @@
+"""Settings of every test process, in force before Ray or the hub client can be imported."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ALIGN_CLUSTER_CACHE"] = CACHE = tempfile.mkdtemp(prefix="align-cluster-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for worker processes that tests start
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from align_cluster.backbones.sd3 import SD3  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def settings() -> SD3.Config:
+    """The embedded pipeline in fp32 with a small LoRA whose alpha is not its rank."""
+    return SD3.Config(precision="fp32", lora={"rank": 4, "alpha": 6})
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[object]:
+    """The embedded pipeline as stock diffusers loads it."""
+    from diffusers import StableDiffusion3Pipeline
+
+    from align_cluster.embedded import pipeline_path
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        pipeline_path(), text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe

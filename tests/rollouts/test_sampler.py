@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+import torch
+
+from align_cluster.backbones.adapters import adapter_parameters
+from align_cluster.rollouts.denoise import initial_noise
+from align_cluster.rollouts.guidance import TextBatch, guided_velocity
+from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
+from align_cluster.rollouts.steps import Dpm2, Euler, FlowSde
+from align_cluster.types import Chunk, Prompt
+from align_cluster.weights import check, publish
+
+TEXT = "a photo of a red circle"
+STEPS = 4
+
+
+def chunk(*seeds: int) -> Chunk:
+    return Chunk(0, 0, 0, Prompt(0, TEXT), seeds)
+
+
+def trained(sampler: Sampler) -> dict[str, np.ndarray]:
+    """Adapter weights that are far from zero."""
+    rng = np.random.default_rng(0)
+    shapes = {name: tuple(p.shape) for name, p in adapter_parameters(sampler.denoiser, "default").items()}
+    return {name: (0.3 * rng.standard_normal(shape)).astype(np.float32) for name, shape in sorted(shapes.items())}
+
+
+@pytest.fixture(scope="module")
+def base(settings):
+    """Samplers of version 0, which have adopted nothing."""
+    return Sampler(settings, name="a"), Sampler(settings, name="b")
+
+
+@pytest.fixture(scope="module")
+def conditions(base):
+    return base[0].encode([TEXT, "", "a photo of two blue squares"])
+
+
+@pytest.fixture(scope="module")
+def tuned(settings):
+    """A sampler that holds weights 5, and the state that it adopted."""
+    sampler = Sampler(settings, name="tuned")
+    state = trained(sampler)
+    sampler.adopt(*publish(state, 5))
+    return sampler, state
+
+
+def test_a_sample_depends_on_its_seed_only_and_not_on_its_neighbours(base, conditions):
+    request = DrawRequest(0, STEPS, FlowSde.Config(), indices=(0, 2))
+    _, images, record = base[0].draw(chunk(11, 12, 13), conditions[0], None, request)
+    _, others, other = base[0].draw(chunk(77, 12, 99), conditions[0], None, request)
+    np.testing.assert_array_equal(images[1], others[1])
+    for name in ("x0", "before", "after", "log_probs"):
+        np.testing.assert_array_equal(getattr(record, name)[1], getattr(other, name)[1])
+    assert (images[0] != others[0]).any()
+
+
+def test_two_samplers_draw_a_chunk_bitwise_alike(base, conditions):
+    for step, indices in [(FlowSde.Config(), (0, 2)), (Dpm2.Config(), ())]:
+        request = DrawRequest(0, STEPS, step, 3.0, indices)
+        draws = [sampler.draw(chunk(1, 2, 3), conditions[0], conditions[1], request) for sampler in base]
+        (info, images, record), (info2, images2, record2) = draws
+        assert info.fingerprint == info2.fingerprint and info.version == info2.version == 0
+        np.testing.assert_array_equal(images, images2)
+        for name in ("x0", "sigmas", "indices", "before", "after", "log_probs"):
+            np.testing.assert_array_equal(getattr(record, name), getattr(record2, name))
+
+
+def test_a_record_holds_what_was_asked_for_in_the_documented_shapes(base, conditions):
+    request = DrawRequest(0, STEPS, FlowSde.Config(), indices=(0, 2))
+    info, images, record = base[0].draw(chunk(1, 2, 3), conditions[0], None, request)
+    shape = base[0].backbone.latent_shape
+    assert images.shape == (3, 48, 48, 3) and images.dtype == np.uint8
+    assert record.x0.shape == (3, *shape) and record.x0.dtype == np.float32
+    assert record.before.shape == record.after.shape == (3, 2, *shape) and record.log_probs.shape == (3, 2)
+    assert record.before.dtype == record.after.dtype == record.log_probs.dtype == np.float32
+    np.testing.assert_array_equal(record.indices, [0, 2])
+    np.testing.assert_array_equal(record.sigmas, base[0].backbone.sigmas(STEPS))
+    assert info.denoiser_calls == STEPS and info.chunk == record.chunk == chunk(1, 2, 3)
+
+
+def test_drawing_with_other_weights_than_asked_for_is_refused(tuned, conditions):
+    for version in (0, 4, 6):
+        with pytest.raises(RuntimeError, match=f"tuned holds weights 5, but was asked to draw with {version}"):
+            tuned[0].draw(chunk(1), conditions[0], None, DrawRequest(version, STEPS, Euler.Config()))
+
+
+def test_adopting_changes_images_and_the_receipt_proves_it(base, conditions, settings):
+    sampler = Sampler(settings, name="c")
+    manifest, buffer = publish(trained(sampler), 3)
+    buffer.flags.writeable = False  # as it comes out of the object store
+    _, before, _ = sampler.draw(chunk(1, 2), conditions[0], None, DrawRequest(0, STEPS, Euler.Config()))
+    receipt = sampler.adopt(manifest, buffer)
+    check(manifest, [receipt], 1)
+    assert receipt.checksum == manifest.checksum and receipt.bound == len(manifest.tensors) and receipt.version == 3
+    _, after, _ = sampler.draw(chunk(1, 2), conditions[0], None, DrawRequest(3, STEPS, Euler.Config()))
+    assert (before != after).any()
+
+
+def test_a_refused_sync_leaves_the_weights_that_were_there(settings):
+    sampler = Sampler(settings, name="d")
+    state = trained(sampler)
+    sampler.adopt(*publish(state, 1))
+    wrong = {name: value + 1 for name, value in state.items()}
+    last = sorted(wrong)[-1]
+    wrong[last] = wrong[last][:1]
+    with pytest.raises(RuntimeError, match="expected"):
+        sampler.adopt(*publish(wrong, 2))
+    assert sampler.version == 1
+    for name, parameter in adapter_parameters(sampler.denoiser, "default").items():
+        np.testing.assert_array_equal(parameter.detach().numpy(), state[name])
+
+
+def test_guidance_one_is_no_guidance_and_costs_no_second_call(base, conditions):
+    plain = base[0].draw(chunk(1, 2), conditions[0], None, DrawRequest(0, STEPS, Euler.Config(), 1.0))
+    given = base[0].draw(chunk(1, 2), conditions[0], conditions[1], DrawRequest(0, STEPS, Euler.Config(), 1.0))
+    guided = base[0].draw(chunk(1, 2), conditions[0], conditions[1], DrawRequest(0, STEPS, Euler.Config(), 3.0))
+    np.testing.assert_array_equal(plain[1], given[1])
+    assert (guided[1] != plain[1]).any()
+    assert (given[0].denoiser_calls, guided[0].denoiser_calls) == (STEPS, 2 * STEPS)
+
+
+def test_guidance_is_the_formula_and_only_the_text_branch_carries_gradient(tuned, conditions):
+    sampler = tuned[0]
+    backbone, denoiser = sampler.backbone, sampler.denoiser
+    x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    sigma, text = torch.full((2,), 0.7), TextBatch.build([conditions[0]] * 2, conditions[1], torch.device("cpu"))
+    parameters = list(adapter_parameters(denoiser, "default").values())
+    v_text = backbone.velocity(denoiser, x, sigma, text.sequence, text.pooled)
+    v_null = backbone.velocity(denoiser, x, sigma, text.null_sequence, text.null_pooled)
+    guided = guided_velocity(backbone, denoiser, x, sigma, text, 4.5)
+    torch.testing.assert_close(guided, v_null + 4.5 * (v_text - v_null), rtol=0, atol=1e-6)
+    ours = torch.autograd.grad(guided.square().mean(), parameters)
+    expected = torch.autograd.grad(v_text, parameters, 4.5 * (2 / guided.numel()) * guided.detach())
+    for gradient, reference in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-5)
+    assert any(gradient.abs().max() > 0 for gradient in ours)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_our_ode_sample_is_the_stock_pipelines_image(base, conditions, stock, guidance):
+    seeds = (3, 4)
+    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], base[0].backbone.latent_shape)
+    request = DrawRequest(0, 6, Euler.Config(), guidance)
+    _, images, record = base[0].draw(chunk(*seeds), conditions[0], conditions[1], request)
+    arguments = {"num_inference_steps": 6, "guidance_scale": guidance, "max_sequence_length": 0}
+    latents = stock([TEXT] * 2, latents=noise.clone(), output_type="latent", **arguments).images
+    np.testing.assert_allclose(record.x0, latents.numpy(), rtol=0, atol=2e-5)
+    theirs = stock([TEXT] * 2, latents=noise.clone(), output_type="pil", **arguments).images
+    gap = np.abs(images.astype(int) - np.stack([np.asarray(image) for image in theirs]).astype(int))
+    assert gap.max() <= 1 and (gap > 0).mean() < 1e-3  # values on a rounding boundary may fall to either side
+
+
+def test_our_encoding_is_the_stock_pipelines(base, conditions, stock):
+    for text, condition in zip([TEXT, "", "a photo of two blue squares"], conditions, strict=True):
+        sequence, _, pooled, _ = stock.encode_prompt(text, None, None, max_sequence_length=0)
+        np.testing.assert_array_equal(condition.sequence, sequence[0].float().detach().numpy())
+        np.testing.assert_array_equal(condition.pooled, pooled[0].float().detach().numpy())
+
+
+def test_a_text_is_encoded_alike_alone_in_company_and_from_the_cache(base, settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("ALIGN_CLUSTER_CACHE", str(tmp_path))
+    texts = ["a green star", "two red squares", "a green star"]
+    first = base[0].encode(texts)
+    cached = base[1].encode(texts)
+    monkeypatch.setenv("ALIGN_CLUSTER_CACHE", str(tmp_path / "other"))
+    alone = base[1].encode(texts[1:2])
+    for a, b in [*zip(first, cached, strict=True), (first[1], alone[0]), (first[0], first[2])]:
+        assert a.key == b.key
+        np.testing.assert_array_equal(a.sequence, b.sequence)
+        np.testing.assert_array_equal(a.pooled, b.pooled)
+
+
+def test_the_fingerprint_changes_with_everything_that_decides_a_draw():
+    request = DrawRequest(1, STEPS, FlowSde.Config(), 2.0, (0, 1))
+    others = [
+        DrawRequest(2, STEPS, FlowSde.Config(), 2.0, (0, 1)),
+        DrawRequest(1, 5, FlowSde.Config(), 2.0, (0, 1)),
+        DrawRequest(1, STEPS, Euler.Config(), 2.0, (0, 1)),
+        DrawRequest(1, STEPS, FlowSde.Config(noise_level=0.8), 2.0, (0, 1)),
+        DrawRequest(1, STEPS, FlowSde.Config(), 2.5, (0, 1)),
+        DrawRequest(1, STEPS, FlowSde.Config(), 2.0, (0, 2)),
+    ]
+    prints = [fingerprint((1, 2), other, "key") for other in (request, *others)]
+    prints += [fingerprint((2, 1), request, "key"), fingerprint((1, 2), request, "other")]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint((1, 2), DrawRequest(1, STEPS, FlowSde.Config(), 2.0, (0, 1)), "key") == prints[0]

@@ -35,6 +35,7 @@ ALLOWED = {
     "literal_error": "{expected}",
     "value_error": "{error}",
 }
+YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 # A misspelt key often brings a "missing" with it, so unknown keys come first.
 ORDER = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found", "missing")
 
@@ -60,11 +61,14 @@ def explain(error: ValidationError, source: str, overridden: set[str]) -> list[s
             lines.append(f"{where}: {dotted} is no setting; {hint}")
         elif item["type"] == "missing":
             if dotted not in meant:
-                lines.append(f"{where}: {dotted} is missing; {example(dotted, annotation)}")
+                hint = "the list is too short" if path[-1].isdigit() else example(dotted, annotation)
+                lines.append(f"{where}: {dotted} is missing; {hint}")
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
             lines.append(f"{where}: {wrong_kind(dotted, annotation, item['input'].get('kind'))}")
         elif item["type"] in ("model_type", "model_attributes_type"):
             lines.append(f"{where}: {no_mapping(dotted, annotation, item['input'])}")
+        elif item["loc"][-1] == "[key]":
+            lines.append(f"{where}: {dotted} is no setting; {allowed(item)}")
         else:
             lines.append(f"{where}: {dotted} is {short(item['input'])}; {allowed(item)}")
     return lines
@@ -78,11 +82,11 @@ def locate(loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel], Any]:
     path: list[str] = []
     owner, annotation = RunConfig, RunConfig
     for part in loc:
+        if part == "[key]":
+            continue
         models = list(sections(annotation))
         if len(models) > 1:
             annotation = next(model for model in models if kind_of(model) == part)
-            continue
-        if part == "[key]":
             continue
         path.append(str(part))
         if models:
@@ -162,9 +166,10 @@ def allowed(item: dict[str, Any]) -> str:
         choices = [choice.strip(" '") for choice in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
         close = difflib.get_close_matches(item["input"], choices, n=1)
         near = f" (did you mean {close[0]}?)" if close else ""
-    return f"it must be {text.format(**item.get('ctx', {}))}{near}"
+    bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in item.get("ctx", {}).items()}
+    return f"it must be {text.format(**bounds)}{near}"
 
 
 def short(value: Any, length: int = 60) -> str:
-    text = " ".join(repr(value).split())
+    text = " ".join(YAML_WORDS.get(repr(value), repr(value)).split())
     return text if len(text) <= length else text[: length - 3] + "..."

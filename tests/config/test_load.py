@@ -1,7 +1,11 @@
+import copy
 import json
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
+from align_cluster.config.explain import explain
 from align_cluster.config.load import config_hash, dump, json_schema, load, loads
 from align_cluster.config.run import RunConfig
 from align_cluster.types import UserError
@@ -58,13 +62,13 @@ MISTAKES = [
     ("steps: 3\n", "steps: 2.5\n", ["steps is 2.5", "a whole number"]),
     ("steps: 3\n", "steps: many\n", ["steps is 'many'", "a whole number"]),
     ("steps: 3\n", "steps: [3]\n", ["steps is [3]", "a whole number"]),
-    ("steps: 3\n", "steps: null\n", ["steps is None", "a whole number"]),
+    ("steps: 3\n", "steps: null\n", ["steps is null", "a whole number"]),
     ("name: test", "name: 2024", ["name is 2024", "text", "quotes"]),
     ("name: test", "name: a/b", ["name is 'a/b'", "letters, digits"]),
     ("lr: 1e-4", "lr: -1e-4", ["optimizer.lr is -0.0001", "above 0"]),
     ("lr: 1e-4", "lr: .nan", ["optimizer.lr is nan", "a finite number"]),
     ("lr: 1e-4", "lr: fast", ["optimizer.lr is 'fast'", "a number"]),
-    ("lr: 1e-4", "betas: [0.9]", ["optimizer.betas.1 is missing"]),
+    ("lr: 1e-4", "betas: [0.9]", ["optimizer.betas.1 is missing", "the list is too short"]),
     ("lr: 1e-4", "betas: [0.9, 2]", ["optimizer.betas.1 is 2", "at most 1"]),
     ("lr: 1e-4", "betas: 0.9", ["optimizer.betas is 0.9", "a list in [brackets]"]),
     ("lr: 1e-4", "schedule: cosine", ["optimizer.schedule is 'cosine'", "'constant' or 'linear'"]),
@@ -90,6 +94,12 @@ MISTAKES = [
         "cluster:\n  gpus: 1\nevaluate:\n",
         ["cluster.gpus is no setting", "cluster has address, samplers"],
     ),
+    (
+        "kind: embedded\n  tasks: [colors]\nrollout",
+        "kind: geneval\n  ratios: {colours: 1}\nrollout",
+        ["prompts.ratios.colours is no setting", "did you mean colors?"],
+    ),
+    ("evaluate:\n", "cluster:\n  1: 2\nevaluate:\n", ["run.yaml, line", "name must be text"]),
     ("name: test", "name: test\nname: again", ["run.yaml, line 2", "name is set twice"]),
     ("  steps: 4", "  steps: [4", ["run.yaml, line", "correct that line"]),
     ("  steps: 4", "\tsteps: 4", ["run.yaml, line 12", "correct that line"]),
@@ -129,9 +139,57 @@ def test_a_missing_file_names_the_nearest(tmp_path, text):
         load(tmp_path)
 
 
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    "junk",
+    "",
+    [],
+    {},
+    [1, 2, 3],
+    {"kind": "junk"},
+    {"kind": None},
+    {"kind": ["x"]},
+    10**30,
+]
+
+
+def paths(block, above=()):
+    for key, value in block.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, key))
+
+
+def test_any_setting_may_hold_any_junk_and_is_accepted_or_named(run_config):
+    resolved = yaml.safe_load(dump(run_config("algorithm.kind=grpo", "rollout.step.kind=flow_sde")))
+    for path in paths(resolved):
+        for junk in JUNK:
+            data = copy.deepcopy(resolved)
+            block = data
+            for key in path[:-1]:
+                block = block[key]
+            block[path[-1]] = junk
+            try:
+                RunConfig.model_validate(data)
+            except ValidationError as error:
+                for line in explain(error, "run.yaml", set()):
+                    assert line.startswith(f"run.yaml: {'.'.join(path)}"), line
+
+
 def test_several_mistakes_are_listed_with_unknown_settings_first(text):
     lines = complaint(text.replace("steps: 3", "steps: x").replace("group_size", "grup_size")).splitlines()
     assert len(lines) == 2 and "grup_size" in lines[0] and "steps is 'x'" in lines[1]
+
+
+def test_blocks_may_be_shared_by_yaml_anchors(text):
+    shared = text.replace("prompts:\n  kind: embedded", "prompts: &words\n  kind: embedded", 1)
+    start = shared.index("    kind: embedded\n    tasks")
+    shared = shared[:start] + "    <<: *words\n    split: held_out\n"
+    assert loads(shared).evaluate.prompts == loads(text).evaluate.prompts
 
 
 def test_overrides_set_dotted_paths_to_yaml_values(run_config):

@@ -105,9 +105,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Credit:
-    """Advantages of one step: fp32 [P, G] over groups and members, 0 where masked, and what to log about them."""
+    """Advantages of one step, fp32 [P, G] over groups and members, and what to log about them.
+
+    `valid` [P, G] is False, and the advantage 0, where a sample is masked.
+    """
 
     advantages: np.ndarray
+    valid: np.ndarray
     metrics: dict[str, float]
 
 

@@ -51,6 +51,7 @@ def credit(rewards: np.ndarray, valid: np.ndarray, config: AdvantageConfig) -> C
     spread = [row[keep].std() for row, keep in zip(rewards, valid, strict=True) if keep.any()]
     return Credit(
         values.astype(np.float32),
+        valid,
         {
             "group/std": float(np.mean(spread)) if spread else 0.0,
             "group/zero_std_ratio": 1.0 - float(live_groups(rewards, valid).mean()),

@@ -4,17 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from align_cluster.config.run import RunConfig
 from align_cluster.evaluate.lora import sampler_with
-from align_cluster.evaluate.table import summarise
+from align_cluster.evaluate.table import rows, summarise
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import Euler
-from align_cluster.types import Condition, Prompt, Scores, UserError
+from align_cluster.types import Condition, UserError
 
 T = TypeVar("T")
 
@@ -44,18 +42,6 @@ def evaluate(config: RunConfig, lora: Path | None = None) -> dict[str, Any]:
     if failures and not any(value is not None for row in table for key, value in row.items() if "/" in key):
         raise UserError(f"every score failed: {'; '.join(f'{name}: {text}' for name, text in failures.items())}")
     return {**summarise(table), "failures": failures}
-
-
-def rows(prompt: Prompt, scores: Scores) -> list[dict[str, Any]]:
-    """One row an image for `table.summarise`: task, prompt and every score column, None where there is no score."""
-    columns = {f"reward/{name}": np.where(scores.valid[name], values, np.nan) for name, values in scores.values.items()}
-    columns |= {f"reward/{name}": values for name, values in scores.details.items()}
-    count = len(next(iter(scores.valid.values())))
-    return [
-        {"task": prompt.task, "prompt_id": prompt.id}
-        | {name: float(values[i]) if np.isfinite(values[i]) else None for name, values in columns.items()}
-        for i in range(count)
-    ]
 
 
 def encode(sampler: Sampler, texts: list[str], guidance: float) -> dict[str, Condition]:

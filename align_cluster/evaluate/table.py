@@ -6,7 +6,21 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from align_cluster.types import Prompt, Scores
+
 KEYS = ("task", "prompt_id")
+
+
+def rows(prompt: Prompt, scores: Scores) -> list[dict[str, Any]]:
+    """One row an image for `summarise`: task, prompt and every score column, None where there is no score."""
+    columns = {f"reward/{name}": np.where(scores.valid[name], values, np.nan) for name, values in scores.values.items()}
+    columns |= {f"reward/{name}": values for name, values in scores.details.items()}
+    count = len(next(iter(scores.valid.values())))
+    return [
+        {"task": prompt.task, "prompt_id": prompt.id}
+        | {name: float(values[i]) if np.isfinite(values[i]) else None for name, values in columns.items()}
+        for i in range(count)
+    ]
 
 
 def summarise(rows: list[dict[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:

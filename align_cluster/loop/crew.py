@@ -12,7 +12,6 @@ import ray
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.placement import check_fits
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.cluster.workers import make_reward_worker, make_sampler
 from align_cluster.config.plan import Plan
@@ -21,10 +20,19 @@ from align_cluster.learner.batching import cut, share, total_weight
 from align_cluster.learner.worker import merge
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
 from align_cluster.rollouts.steps import STEPS, Euler
-from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Receipt, Scores
-from align_cluster.weights import check
+from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Scores
+from align_cluster.weights import check, view
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass(frozen=True)
+class Sync:
+    """A weight sync that was proven: manifest, reference to the buffer, seconds from the buffer to the last receipt."""
+
+    manifest: Manifest
+    buffer: Any
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -40,14 +48,20 @@ class Drawn:
 class Crew:
     """Samplers, reward workers and learner ranks of one run. Leaving the context stops them all."""
 
-    def __init__(self, config: RunConfig, plan: Plan, report: Report) -> None:
-        check_fits(plan)
+    def __init__(self, config: RunConfig, plan: Plan, places: dict[str, list[Any]], report: Report) -> None:
         self.config, self.plan, self.report = config, plan, report
         self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
         wait = config.cluster.timeout_s
-        self.samplers = Pool("sampler", lambda name: make_sampler(config, plan, name), plan.samplers, wait)
-        self.rewards = Pool("reward", lambda name: make_reward_worker(config, plan, name), plan.reward_workers, wait)
-        self.learners = LearnerGroup(config, plan)
+
+        def sampler(name: str, index: int) -> Any:
+            return make_sampler(config, plan, places["sampler"][index], name)
+
+        def reward_worker(name: str, index: int) -> Any:
+            return make_reward_worker(config, plan, places["reward"][index])
+
+        self.samplers = Pool("sampler", sampler, plan.samplers, wait)
+        self.rewards = Pool("reward", reward_worker, plan.reward_workers, wait)
+        self.learners = LearnerGroup(config, plan, places["learner"])
         self.conditions: dict[str, Any] = {}
         self.keys: dict[str, str] = {}
         self.version = 0
@@ -74,13 +88,14 @@ class Crew:
             for text, condition in zip(new[done.key : done.key + 32], done.value, strict=True):
                 self.conditions[text], self.keys[text] = ray.put(condition), condition.key
 
-    def request(self, indices: tuple[int, ...] = (), evaluation: bool = False) -> DrawRequest:
-        """How to draw with the current weights: as the algorithm trains, or by ODE for evaluation."""
+    def request(self, step: int | None) -> DrawRequest:
+        """How to draw with the current weights: as training step `step` wants, or by ODE for evaluation (None)."""
         rollout, held_out = self.config.rollout, self.config.evaluate
-        if evaluation:
+        if step is None:
             return DrawRequest(self.version, held_out.steps or rollout.steps, Euler.Config(), held_out.guidance)
-        step = rollout.step or STEPS[self.algorithm.default_step].Config()
-        return DrawRequest(self.version, rollout.steps, step, rollout.guidance, indices)
+        kind = rollout.step or STEPS[self.algorithm.default_step].Config()
+        indices = self.algorithm.record_indices(rollout.steps, step_seed(self.config, step))
+        return DrawRequest(self.version, rollout.steps, kind, rollout.guidance, indices)
 
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:
         """Draw and score chunks, each scored as soon as it is drawn; results in the order of `chunks`, and stage times.
@@ -100,7 +115,7 @@ class Crew:
         for done in stream(self.samplers, self.rewards):
             chunk = by_id[done.key]
             if done.pool is self.samplers:
-                self._verify(done.value, request)
+                self._verify(done.value, chunk, request)
                 drawn[done.key] = (done.value, *done.refs)
                 self.rewards.submit(done.key, "score", done.refs[0], [chunk.prompt] * len(chunk.seeds))
                 last_drawn = time.perf_counter()
@@ -112,28 +127,25 @@ class Crew:
         times = {"rollout": last_drawn - started, "reward": time.perf_counter() - last_drawn}
         return [Drawn(*drawn[chunk.id], scores[chunk.id]) for chunk in chunks], times
 
-    def _verify(self, info: DrawInfo, request: DrawRequest) -> None:
+    def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
         """A chunk must have been drawn with exactly the levels, seeds, weights and condition that were asked for."""
-        key = self.keys[info.chunk.prompt.text]
-        if info.fingerprint != fingerprint(info.chunk.seeds, request, key):
-            raise RuntimeError(f"chunk {info.chunk.id} was not drawn as requested; sampler and driver versions differ")
+        if info.fingerprint != fingerprint(chunk.seeds, request, self.keys[chunk.prompt.text]):
+            raise RuntimeError(f"chunk {chunk.id} was not drawn as requested; sampler and driver versions differ")
 
     def images(self, drawn: list[Drawn]) -> np.ndarray:
         """Images of drawn chunks, uint8 [N, H, W, 3]."""
         return np.concatenate(ray.get([item.images for item in drawn]))
 
-    def update(
-        self, step: int, drawn: list[Drawn], credit: Credit, valid: np.ndarray
-    ) -> dict[str, tuple[float, float]]:
+    def update(self, step: int, drawn: list[Drawn], credit: Credit) -> dict[str, tuple[float, float]]:
         """One step of the learner: (mean, largest magnitude) of each of its metrics over all ranks."""
         sizes = np.cumsum([len(item.info.chunk.seeds) for item in drawn])[:-1]
         pieces = cut(
             [item.info.chunk for item in drawn],
             np.split(credit.advantages.ravel(), sizes),
-            np.split(valid.ravel(), sizes),
+            np.split(credit.valid.ravel(), sizes),
             self.config.learner.updates_per_step,
             self.plan.micro_batch,
-            seed=self.config.seed * 1_000_003 + step,
+            seed=step_seed(self.config, step),
         )
         shares = []
         for rank in range(self.plan.learners):
@@ -147,12 +159,21 @@ class Crew:
         null = self.conditions.get("") if self.config.rollout.guidance > 1 else None
         return merge(self.learners.update(step, shares, total_weight(pieces), null))
 
-    def publish(self, source: str) -> tuple[Manifest, Any, list[Receipt], float]:
-        """Send the learner's adapter to all samplers and prove that it arrived; returns also the seconds from the
-        finished buffer to the last receipt."""
+    def publish(self, source: str) -> Sync:
+        """Send the learner's "behaviour" or "evaluation" adapter to all samplers and prove that it arrived."""
         self.version += 1
         manifest, buffer = self.learners.publish(source, self.version)
         started = time.perf_counter()
         receipts = self.samplers.broadcast("adopt", manifest, buffer, sticky=True)
         check(manifest, receipts, self.plan.samplers)
-        return manifest, buffer, receipts, time.perf_counter() - started
+        return Sync(manifest, buffer, time.perf_counter() - started)
+
+    def adapter(self, sync: Sync) -> dict[str, np.ndarray]:
+        """Published weights by name."""
+        buffer = ray.get(sync.buffer)
+        return {tensor.name: view(buffer, tensor) for tensor in sync.manifest.tensors}
+
+
+def step_seed(config: RunConfig, step: int) -> int:
+    """Seed of one step's choices (which noise levels, which groups share an update)."""
+    return config.seed * 1_000_003 + step

@@ -1,13 +1,17 @@
 """Numbers of one step and of the software, for the run's records."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 
 from align_cluster import __version__
+from align_cluster.config.load import config_hash
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.crew import Drawn
-from align_cluster.types import Credit, Manifest, Scores
+from align_cluster.loop.clock import Clock
+from align_cluster.loop.crew import Crew, Drawn, Sync
+from align_cluster.rewards.mix import concatenate
+from align_cluster.types import Credit
 
 # Learner metrics whose largest magnitude says more than their mean.
 LARGEST = {
@@ -29,14 +33,13 @@ MEAN = {
 def step_metrics(
     config: RunConfig,
     drawn: list[Drawn],
-    scores: Scores,
     credit: Credit,
     trained: dict[str, tuple[float, float]],
     times: dict[str, float],
-    manifest: Manifest,
-    adopted: float,
+    sync: Sync,
 ) -> dict[str, float]:
     """Everything that one step reports, under the names of `observe.metrics`."""
+    scores = concatenate([item.scores for item in drawn])
     tasks = np.array([item.info.chunk.prompt.task for item in drawn for _ in item.info.chunk.seeds])
     values: dict[str, float] = dict(credit.metrics)
     for name in config.rewards:
@@ -52,9 +55,42 @@ def step_metrics(
     values |= {f"time/{stage}": seconds for stage, seconds in times.items()}
     values["time/step"] = sum(times.values())
     values["throughput/images_per_s"] = len(tasks) / values["time/step"]
-    values["weights/bytes"], values["weights/adopt_s"] = float(manifest.nbytes), adopted
-    values["weights/version"] = float(manifest.version)
-    return {name: value for name, value in values.items() if np.isfinite(value)}
+    values["weights/bytes"], values["weights/adopt_s"] = float(sync.manifest.nbytes), sync.seconds
+    values["weights/version"] = float(sync.manifest.version)
+    return values
+
+
+def summary(
+    config: RunConfig,
+    headline: str,
+    before: dict,
+    after: dict,
+    crew: Crew,
+    clock: Clock,
+    sync: Sync,
+    lora: Path,
+    self_check: dict[str, float] | None,
+) -> dict:
+    """Content of summary.json: what the run did, how long it took, and what it ended with."""
+    wall = clock.wall()
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "steps": config.steps,
+        "headline": headline,
+        "before": before,
+        "after": after,
+        "images_drawn": crew.images_drawn,
+        "images_per_s": crew.images_drawn / wall,
+        "wall_seconds": wall,
+        "stage_seconds": {**clock.total, "start and rest": wall - sum(clock.total.values())},
+        "lora_path": str(lora),
+        "lora_checksum": sync.manifest.checksum,
+        "workers_lost": crew.samplers.lost + crew.rewards.lost,
+        "self_check": self_check,
+        "config_hash": config_hash(config),
+        "versions": software(),
+    }
 
 
 def software() -> dict[str, str]:

@@ -1,0 +1,32 @@
+"""Wall time by stage."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds by stage: of the current step (`step`) and since the start (`total`)."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.step: dict[str, float] = {}
+        self.total: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        for table in (self.step, self.total):
+            table[stage] = table.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time inside as stage `name`."""
+        started = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - started)
+
+    def next_step(self) -> None:
+        self.step = {}
+
+    def wall(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.began

@@ -34,10 +34,10 @@ class LearnerRank:
 class LearnerGroup:
     """All ranks of one learner. Every call goes to every rank."""
 
-    def __init__(self, config: RunConfig, plan: Plan) -> None:
+    def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
         self.timeout_s = config.cluster.timeout_s
-        actor = ray.remote(LearnerRank).options(num_cpus=plan.learner_cpus, num_gpus=plan.learner_gpus)
-        self.ranks = [actor.remote() for _ in range(plan.learners)]
+        actor, shares = ray.remote(LearnerRank), {"num_cpus": plan.learner_cpus, "num_gpus": plan.learner_gpus}
+        self.ranks = [actor.options(**shares, scheduling_strategy=place).remote() for place in places]
         address, port = self.wait([self.ranks[0].address.remote()])[0]
         device = "cuda" if plan.learner_gpus else "cpu"
         self.built = [

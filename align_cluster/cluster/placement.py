@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import ClusterConfig
 from align_cluster.types import UserError
+
+PATIENCE_S = 5.0  # a run that has just ended gives its resources back within about a second
 
 
 @contextmanager
@@ -39,19 +43,60 @@ def resources() -> tuple[int, int]:
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
 
 
-def check_fits(plan: Plan) -> None:
-    """Raise UserError, naming what is missing, where the free resources cannot hold the plan's workers."""
-    need = {
-        "CPU": plan.samplers * plan.sampler_cpus
-        + plan.learners * plan.learner_cpus
-        + plan.reward_workers * plan.reward_cpus,
-        "GPU": plan.samplers * plan.sampler_gpus + plan.learners * plan.learner_gpus,
+def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
+    """What the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
+
+    Samplers and a learner rank that take turns share a bundle, and with it a GPU. A bundle with a learner holds a whole
+    GPU: Ray would put two half ones on the same device, where NCCL refuses two ranks.
+    """
+    alone = plan.sampler_gpus == 1
+    together = int(0.5 / plan.sampler_gpus + 1e-6) if 0 < plan.sampler_gpus < 1 else 1
+    first_learner = plan.samplers if alone else 0
+    places = {
+        "sampler": [index // together for index in range(plan.samplers)],
+        "learner": [first_learner + index for index in range(plan.learners)],
     }
-    free = ray.available_resources()
-    short = [f"{need[key]:g} {key} (free: {free.get(key, 0):g})" for key in need if need[key] > free.get(key, 0) + 1e-6]
-    if short:
-        raise UserError(
-            f"the cluster lacks {' and '.join(short)} for {plan.samplers} samplers, {plan.learners} learners and "
-            f"{plan.reward_workers} reward workers: lower cluster.samplers, cluster.learners or "
-            "cluster.reward_workers, or add nodes"
-        )
+    shared = 1 + max(places["sampler"] + places["learner"])
+    places["reward"] = [shared + index for index in range(plan.reward_workers)]
+    bundles: list[dict[str, float]] = [{"CPU": 0.0} for _ in range(shared + plan.reward_workers)]
+    cpus = {"sampler": plan.sampler_cpus, "learner": plan.learner_cpus, "reward": plan.reward_cpus}
+    for role, indices in places.items():
+        for index in indices:
+            bundles[index]["CPU"] = round(bundles[index]["CPU"] + cpus[role], 4)
+    if plan.learner_gpus:
+        for index in places["sampler"] + places["learner"]:
+            bundles[index]["GPU"] = 1.0 if alone or index in places["learner"] else 0.5
+    return bundles, places
+
+
+@contextmanager
+def reserve(plan: Plan) -> Iterator[dict[str, list[PlacementGroupSchedulingStrategy]]]:
+    """The run's share of the cluster, taken whole or not at all: for each role, where its worker number i runs.
+
+    UserError, naming what is missing, where the cluster does not have it, or others hold it and do not give it back
+    within seconds.
+    """
+    bundles, places = slots(plan)
+    total, free = ray.cluster_resources(), ray.available_resources()
+    need = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", "GPU")}
+    fits = all(count <= total.get(key, 0) + 1e-6 for key, count in need.items())
+    group = placement_group(bundles, strategy="PACK") if fits else None
+    try:
+        if group is None or not group.wait(PATIENCE_S):
+            short = [
+                f"{count:g} {key} ({total.get(key, 0):g} in all, {free.get(key, 0):g} free)"
+                for key, count in need.items()
+                if count > free.get(key, 0) + 1e-6
+            ]
+            raise UserError(
+                f"the cluster lacks {' and '.join(short) or f'nodes that hold all of {bundles}'} for {plan.samplers} "
+                f"samplers, {plan.learners} learners and {plan.reward_workers} reward workers: lower cluster.samplers, "
+                "cluster.learners or cluster.reward_workers, add nodes, or wait for other jobs to end"
+            )
+        yield {
+            role: [PlacementGroupSchedulingStrategy(group, index) for index in indices]
+            for role, indices in places.items()
+        }
+    finally:
+        if group is not None:
+            remove_placement_group(group)

@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
+from align_cluster.types import UserError
+
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 DEPTH = 2  # calls queued on a worker: the next one is there when the first ends
 
@@ -44,22 +46,22 @@ class Done:
 
 
 class Pool:
-    """`size` actors made by `make(name)`. A call that a worker was lost under is given to another one, up to 3 times.
+    """`size` actors, number i made by `make(name, i)`. A call whose worker was lost goes to another one, up to 3 times.
 
     Errors that the work itself raises are not retried: they rise to the caller as they are.
     """
 
-    def __init__(self, name: str, make: Callable[[str], Any], size: int, timeout_s: float) -> None:
+    def __init__(self, name: str, make: Callable[[str, int], Any], size: int, timeout_s: float) -> None:
         self.name, self.make, self.size, self.timeout_s = name, make, size, timeout_s
         self.waiting: deque[Call] = deque()
         self.sticky: tuple[str, tuple] | None = None
         self.born = self.lost = 0
-        self.workers = [self._hire() for _ in range(size)]
+        self.workers = [self._hire(index) for index in range(size)]
 
-    def _hire(self) -> Worker:
+    def _hire(self, index: int) -> Worker:
         name = f"{self.name}-{self.born}"
         self.born += 1
-        worker = Worker(name, self.make(name))
+        worker = Worker(name, self.make(name, index))
         if self.sticky:
             method, args = self.sticky
             getattr(worker.actor, method).remote(*args)  # actors run calls in order: state first, then work
@@ -112,6 +114,8 @@ class Pool:
         """Hire a successor and put the lost worker's calls at the head of the queue, in their order."""
         if worker not in self.workers:
             return
+        if getattr(error, "actor_init_failed", False):
+            raise start_error(worker.name, error) from error
         self.lost += 1
         if self.lost > 3 * self.size + 10:
             raise RuntimeError(f"{self.name}: {self.lost} workers lost, the last with: {error}") from error
@@ -122,7 +126,9 @@ class Pool:
                 ) from error
             self.waiting.appendleft(call)
         ray.kill(worker.actor)
-        self.workers[self.workers.index(worker)] = self._hire()
+        index = self.workers.index(worker)
+        self.workers[index] = self._hire(index)
+        self._feed()
 
     def _collect(self, ref: Any) -> Done | None:
         worker = next(w for w in self.workers if ref in w.calls)
@@ -130,7 +136,6 @@ class Pool:
             value = ray.get(ref)
         except LOST as error:
             self._replace(worker, error)
-            self._feed()
             return None
         except RayTaskError as error:
             raise cause_of(error) from error
@@ -147,6 +152,12 @@ class Pool:
 def cause_of(error: RayTaskError) -> BaseException:
     """The exception that the remote code raised, of its own type where it has one."""
     return getattr(error, "cause", None) or error
+
+
+def start_error(name: str, error: RayError) -> Exception:
+    """What a worker's constructor raised. Ray hands over only its text, from which a UserError is made again."""
+    _, found, sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    return UserError(sentence.strip()) if found else RuntimeError(f"{name} could not start: {error}")
 
 
 def stream(*pools: Pool) -> Iterator[Done]:

@@ -10,11 +10,13 @@ from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import Sampler
 
 
-def make_sampler(config: RunConfig, plan: Plan, name: str) -> Any:
+def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
     device = "cuda" if plan.sampler_gpus else "cpu"
-    actor = ray.remote(Sampler).options(num_cpus=plan.sampler_cpus, num_gpus=plan.sampler_gpus)
+    shares = {"num_cpus": plan.sampler_cpus, "num_gpus": plan.sampler_gpus}
+    actor = ray.remote(Sampler).options(**shares, scheduling_strategy=place)
     return actor.remote(config.backbone, plan.threads, name, device)
 
 
-def make_reward_worker(config: RunConfig, plan: Plan, name: str) -> Any:
-    return ray.remote(RewardWorker).options(num_cpus=plan.reward_cpus).remote(dict(config.rewards), plan.threads)
+def make_reward_worker(config: RunConfig, plan: Plan, place: Any) -> Any:
+    actor = ray.remote(RewardWorker).options(num_cpus=plan.reward_cpus, scheduling_strategy=place)
+    return actor.remote(dict(config.rewards), plan.threads)

@@ -1,0 +1,100 @@
+"""Real Ray runs of the embedded model, small enough for a laptop.
+
+One Ray serves all of these tests, in a folder of its own, so that two test sessions on one machine never meet.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align_cluster.config.load import load
+from align_cluster.config.run import RunConfig
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+TINY = (
+    "steps=2 prompts_per_step=2 rollout.group_size=4 rollout.steps=4 evaluate.count=2 evaluate.images_per_prompt=2 "
+    "evaluate.grid_prompts=2 evaluate.grid_columns=2 evaluate.grid_every=1 cluster.timeout_s=120 "
+    # CLIP score never gives a group the same score throughout, so every run has something to learn.
+    "rewards.clip.role=train optimizer.lr=5e-3"
+).split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and its summary.json."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def short_folder() -> Iterator[Path]:
+    """A temporary folder with a short path: Ray puts Unix sockets there, whose paths end at 107 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="ac-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def local_ray(short_folder: Path) -> Iterator[Any]:
+    """The session's Ray with two cores."""
+    import ray
+
+    import align_cluster.cluster  # noqa: F401 - before ray, see there
+
+    before = {name: os.environ.get(name) for name in ("ALIGN_CLUSTER_CACHE", "RAY_ADDRESS")}
+    os.environ["ALIGN_CLUSTER_CACHE"] = str(short_folder / "cache")
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=400_000_000,
+        _temp_dir=str(short_folder / "ray"),
+    )
+    yield ray
+    ray.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., RunConfig]:
+    """Function (kind, *overrides) -> the quickstart's job in seconds, with algorithm `kind`."""
+    return lambda kind, *overrides: load(QUICKSTART, [*TINY, f"name={kind}", f"algorithm.kind={kind}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def train(local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig], Run]:
+    """Function config -> Run, on the session's Ray."""
+
+    def go(config: RunConfig) -> Run:
+        from align_cluster.loop import driver
+
+        path = driver.train(config, tmp_path_factory.mktemp("runs"))
+        return Run(path, json.loads((path / "summary.json").read_text()))
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def runs(tiny: Callable[..., RunConfig], train: Callable[[RunConfig], Run]) -> dict[str, Run]:
+    """The undisturbed runs, with two samplers, that others are compared with: by algorithm, each made at first use."""
+
+    class Runs(dict):
+        def __missing__(self, kind: str) -> Run:
+            self[kind] = train(tiny(kind))
+            return self[kind]
+
+    return Runs()

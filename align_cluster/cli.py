@@ -200,7 +200,7 @@ def _train(args: argparse.Namespace) -> int:
     config = _config(args)
     from align_cluster.loop.driver import train
 
-    train(config, Path(config.out).expanduser(), progress=True)
+    train(config, Path(config.out).expanduser())
     return 0
 
 

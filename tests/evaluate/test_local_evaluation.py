@@ -11,8 +11,9 @@ from align_cluster.backbones.adapters import adapter_parameters
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.config.load import load
 from align_cluster.evaluate.lora import find_lora, read_lora, sampler_with
-from align_cluster.evaluate.run import evaluate, rows
+from align_cluster.evaluate.run import evaluate
 from align_cluster.evaluate.sample import sample
+from align_cluster.evaluate.table import rows
 from align_cluster.rollouts.sampler import Sampler
 from align_cluster.types import Prompt, Scores, UserError
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from align_cluster.types import UserError
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -49,7 +51,10 @@ class RunDir:
         and fails on any other, so of two runs that start at once exactly one gets each name.
         """
         out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: {out} cannot be a folder for runs ({error.strerror}); give --out another one") from error
         staged = out / f".{uuid.uuid4().hex}"
         (staged / "grids").mkdir(parents=True)
         number = 1

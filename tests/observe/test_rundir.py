@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from align_cluster.observe.rundir import RunDir, atomic, read_json, write_json, write_text
+from align_cluster.types import UserError
 
 
 def test_a_new_run_never_overwrites_an_old_one(tmp_path):
@@ -56,3 +57,9 @@ def test_grid_steps_are_numbers_in_order(tmp_path):
     (run.grids / "prompts.json").touch()
     assert run.grid(20).name == "step_000020.png"
     assert run.grid_steps() == [0, 20, 1_000_000]
+
+
+def test_an_output_path_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="out: .*taken cannot be a folder for runs"):
+        RunDir.create(tmp_path / "taken", "run")

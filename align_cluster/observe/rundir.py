@@ -54,7 +54,7 @@ class RunDir:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"out: {out} cannot be a folder for runs ({error.strerror}); give --out another one") from error
+            raise UserError(f"out: {out} cannot hold runs ({error.strerror}); give --out another folder") from error
         staged = out / f".{uuid.uuid4().hex}"
         (staged / "grids").mkdir(parents=True)
         number = 1

@@ -61,5 +61,5 @@ def test_grid_steps_are_numbers_in_order(tmp_path):
 
 def test_an_output_path_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(UserError, match="out: .*taken cannot be a folder for runs"):
+    with pytest.raises(UserError, match="out: .*taken cannot hold runs"):
         RunDir.create(tmp_path / "taken", "run")

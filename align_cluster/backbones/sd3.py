@@ -3,6 +3,8 @@ architecture."""
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,14 +47,20 @@ class SD3(Backbone):
     def source(self) -> str:
         return str(pipeline_path()) if self.config.path == "embedded" else self.config.path
 
-    def _part_config(self, cls: type, part: str) -> dict:
+    @contextmanager
+    def _reading(self, part: str) -> Iterator[None]:
+        """Turns a part that cannot be read into one sentence for the user."""
         try:
-            return cls.load_config(self.source, subfolder=part)
+            yield
         except OSError as error:
             raise UserError(
                 f"backbone.path: {self.config.path!r} has no readable {part!r} part: give 'embedded', a diffusers "
                 f"folder of an SD3 pipeline, or a hub id that this machine can reach ({str(error).splitlines()[0]})"
             ) from error
+
+    def _part_config(self, cls: type, part: str) -> dict:
+        with self._reading(part):
+            return cls.load_config(self.source, subfolder=part)
 
     @cached_property
     def _transformer_config(self) -> dict:
@@ -82,8 +90,8 @@ class SD3(Backbone):
     def load_denoiser(self) -> torch.nn.Module:
         from diffusers import SD3Transformer2DModel
 
-        self._transformer_config  # noqa: B018 - a clear error for a bad path
-        model = SD3Transformer2DModel.from_pretrained(self.source, subfolder="transformer", dtype=self.dtype)
+        with self._reading("transformer"):
+            model = SD3Transformer2DModel.from_pretrained(self.source, subfolder="transformer", dtype=self.dtype)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -98,9 +106,10 @@ class SD3(Backbone):
         index = StableDiffusion3Pipeline.load_config(self.source)
         has_t5 = self.config.t5 and index.get("text_encoder_3", (None, None))[0] is not None
         without_t5 = {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        return StableDiffusion3Pipeline.from_pretrained(
-            self.source, transformer=shell, vae=None, dtype=self.dtype, **without_t5
-        )
+        with self._reading("text_encoder"):
+            return StableDiffusion3Pipeline.from_pretrained(
+                self.source, transformer=shell, vae=None, dtype=self.dtype, **without_t5
+            )
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> list[Condition]:
@@ -156,7 +165,8 @@ class SD3(Backbone):
     def _vae(self) -> torch.nn.Module:
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+        with self._reading("vae"):
+            vae = AutoencoderKL.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
         return vae.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -1,0 +1,145 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from align_cluster.backbones.sd3 import SD3
+from align_cluster.rollouts.denoise import denoise, initial_noise
+from align_cluster.rollouts.guidance import TextBatch, guided_velocity
+from align_cluster.rollouts.steps import Euler
+from align_cluster.types import UserError
+
+TEXTS = ["a photo of a red circle", "two blue squares"]
+
+
+def stock_pipeline(folder, **parts):
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def sd35(sd35_folder):
+    return SD3(SD3.Config(path=str(sd35_folder), precision="fp32"))
+
+
+@pytest.fixture(scope="module")
+def stock35(sd35_folder):
+    return stock_pipeline(sd35_folder)
+
+
+def test_a_local_sd35_folder_has_its_own_shape_and_levels(sd35, stock35):
+    assert sd35.latent_shape == (4, 8, 8)
+    stock35.scheduler.set_timesteps(6)
+    np.testing.assert_allclose(sd35.sigmas(6), stock35.scheduler.sigmas.numpy(), rtol=2e-6, atol=1e-7)
+
+
+def test_prompts_are_encoded_as_the_stock_pipeline_does_with_t5(sd35, stock35):
+    conditions = sd35.encode(TEXTS)
+    for text, condition in zip(TEXTS, conditions, strict=True):
+        with torch.no_grad():  # T5's attention takes another kernel where gradients are possible
+            sequence, _, pooled, _ = stock35.encode_prompt(text, None, None, max_sequence_length=128)
+        assert condition.sequence.shape == (77 + 128, 40) and condition.pooled.shape == (32,)
+        np.testing.assert_array_equal(condition.sequence, sequence[0].numpy())
+        np.testing.assert_array_equal(condition.pooled, pooled[0].numpy())
+    assert np.abs(conditions[0].sequence[77:]).max() > 0
+
+
+def test_without_t5_its_place_is_filled_as_the_stock_pipeline_does(sd35_folder):
+    backbone = SD3(SD3.Config(path=str(sd35_folder), precision="fp32", t5=False))
+    pipe = stock_pipeline(sd35_folder, text_encoder_3=None, tokenizer_3=None)
+    (condition,) = backbone.encode(TEXTS[:1])
+    sequence, _, pooled, _ = pipe.encode_prompt(TEXTS[0], None, None, max_sequence_length=128)
+    np.testing.assert_array_equal(condition.sequence, sequence[0].detach().numpy())
+    np.testing.assert_array_equal(condition.pooled, pooled[0].detach().numpy())
+    assert np.abs(condition.sequence[77:]).max() == 0
+
+
+def test_a_condition_depends_on_its_own_text_only(sd35):
+    together, alone = sd35.encode(TEXTS), sd35.encode(TEXTS[1:])
+    np.testing.assert_array_equal(together[1].sequence, alone[0].sequence)
+    np.testing.assert_array_equal(together[1].pooled, alone[0].pooled)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_our_sample_is_the_stock_sd35_pipelines(sd35, stock35, guidance):
+    seeds, device = (1, 2), torch.device("cpu")
+    condition, null = sd35.encode([TEXTS[0], ""])
+    text = TextBatch.build([condition] * 2, null, device)
+    denoiser, sigmas = sd35.load_denoiser(), sd35.sigmas(4)
+    path = denoise(
+        lambda x, sigma: guided_velocity(sd35, denoiser, x, sigma, text, guidance),
+        Euler(Euler.Config(), sigmas),
+        sigmas,
+        sd35.latent_shape,
+        seeds,
+    )
+    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], sd35.latent_shape)
+    arguments = {"num_inference_steps": 4, "guidance_scale": guidance, "max_sequence_length": 128}
+    latents = stock35([TEXTS[0]] * 2, latents=noise.clone(), output_type="latent", **arguments).images
+    torch.testing.assert_close(path.x0, latents, rtol=0, atol=2e-5)
+    theirs = stock35([TEXTS[0]] * 2, latents=noise.clone(), output_type="pil", **arguments).images
+    images = sd35.decode(path.x0)
+    assert images.shape == (2, 64, 64, 3)
+    assert np.abs(images.astype(int) - np.stack([np.asarray(image) for image in theirs]).astype(int)).max() <= 1
+
+
+def test_another_image_size_gives_another_latent_shape(sd35_folder):
+    backbone = SD3(SD3.Config(path=str(sd35_folder), precision="fp32", height=32, width=48))
+    assert backbone.latent_shape == (4, 4, 6)
+    latents = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert backbone.decode(latents).shape == (1, 32, 48, 3)
+
+
+def test_a_loaded_denoiser_is_frozen_and_in_evaluation_mode(sd35):
+    denoiser = sd35.load_denoiser()
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+    assert not any(module.training for module in denoiser.modules())
+
+
+def test_bf16_changes_a_velocity_by_rounding_only_and_answers_in_fp32(settings):
+    fine, coarse = SD3(settings), SD3(settings.model_copy(update={"precision": "bf16"}))
+    denoiser = fine.load_denoiser()
+    x = torch.randn(2, *fine.latent_shape, generator=torch.Generator().manual_seed(0))
+    (condition,) = fine.encode(["a photo of a red circle"])
+    text = TextBatch.build([condition] * 2, None, torch.device("cpu"))
+    v, rounded = (b.velocity(denoiser, x, torch.full((2,), 0.6), text.sequence, text.pooled) for b in (fine, coarse))
+    assert rounded.dtype == torch.float32
+    assert 0 < (v - rounded).abs().max() < 0.05 * v.abs().max()
+
+
+def test_images_are_rounded_not_truncated(settings):
+    backbone = SD3(settings)
+    latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    config = backbone._vae.config
+    with torch.no_grad():
+        pixels = backbone._vae.decode(latents / config.scaling_factor + (config.shift_factor or 0)).sample
+    exact = (pixels.clamp(-1, 1) * 127.5 + 127.5).permute(0, 2, 3, 1).double().numpy()
+    assert np.abs(backbone.decode(latents) - exact).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("use", ["latent_shape", "sigmas", "load_denoiser", "encode", "decode"])
+def test_a_path_without_a_pipeline_is_one_sentence_for_the_user(tmp_path, use):
+    backbone = SD3(SD3.Config(path=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="^backbone.path: '.*nowhere' has no readable '[a-z]+' part: give 'embedded'"):
+        if use == "latent_shape":
+            _ = backbone.latent_shape
+        else:
+            argument = {"sigmas": 4, "encode": ["a"], "decode": torch.zeros(1, 4, 8, 8)}.get(use)
+            getattr(backbone, use)(*[argument] if argument is not None else [])
+
+
+@pytest.mark.parametrize(
+    ("part", "use"), [("transformer", "load_denoiser"), ("vae", "_vae"), ("text_encoder", "_text")]
+)
+def test_a_part_whose_weights_are_missing_is_named(tmp_path, sd35_folder, part, use):
+    folder = shutil.copytree(sd35_folder, tmp_path / "pipeline")
+    for path in (folder / part).glob("*.safetensors"):
+        path.unlink()
+    backbone = SD3(SD3.Config(path=str(folder)))
+    with pytest.raises(UserError, match=f"has no readable '{part}' part"):
+        value = getattr(backbone, use)
+        value()

@@ -23,12 +23,15 @@ class SD3(Backbone):
     """Velocity network with joint attention over image tokens and two CLIP (and optionally T5) text encodings."""
 
     class Config(BackboneSection):
-        """Settings of the SD3 family. `t5: false` leaves the T5 encoder out, as SD3 allows."""
+        """Settings of the SD3 family. `t5: false` leaves the T5 encoder out, as SD3 allows.
+
+        `max_sequence_length: null` is 128, or 0 for the embedded pipeline, which has no T5.
+        """
 
         kind: Literal["sd3"] = "sd3"
         path: str = "embedded"
         t5: bool = True
-        max_sequence_length: Annotated[int, Field(gt=0, le=512)] = 128
+        max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
 
     prediction = "flow"
     # The eight attention projections of the Flow-GRPO and DiffusionNFT recipes.
@@ -117,9 +120,7 @@ class SD3(Backbone):
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
             if getattr(pipeline, name) is not None:
                 getattr(pipeline, name).to(self.device)
-        # Without T5 the stock pipeline pads with zero tokens up to max_sequence_length; the embedded model never saw
-        # them.
-        length = self.config.max_sequence_length if self.config.path != "embedded" else 0
+        length = self._sequence_length
         conditions = []
         for text in texts:
             sequence, _, pooled, _ = pipeline.encode_prompt(
@@ -135,9 +136,15 @@ class SD3(Backbone):
         files = sorted(path for part in ("text_encoder*", "tokenizer*") for path in Path(self.source).glob(f"{part}/*"))
         return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [self.source]
 
+    @property
+    def _sequence_length(self) -> int:
+        # Without T5 the stock pipeline pads with zero tokens up to this length; the embedded model never saw any.
+        length = self.config.max_sequence_length
+        return length if length is not None else 0 if self.config.path == "embedded" else 128
+
     def condition_key(self, text: str) -> str:
         """Content address of an encoding: everything that it depends on."""
-        facts = (self._text_identity, self.config.t5, self.config.max_sequence_length, str(self.dtype), text)
+        facts = (self._text_identity, self.config.t5, self._sequence_length, str(self.dtype), text)
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def free_text_encoders(self) -> None:

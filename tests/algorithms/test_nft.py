@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+
+from align_cluster.algorithms.nft import NFT
+
+SEEDS = range(6)
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, -2.0])
+
+
+def nft(**settings) -> NFT:
+    return NFT(NFT.Config(**({"kl_beta": 0.0} | settings)))
+
+
+@pytest.fixture
+def policy(make_policy):
+    return make_policy("dpm2")
+
+
+def levels_seen(policy, batch) -> torch.Tensor:
+    """Noise levels [B] that a loss evaluated the default adapter at."""
+    seen = []
+    velocity = policy.velocity
+    policy.velocity = lambda x, sigma, adapter="default": seen.append((sigma, x)) or velocity(x, sigma, adapter)
+    nft().loss(policy, batch)
+    policy.velocity = velocity
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("old", "golden"), [("slow", (0, 0.075, 0.1, 0.5, 0.5)), ("late", (0, 0, 0.1875, 0.999, 0.999))]
+)
+def test_decay_tables_of_the_old_adapter_are_golden(old, golden):
+    algorithm = nft(old=old)
+    assert [algorithm.old_decay(u) for u in (0, 75, 100, 500, 1000)] == pytest.approx(golden)
+    assert nft(old="on_policy").old_decay(1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "golden"),
+    [
+        ("all", (0.0, 0.4, 0.5, 0.6, 1.0)),
+        ("positive_only", (0.5, 0.5, 0.5, 0.6, 1.0)),
+        ("negative_only", (0.0, 0.4, 0.5, 0.5, 0.5)),
+        ("one_only", (0.5, 0.5, 0.5, 0.6, 0.6)),
+        ("binary", (0.4, 0.4, 0.5, 0.6, 0.6)),
+    ],
+)
+def test_optimality_of_every_advantage_mode_is_golden(mode, golden):
+    optimality = nft(advantage_mode=mode).optimality(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]))
+    torch.testing.assert_close(optimality, torch.tensor(golden))
+
+
+def test_a_rollout_records_nothing_but_its_final_latents(policy):
+    assert nft().record_indices(10, 3) == () and not nft().needs_density and nft().behaviour == "old"
+
+
+@pytest.mark.parametrize(("timesteps", "steps", "turns"), [(None, 10, 9), (None, 1, 1), (3, 10, 3), (20, 10, 10)])
+def test_turns_are_99_percent_of_the_levels_or_what_was_asked_for(timesteps, steps, turns):
+    assert nft(timesteps=timesteps).turns(steps) == turns
+
+
+def test_each_sample_visits_each_rollout_level_at_most_once_in_its_own_order(policy):
+    rollout = policy.rollout(SEEDS, adapter="old")
+    visited = torch.stack([levels_seen(policy, policy.batch(rollout, ADVANTAGES, turn))[0][0] for turn in range(6)], 1)
+    levels = torch.from_numpy(policy.sigmas[:-1]).float()
+    for row in visited:
+        torch.testing.assert_close(row.sort(descending=True).values, levels)
+    assert len({tuple(row.tolist()) for row in visited}) > 1
+
+
+def test_all_velocities_of_a_turn_share_noise_and_each_turn_and_moment_draws_its_own(policy):
+    rollout = policy.rollout(SEEDS, adapter="old")
+
+    def noise(turn: int, moment: int = 0) -> torch.Tensor:
+        seen = levels_seen(policy, policy.batch(rollout, ADVANTAGES, turn, moment))
+        assert all(torch.equal(x, seen[0][1]) and torch.equal(s, seen[0][0]) for s, x in seen)
+        level = seen[0][0].view(-1, 1, 1, 1)
+        return (seen[0][1] - (1 - level) * rollout.path.x0) / level
+
+    draws = [noise(0), noise(1), noise(0, 1)]
+    torch.testing.assert_close(draws[0], noise(0))
+    for i in range(3):
+        for j in range(i):
+            assert not torch.allclose(draws[i], draws[j], atol=1e-2)
+
+
+def test_equal_adapters_and_no_advantage_is_no_gradient(policy):
+    rollout = policy.rollout(SEEDS, adapter="old")
+    loss, metrics = nft(kl_beta=1.0).loss(policy, policy.batch(rollout, torch.zeros(6)))
+    grads = torch.autograd.grad(loss.sum(), policy.parameters)
+    assert max(grad.abs().max() for grad in grads) < 1e-6
+    assert (metrics["kl"] == 0).all() and (metrics["old_gap"] == 0).all()
+
+
+def test_kl_is_the_mean_square_distance_of_velocities_to_the_base(policy):
+    with torch.no_grad():
+        policy.adapters["default"].out.bias.fill_(0.5)
+    rollout = policy.rollout(SEEDS, adapter="old")
+    batch = policy.batch(rollout, ADVANTAGES)
+    plain, _ = nft().loss(policy, batch)
+    pulled, metrics = nft(kl_beta=0.2).loss(policy, batch)
+    torch.testing.assert_close(metrics["kl"], torch.full((6,), 0.25))
+    torch.testing.assert_close(metrics["old_gap"], torch.full((6,), 0.25))
+    torch.testing.assert_close(pulled, plain + 0.2 * 0.25)
+
+
+def test_an_optimiser_step_moves_the_default_adapter_and_leaves_the_old_one(policy):
+    before = [parameter.clone() for parameter in policy.adapters["old"].parameters()]
+    first = [parameter.clone() for parameter in policy.parameters]
+    optimizer = torch.optim.AdamW(policy.parameters, 1e-2)
+    loss, metrics = nft().loss(policy, policy.batch(policy.rollout(SEEDS, adapter="old"), ADVANTAGES))
+    loss.sum().backward()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.adapters["old"].parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, policy.parameters, strict=True))
+    assert all(value.shape == (6,) and not value.requires_grad for value in metrics.values())
+
+
+def test_training_levels_are_floats_of_the_rollouts_table(make_policy):
+    policy = make_policy("dpm2", steps=7)
+    (sigma, _), *_ = levels_seen(policy, policy.batch(policy.rollout(SEEDS, adapter="old"), ADVANTAGES))
+    assert set(sigma.tolist()) <= set(policy.sigmas[:-1].astype(np.float32).tolist())

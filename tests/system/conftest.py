@@ -6,6 +6,7 @@ One Ray serves all of these tests, in a folder of its own, so that two test sess
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,6 +68,23 @@ def local_ray(short_folder: Path) -> Iterator[Any]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture
+def by_value(request: pytest.FixtureRequest, local_ray: Any) -> Iterator[None]:
+    """Classes and functions of the test's module (and of this one) travel to workers, which cannot import it."""
+    modules = [request.module, sys.modules[__name__]]
+    for module in modules:
+        local_ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    for module in modules:
+        local_ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture
+def pid_of(local_ray: Any, by_value: None) -> Callable[[Any], int]:
+    """Function actor -> id of its process, once it has started."""
+    return lambda actor: local_ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -18,9 +17,6 @@ class Adder:
         if mistake:
             raise mistake
         self.name, self.offset, self.calls = name, 0, []
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def set_offset(self, offset: int) -> int:
         self.offset = offset
@@ -41,9 +37,8 @@ class Adder:
 
 
 @pytest.fixture
-def make_pool(local_ray):
+def make_pool(local_ray, by_value):
     """Function (size, timeout_s, *constructor arguments) -> Pool of Adders; closed after the test."""
-    local_ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     pools = []
 
     def make(size: int, timeout_s: float = 60.0, *args) -> Pool:
@@ -54,7 +49,6 @@ def make_pool(local_ray):
     yield make
     for pool in pools:
         pool.shutdown()
-    local_ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def test_every_call_comes_back_once_under_its_key(make_pool):
@@ -88,11 +82,11 @@ def test_work_may_be_submitted_to_another_pool_while_results_stream(make_pool):
     assert sums == {0: 0, 1: 1, 2: 2}
 
 
-def test_a_killed_workers_calls_are_reissued_and_its_successor_has_the_current_state(make_pool, local_ray):
+def test_a_killed_workers_calls_are_reissued_and_its_successor_has_the_current_state(make_pool, pid_of):
     pool = make_pool(2)
     assert pool.broadcast("set_offset", 100, sticky=True) == [100, 100]
     victim = pool.workers[0]
-    pid = local_ray.get(victim.actor.pid.remote())
+    pid = pid_of(victim.actor)
     for number in range(6):
         pool.submit(number, "add", number, 0.2)
     os.kill(pid, signal.SIGKILL)
@@ -102,9 +96,9 @@ def test_a_killed_workers_calls_are_reissued_and_its_successor_has_the_current_s
     assert [worker.name for worker in pool.workers] == ["adder-2", "adder-1"]
 
 
-def test_a_broadcast_reaches_the_successor_of_a_dead_worker(make_pool, local_ray):
+def test_a_broadcast_reaches_the_successor_of_a_dead_worker(make_pool, pid_of):
     pool = make_pool(2)
-    os.kill(local_ray.get(pool.workers[1].actor.pid.remote()), signal.SIGKILL)
+    os.kill(pid_of(pool.workers[1].actor), signal.SIGKILL)
     assert pool.broadcast("set_offset", 5, sticky=True) == [5, 5]
     assert pool.lost == 1
 
@@ -136,19 +130,19 @@ def test_a_constructor_that_refuses_is_not_hired_again(make_pool):
     assert pool.born == 1
     pool = make_pool(1, 60.0, KeyError("weights"))
     with pytest.raises(RuntimeError, match="(?s)adder-0 could not start.*weights"):
-        pool.broadcast("pid")
+        pool.broadcast("set_offset", 1)
 
 
-def test_a_worker_that_is_late_is_named(make_pool, local_ray):
+def test_a_worker_that_is_late_is_named(make_pool, pid_of):
     pool = make_pool(1, 1.0)
-    local_ray.get(pool.workers[0].actor.pid.remote())  # started, which may take longer than a second
+    pid_of(pool.workers[0].actor)  # started, which may take longer than a second
     pool.submit((3, 0, 4), "add", 1, 30.0)
     with pytest.raises(TimeoutError, match=r"nothing finished for 1 s; waiting for adder-0: add\(3, 0, 4\)"):
         list(stream(pool))
 
 
-def test_a_late_broadcast_is_named(make_pool, local_ray):
+def test_a_late_broadcast_is_named(make_pool, pid_of):
     pool = make_pool(1, 1.0)
-    local_ray.get(pool.workers[0].actor.pid.remote())
+    pid_of(pool.workers[0].actor)
     with pytest.raises(TimeoutError, match=r"adder-0 did not answer add\(\) within 1 s"):
         pool.broadcast("add", 1, 30.0)

@@ -1,0 +1,71 @@
+"""Who does the work does not show in the weights: any number of samplers, and workers that are killed on the way."""
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from align_cluster.loop import driver
+from align_cluster.loop.crew import Crew
+
+
+def saboteur(pool_name: str, pid_of: Callable, killed: list[int]) -> type[Crew]:
+    """A Crew that kills a worker of the named pool in the second step, as soon as that worker has calls queued."""
+
+    class Saboteur(Crew):
+        def request(self, step):
+            self.armed = step == 1
+            return super().request(step)
+
+        def draw(self, chunks, request):
+            pool, inner = getattr(self, pool_name), self.report
+            pids = {worker.name: pid_of(worker.actor) for worker in pool.workers}
+
+            def report(stage: str, done: int, total: int) -> None:
+                victim = next((worker for worker in pool.workers if worker.calls), None)
+                if self.armed and victim:
+                    self.armed = False
+                    os.kill(pids[victim.name], signal.SIGKILL)
+                    killed.append(pids[victim.name])
+                inner(stage, done, total)
+
+            self.report = report
+            try:
+                return super().draw(chunks, request)
+            finally:
+                self.report = inner
+
+    return Saboteur
+
+
+@pytest.mark.parametrize("kind", ["nft", "grpo"])
+def test_one_sampler_and_two_end_in_the_same_lora(runs, tiny, train, kind):
+    alone = train(tiny(kind, "cluster.samplers=1"))
+    for key in ("lora_checksum", "before", "after", "config_hash"):
+        assert alone.summary[key] == runs[kind].summary[key]
+
+
+def test_another_seed_ends_in_another_lora(runs, tiny, train):
+    assert train(tiny("nft", "seed=1")).summary["lora_checksum"] != runs["nft"].summary["lora_checksum"]
+
+
+@pytest.mark.parametrize(("kind", "pool"), [("grpo", "samplers"), ("nft", "rewards")])
+def test_a_worker_killed_in_the_middle_changes_nothing(runs, tiny, train, pid_of, monkeypatch, kind, pool):
+    killed = []
+    monkeypatch.setattr(driver, "Crew", saboteur(pool, pid_of, killed))
+    run = train(tiny(kind))
+    assert len(killed) == 1 and run.summary["workers_lost"] == 1
+    for key in ("lora_checksum", "after", "images_drawn"):
+        assert run.summary[key] == runs[kind].summary[key]
+
+
+def test_a_lost_learner_rank_ends_the_run_at_once_and_says_so(tiny, train, pid_of, monkeypatch):
+    class NoLearner(Crew):
+        def update(self, *args):
+            os.kill(pid_of(self.learners.ranks[-1]), signal.SIGKILL)
+            return super().update(*args)
+
+    monkeypatch.setattr(driver, "Crew", NoLearner)
+    with pytest.raises(RuntimeError, match="a learner rank was lost"):
+        train(tiny("nft", "evaluate.images_per_prompt=1"))

@@ -60,9 +60,11 @@ class Engine:
         """Apply the accumulated gradient; returns its global norm before clipping."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        # Stage 0 keeps whole gradients in place and reports no norm; the other stages report it after the step.
+        gradients = [parameter.grad for parameter in self.trainable if self.stage == 0 and parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)  # stage 0 in fp32 does not report a norm
+        return float(norm if self.stage == 0 else self.deepspeed.get_global_grad_norm())
 
     @contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter], write: bool = False) -> Iterator[None]:

@@ -1,0 +1,115 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from align_cluster.learner.batching import cut, share, total_weight
+from align_cluster.types import Chunk, Prompt
+
+SIZES = (3, 1, 4, 2, 5, 3, 3)
+
+
+def step(sizes=SIZES, masked: float = 0.2):
+    """Chunks of a step, with advantages that name their sample and some samples masked."""
+    chunks = [Chunk(0, g, 0, Prompt(g, f"p{g}"), tuple(range(size))) for g, size in enumerate(sizes)]
+    advantages = [np.array([100 * g + m + 1 for m in range(size)], dtype=np.float32) for g, size in enumerate(sizes)]
+    rng = np.random.default_rng(0)
+    return chunks, advantages, [rng.uniform(size=size) >= masked for size in sizes]
+
+
+def all_shares(pieces, world):
+    """(piece, chunk number in the step) of every rank, padding included."""
+    for rank in range(world):
+        mine, sources = share(pieces, rank, world)
+        yield [(piece, sources[piece.source]) for piece in mine]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("updates", [1, 2, 3, 7])
+def test_every_sample_is_in_exactly_one_piece(micro_batch, updates):
+    chunks, advantages, valid = step()
+    pieces = cut(chunks, advantages, valid, updates, micro_batch, seed=4)
+    members = Counter((p.source, m) for p in pieces for m in range(p.start, p.stop))
+    assert members == {(g, m): 1 for g, size in enumerate(SIZES) for m in range(size)}
+    for piece in pieces:
+        assert 1 <= piece.stop - piece.start <= micro_batch
+        rows = slice(piece.start, piece.stop)
+        np.testing.assert_array_equal(piece.weights, valid[piece.source][rows])
+        expected = np.where(valid[piece.source][rows], advantages[piece.source][rows], 0)
+        np.testing.assert_array_equal(piece.advantages, expected)
+        assert piece.weights.dtype == piece.advantages.dtype == np.float32
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 9])
+@pytest.mark.parametrize("updates", [1, 2, 3, 7])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_every_sample_counts_exactly_once_in_any_world(micro_batch, updates, world):
+    chunks, advantages, valid = step()
+    pieces = cut(chunks, advantages, valid, updates, micro_batch, seed=4)
+    counted, rounds = Counter(), []
+    for mine in all_shares(pieces, world):
+        rounds.append([piece.update for piece, _ in mine])
+        for piece, source in mine:
+            for member, weight, advantage in zip(
+                range(piece.start, piece.stop), piece.weights, piece.advantages, strict=True
+            ):
+                if weight:
+                    counted[source, member] += 1
+                    assert advantage == advantages[source][member]
+    assert counted == {(g, m): 1 for g in range(len(SIZES)) for m in range(SIZES[g]) if valid[g][m]}
+    assert all(row == rounds[0] for row in rounds)  # collectives pair up: the same updates, as many rounds
+    assert sorted(set(rounds[0])) == list(range(updates))
+
+
+def test_padding_is_a_weightless_copy_of_a_piece_of_the_same_update():
+    chunks, advantages, valid = step(masked=0)
+    pieces = cut(chunks, advantages, valid, 1, 9, seed=0)
+    padded = [
+        (rank, piece) for rank, mine in enumerate(all_shares(pieces, 4)) for piece, _ in mine if not piece.weights.any()
+    ]
+    assert [rank for rank, _ in padded] == [3]  # seven pieces on four ranks
+    assert (padded[0][1].stop - padded[0][1].start) == len(padded[0][1].weights)
+
+
+def test_the_total_weight_of_an_update_does_not_depend_on_the_world():
+    chunks, advantages, valid = step()
+    pieces = cut(chunks, advantages, valid, 3, 2, seed=4)
+    totals = total_weight(pieces)
+    assert set(totals) == {0, 1, 2} and sum(totals.values()) == sum(v.sum() for v in valid)
+    for world in range(1, 6):
+        shared = [piece for mine in all_shares(pieces, world) for piece, _ in mine]
+        assert total_weight(shared) == totals
+
+
+def test_a_rank_asks_only_for_the_chunks_that_it_works_on():
+    chunks, advantages, valid = step()
+    pieces = cut(chunks, advantages, valid, 1, 2, seed=4)
+    for world in (2, 3):
+        for rank in range(world):
+            mine, sources = share(pieces, rank, world)
+            assert sources == sorted(set(sources)) and {piece.source for piece in mine} == set(range(len(sources)))
+            assert len(sources) < len(chunks) or world == 1
+
+
+@pytest.mark.parametrize(("chunks", "updates"), [(7, 1), (7, 2), (7, 3), (8, 4), (5, 5)])
+def test_updates_share_chunks_as_evenly_as_possible(chunks, updates):
+    pieces = cut(*step((3,) * chunks), updates, 3, seed=1)
+    counts = Counter(piece.update for piece in pieces)
+    assert set(counts) == set(range(updates)) and max(counts.values()) - min(counts.values()) <= 1
+    assert [piece.update for piece in pieces] == sorted(piece.update for piece in pieces)
+
+
+def test_which_chunks_an_update_gets_is_a_function_of_the_seed():
+    def sources(seed):
+        return [piece.source for piece in cut(*step(), 2, 9, seed)]
+
+    assert sources(3) == sources(3)
+    assert len({tuple(sources(seed)) for seed in range(20)}) > 10
+
+
+def test_a_masked_sample_has_neither_weight_nor_advantage_even_if_it_is_not_a_number():
+    chunks, advantages, valid = step((3,), masked=0)
+    advantages[0][1], valid[0][1] = np.nan, False
+    (piece,) = cut(chunks, advantages, valid, 1, 3, seed=0)
+    np.testing.assert_array_equal(piece.advantages, [1, 0, 3])
+    np.testing.assert_array_equal(piece.weights, [1, 0, 1])

@@ -1,0 +1,74 @@
+import math
+
+import pytest
+
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.worker import Learner, merge
+
+STEPS = 10
+
+
+def learner(updates_per_step: int = 2, **optimizer) -> Learner:
+    """A learner that has settings and a count of updates, but no engine."""
+    config = RunConfig.model_validate(
+        {
+            "name": "test",
+            "steps": STEPS,
+            "backbone": {"kind": "sd3"},
+            "prompts": {"kind": "embedded"},
+            "rewards": {"geneval": {"kind": "geneval"}},
+            "algorithm": {"kind": "nft"},
+            "optimizer": {"lr": 1e-3, **optimizer},
+            "learner": {"updates_per_step": updates_per_step},
+            "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}},
+        }
+    )
+    made = object.__new__(Learner)
+    made.config, made.updates = config, 0
+    return made
+
+
+def rates(made: Learner, count: int) -> list[float]:
+    values = []
+    for made.updates in range(count):
+        values.append(made.learning_rate())
+    return values
+
+
+def test_a_constant_rate_is_constant():
+    assert set(rates(learner(), 20)) == {1e-3}
+
+
+def test_a_linear_rate_is_flat_then_falls_evenly_to_its_floor():
+    values = rates(learner(schedule="linear", flat=0.25, final=0.05), 20)
+    assert values[:5] == [1e-3] * 5
+    falling = [value for value in values[5:] if value > 0.05e-3]
+    differences = [b - a for a, b in zip(falling, falling[1:], strict=False)]
+    assert differences == pytest.approx([differences[0]] * len(differences)) and differences[0] < 0
+    assert values[5] == pytest.approx(1e-3) and values[19] == pytest.approx(1e-3 * max(0.05, 0.05 / 0.75))
+    assert min(values) >= 0.05e-3 and values == sorted(values, reverse=True)
+
+
+def test_the_rate_depends_on_progress_and_not_on_how_it_is_cut_into_updates():
+    settings = {"schedule": "linear", "flat": 0.3, "final": 0.1}
+    coarse, fine = rates(learner(1, **settings), 10), rates(learner(4, **settings), 40)
+    assert fine[::4] == pytest.approx(coarse)
+
+
+@pytest.mark.parametrize(("flat", "final"), [(0.0, 0.0), (1.0, 0.5), (0.0, 1.0)])
+def test_the_ends_of_a_schedules_settings_are_finite(flat, final):
+    values = rates(learner(schedule="linear", flat=flat, final=final), 20)
+    assert all(math.isfinite(value) and 0 <= value <= 1e-3 for value in values) and values[0] == 1e-3
+
+
+def test_metrics_of_ranks_merge_by_weight_and_keep_the_largest():
+    ranks = [
+        {"loss": (6.0, 3.0, 4.0), "grad_norm": (0.5, 1.0, 0.5)},
+        {"loss": (1.0, 1.0, 9.0), "grad_norm": (0.5, 1.0, 0.5)},
+        {"loss": (0.0, 0.0, 0.0), "grad_norm": (0.5, 1.0, 0.5)},  # a rank that had padding only
+    ]
+    assert merge(ranks) == {"loss": (7 / 4, 9.0), "grad_norm": (0.5, 0.5)}
+
+
+def test_a_step_in_which_every_sample_is_masked_merges_to_zero():
+    assert merge([{"loss": (0.0, 0.0, 0.0)}]) == {"loss": (0.0, 0.0)}

@@ -1,0 +1,132 @@
+"""One rank of the real learner on made-up records, started by test_zero.py:  zero_worker.py RANK WORLD PORT OUT CASE...
+
+A CASE is "<stage>:<algorithm>". Rank 0 pickles {case: [what a step left behind, ...]} to OUT.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import cut, share, total_weight
+from align_cluster.rollouts.sampler import DrawRequest, Sampler
+from align_cluster.rollouts.steps import FlowSde
+from align_cluster.types import Chunk, Condition, Prompt, Record
+
+SIZES = (3, 1, 2)  # members of each chunk: uneven, so that pieces are uneven and ranks need padding
+STEPS, MICRO_BATCH = 2, 2
+SEED = 5
+
+
+def settings(stage: int, algorithm: str) -> RunConfig:
+    """fp32, active clipping, a falling learning rate, two updates a step."""
+    kinds = {
+        "nft": {"kind": "nft", "beta": 0.5, "kl_beta": 0.1, "timesteps": 2, "old": "slow"},
+        "grpo": {"kind": "grpo", "clip": 0.01, "kl_beta": 0.04, "timestep_fraction": 0.5},
+    }
+    return RunConfig.model_validate(
+        {
+            "name": "zero",
+            "steps": STEPS,
+            "backbone": {"kind": "sd3", "precision": "fp32", "lora": {"rank": 2, "alpha": 3}},
+            "prompts": {"kind": "embedded"},
+            "rollout": {"steps": 4},
+            "rewards": {"geneval": {"kind": "geneval"}},
+            "algorithm": kinds[algorithm],
+            # AdamW would blow rounding errors of vanishing gradients up to the learning rate: eps is well above them.
+            "optimizer": {
+                "lr": 2e-3,
+                "eps": 1e-6,
+                "weight_decay": 0.01,
+                "max_grad_norm": 0.01,
+                "schedule": "linear",
+                "flat": 0.5,
+            },
+            "learner": {"updates_per_step": 2, "zero_stage": stage, "ema": 0.9},
+            "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}},
+        }
+    )
+
+
+def conditions(config: RunConfig) -> list[Condition]:
+    """The encoding of each chunk's prompt."""
+    names = ("circle", "square", "star")
+    return Sampler(config.backbone).encode([f"a photo of a red {name}" for name in names])
+
+
+def records(config: RunConfig) -> list[Record]:
+    """What samplers with untrained adapters draw, with the first two steps recorded."""
+    sampler = Sampler(config.backbone)
+    request = DrawRequest(0, 4, FlowSde.Config(), indices=(0, 1))
+    chunks = [
+        Chunk(0, g, 0, Prompt(g, f"p{g}"), tuple(range(10 * g + 1, 10 * g + 1 + size))) for g, size in enumerate(SIZES)
+    ]
+    return [
+        sampler.draw(chunk, condition, None, request)[2]
+        for chunk, condition in zip(chunks, conditions(config), strict=True)
+    ]
+
+
+def credit() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Advantages of both signs and validity of each chunk's members; two samples are masked."""
+    rng = np.random.default_rng(1)
+    advantages = [rng.standard_normal(size).astype(np.float32) for size in SIZES]
+    valid = [np.ones(size, bool) for size in SIZES]
+    valid[0][1] = valid[2][0] = False
+    return advantages, valid
+
+
+def cut_step(config: RunConfig, drawn: list[Record], step: int) -> list:
+    chunks = [record.chunk for record in drawn]
+    return cut(chunks, *credit(), config.learner.updates_per_step, MICRO_BATCH, SEED + step)
+
+
+def run(case: str, rank: int, world: int, port: int) -> list[dict]:
+    from align_cluster.backbones.adapters import adapter_parameters
+    from align_cluster.learner.worker import Learner
+
+    stage, algorithm = case.split(":")
+    config = settings(int(stage), algorithm)
+    drawn, texts = records(config), conditions(config)
+    learner = Learner(config, rank, world, "127.0.0.1", port)
+    left = []
+
+    def state(name: str) -> dict[str, np.ndarray]:
+        parameters = adapter_parameters(learner.denoiser, name)
+        with learner.engine.gathered(list(parameters.values())):
+            return {key: parameter.detach().clone().numpy() for key, parameter in parameters.items()}
+
+    def publish(version: int) -> dict:
+        return {source: learner.publish(source, version) for source in ("behaviour", "evaluation")}
+
+    for step in range(STEPS):
+        pieces = cut_step(config, drawn, step)
+        mine, sources = share(pieces, rank, world)
+        data = [item for source in sources for item in (drawn[source], texts[source])]
+        metrics = learner.update(step, mine, total_weight(pieces), None, *data)
+        left.append({"metrics": metrics, "default": state("default"), "published": publish(step + 1)})
+
+    # A loss that is not a number: every rank refuses, and no weight changes.
+    spoiled = [
+        Record(**(vars(record) | {"x0": record.x0 * np.nan, "before": record.before * np.nan})) for record in drawn
+    ]
+    data = [item for source in sources for item in (spoiled[source], texts[source])]
+    try:
+        learner.update(STEPS, mine, total_weight(pieces), None, *data)
+    except FloatingPointError as error:
+        left.append({"error": str(error), "default": state("default"), "published": publish(STEPS)})
+    return left
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rank, world, port = (int(value) for value in sys.argv[1:4])
+    results = {case: run(case, rank, world, port) for case in sys.argv[5:]}
+    Path(f"{sys.argv[4]}.{rank}").write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,13 +18,7 @@ import pytest
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-TINY = (
-    "steps=2 prompts_per_step=2 rollout.group_size=4 rollout.steps=4 evaluate.count=2 evaluate.images_per_prompt=2 "
-    "evaluate.grid_prompts=2 evaluate.grid_columns=2 evaluate.grid_every=1 cluster.timeout_s=120 "
-    # CLIP score never gives a group the same score throughout, so every run has something to learn.
-    "rewards.clip.role=train optimizer.lr=5e-3"
-).split()
+TINY = Path(__file__).parent / "tiny.yaml"
 
 
 @dataclass(frozen=True)
@@ -89,8 +83,8 @@ def pid_of(local_ray: Any, by_value: None) -> Callable[[Any], int]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., RunConfig]:
-    """Function (kind, *overrides) -> the quickstart's job in seconds, with algorithm `kind`."""
-    return lambda kind, *overrides: load(QUICKSTART, [*TINY, f"name={kind}", f"algorithm.kind={kind}", *overrides])
+    """Function (kind, *overrides) -> the job of tiny.yaml with algorithm `kind`."""
+    return lambda kind, *overrides: load(TINY, [f"name={kind}", f"algorithm.kind={kind}", *overrides])
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,87 @@
+"""`align-cluster train` as people start it: a Ray of its own, the table at the end, Ctrl-C."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Folder of the run and of its Ray. Its path stands in the environment of every process that the run starts."""
+    folder = Path(tempfile.mkdtemp(prefix="ac-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(folder: Path, steps: int) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"RAY_TMPDIR": str(folder), "ALIGN_CLUSTER_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-m", "align_cluster.cli", "train", "tests/system/tiny.yaml"]
+    command += ["--name", "one", "--out", str(folder / "runs"), "--set", f"steps={steps}"]
+    with (folder / "stderr").open("w") as errors:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+
+
+def left_behind(folder: Path, patience_s: float = 15.0) -> list[str]:
+    """Commands of processes that still run with the folder in their environment."""
+    deadline = time.monotonic() + patience_s
+    while found := [" ".join(command) for command in _commands(str(folder).encode())]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    return found
+
+
+def _commands(mark: bytes) -> Iterator[list[str]]:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes():
+                yield (process / "cmdline").read_text().split("\0")
+        except OSError:  # gone in the meantime, or another user's
+            continue
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+
+
+@needs_proc
+def test_the_command_succeeds_prints_its_table_and_leaves_no_process(folder):
+    process = start(folder, steps=1)
+    printed, _ = process.communicate(timeout=300)
+    errors = (folder / "stderr").read_text()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in printed + errors
+    for text in ("learner ranks", "step 1/1", "before", "overall"):
+        assert text in printed
+    assert f"{folder}/runs/one/report.html" in printed
+    assert (folder / "runs" / "one" / "report.html").exists()
+    assert not left_behind(folder)
+
+
+@needs_proc
+def test_ctrl_c_ends_the_run_with_130_and_leaves_no_process(folder):
+    process = start(folder, steps=1000)
+    try:
+        assert any(line.startswith("step 1/") for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and to all that it started
+        began = time.monotonic()
+        process.stdout.read()
+        assert process.wait(timeout=60) == 130
+        assert time.monotonic() - began < 30
+    finally:
+        process.kill()
+    assert (folder / "stderr").read_text().strip() == "interrupted"
+    assert not left_behind(folder)
+    assert (folder / "runs" / "one" / "metrics.jsonl").read_text().startswith('{"step": 1,')

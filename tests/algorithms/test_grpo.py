@@ -92,6 +92,7 @@ def test_gradients_accumulated_over_steps_are_those_of_the_joint_loss(drawn):
 @pytest.mark.parametrize("mode", ["no_dt", "exact_mean", "exact_sum"])
 def test_kl_to_the_base_is_zero_without_gradient_while_the_adapter_is_zero(make_policy, mode):
     policy = make_policy()
+    torch.nn.init.ones_(policy.adapters["old"].out.bias)  # an adapter that is not the base
     rollout = policy.rollout(SEEDS, (0, 1))
     loss, metrics = grpo(kl_beta=3.0, kl_mode=mode).loss(policy, policy.batch(rollout, torch.zeros(8)))
     assert (metrics["kl"] == 0).all() and (loss == 0).all()

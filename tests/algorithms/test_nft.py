@@ -93,16 +93,15 @@ def test_equal_adapters_and_no_advantage_is_no_gradient(policy):
     assert (metrics["kl"] == 0).all() and (metrics["old_gap"] == 0).all()
 
 
-def test_kl_is_the_mean_square_distance_of_velocities_to_the_base(policy):
-    with torch.no_grad():
-        policy.adapters["default"].out.bias.fill_(0.5)
-    rollout = policy.rollout(SEEDS, adapter="old")
-    batch = policy.batch(rollout, ADVANTAGES)
+def test_kl_is_the_distance_to_the_base_and_the_old_gap_that_to_the_old_adapter(policy):
+    torch.nn.init.constant_(policy.adapters["default"].out.bias, 0.5)
+    torch.nn.init.constant_(policy.adapters["old"].out.bias, 0.2)
+    batch = policy.batch(policy.rollout(SEEDS, adapter="old"), ADVANTAGES)
     plain, _ = nft().loss(policy, batch)
     pulled, metrics = nft(kl_beta=0.2).loss(policy, batch)
-    torch.testing.assert_close(metrics["kl"], torch.full((6,), 0.25))
-    torch.testing.assert_close(metrics["old_gap"], torch.full((6,), 0.25))
-    torch.testing.assert_close(pulled, plain + 0.2 * 0.25)
+    torch.testing.assert_close(metrics["kl"], torch.full((6,), 0.5**2))
+    torch.testing.assert_close(metrics["old_gap"], torch.full((6,), 0.3**2))
+    torch.testing.assert_close(pulled, plain + 0.2 * 0.5**2)
 
 
 def test_an_optimiser_step_moves_the_default_adapter_and_leaves_the_old_one(policy):

@@ -1,0 +1,47 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import align_cluster.algorithms
+from align_cluster.algorithms.advantage import advantages
+from align_cluster.config.run import one_of
+
+README = Path(align_cluster.algorithms.__file__).with_name("README.md")
+
+
+def example() -> tuple[type, str]:
+    """The class that the README tells a newcomer to write, and its text."""
+    (text,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names: dict[str, object] = {"__name__": "example"}
+    exec(compile(text, str(README), "exec"), names)
+    return names["Reinforce"], text
+
+
+def test_the_readmes_algorithm_has_fewer_than_20_lines_and_aligns_the_toy(make_policy):
+    kind, text = example()
+    assert sum(bool(line.strip()) for line in text.splitlines()) < 20
+    policy, algorithm = make_policy("flow_sde"), kind(kind.Config())
+    optimizer = torch.optim.AdamW(policy.parameters, 2e-2)
+    target, scores = torch.tensor([1.5, -1.0]), []
+    for update in range(50):
+        rollout = policy.rollout(range(64 * update, 64 * update + 64), algorithm.record_indices(6, update))
+        rewards = -((rollout.path.x0.flatten(1) - target) ** 2).sum(1)
+        scores.append(rewards.mean().item())
+        values = advantages(rewards.numpy()[None], np.ones((1, 64), bool), "group", 1e-4)[0]
+        optimizer.zero_grad()
+        for turn in range(algorithm.turns(6)):
+            loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.from_numpy(values).float(), turn, update))
+            loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
+        optimizer.step()
+    assert np.mean(scores[-5:]) > 0.5 * np.mean(scores[:5])
+
+
+def test_one_line_in_the_table_makes_it_a_choice_of_run_files():
+    from pydantic import TypeAdapter
+
+    kind, _ = example()
+    choice = TypeAdapter(one_of(align_cluster.algorithms.ALGORITHMS | {"reinforce": kind}))
+    assert isinstance(choice.validate_python({"kind": "reinforce"}), kind.Config)

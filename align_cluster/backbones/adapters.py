@@ -33,6 +33,8 @@ def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[
         if "lora_" in parameter_name:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(f".{names[0]}." in parameter_name and "lora_" in parameter_name)
+    # Kept, because a walk over all modules at each change of adapter would take a tenth of a training step.
+    denoiser.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
     _activate(denoiser, names[0])
     return denoiser
 
@@ -47,14 +49,10 @@ def adapter_parameters(denoiser: torch.nn.Module, name: str) -> dict[str, torch.
     }
 
 
-def _layers(denoiser: torch.nn.Module) -> Iterator[BaseTunerLayer]:
-    return (module for module in denoiser.modules() if isinstance(module, BaseTunerLayer))
-
-
 def _activate(denoiser: torch.nn.Module, name: str | None) -> None:
     # peft's set_adapter() also flips requires_grad, which would disturb the optimiser's hooks; here only the choice of
     # the active adapter changes.
-    for layer in _layers(denoiser):
+    for layer in denoiser.adapted_layers:
         layer._disable_adapters = name is None
         if name is not None:
             layer._active_adapter = [name]
@@ -63,7 +61,7 @@ def _activate(denoiser: torch.nn.Module, name: str | None) -> None:
 @contextmanager
 def active_adapter(denoiser: torch.nn.Module, name: str | None) -> Iterator[None]:
     """Run with adapter `name`, or with the bare base for None; the adapter that was active before comes back."""
-    layer = next(_layers(denoiser))
+    layer = denoiser.adapted_layers[0]
     before = None if layer._disable_adapters else layer._active_adapter[0]
     _activate(denoiser, name)
     try:

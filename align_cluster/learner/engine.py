@@ -57,13 +57,19 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def step(self, lr: float) -> float:
-        """Apply the accumulated gradient; returns its global norm before clipping."""
+        """Apply the accumulated gradient; returns its global norm before clipping.
+
+        Raises FloatingPointError on every rank, and changes nothing, where the gradient is not finite.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        # Stage 0 keeps whole gradients in place and reports no norm; the other stages report it after the step.
+        # Stage 0 keeps whole gradients in place, reports no norm and would apply any gradient; the others skip a step.
         gradients = [parameter.grad for parameter in self.trainable if self.stage == 0 and parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.deepspeed.step()
+        if torch.isfinite(norm):
+            self.deepspeed.step()
+        if not torch.isfinite(norm) or not self.deepspeed.was_step_applied():
+            raise FloatingPointError("the gradient is not finite: lower optimizer.lr, or set backbone.precision: fp32")
         return float(norm if self.stage == 0 else self.deepspeed.get_global_grad_norm())
 
     @contextmanager

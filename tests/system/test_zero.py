@@ -229,12 +229,15 @@ def test_before_the_first_update_the_ratio_is_one_and_after_it_is_not(left, worl
 
 
 @pytest.mark.parametrize(("case", "world"), CASES)
-def test_a_loss_that_is_not_finite_raises_and_changes_no_weight(left, case, world):
+def test_a_loss_or_a_gradient_that_is_not_finite_raises_and_changes_no_weight(left, case, world):
     for rank in left[case, world]:
-        before, after = rank[1:]
-        assert after["error"].startswith("step 2: the loss of group") and "is not finite" in after["error"]
-        for name, value in before["default"].items():
-            np.testing.assert_array_equal(after["default"][name], value)
-    before, after = left[case, world][0][1:]
-    for source in ("behaviour", "evaluation"):
-        np.testing.assert_array_equal(before["published"][source][1], after["published"][source][1])
+        _, before, loss, gradient = rank
+        assert loss["error"].startswith("step 2: the loss of group") and "is not finite" in loss["error"]
+        assert gradient["error"].startswith("the gradient is not finite")
+        for after in (loss, gradient):
+            for name, value in before["default"].items():
+                np.testing.assert_array_equal(after["default"][name], value)
+    _, before, *refused = left[case, world][0]
+    for after in refused:
+        for source in ("behaviour", "evaluation"):
+            np.testing.assert_array_equal(before["published"][source][1], after["published"][source][1])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from align_cluster.algorithms.base import Batch, Policy
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import cut, share, total_weight
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
@@ -84,6 +85,12 @@ def cut_step(config: RunConfig, drawn: list[Record], step: int) -> list:
     return cut(chunks, *credit(), config.learner.updates_per_step, MICRO_BATCH, SEED + step)
 
 
+def root_of_zero(policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss of zero whose gradient is not a number."""
+    v = policy.velocity(batch.x0, torch.full((len(batch.x0),), 0.5))
+    return (0 * v).flatten(1).sum(1).sqrt(), {}
+
+
 def run(case: str, rank: int, world: int, port: int) -> list[dict]:
     from align_cluster.backbones.adapters import adapter_parameters
     from align_cluster.learner.worker import Learner
@@ -109,15 +116,17 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
         metrics = learner.update(step, mine, total_weight(pieces), None, *data)
         left.append({"metrics": metrics, "default": state("default"), "published": publish(step + 1)})
 
-    # A loss that is not a number: every rank refuses, and no weight changes.
+    # First a loss that is not a number, then a finite one without a finite gradient.
     spoiled = [
         Record(**(vars(record) | {"x0": record.x0 * np.nan, "before": record.before * np.nan})) for record in drawn
     ]
-    data = [item for source in sources for item in (spoiled[source], texts[source])]
-    try:
-        learner.update(STEPS, mine, total_weight(pieces), None, *data)
-    except FloatingPointError as error:
-        left.append({"error": str(error), "default": state("default"), "published": publish(STEPS)})
+    for refused, loss in ((spoiled, learner.algorithm.loss), (drawn, root_of_zero)):
+        data = [item for source in sources for item in (refused[source], texts[source])]
+        learner.algorithm.loss = loss
+        try:
+            learner.update(STEPS, mine, total_weight(pieces), None, *data)
+        except FloatingPointError as error:
+            left.append({"error": str(error), "default": state("default"), "published": publish(STEPS)})
     return left
 
 

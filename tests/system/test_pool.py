@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from align_cluster.cluster.learners import LearnerGroup
 from align_cluster.cluster.pool import DEPTH, Pool, stream
 from align_cluster.types import UserError
 
@@ -146,3 +147,15 @@ def test_a_late_broadcast_is_named(make_pool, pid_of):
     pid_of(pool.workers[0].actor)
     with pytest.raises(TimeoutError, match=r"adder-0 did not answer add\(\) within 1 s"):
         pool.broadcast("add", 1, 30.0)
+
+
+def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of):
+    quick, late = (worker.actor for worker in make_pool(2).workers)
+    pid_of(quick), pid_of(late)
+    ranks = LearnerGroup.__new__(LearnerGroup)  # its waiting alone, without a learner
+    ranks.timeout_s = 2.0
+    assert ranks.wait([actor.add.remote(1) for actor in (quick, late)]) == [1, 1]
+    with pytest.raises(TimeoutError, match=r"learner ranks did not finish within 2 s: 1 are late"):
+        ranks.wait([quick.add.remote(1), late.add.remote(1, 30.0)])
+    with pytest.raises(ValueError, match="three is not a prompt"):  # at once, although the other rank is busy
+        ranks.wait([late.add.remote(1, 30.0), quick.refuse.remote()])

@@ -78,10 +78,6 @@ class Backbone(ABC):
         needed."""
 
     @abstractmethod
-    def free_text_encoders(self) -> None:
-        """Drop the text encoders, once every prompt of a run is encoded."""
-
-    @abstractmethod
     def velocity(
         self,
         denoiser: torch.nn.Module,

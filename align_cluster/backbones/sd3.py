@@ -147,9 +147,6 @@ class SD3(Backbone):
         facts = (self._text_identity, self.config.t5, self._sequence_length, str(self.dtype), text)
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
-    def free_text_encoders(self) -> None:
-        self.__dict__.pop("_text", None)
-
     def velocity(
         self,
         denoiser: torch.nn.Module,

@@ -61,7 +61,6 @@ class Sampler:
         for condition, text in zip(self.backbone.encode(missing) if missing else [], missing, strict=True):
             cache.put(condition)
             fresh[text] = condition
-        self.backbone.free_text_encoders()
         return [condition or fresh[text] for text, condition in zip(texts, found, strict=True)]
 
     def adopt(self, manifest: Manifest, buffer: np.ndarray) -> Receipt:

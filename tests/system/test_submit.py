@@ -17,7 +17,14 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-TINY = ["steps=1", "prompts_per_step=2", "rollout.group_size=2", "rollout.steps=2", "algorithm.timesteps=1"]
+TINY = [
+    "steps=1",
+    "prompts_per_step=2",
+    "learner.updates_per_step=1",
+    "rollout.group_size=2",
+    "rollout.steps=2",
+    "algorithm.timesteps=1",
+]
 TINY += ["evaluate.count=3", "evaluate.images_per_prompt=1", "evaluate.grid_prompts=1", "cluster.timeout_s=120"]
 PORTS = ("ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "node-manager")
 

@@ -30,7 +30,15 @@ def start(folder: Path, steps: int) -> subprocess.Popen:
     command += ["--name", "one", "--out", str(folder / "runs"), "--set", f"steps={steps}"]
     with (folder / "stderr").open("w") as errors:
         return subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+            # A background job of a shell is started with SIGINT ignored, and hands that on to all its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
@@ -77,8 +85,8 @@ def test_ctrl_c_ends_the_run_with_130_and_leaves_no_process(folder):
         assert any(line.startswith("step 1/") for line in process.stdout)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and to all that it started
         began = time.monotonic()
-        process.stdout.read()
-        assert process.wait(timeout=60) == 130
+        process.communicate(timeout=60)
+        assert process.returncode == 130
         assert time.monotonic() - began < 30
     finally:
         process.kill()

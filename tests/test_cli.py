@@ -69,10 +69,10 @@ def test_several_mistakes_are_one_line_each(quickstart, capsys):
 
 def test_set_takes_several_values_and_may_be_repeated(quickstart, capsys):
     assert (
-        main(["validate", quickstart, "--set", "steps=2", "seed=3", "--set", "prompts_per_step=1", "--resolved"]) == 0
+        main(["validate", quickstart, "--set", "steps=2", "seed=3", "--set", "prompts_per_step=6", "--resolved"]) == 0
     )
     out = capsys.readouterr().out
-    assert "steps: 2\n" in out and "seed: 3\n" in out and "prompts_per_step: 1\n" in out
+    assert "steps: 2\n" in out and "seed: 3\n" in out and "prompts_per_step: 6\n" in out
 
 
 def test_notes_go_to_stderr(quickstart, capsys):
@@ -81,7 +81,9 @@ def test_notes_go_to_stderr(quickstart, capsys):
 
 
 def test_plan_for_another_machine(quickstart, capsys):
-    assert main(["plan", quickstart, "--cores", "16", "--gpus", "4", "--json"]) == 0
+    assert (
+        main(["plan", quickstart, "--cores", "16", "--gpus", "4", "--json", "--set", "learner.updates_per_step=1"]) == 0
+    )
     plan = json.loads(capsys.readouterr().out)
     assert (plan["samplers"], plan["learners"], plan["sampler_gpus"]) == (4, 4, 0.5)
     assert main(["plan", quickstart]) == 0

@@ -1,11 +1,29 @@
-"""Noise schedules: pure functions of the number of steps, fp64."""
+"""Noise schedules: pure functions of the number of steps, fp64; and the settings that choose one for a flow model.
+
+ADD A SCHEDULE HERE: a function, a class with Config and `sigmas`, and a line in SCHEDULES.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
+from pydantic import PositiveFloat
+
+from align_cluster.config.base import Section
+from align_cluster.types import UserError
 
 
 def shift_map(t: np.ndarray | float, shift: float) -> np.ndarray | float:
     """SD3's resolution shift of a noise level, t -> s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def _closed(levels: np.ndarray) -> np.ndarray:
+    """Levels [N] that begin at 1 up to rounding, ended with 0."""
+    sigmas = np.append(levels, 0.0)
+    sigmas[0] = 1.0  # rounding leaves 1 - 1e-16 for some shifts, which an SDE step would divide by
+    return sigmas
 
 
 def sd3_sigmas(steps: int, shift: float) -> np.ndarray:
@@ -14,6 +32,107 @@ def sd3_sigmas(steps: int, shift: float) -> np.ndarray:
     The shift is applied twice to the inner points (once to the end point 1/1000, once to the whole table): that is what
     released SD3.5 results were made with, so it is reproduced here. The last level before 0 is therefore tiny.
     """
-    sigmas = np.append(shift_map(np.linspace(1.0, shift_map(0.001, shift), steps), shift), 0.0)
-    sigmas[0] = 1.0  # rounding leaves 1 - 1e-16 for some shifts, which an SDE step would divide by
-    return sigmas
+    return _closed(shift_map(np.linspace(1.0, shift_map(0.001, shift), steps), shift))
+
+
+def linear_sigmas(steps: int, shift: float) -> np.ndarray:
+    """Equal steps from 1 to 0, shifted: noise levels [N + 1] of DanceGRPO, MixGRPO and SRPO for FLUX."""
+    return _closed(shift_map(np.linspace(1.0, 0.0, steps + 1)[:-1], shift))
+
+
+def flux_sigmas(
+    steps: int,
+    tokens: int,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+) -> np.ndarray:
+    """Noise levels [N + 1] of the FLUX.1-dev pipeline for an image of `tokens` tokens (height / 16 x width / 16).
+
+    The shift is e^mu, and mu grows linearly from base_shift at base_tokens to max_shift at max_tokens.
+    """
+    mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+    return _closed(shift_map(np.linspace(1.0, 1.0 / steps, steps), np.exp(mu)))
+
+
+def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> np.ndarray:
+    """Training timesteps [N], falling, with "leading" spacing: Stable Diffusion 1 and 2. UserError where they do not
+    fit."""
+    if steps > train_steps - offset:
+        raise UserError(
+            f"{steps} denoising steps do not fit a model with {train_steps} noise levels; "
+            f"set rollout.steps and evaluate.steps to at most {train_steps - offset}"
+        )
+    return np.arange(steps)[::-1] * (train_steps // steps) + offset
+
+
+def ddim_levels(
+    steps: int, train_steps: int = 1000, offset: int = 1, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> np.ndarray:
+    """Noise levels sqrt(1 - alpha_bar) [N + 1] of `ddim_timesteps` under Stable Diffusion's scaled-linear betas.
+
+    The last one is that of timestep 0, as in DanceGRPO, not alpha_bar = 1: the last step then has a density too.
+    """
+    alpha_bar = np.cumprod(1 - np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2)
+    return np.sqrt(1 - alpha_bar[np.append(ddim_timesteps(steps, train_steps, offset), 0)])
+
+
+class Schedule(ABC):
+    """A choice of noise levels for a flow model."""
+
+    Config: type[Section]
+
+    def __init__(self, config: Section) -> None:
+        self.config = config
+
+    @abstractmethod
+    def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        """Noise levels [N + 1], fp64, 1 ... 0. `native` gives the pipeline's own; `tokens` is the image's length."""
+
+
+class NativeSchedule(Schedule):
+    """The pipeline's own levels."""
+
+    class Config(Section):
+        kind: Literal["native"] = "native"
+
+    def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        return native(steps)
+
+
+class Sd3Schedule(Schedule):
+    """SD3's levels, with their double shift."""
+
+    class Config(Section):
+        kind: Literal["sd3"] = "sd3"
+        shift: PositiveFloat = 3.0
+
+    def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        return sd3_sigmas(steps, self.config.shift)
+
+
+class LinearSchedule(Schedule):
+    """Equal steps, shifted once: DanceGRPO, MixGRPO and SRPO."""
+
+    class Config(Section):
+        kind: Literal["linear"] = "linear"
+        shift: PositiveFloat = 3.0
+
+    def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        return linear_sigmas(steps, self.config.shift)
+
+
+class FluxSchedule(Schedule):
+    """FLUX's levels, whose shift grows with the size of the image."""
+
+    class Config(Section):
+        kind: Literal["flux"] = "flux"
+        base_shift: float = 0.5
+        max_shift: float = 1.15
+
+    def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        return flux_sigmas(steps, tokens, self.config.base_shift, self.config.max_shift)
+
+
+SCHEDULES = {"native": NativeSchedule, "sd3": Sd3Schedule, "linear": LinearSchedule, "flux": FluxSchedule}

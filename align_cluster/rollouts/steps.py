@@ -174,7 +174,7 @@ class Step:
 
     def level(self, k: torch.Tensor) -> torch.Tensor:
         """Noise level fp32 [B] that the network is fed at the steps k, int64 [B]."""
-        return torch.from_numpy(self.sigmas).float().to(k.device)[k]
+        return torch.tensor(self.sigmas, dtype=torch.float32, device=k.device)[k]  # records may be read-only
 
     def advance(self, k: int, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """The next latent, like x [B, ...], after step k of all samples; noise None: the deterministic step."""

@@ -1,0 +1,67 @@
+"""The Fisher probe in the middle of updates of the real DeepSpeed engine."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).with_name("fisher_worker.py")
+STAGES = ("0", "2")
+CASES = [f"{stage}:{kind}" for stage in STAGES for kind in ("plain", "probe")]
+
+
+def start(world: int, out: Path) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
+    return [
+        subprocess.Popen([*command, str(rank), str(world), port, str(out), *CASES], env=environment)
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory) -> dict[int, list[dict[str, list[dict]]]]:
+    """World -> for each rank: case -> what each update left behind."""
+    folder = tmp_path_factory.mktemp("fisher")
+    processes = start(1, folder / "1") + start(2, folder / "2")
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return {
+        world: [pickle.loads((folder / f"{world}.{rank}").read_bytes()) for rank in range(world)] for world in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_agree_on_an_eigenvalue_and_equal_one_rank_with_all_samples(left, stage):
+    alone, first, second = (rank[f"{stage}:probe"] for rank in left[1] + left[2])
+    for one, two, other in zip(alone, first, second, strict=True):
+        assert two["found"].lambda_max == other["found"].lambda_max > 0
+        np.testing.assert_array_equal(two["vector"], other["vector"])
+        assert two["found"].lambda_max == pytest.approx(one["found"].lambda_max, rel=1e-4)
+        norms = [rank["found"].score_norm for rank in (two, other)]
+        assert max(norms) == pytest.approx(one["found"].score_norm, rel=1e-4) and norms[0] != norms[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_goes_on_bit_by_bit_as_without_a_probe(left, world, stage):
+    for rank in left[world]:
+        start = None
+        for plain, probed in zip(rank[f"{stage}:plain"], rank[f"{stage}:probe"], strict=True):
+            assert plain["found"] is None and probed["found"].lambda_max > 0
+            assert plain["norm"] == probed["norm"] > 0.01
+            for name, value in plain["values"].items():
+                np.testing.assert_array_equal(value, probed["values"][name])
+                assert start is None or not np.array_equal(value, start[name])
+            start = plain["values"]

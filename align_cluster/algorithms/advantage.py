@@ -1,9 +1,14 @@
-"""Advantages: pure functions of all rewards of a step, in fp64."""
+"""Advantages: pure functions of all rewards of a step, in fp64.
+
+Letters: R trained rewards, P prompt groups, M members a group. `valid` [P, M] is False where a trained score failed:
+that sample counts nowhere and gets 0. `applies` [R, P, M] is False where a reward does not judge that prompt. `batches`
+int [P, M], from 0 up, says which optimiser update of the step a sample belongs to.
+"""
 
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from align_cluster.config.base import Section
 from align_cluster.types import Credit
@@ -11,50 +16,198 @@ from align_cluster.types import Credit
 FLAT = 1e-6  # a group whose rewards spread less than this teaches nothing
 
 
+class Slas(Section):
+    """Super-linear advantage shaping (SLAS): u becomes sign(u) |u|^(1 + gamma), so gamma 0 leaves u as it is.
+
+    The paper puts the standard deviation of the batch in the place of the prompt's: it needs `std: batch` or `global`,
+    and `std: group` and `none` are refused. `shape_then_norm` divides the shaped advantages by their own deviation over
+    that pool: the same direction, another length. A shaped group no longer sums to zero; `recentre` restores that.
+
+    `gamma: adaptive` keeps each update inside a trust region (`algorithms/trust.py`): `delta` bounds its KL in nats per
+    latent dimension, `gamma_max` ends the search, `refresh` counts updates between estimates, `ema` smooths gamma.
+    """
+
+    kind: Literal["slas"] = "slas"
+    gamma: Annotated[float, Field(ge=0)] | Literal["adaptive"] = 0.5
+    order: Literal["norm_then_shape", "shape_then_norm"] = "norm_then_shape"
+    recentre: bool = False
+    gamma_max: PositiveFloat = 2.0
+    delta: PositiveFloat = 1e-5
+    refresh: PositiveInt = 10
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
 class AdvantageConfig(Section):
-    """How rewards become advantages. The mean is always the group's.
+    """How rewards become advantages.
 
-    `std: group` divides by each group's own deviation (GRPO); `global` by that of all raw rewards of the step
-    (Flow-GRPO's and DiffusionNFT's default). `eps` is added to the deviation.
+    mean    what a reward is compared with: its `group`, the others of its group (`leave_one_out`: G/(G-1) times the
+            distance to the mean of the G valid members), or the whole step (`global`)
+    std     what the distance is divided by, plus `eps`: the deviation of the `group` (GRPO), of the step (`global`:
+            Flow-GRPO, DiffusionNFT), of the optimiser update (`batch`: SLAS), or nothing (`none`: Dr. GRPO)
+    std_of  whether `global` and `batch` measure `raw` rewards, differences between prompts included, or `centred` ones
+    ddof    1 divides squares by n - 1 (DanceGRPO), 0 by n (Flow-GRPO)
+    mix     `sum_then_normalise` takes the weighted sum of rewards: weights act on raw scales, and the widest reward
+            wins. `normalise_then_sum` normalises each reward first (MixGRPO), with weights scaled to sum to 1 over the
+            rewards that apply; `gdpo` adds a z-score of the result over each batch
+    clip    bounds |advantage|, after shaping
     """
 
-    std: Literal["group", "global"] = "group"
-    eps: Annotated[float, Field(gt=0)] = 1e-4
+    mean: Literal["group", "leave_one_out", "global"] = "group"
+    std: Literal["group", "global", "batch", "none"] = "group"
+    std_of: Literal["raw", "centred"] = "raw"
+    ddof: Literal[0, 1] = 0
+    eps: PositiveFloat = 1e-4
+    mix: Literal["sum_then_normalise", "normalise_then_sum", "gdpo"] = "sum_then_normalise"
+    shaping: Slas | None = None
+    clip: PositiveFloat | None = None
 
 
-def advantages(rewards: np.ndarray, valid: np.ndarray, std: str, eps: float) -> np.ndarray:
-    """Advantages [P, G] of rewards [P, G] over P groups; invalid entries count nowhere and get 0.
+def normalise(rewards: np.ndarray, valid: np.ndarray, config: AdvantageConfig, batches: np.ndarray) -> np.ndarray:
+    """Advantages [P, M] of one reward [P, M]: centred, then divided by a deviation.
 
-    Groups that are flat (max - min < 1e-6) or have fewer than two valid rewards get exactly 0.
+    Groups that are flat (max - min < 1e-6) or have fewer than two valid rewards get exactly 0, whatever `mean` is.
     """
-    r = np.where(valid, rewards, np.nan).astype(np.float64)
-    count = valid.sum(1, keepdims=True)
-    mean = np.nansum(r, 1, keepdims=True) / np.maximum(count, 1)
+    r = np.where(valid, rewards, 0.0).astype(np.float64)
+    mean, count = _mean(r, valid, _pool("global" if config.mean == "global" else "group", batches))
     centred = np.where(valid, r - mean, 0.0)
-    if std == "group":
-        scale = np.sqrt((centred**2).sum(1, keepdims=True) / np.maximum(count, 1))
-    else:
-        scale = np.nanstd(r) if valid.any() else 0.0
-    return np.where(live_groups(rewards, valid)[:, None], centred / (scale + eps), 0.0)
+    if config.mean == "leave_one_out":
+        centred *= count / np.maximum(count - 1, 1)
+    of_centred = config.std_of == "centred" and config.std != "group"
+    scaled = _divide(centred, centred if of_centred else r, valid, config, batches)
+    return np.where(_live(r, valid)[:, None], scaled, 0.0)
 
 
-def live_groups(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Which groups [P] carry a signal: at least two valid rewards that differ by more than 1e-6."""
+def linear(
+    values: np.ndarray,
+    applies: np.ndarray,
+    valid: np.ndarray,
+    weights: np.ndarray,
+    config: AdvantageConfig,
+    batches: np.ndarray,
+) -> np.ndarray:
+    """Advantages [P, M] of rewards [R, P, M] with weights [R], before shaping and clip."""
+    scored = applies & valid
+    if config.mix == "sum_then_normalise":
+        return normalise(_weighted_sum(values, scored, weights), scored.any(0), config, batches)
+    each = np.stack([normalise(r, ok, config, batches) for r, ok in zip(values, scored, strict=True)])
+    share = weights[:, None, None] * scored
+    size = np.abs(share).sum(0)
+    mixed = (share * each).sum(0) / np.where(size > 0, size, 1.0)
+    if config.mix == "normalise_then_sum":
+        return mixed
+    ok, pool = scored.any(0), _pool("batch", batches)
+    z = (mixed - _mean(mixed, ok, pool)[0]) / (_std(mixed, ok, pool, config.ddof) + config.eps)
+    return np.where(ok & (mixed != 0).any(1, keepdims=True), z, 0.0)  # a batch's mean must not move flat groups
+
+
+def shape(u: np.ndarray, valid: np.ndarray, config: AdvantageConfig, batches: np.ndarray, gamma: float) -> np.ndarray:
+    """SLAS of linear advantages u [P, M], 0 where not valid; exactly 0 stays 0 in a group of zeros.
+
+    `shape_then_norm` too starts from u and not from centred rewards: the deviation by which they differ cancels in the
+    second division, and `eps` then never swallows rewards of a narrow range.
+    """
+    shaped = np.sign(u) * np.abs(u) ** (1 + gamma)
+    if config.shaping.recentre:
+        shaped = np.where(valid, shaped - _mean(shaped, valid, _pool("group", batches))[0], 0.0)
+    if config.shaping.order == "shape_then_norm":
+        shaped = _divide(shaped, shaped, valid, config, batches)
+    return shaped
+
+
+def credit(
+    values: np.ndarray,
+    applies: np.ndarray,
+    valid: np.ndarray,
+    weights: np.ndarray,
+    config: AdvantageConfig,
+    batches: np.ndarray,
+    conditions: int = 1,
+    gamma: float | None = None,
+) -> Credit:
+    """Advantages of one step with what to log about them.
+
+    `conditions` K says how members are laid out: m = k * G + g, condition k = 0 being the original prompt. `gamma`
+    stands in for the settings' value; an adaptive gamma needs it.
+    """
+    valid = valid & applies.any(0)
+    advantages = linear(values, applies, valid, weights, config, batches)
+    total = _weighted_sum(values, applies & valid, weights)
+    metrics = _spreads(total, valid, conditions) | {
+        "group/zero_std_ratio": 1.0 - float((advantages != 0).any(1).mean()),
+        "group/masked": 1.0 - float(valid.mean()),
+    }
+    if config.shaping:
+        gamma = config.shaping.gamma if gamma is None else gamma
+        advantages = shape(advantages, valid, config, batches, gamma)
+        metrics["advantage/gamma"] = float(gamma)
+    if config.clip:
+        advantages = np.clip(advantages, -config.clip, config.clip)
+    if config.shaping:
+        metrics["advantage/sum"] = float(np.abs(advantages.sum(1)).mean())
+    metrics["advantage/abs_mean"] = _average(np.abs(advantages), valid)
+    return Credit(advantages.astype(np.float32), valid, metrics)
+
+
+def _weighted_sum(values: np.ndarray, scored: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return (weights[:, None, None] * np.where(scored, values, 0.0)).sum(0)
+
+
+def _live(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Which groups [P] carry a signal: two valid rewards that differ by 1e-6 or more."""
     high = np.where(valid, rewards, -np.inf).max(1)
     low = np.where(valid, rewards, np.inf).min(1)
-    return (valid.sum(1) > 1) & (high - low > FLAT)
+    return high - low >= FLAT
 
 
-def credit(rewards: np.ndarray, valid: np.ndarray, config: AdvantageConfig) -> Credit:
-    """Advantages of one step with the statistics that reports show."""
-    values = advantages(rewards, valid, config.std, config.eps)
-    spread = [row[keep].std() for row, keep in zip(rewards, valid, strict=True) if keep.any()]
-    return Credit(
-        values.astype(np.float32),
-        valid,
-        {
-            "group/std": float(np.mean(spread)) if spread else 0.0,
-            "group/zero_std_ratio": 1.0 - float(live_groups(rewards, valid).mean()),
-            "group/masked": 1.0 - float(valid.mean()),
-        },
-    )
+def _divide(
+    values: np.ndarray, of: np.ndarray, valid: np.ndarray, config: AdvantageConfig, batches: np.ndarray
+) -> np.ndarray:
+    if config.std == "none":
+        return values
+    return values / (_std(of, valid, _pool(config.std, batches), config.ddof) + config.eps)
+
+
+def _pool(kind: str, batches: np.ndarray) -> np.ndarray:
+    """Labels [P, M] of the samples that statistics are taken over together."""
+    if kind == "batch":
+        return batches
+    return np.broadcast_to(np.arange(len(batches))[:, None] if kind == "group" else 0, batches.shape)
+
+
+def _mean(x: np.ndarray, valid: np.ndarray, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the valid entries with the same label, and how many there are: both [P, M]."""
+    labels = pool.ravel()
+    count = np.bincount(labels, valid.ravel())[pool]
+    return np.bincount(labels, np.where(valid, x, 0.0).ravel())[pool] / np.maximum(count, 1), count
+
+
+def _std(x: np.ndarray, valid: np.ndarray, pool: np.ndarray, ddof: int) -> np.ndarray:
+    square, count = _mean((x - _mean(x, valid, pool)[0]) ** 2, valid, pool)
+    return np.sqrt(square * count / np.maximum(count - ddof, 1))
+
+
+def _average(x: np.ndarray, valid: np.ndarray) -> float:
+    return float(x[valid].mean()) if valid.any() else float("nan")
+
+
+def _spread(x: np.ndarray, valid: np.ndarray, axis: int = 1) -> float:
+    """Mean of the deviations along an axis, over the slices with two valid entries or more; NaN where none has."""
+    count = valid.sum(axis, keepdims=True)
+    mean = np.where(valid, x, 0.0).sum(axis, keepdims=True) / np.maximum(count, 1)
+    square = np.where(valid, (x - mean) ** 2, 0.0).sum(axis, keepdims=True) / np.maximum(count, 1)
+    return _average(np.sqrt(square), count > 1)
+
+
+def _spreads(total: np.ndarray, valid: np.ndarray, conditions: int) -> dict[str, float]:
+    """Where the combined reward [P, M] varies: in groups, across noises, across conditions, by kind of condition."""
+    metrics = {"group/reward_std_mean": _spread(total, valid)}
+    if conditions == 1:
+        return metrics
+    grid, ok = (x.reshape(len(x), conditions, -1) for x in (total, valid))
+    metrics["group/std_across_noises"] = _spread(grid, ok, 2)
+    metrics["group/std_across_conditions"] = _spread(grid, ok, 1)
+    original = total.shape[1] // conditions
+    for name, rows in (("original", slice(0, original)), ("perturbed", slice(original, None))):
+        metrics[f"group/{name}_std"] = _spread(total[:, rows], valid[:, rows])
+        metrics[f"group/{name}_mean"] = _average(total[:, rows], valid[:, rows])
+    return metrics

@@ -1,6 +1,6 @@
-"""Many chunks' scores in one table, and their weighted sum.
+"""Many chunks' scores in one table.
 
-How the sum becomes an advantage (normalise before or after) is the business of `algorithms/advantage.py`.
+How its rewards are weighed and become an advantage is the business of `algorithms/advantage.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,24 +30,28 @@ def concatenate(chunks: Sequence[Scores]) -> Scores:
     return Scores(**columns, failures=failures, seconds=sum(scores.seconds for scores in chunks))
 
 
-def total(chunks: Sequence[Scores], rewards: Mapping[str, RewardSection]) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted sum over the rewards to train on, fp64 [N], and its validity, bool [N]; NaN where not valid.
+def table(
+    chunks: Sequence[Scores], rewards: Mapping[str, RewardSection]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Scores of the R rewards to train on over all N images, in order: values, applies, valid and weights.
 
-    A reward that does not apply to a prompt is left out of that prompt's sum, the same for all members of a group. A
-    reward that failed masks its images: a sum with a part missing would compare badly with the rest of the group.
+    values fp64 [R, N], NaN where there is no score. applies bool [R, N] is False where a reward does not judge the
+    prompt: it is left out there, the same for all members of a group. valid bool [N] is False where a reward failed,
+    because a mix with a part missing would compare badly with the rest of the group, and where no reward applies.
+    weights fp64 [R].
     """
     trained = [name for name, config in rewards.items() if config.role == "train"]
     if not trained:
         raise UserError("rewards: all have role 'monitor', so there is nothing to train on; give one role: train")
-    sums, valid = [], []
+    values, applies, valid = [], [], []
     for scores in chunks:
         ok = np.stack([scores.valid[name] for name in trained])
-        parts = np.stack([rewards[name].weight * scores.values[name] for name in trained])
         failed = np.array([name in scores.failures for name in trained])[:, None] & ~ok
-        whole = ok.any(0) & ~failed.any(0)
-        sums.append(np.where(whole, np.where(ok, parts, 0.0).sum(0), np.nan))
-        valid.append(whole)
-    return np.concatenate(sums), np.concatenate(valid)
+        values.append(np.where(ok, np.stack([scores.values[name] for name in trained]), np.nan))
+        applies.append(ok)
+        valid.append(ok.any(0) & ~failed.any(0))
+    weights = np.array([rewards[name].weight for name in trained])
+    return np.concatenate(values, 1), np.concatenate(applies, 1), np.concatenate(valid), weights
 
 
 def _size(scores: Scores) -> int:

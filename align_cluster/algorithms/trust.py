@@ -1,0 +1,90 @@
+"""SLAS's trust region (appendix E of the paper): the largest gamma whose update keeps its KL within `delta`.
+
+An update theta += a g, g the mean of A grad log p over samples, with score gradients no longer than G, has
+
+    KL ~ 1/2 a^2 g^T H g <= 1/2 a^2 lambda_max G^2 E|A|^(2 (1 + gamma)) <= delta,
+
+H being the Fisher matrix, so gamma is safe while the moment E|u|^(2 (1 + gamma)) stays below Bd = 2 delta /
+(a^2 lambda_max G^2). The learner measures lambda_max, G and lengths; this half runs on the driver.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from align_cluster.algorithms.advantage import Slas
+
+
+def moment(u: np.ndarray, gamma: float) -> float:
+    """Mean |u|^(2 (1 + gamma)) of linear advantages u, scaled to a mean square of 1: it never falls as gamma grows.
+
+    Advantages that are all 0 have moment 0.
+    """
+    square = np.asarray(u, dtype=np.float64) ** 2
+    mean = square.mean()
+    return float(np.mean((square / mean) ** (1 + gamma))) if mean > 0 else 0.0
+
+
+def largest_gamma(u: np.ndarray, bound: float, gamma_max: float, tol: float = 1e-6) -> float:
+    """The largest gamma in [0, gamma_max] with moment(u, gamma) <= bound, less `tol` at most; 0 where none is."""
+    if moment(u, gamma_max) <= bound:
+        return gamma_max
+    low, high = 0.0, gamma_max
+    while high - low > tol:
+        middle = (low + high) / 2
+        low, high = (middle, high) if moment(u, middle) <= bound else (low, middle)
+    return low
+
+
+def bound(delta: float, step_norm: float, gradient_norm: float, lambda_max: float, score_norm: float) -> float:
+    """Bd = 2 delta / (a^2 lambda_max G^2), with a = |change of parameters| / |gradient|, AdamW's real step size.
+
+    delta and lambda_max count per latent dimension, as mean log-probs do; score_norm is G. Infinite for an update that
+    changes no distribution.
+    """
+    scale = step_norm**2 * lambda_max * score_norm**2
+    return math.inf if scale == 0 else 2 * delta * gradient_norm**2 / scale
+
+
+class TrustRegion:
+    """Adaptive gamma: an exponential mean of estimates, corrected for its start as Adam's are."""
+
+    def __init__(self, config: Slas) -> None:
+        self.config = config
+        self._sum = self._weight = 0.0
+
+    @property
+    def gamma(self) -> float:
+        """What to shape with now: 0, which leaves advantages linear, before the first estimate."""
+        return self._sum / self._weight if self._weight else 0.0
+
+    def observe(self, estimates: dict[str, Any]) -> dict[str, float]:
+        """Take in one update's estimates and return what to log.
+
+        lambda_max, score_norm, step_norm and gradient_norm are numbers as in `bound`; `linear` holds the linear
+        advantages of the samples of that update, masked ones left out. An update without a gradient or a step is no
+        evidence and leaves gamma as it is.
+        """
+        u = estimates["linear"]
+        lengths = {name: float(estimates[name]) for name in ("step_norm", "gradient_norm", "lambda_max", "score_norm")}
+        limit = bound(self.config.delta, **lengths)
+        if np.any(u) and lengths["step_norm"] > 0 and lengths["gradient_norm"] > 0:
+            ema = self.config.ema
+            self._sum = ema * self._sum + (1 - ema) * largest_gamma(u, limit, self.config.gamma_max)
+            self._weight = ema * self._weight + (1 - ema)
+        return {
+            "slas/gamma": self.gamma,
+            "slas/moment": moment(u, self.gamma),
+            "slas/bound": limit,
+            "slas/lambda_max": lengths["lambda_max"],
+            "slas/score_norm": lengths["score_norm"],
+        }
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"sum": self._sum, "weight": self._weight}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from `state()` of an earlier run."""
+        self._sum, self._weight = state["sum"], state["weight"]

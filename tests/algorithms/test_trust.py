@@ -1,0 +1,167 @@
+import math
+
+import numpy as np
+import pytest
+
+from align_cluster.algorithms.advantage import Slas
+from align_cluster.algorithms.trust import TrustRegion, bound, largest_gamma, moment
+
+HEAVY = np.random.default_rng(0).standard_t(4, size=2000)
+GAMMAS = np.linspace(0, 3, 61)
+
+
+def two_valued(radius: float) -> np.ndarray:
+    """100 values with mean square 1: 0, and +-radius as often as that needs; moment = radius^(2 gamma)."""
+    count = round(100 / radius**2)
+    assert count / 100 * radius**2 == pytest.approx(1)
+    return radius * np.where(np.arange(100) < count, (-1.0) ** np.arange(100), 0.0)
+
+
+def bounded(limit: float, radius: float) -> float:
+    """Appendix E, |A| <= R with R > 1."""
+    return math.log(limit) / (2 * math.log(radius)) - 1
+
+
+def sub_gaussian(limit: float, scale: float) -> float:
+    """Appendix E: the root of (scale sqrt(p))^p = limit, p = 2 (1 + gamma), where it grows with p."""
+    low, high = 2.0, 50.0
+    for _ in range(100):
+        p = (low + high) / 2
+        low, high = (p, high) if p * math.log(scale * math.sqrt(p)) <= math.log(limit) else (low, p)
+    return low / 2 - 1
+
+
+def estimates(**changes) -> dict:
+    plain = {"lambda_max": 0.5, "score_norm": 2.0, "step_norm": 1e-3, "gradient_norm": 0.1, "linear": HEAVY}
+    return plain | changes
+
+
+@pytest.mark.parametrize("u", [HEAVY, np.sign(HEAVY), two_valued(2.0), np.maximum(HEAVY, 0)])
+def test_the_moment_starts_at_one_and_never_falls(u):
+    moments = [moment(u, gamma) for gamma in GAMMAS]
+    assert moments[0] == pytest.approx(1)
+    assert (np.diff(moments) >= -1e-12).all()
+
+
+def test_the_moment_is_that_of_advantages_scaled_to_mean_square_one():
+    u = [0.5, -1.5, 2.0]
+    scale = ((0.25 + 2.25 + 4.0) / 3) ** 0.5
+    expected = sum(abs(x / scale) ** 3.0 for x in u) / 3
+    assert moment(np.array(u), 0.5) == pytest.approx(expected)
+    assert moment(37 * np.array(u), 0.5) == pytest.approx(expected)
+    assert moment(np.zeros(4), 0.5) == 0
+
+
+@pytest.mark.parametrize("limit", [1.05, 1.5, 4.0, 30.0])
+def test_the_largest_gamma_meets_the_bound_and_is_on_its_safe_side(limit):
+    gamma = largest_gamma(HEAVY, limit, 10.0, 1e-9)
+    assert 0 < gamma < 10
+    assert moment(HEAVY, gamma) <= limit and moment(HEAVY, gamma) == pytest.approx(limit, rel=1e-6)
+
+
+@pytest.mark.parametrize("radius", [2.0, 5.0])
+@pytest.mark.parametrize("limit", [1.5, 40.0])
+def test_the_largest_gamma_of_two_valued_advantages_is_the_closed_form(radius, limit):
+    expected = math.log(limit) / (2 * math.log(radius))
+    assert largest_gamma(two_valued(radius), limit, 10.0) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("limit", [20.0, 300.0])
+def test_the_papers_worst_cases_never_allow_more_than_the_advantages_do(limit):
+    normal = np.random.default_rng(1).standard_normal(200_000)
+    measured = largest_gamma(normal, limit, 10.0)
+    assert 0 < sub_gaussian(limit, 1.0) <= measured  # (E|Z|^p)^(1/p) <= sqrt(p) for a standard normal
+    radius = np.abs(normal).max() / normal.std()
+    assert bounded(limit, radius) <= measured
+    p = 2 * (1 + measured)  # and the moment of a normal is known
+    exact = 2 ** (p / 2) * math.gamma((p + 1) / 2) / math.sqrt(math.pi)
+    assert exact == pytest.approx(limit, rel=0.1)
+
+
+def test_the_search_ends_at_its_limits():
+    assert largest_gamma(HEAVY, 0.99, 2.0) == 0
+    assert largest_gamma(HEAVY, math.nan, 2.0) == 0
+    assert largest_gamma(HEAVY, math.inf, 2.0) == 2
+    assert largest_gamma(np.sign(HEAVY), 1 + 1e-9, 2.0) == 2  # all of one size: shaping changes nothing
+
+
+def test_the_bound_is_two_delta_over_what_a_step_changes():
+    assert bound(1e-5, 2e-3, 0.1, 0.5, 3.0) == pytest.approx(2 * 1e-5 / ((2e-3 / 0.1) ** 2 * 0.5 * 9))
+    assert bound(1e-5, 2e-3, 0.1, 0.0, 3.0) == math.inf
+    assert bound(1e-5, 2e-3, 0.0, 0.5, 3.0) == 0
+
+
+def test_a_step_at_the_bound_changes_a_linear_gaussian_policy_by_delta_at_most():
+    """Mean J theta, deviation s, KL exact; the step is the shaped policy gradient of drawn samples."""
+    rng = np.random.default_rng(4)
+    dimension, s, count, a = 8, 0.7, 400, 0.05
+    jacobian = rng.standard_normal((dimension, 20)) / 5
+    noise = s * rng.standard_normal((count, dimension))
+    scores = noise @ jacobian / s**2 / dimension  # gradients of mean log-probs
+    u = noise[:, 0] / noise[:, 0].std()
+    fisher = jacobian.T @ jacobian / s**2 / dimension
+    largest, score_norm = np.linalg.eigvalsh(fisher)[-1], np.linalg.norm(scores, axis=1).max()
+    for gamma in (0.0, 0.5, 1.5):
+        gradient = (np.sign(u) * np.abs(u) ** (1 + gamma)) @ scores / count
+        step = a * gradient
+        kl = np.sum((jacobian @ step) ** 2) / (2 * s**2 * dimension)
+        delta = moment(u, gamma) * a**2 * largest * score_norm**2 / 2
+        lengths = np.linalg.norm(step), np.linalg.norm(gradient)
+        assert bound(delta, *lengths, largest, score_norm) == pytest.approx(moment(u, gamma))
+        assert largest_gamma(u, bound(delta, *lengths, largest, score_norm), 3.0) == pytest.approx(gamma, abs=1e-5)
+        assert 0 < kl <= delta
+
+
+def test_advantages_stay_linear_until_the_first_estimate_which_counts_whole():
+    region = TrustRegion(Slas(gamma="adaptive", delta=1e-3))
+    assert region.gamma == 0
+    metrics = region.observe(estimates())
+    limit = 2 * 1e-3 / (1e-2**2 * 0.5 * 4)
+    assert region.gamma == pytest.approx(largest_gamma(HEAVY, limit, 2.0)) and 0 < region.gamma < 2
+    assert metrics == pytest.approx(
+        {
+            "slas/gamma": region.gamma,
+            "slas/moment": moment(HEAVY, region.gamma),
+            "slas/bound": limit,
+            "slas/lambda_max": 0.5,
+            "slas/score_norm": 2.0,
+        }
+    )
+
+
+def test_gamma_is_the_exponential_mean_of_its_estimates():
+    region, single = TrustRegion(Slas(gamma="adaptive", delta=1e-3)), []
+    for step in (1e-3, 8e-4, 1.2e-3, 1.0):
+        region.observe(estimates(step_norm=step))
+        single.append(largest_gamma(HEAVY, bound(1e-3, step, 0.1, 0.5, 2.0), 2.0))
+    weights = [0.9**3, 0.9**2, 0.9, 1.0]
+    assert single[-1] == 0 and len(set(single)) == 4
+    assert region.gamma == pytest.approx(np.average(single, weights=weights))
+
+
+def test_without_smoothing_the_last_estimate_counts():
+    region = TrustRegion(Slas(gamma="adaptive", delta=1e-3, ema=0.0))
+    region.observe(estimates())
+    region.observe(estimates(step_norm=8e-4))
+    assert region.gamma == pytest.approx(largest_gamma(HEAVY, bound(1e-3, 8e-4, 0.1, 0.5, 2.0), 2.0))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("nothing", [{"gradient_norm": 0.0}, {"step_norm": 0.0}, {"linear": np.zeros(10)}])
+def test_an_update_that_shows_nothing_leaves_gamma_as_it_is(nothing):
+    region = TrustRegion(Slas(gamma="adaptive", delta=1e-3))
+    region.observe(estimates(**nothing))
+    assert region.gamma == 0
+    region.observe(estimates())
+    before = region.gamma
+    assert region.observe(estimates(**nothing))["slas/gamma"] == before == region.gamma
+
+
+def test_a_restored_region_goes_on_as_the_first_would_have():
+    first, second = (TrustRegion(Slas(gamma="adaptive", delta=1e-3)) for _ in range(2))
+    first.observe(estimates())
+    state = first.state()
+    assert all(type(value) is float for value in state.values())
+    second.restore(state)
+    assert second.gamma == first.gamma
+    assert first.observe(estimates(step_norm=8e-4)) == second.observe(estimates(step_norm=8e-4))

@@ -2,6 +2,7 @@
 
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.geneval import GenEval
+from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.ocr import Ocr
 
-REWARDS = {"geneval": GenEval, "clip_score": ClipScore, "ocr": Ocr}
+REWARDS = {"geneval": GenEval, "clip_score": ClipScore, "ocr": Ocr, "hps": Hps}

@@ -1,0 +1,106 @@
+"""HPS v2 and v2.1 (Wu et al. 2023, arXiv 2306.09341): CLIP ViT-H/14 tuned on what people prefer."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.types import Prompt, UserError
+
+CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # as named at the hub
+
+
+def squared(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Images [B, C, H, W] scaled so that the longer side is `side`, in the middle of a black square.
+
+    This is the official transform: bicubic with antialiasing, on floats and without clamping. An image that is no
+    square and whose longer side is `side` already it would not pad, and the model would refuse it; here it is padded.
+    """
+    scale = side / max(images.shape[2:])
+    height, width = (round(length * scale) for length in images.shape[2:])
+    images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    top, left = (side - height) // 2, (side - width) // 2
+    return F.pad(images, (left, side - width - left, top, side - height - top))
+
+
+class Hps(Reward):
+    """Cosine of the image's and the prompt's embedding, in fp32: about .20 to .37. Tables print 100 x."""
+
+    class Config(RewardSection):
+        """`path` is a hub id, a folder that has the checkpoint of `version` by its official name, or a checkpoint file.
+
+        `model` is an architecture of open_clip, by name or as the path of a model-config json.
+        """
+
+        kind: Literal["hps"] = "hps"
+        path: str = "xswu/HPSv2"
+        version: Literal["v2", "v2.1"] = "v2.1"
+        model: str = "ViT-H-14"
+
+    def load(self, device: str, threads: int) -> None:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise UserError(
+                f"rewards: hps needs open_clip, which is not installed ({error}): pip install 'align-cluster[rewards]'"
+            ) from error
+        try:
+            architecture = self._architecture()
+            weights = torch.load(self._checkpoint(), map_location="cpu", weights_only=True)["state_dict"]
+            model = open_clip.CLIP(**architecture)
+            model.load_state_dict(weights)  # fp16 on disk, fp32 from here on
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"rewards: hps cannot load {self.config.path!r} as {self.config.model!r}: give a hub id that this "
+                f"machine can reach, a folder with {CHECKPOINTS[self.config.version]}, or such a file "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.side = architecture["vision_cfg"]["image_size"]
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=architecture["text_cfg"]["context_length"])
+        self.mean, self.std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        )
+
+    @torch.no_grad()
+    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
+        values = self.differentiable(pixels, prompts).cpu().double().numpy()
+        return Result(values, np.ones(len(prompts), dtype=bool))
+
+    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """Scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""
+        device = self.mean.device
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))  # a chunk has one prompt: encode it once
+        owner = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=device)
+        with torch.autocast(device.type, enabled=False):  # the trainer's would cost the third digit of a cosine
+            pixels = (squared(images.to(device, torch.float32), self.side) - self.mean) / self.std
+            seen = self.model.encode_image(pixels, normalize=True)
+            read = self.model.encode_text(self.tokenizer(texts).to(device), normalize=True)
+        return (seen * read[owner]).sum(-1)
+
+    def _architecture(self) -> dict[str, Any]:
+        import open_clip
+
+        if self.config.model.endswith(".json"):
+            return json.loads(Path(self.config.model).expanduser().read_text())
+        architecture = open_clip.get_model_config(self.config.model)
+        if architecture is None:
+            raise ValueError(f"open_clip has no architecture {self.config.model!r}")
+        return architecture
+
+    def _checkpoint(self) -> Path | str:
+        path, name = Path(self.config.path).expanduser(), CHECKPOINTS[self.config.version]
+        if path.is_file():
+            return path
+        if path.is_dir():
+            return path / name
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(self.config.path, name)

@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from align_cluster.conditions.perturb import E2po
 from align_cluster.config.base import Section
-from align_cluster.types import Condition
+from align_cluster.types import Condition, Perturbation
 
 
 class LoraSettings(Section):
@@ -43,6 +44,7 @@ class Backbone(ABC):
 
     prediction: Literal["flow", "epsilon", "v"]
     lora_targets: tuple[str, ...]
+    explorable: ClassVar[bool] = False  # has a CLIP text encoder whose token embeddings can be perturbed
 
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
@@ -60,6 +62,12 @@ class Backbone(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the configured image size."""
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one latent in 2 x 2 patches, on which resolution-dependent schedules depend."""
+        _, height, width = self.latent_shape
+        return height * width // 4
+
     @abstractmethod
     def sigmas(self, steps: int) -> np.ndarray:
         """Noise levels of an N-step rollout, fp64 [N + 1], from 1 to 0."""
@@ -76,6 +84,18 @@ class Backbone(ABC):
     def encode(self, texts: list[str]) -> list[Condition]:
         """Encode prompts one by one, so that a condition depends on its text alone. Loads the text encoders if
         needed."""
+
+    def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
+        """Learn perturbed encodings of prompts, each independent of the others. Of explorable backbones."""
+        raise NotImplementedError
+
+    def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
+        """Content address of a prompt's perturbations: a hash of everything that they depend on."""
+        raise NotImplementedError
+
+    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+        """The condition with its CLIP-L part replaced by variant 1 ... K - 1; variant 0 is the condition itself."""
+        raise NotImplementedError
 
     @abstractmethod
     def velocity(

@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 
 from align_cluster.backbones.base import Backbone, BackboneSection
+from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.embedded import pipeline_path
 from align_cluster.rollouts.schedule import sd3_sigmas
-from align_cluster.types import Condition, UserError
+from align_cluster.types import Condition, Perturbation, UserError
 
 
 class SD3(Backbone):
@@ -34,6 +35,7 @@ class SD3(Backbone):
         max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
 
     prediction = "flow"
+    explorable = True
     # The eight attention projections of the Flow-GRPO and DiffusionNFT recipes.
     lora_targets = (
         "attn.to_q",
@@ -130,11 +132,33 @@ class SD3(Backbone):
             conditions.append(Condition(self.condition_key(text), *arrays))
         return conditions
 
+    def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
+        encoder = self._text.text_encoder.to(self.device).requires_grad_(False)
+        keys = [self.perturbation_key(text, config, seed) for text in texts]
+        return learn(encoder, self._text.tokenizer, texts, keys, config, seed)
+
+    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+        """SD3 lays CLIP-L first: in the first channels of the first rows, and in the first part of `pooled`."""
+        if variant == 0:
+            return condition
+        hidden, vector = perturbation.hidden[variant - 1], perturbation.pooled[variant - 1]
+        sequence, pooled = condition.sequence.copy(), condition.pooled.copy()
+        sequence[: hidden.shape[0], : hidden.shape[1]] = hidden
+        pooled[: len(vector)] = vector
+        return Condition(f"{condition.key}/{perturbation.key}/{variant}", sequence, pooled)
+
+    def _identity(self, *parts: str) -> list:
+        """Which files these parts are: name, size and time, or the hub id."""
+        files = sorted(path for part in parts for path in Path(self.source).glob(f"{part}/*"))
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [self.source]
+
     @cached_property
     def _text_identity(self) -> list:
-        """Which text encoders these are: name, size and time of their files, or the hub id."""
-        files = sorted(path for part in ("text_encoder*", "tokenizer*") for path in Path(self.source).glob(f"{part}/*"))
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [self.source]
+        return self._identity("text_encoder*", "tokenizer*")
+
+    @cached_property
+    def _clip_identity(self) -> list:
+        return self._identity("text_encoder", "tokenizer")
 
     @property
     def _sequence_length(self) -> int:
@@ -144,8 +168,11 @@ class SD3(Backbone):
 
     def condition_key(self, text: str) -> str:
         """Content address of an encoding: everything that it depends on."""
-        facts = (self._text_identity, self.config.t5, self._sequence_length, str(self.dtype), text)
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        return _address(self._text_identity, self.config.t5, self._sequence_length, str(self.dtype), text)
+
+    def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
+        # rho is phase 2's: it weighs perturbations that are there already.
+        return _address(self._clip_identity, str(self.dtype), config.model_dump(exclude={"rho"}), seed, text)
 
     def velocity(
         self,
@@ -194,3 +221,7 @@ class SD3(Backbone):
             transformer_lora_adapter_metadata=metadata,
         )
         return folder / "pytorch_lora_weights.safetensors"
+
+
+def _address(*facts: object) -> str:
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()

@@ -2,11 +2,15 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from align_cluster.types import Condition
+from align_cluster.types import Condition, Perturbation
+
+Record = TypeVar("Record", Condition, Perturbation)
 
 
 def default_folder() -> Path:
@@ -15,26 +19,42 @@ def default_folder() -> Path:
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "align_cluster"
 
 
-class ConditionCache:
-    """Conditions by key. A file appears whole or not at all; one that cannot be read is treated as absent."""
+class Cache(Generic[Record]):
+    """Records of one kind by key: a key, and else arrays and numbers. A file appears whole or not at all; one that
+    cannot be read is treated as absent."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "conditions"
+    def __init__(self, folder: Path, kind: type[Record]) -> None:
+        self.kind, self.folder = kind, folder / f"{kind.__name__.lower()}s"
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.npz"
 
-    def get(self, key: str) -> Condition | None:
+    def get(self, key: str) -> Record | None:
         try:
             with np.load(self._path(key)) as data:
-                return Condition(key, data["sequence"], data["pooled"])
-        except Exception:  # a damaged zip file fails in a dozen ways; whatever cannot be read is encoded again
+                values = {name: data[name] for name in data.files}
+            return self.kind(key, **{name: value if value.ndim else value.item() for name, value in values.items()})
+        except Exception:  # a damaged zip file fails in a dozen ways; whatever cannot be read is made again
             return None
 
-    def put(self, condition: Condition) -> None:
-        path = self._path(condition.key)
+    def put(self, record: Record) -> None:
+        values = {name: value for name, value in vars(record).items() if name != "key"}
+        path = self._path(record.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, sequence=condition.sequence, pooled=condition.pooled)
+            np.savez(file, **values)
         os.replace(temporary, path)
+
+
+def cached(
+    kind: type[Record], texts: list[str], key: Callable[[str], str], make: Callable[[list[str]], list[Record]]
+) -> list[Record]:
+    """Records of texts from the default folder; those that are missing are made in one call and kept."""
+    cache = Cache(default_folder(), kind)
+    found = {text: cache.get(key(text)) for text in texts}
+    missing = [text for text, record in found.items() if record is None]
+    for text, record in zip(missing, make(missing) if missing else [], strict=True):
+        cache.put(record)
+        found[text] = record
+    return [found[text] for text in texts]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from align_cluster.backbones.sd3 import SD3
+from align_cluster.conditions.perturb import E2po, render, tokenize
 from align_cluster.rollouts.denoise import denoise, initial_noise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import Euler
@@ -64,6 +65,53 @@ def test_a_condition_depends_on_its_own_text_only(sd35):
     np.testing.assert_array_equal(together[1].pooled, alone[0].pooled)
 
 
+def test_the_content_of_a_prompt_ends_at_the_first_end_token_where_that_is_the_padding_too(sd35):
+    tokenizer = sd35._text.tokenizer
+    ids, content = tokenize(tokenizer, ["abc de", "a" * 100])
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id and (ids[0] == tokenizer.eos_token_id).sum() == 77 - 6
+    positions = [row.nonzero().flatten().tolist() for row in content]
+    assert positions == [[1, 2, 3, 4, 5], list(range(1, 76))]
+
+
+@pytest.mark.parametrize("pipeline", ["embedded", "sd35"])
+def test_inserting_an_encoding_without_perturbation_gives_the_condition_bit_for_bit(pipeline, settings, sd35):
+    backbone = sd35 if pipeline == "sd35" else SD3(settings)
+    clip, config = backbone._text, E2po(conditions=3)
+    (ids,), _ = tokenize(clip.tokenizer, TEXTS[:1])
+    zeros = torch.zeros(2, len(ids), clip.text_encoder.config.hidden_size)
+    unperturbed = render(clip.text_encoder, "key", ids, zeros, config)
+    (condition,) = backbone.encode(TEXTS[:1])
+    for variant in (0, 1, 2):
+        same = backbone.insert(condition, unperturbed, variant)
+        assert same.sequence.tobytes() == condition.sequence.tobytes()
+        assert same.pooled.tobytes() == condition.pooled.tobytes()
+    np.testing.assert_allclose(unperturbed.cosines, 1, atol=1e-12)
+
+
+@pytest.mark.parametrize(("pipeline", "rows", "channels"), [("embedded", 16, 64), ("sd35", 77, 12)])
+def test_a_perturbation_changes_clip_ls_slots_and_no_other(pipeline, rows, channels, settings, sd35):
+    backbone = sd35 if pipeline == "sd35" else SD3(settings)
+    (perturbation,) = backbone.perturb(TEXTS[:1], E2po(conditions=4, iterations=5, init=0.05), 0)
+    (condition,) = backbone.encode(TEXTS[:1])
+    assert backbone.explorable and backbone.insert(condition, perturbation, 0) is condition
+    original = condition.sequence.copy(), condition.pooled.copy()
+    variants = [backbone.insert(condition, perturbation, variant) for variant in (1, 2, 3)]
+    assert len({one.key for one in (condition, *variants)}) == 4
+    for variant, one in enumerate(variants):
+        assert one.sequence.dtype == one.pooled.dtype == np.float32
+        np.testing.assert_array_equal(one.sequence[:rows, :channels], perturbation.hidden[variant])
+        np.testing.assert_array_equal(one.pooled[:channels], perturbation.pooled[variant])
+        assert (one.sequence != condition.sequence)[1:rows, :channels].mean() > 0.5
+        assert (one.pooled != condition.pooled)[:channels].all()
+        assert one.sequence[rows:].tobytes() == condition.sequence[rows:].tobytes()
+        assert one.sequence[:, channels:].tobytes() == condition.sequence[:, channels:].tobytes()
+        assert one.pooled[channels:].tobytes() == condition.pooled[channels:].tobytes()
+        # What precedes the first content token cannot know of it: attention is causal.
+        np.testing.assert_array_equal(one.sequence[0], condition.sequence[0])
+    np.testing.assert_array_equal(condition.sequence, original[0])
+    np.testing.assert_array_equal(condition.pooled, original[1])
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_our_sample_is_the_stock_sd35_pipelines(sd35, stock35, guidance):
     seeds, device = (1, 2), torch.device("cpu")
@@ -73,7 +121,6 @@ def test_our_sample_is_the_stock_sd35_pipelines(sd35, stock35, guidance):
     path = denoise(
         lambda x, sigma: guided_velocity(sd35, denoiser, x, sigma, text, guidance),
         Euler(Euler.Config(), sigmas),
-        sigmas,
         sd35.latent_shape,
         seeds,
     )

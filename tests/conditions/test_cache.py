@@ -1,51 +1,88 @@
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.conditions.cache import ConditionCache, default_folder
-from align_cluster.types import Condition
+from align_cluster.conditions.cache import Cache, cached, default_folder
+from align_cluster.conditions.perturb import E2po
+from align_cluster.types import Condition, Perturbation
 
 WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from align_cluster.conditions.cache import ConditionCache
-from align_cluster.types import Condition
-cache = ConditionCache(Path(sys.argv[1]))
+from align_cluster.conditions.cache import Cache
+from align_cluster.types import Condition, Perturbation
+folder, value = Path(sys.argv[1]), float(sys.argv[2])
 for _ in range(200):
-    cache.put(Condition("abcd", np.full((50, 64), float(sys.argv[2])), np.full(64, float(sys.argv[2]))))
+    Cache(folder, Condition).put(Condition("abcd", np.full((50, 64), value), np.full(64, value)))
+    variants = np.full((3, 50, 64), value), np.full((3, 64), value), np.full(3, value), value
+    Cache(folder, Perturbation).put(Perturbation("abcd", *variants))
 """
 
 
-def condition(key: str = "0123ab", seed: int = 0) -> Condition:
+def record(kind: type, key: str = "0123ab", seed: int = 0) -> Condition | Perturbation:
     rng = np.random.default_rng(seed)
-    sequence, pooled = rng.standard_normal((5, 8)).astype(np.float32), rng.standard_normal(3).astype(np.float32)
-    return Condition(key, sequence, pooled)
+    shapes = {"sequence": (5, 8), "hidden": (3, 5, 8), "pooled": (3,), "cosines": (3,)}
+    names = [field.name for field in fields(kind)]
+    arrays = {name: rng.standard_normal(shapes[name]).astype(np.float32) for name in names if name in shapes}
+    return kind(key, **arrays, **({"pairwise": rng.random()} if kind is Perturbation else {}))
 
 
-def test_a_condition_comes_back_bit_for_bit(tmp_path):
-    cache, stored = ConditionCache(tmp_path), condition()
+def assert_same(found: Condition | Perturbation, stored: Condition | Perturbation) -> None:
+    assert type(found) is type(stored) and found.key == stored.key
+    for name, value in vars(stored).items():
+        assert type(getattr(found, name)) is type(value)
+        if isinstance(value, np.ndarray):
+            assert getattr(found, name).dtype == value.dtype
+            assert getattr(found, name).tobytes() == value.tobytes()
+        elif name != "key":
+            np.testing.assert_array_equal(getattr(found, name), value)
+
+
+@pytest.fixture(params=[Condition, Perturbation])
+def kind(request):
+    return request.param
+
+
+def test_a_record_comes_back_bit_for_bit(tmp_path, kind):
+    cache, stored = Cache(tmp_path, kind), record(kind)
     assert cache.get(stored.key) is None
     cache.put(stored)
-    found = ConditionCache(tmp_path).get(stored.key)
-    assert found.key == stored.key and found.sequence.dtype == found.pooled.dtype == np.float32
-    assert found.sequence.tobytes() == stored.sequence.tobytes() and found.pooled.tobytes() == stored.pooled.tobytes()
+    assert_same(Cache(tmp_path, kind).get(stored.key), stored)
 
 
-def test_a_later_write_replaces_an_earlier_one_and_leaves_no_temporary_file(tmp_path):
-    cache = ConditionCache(tmp_path)
-    cache.put(condition(seed=0))
-    cache.put(condition(seed=1))
-    np.testing.assert_array_equal(cache.get("0123ab").sequence, condition(seed=1).sequence)
+def test_a_lone_variant_without_pairs_comes_back_too(tmp_path):
+    stored = Perturbation("0123ab", np.ones((1, 5, 8)), np.ones((1, 3)), np.ones(1), float("nan"))
+    Cache(tmp_path, Perturbation).put(stored)
+    assert_same(Cache(tmp_path, Perturbation).get("0123ab"), stored)
+
+
+def test_kinds_do_not_meet_under_one_key(tmp_path):
+    for kind in (Condition, Perturbation):
+        Cache(tmp_path, kind).put(record(kind))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conditions", "perturbations"]
+    for kind in (Condition, Perturbation):
+        assert_same(Cache(tmp_path, kind).get("0123ab"), record(kind))
+    (other,) = (tmp_path / "perturbations").rglob("*.npz")
+    other.write_bytes(next((tmp_path / "conditions").rglob("*.npz")).read_bytes())
+    assert Cache(tmp_path, Perturbation).get("0123ab") is None  # a whole file of another kind
+
+
+def test_a_later_write_replaces_an_earlier_one_and_leaves_no_temporary_file(tmp_path, kind):
+    cache = Cache(tmp_path, kind)
+    cache.put(record(kind, seed=0))
+    cache.put(record(kind, seed=1))
+    assert_same(cache.get("0123ab"), record(kind, seed=1))
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".npz"]
 
 
-def test_a_file_that_was_cut_off_is_treated_as_absent(tmp_path):
-    cache = ConditionCache(tmp_path)
-    cache.put(condition())
+def test_a_file_that_was_cut_off_is_treated_as_absent(tmp_path, kind):
+    cache = Cache(tmp_path, kind)
+    cache.put(record(kind))
     (path,) = tmp_path.rglob("*.npz")
     whole = path.read_bytes()
     for size in [*range(0, len(whole), 7), len(whole) - 1]:
@@ -55,8 +92,8 @@ def test_a_file_that_was_cut_off_is_treated_as_absent(tmp_path):
     assert cache.get("0123ab") is not None
 
 
-def test_a_file_with_a_changed_byte_is_absent_or_whole_and_never_other_numbers(tmp_path):
-    cache, stored = ConditionCache(tmp_path), condition()
+def test_a_file_with_a_changed_byte_is_absent_or_whole_and_never_other_numbers(tmp_path, kind):
+    cache, stored = Cache(tmp_path, kind), record(kind)
     cache.put(stored)
     (path,) = tmp_path.rglob("*.npz")
     whole = path.read_bytes()
@@ -64,31 +101,55 @@ def test_a_file_with_a_changed_byte_is_absent_or_whole_and_never_other_numbers(t
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x41]) + whole[position + 1 :])
         found = cache.get(stored.key)
         if found is not None:  # dates and the like do not matter
-            np.testing.assert_array_equal(found.sequence, stored.sequence)
-            np.testing.assert_array_equal(found.pooled, stored.pooled)
+            assert_same(found, stored)
 
 
 @pytest.mark.parametrize("junk", [b"", b"not a zip", b"PK\x03\x04", b"\x93NUMPY\x01\x00"])
 def test_junk_is_treated_as_absent_and_can_be_replaced(tmp_path, junk):
-    cache = ConditionCache(tmp_path)
-    cache.put(condition())
+    cache = Cache(tmp_path, Condition)
+    cache.put(record(Condition))
     (path,) = tmp_path.rglob("*.npz")
     path.write_bytes(junk)
     assert cache.get("0123ab") is None
-    cache.put(condition())
+    cache.put(record(Condition))
     assert cache.get("0123ab") is not None
 
 
 def test_two_processes_that_write_one_key_never_show_a_mixture(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), value]) for value in ("1", "2")]
-    cache, seen = ConditionCache(tmp_path), 0
-    while any(writer.poll() is None for writer in writers) or not seen:
-        found = cache.get("abcd")
-        if found is not None:
-            seen += 1
-            assert len(np.unique(np.concatenate([found.sequence.ravel(), found.pooled]))) == 1
-    assert [writer.wait() for writer in writers] == [0, 0] and seen
-    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".npz"]
+    seen = {Condition: 0, Perturbation: 0}
+    while any(writer.poll() is None for writer in writers) or not all(seen.values()):
+        for kind in seen:
+            found = Cache(tmp_path, kind).get("abcd")
+            if found is not None:
+                seen[kind] += 1
+                values = [np.ravel(value) for name, value in vars(found).items() if name != "key"]
+                assert len(np.unique(np.concatenate(values))) == 1
+    assert [writer.wait() for writer in writers] == [0, 0] and all(seen.values())
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".npz"] * 2
+
+
+def test_only_what_is_missing_or_damaged_is_made_once_and_in_one_call(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("ALIGN_CLUSTER_CACHE", str(tmp_path))
+    calls = []
+
+    def make(texts: list[str]) -> list[Condition | Perturbation]:
+        calls.append(texts)
+        return [record(kind, f"key{text}", seed=int(text)) for text in texts]
+
+    def get(*texts: str) -> None:
+        found = cached(kind, list(texts), lambda text: f"key{text}", make)
+        for text, one in zip(texts, found, strict=True):
+            assert_same(one, record(kind, f"key{text}", seed=int(text)))
+
+    get("1", "2", "1")
+    get("2", "3", "1", "4")
+    get("4", "1")
+    (damaged,) = tmp_path.rglob("key1.npz")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    get("1", "2")
+    get("1")
+    assert calls == [["1", "2"], ["3", "4"], ["1"]]
 
 
 def test_the_folder_is_the_users_choice_or_their_cache(monkeypatch, tmp_path):
@@ -125,3 +186,54 @@ def test_a_key_does_not_change_with_what_an_encoding_does_not_depend_on(settings
     text = "a photo of a red circle"
     wide = settings.model_copy(update={"height": 96, "lora": settings.lora.model_copy(update={"rank": 8})})
     assert SD3(wide).condition_key(text) == SD3(settings).condition_key(text)
+
+
+def test_a_perturbations_key_changes_with_everything_that_it_depends_on(tmp_path, settings):
+    text = "a photo of a red circle"
+    other = tmp_path / "pipeline"
+    (other / "text_encoder").mkdir(parents=True)
+    (other / "text_encoder" / "model.safetensors").write_bytes(b"1234")
+    there = settings.model_copy(update={"path": str(other)})
+    changes = [
+        {"conditions": 5},
+        {"mu": 0.7},
+        {"margin": 0.02},
+        {"diversity": 30.0},
+        {"iterations": 299},
+        {"lr": 2e-3},
+        {"init": 0.02},
+        {"bound": "inf"},
+        {"radius": 0.04},
+        {"embedding": "pooled"},
+    ]
+    assert {name for change in changes for name in change} == set(E2po.model_fields) - {"kind", "rho"}
+    backbone = SD3(settings)
+    keys = [backbone.perturbation_key(text, E2po(**change), 0) for change in ({}, *changes)]
+    keys += [backbone.perturbation_key(text, E2po(), 1), backbone.perturbation_key("", E2po(), 0)]
+    keys.append(SD3(there).perturbation_key(text, E2po(), 0))
+    (other / "text_encoder" / "model.safetensors").write_bytes(b"12345")
+    keys.append(SD3(there).perturbation_key(text, E2po(), 0))
+    (other / "tokenizer").mkdir()
+    (other / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
+    keys.append(SD3(there).perturbation_key(text, E2po(), 0))
+    assert len(set(keys)) == len(keys) and {len(key) for key in keys} == {32}
+    # The other encoders, the image, the adapters and phase 2 have no part in it.
+    (other / "text_encoder_2").mkdir()
+    (other / "text_encoder_2" / "model.safetensors").write_bytes(b"1")
+    same = there.model_copy(update={"t5": False, "height": 96, "lora": settings.lora.model_copy(update={"rank": 8})})
+    assert SD3(same).perturbation_key(text, E2po(rho=0.9), 0) == keys[-1]
+
+
+def test_a_sampler_learns_a_prompt_once_and_another_one_reads_it(tmp_path, monkeypatch, settings):
+    from align_cluster.rollouts.sampler import Sampler
+
+    monkeypatch.setenv("ALIGN_CLUSTER_CACHE", str(tmp_path))
+    config, texts = E2po(iterations=3), ["a red circle", "", "two blue squares", "a red circle"]
+    learned = Sampler(settings).perturb(texts, config, 7)
+    assert [one.key for one in learned] == [SD3(settings).perturbation_key(text, config, 7) for text in texts]
+    reader = Sampler(settings)
+    reader.backbone.perturb = None  # whoever learns again, fails
+    for one, other in zip(reader.perturb(texts[::-1], config, 7)[::-1], learned, strict=True):
+        assert_same(one, other)
+    (alone,) = Sampler(settings).backbone.perturb(texts[2:3], config, 7)
+    assert_same(alone, learned[2])

@@ -1,0 +1,228 @@
+"""E2PO's phase 1: perturbed token embeddings that spread a prompt's global embedding around the original one.
+
+The text encoder is frozen; each prompt learns K - 1 perturbations of its content tokens. Phase 2, the rollouts under
+them, is the sampler's.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch.overrides import TorchFunctionMode
+
+from align_cluster.config.base import Section
+from align_cluster.types import Perturbation
+
+BATCH = 32  # prompts learned at a time
+ROUND = 8  # sequences are cut after their end token, at a multiple of this
+
+Level = TypeVar("Level", float, np.ndarray, torch.Tensor)
+
+
+class E2po(Section):
+    """Exploration under perturbed conditions; paper values, but for lr, init and bound, which it does not state.
+
+    `conditions` counts the original one. Perturbed conditions fade out over the noisiest `rho` of the noise levels.
+    `mu` and `margin` are the ring of cosines to the original that costs nothing, `diversity` weighs the mean cosine
+    between variants. `bound: token_l2` holds each token's perturbation within `radius`, `inf` each of its elements,
+    `grad_norm` the gradient of a prompt's perturbations. `embedding` says whether cosines are those of the projected
+    embedding or of the hidden state before it.
+    """
+
+    kind: Literal["e2po"] = "e2po"
+    conditions: PositiveInt = 4
+    rho: Annotated[float, Field(gt=0, le=1)] = 0.4
+    mu: Annotated[float, Field(ge=-1, le=1)] = 0.8
+    margin: Annotated[float, Field(ge=0)] = 0.01
+    diversity: Annotated[float, Field(ge=0)] = 50.0
+    iterations: PositiveInt = 300
+    lr: PositiveFloat = 1e-3
+    init: PositiveFloat = 0.01
+    bound: Literal["token_l2", "inf", "grad_norm"] = "token_l2"
+    radius: PositiveFloat = 0.05
+    embedding: Literal["projected", "pooled"] = "projected"
+
+
+def gamma(sigma: Level, rho: float) -> Level:
+    """Weight of the perturbed condition at noise level sigma: 1 at sigma = 1, linear, 0 from 1 - rho down."""
+    weight = 1 - (1 - sigma) / rho
+    return weight.clamp(0, 1) if isinstance(weight, torch.Tensor) else np.clip(weight, 0, 1)
+
+
+def learn(
+    encoder: torch.nn.Module,
+    tokenizer: Callable[..., Any],
+    texts: Sequence[str],
+    keys: Sequence[str],
+    config: E2po,
+    seed: int,
+) -> list[Perturbation]:
+    """Perturbations of prompts by a frozen CLIPTextModelWithProjection, in fp32; `keys` are their content addresses.
+
+    A prompt's result does not depend on the other prompts of the call; on a CPU with one thread not in a single bit,
+    for encoders whose width is a multiple of 32. A prompt without content tokens keeps its original encoding.
+    """
+    ids, content = tokenize(tokenizer, texts)
+    width = encoder.get_input_embeddings().embedding_dim
+    count = config.conditions - 1
+    noise = [
+        initial_noise(text, seed, count, row, width, config.init) for text, row in zip(texts, content, strict=True)
+    ]
+    ids, content, deltas = (tensor.to(encoder.device) for tensor in (ids, content, torch.stack(noise)))
+    precise = encoder if encoder.dtype == torch.float32 else copy.deepcopy(encoder).float()
+    for members, length in batches(tokenizer, ids) if count else ():
+        part = (members, slice(length))
+        deltas[members, :, :length] = optimise(precise, ids[part], content[part], deltas[members, :, :length], config)
+    return [render(encoder, *each, config) for each in zip(keys, ids, deltas, strict=True)]
+
+
+def tokenize(tokenizer: Callable[..., Any], texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, which of them are content), both [P, S], padded and truncated as the stock SD3 pipeline does.
+
+    Content stands before the first end token and is not the begin token. What follows cannot reach the embedding that
+    is read at the end token, since attention is causal.
+    """
+    length = tokenizer.model_max_length
+    ids = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids, ((ids == tokenizer.eos_token_id).cumsum(-1) == 0) & (ids != tokenizer.bos_token_id)
+
+
+def initial_noise(text: str, seed: int, count: int, content: torch.Tensor, width: int, scale: float) -> torch.Tensor:
+    """Gaussian perturbations [count, S, width] on the content tokens of one prompt, 0 elsewhere."""
+    digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    noise = torch.zeros(count, len(content), width)
+    noise[:, content] = scale * torch.randn(count, int(content.sum()), width, generator=generator)
+    return noise
+
+
+def batches(tokenizer: Callable[..., Any], ids: torch.Tensor) -> Iterator[tuple[list[int], int]]:
+    """(prompts, sequence length) of each batch. A prompt's length depends on the prompt alone, so that its numbers do
+    too; leaving out the padding makes short prompts up to ten times cheaper."""
+    ends = (ids == tokenizer.eos_token_id).int().argmax(-1).tolist()
+    lengths = [min(-(-(end + 1) // ROUND) * ROUND, ids.shape[1]) for end in ends]
+    for length in sorted(set(lengths)):
+        members = [index for index, own in enumerate(lengths) if own == length]
+        for first in range(0, len(members), BATCH):
+            yield members[first : first + BATCH], length
+
+
+def optimise(
+    encoder: torch.nn.Module, ids: torch.Tensor, content: torch.Tensor, noise: torch.Tensor, config: E2po
+) -> torch.Tensor:
+    """Learned perturbations [P, K - 1, S, d] that start from `noise`; ids and content are [P, S].
+
+    The loss is a sum over prompts and gradients are clipped prompt by prompt, so prompts do not meet.
+    """
+    prompts, count = noise.shape[:2]
+    mask = content[:, None, :, None]
+    deltas = noise.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([deltas], lr=config.lr, weight_decay=0, fused=True)
+    repeated = ids.repeat_interleave(count, 0)
+    with LinearPerPrompt(prompts):
+        with torch.no_grad():
+            anchor = F.normalize(forward(encoder, ids, config)[2], dim=-1)
+        for _ in range(config.iterations):
+            with perturbed(encoder, (deltas * mask).flatten(0, 1)):
+                embedding = forward(encoder, repeated, config)[2]
+            loss = objective(F.normalize(embedding, dim=-1).unflatten(0, (prompts, count)), anchor, config)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            if config.bound == "grad_norm":
+                shrink(deltas.grad, config.radius, (1, 2, 3))
+            optimizer.step()
+            with torch.no_grad():
+                if config.bound == "token_l2":
+                    shrink(deltas, config.radius, (3,))
+                elif config.bound == "inf":
+                    deltas.clamp_(-config.radius, config.radius)
+    return deltas.detach()
+
+
+def objective(embeddings: torch.Tensor, anchor: torch.Tensor, config: E2po) -> torch.Tensor:
+    """diversity L_div + L_anc of each prompt [P], for unit vectors [P, K - 1, D] and [P, D].
+
+    L_div is the mean cosine over pairs of variants, L_anc what their cosines to the anchor lie outside mu +- margin.
+    """
+    count = embeddings.shape[1]
+    to_anchor = (embeddings * anchor[:, None]).sum(-1)
+    outside = ((to_anchor - config.mu).abs() - config.margin).clamp(min=0).sum(-1)
+    if count < 2:
+        return outside
+    pairs = (embeddings @ embeddings.mT).triu(1).sum((-2, -1))
+    return config.diversity * pairs / (count * (count - 1) / 2) + outside
+
+
+def shrink(values: torch.Tensor, radius: float, dims: tuple[int, ...]) -> None:
+    """Scale values in place, where their L2 norm over `dims` exceeds the radius, down to it."""
+    norm = torch.linalg.vector_norm(values, dim=dims, keepdim=True)
+    values.mul_((radius / norm).clamp(max=1))  # a norm of 0 gives inf, hence 1
+
+
+@contextmanager
+def perturbed(encoder: torch.nn.Module, deltas: torch.Tensor) -> Iterator[None]:
+    """Adds deltas to the token embeddings of all forwards within, before the encoder adds its position embedding."""
+    handle = encoder.get_input_embeddings().register_forward_hook(
+        lambda module, arguments, output: (output + deltas).to(output.dtype)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def forward(
+    encoder: torch.nn.Module, ids: torch.Tensor, config: E2po, hidden_states: bool = False
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(hidden state [B, S, d] that enters SD3's sequence, projected embedding, embedding whose cosines count)."""
+    output = encoder.text_model(input_ids=ids, output_hidden_states=hidden_states)
+    projected = encoder.text_projection(output.pooler_output)
+    hidden = output.hidden_states[-2] if hidden_states else None
+    return hidden, projected, projected if config.embedding == "projected" else output.pooler_output
+
+
+@torch.no_grad()
+def render(encoder: torch.nn.Module, key: str, ids: torch.Tensor, deltas: torch.Tensor, config: E2po) -> Perturbation:
+    """Encodings of one prompt, ids [S], under deltas [K - 1, S, d].
+
+    One forward a variant, as the stock pipeline encodes a prompt: without perturbation the bits are the stock ones.
+    """
+    encoded = []
+    for delta in (deltas.new_zeros(deltas.shape[1:]), *deltas):
+        with perturbed(encoder, delta):
+            encoded.append(forward(encoder, ids[None], config, hidden_states=True))
+    hidden, pooled, embedding = (torch.cat(parts).float().cpu().numpy() for parts in zip(*encoded, strict=True))
+    unit = embedding / np.linalg.norm(embedding.astype(np.float64), axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    pairs = cosines[1:, 1:][np.triu_indices(len(deltas), 1)]
+    return Perturbation(
+        key, hidden[1:], pooled[1:], cosines[0, 1:], float(pairs.mean()) if len(pairs) else float("nan")
+    )
+
+
+class LinearPerPrompt(TorchFunctionMode):
+    """Runs linear layers as one matrix product a prompt. A product over a whole batch picks its kernel by the number of
+    rows, so that the last bits would change with the number of prompts."""
+
+    def __init__(self, prompts: int) -> None:
+        super().__init__()
+        self.prompts = prompts
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = args
+        rows = x.reshape(self.prompts, -1, x.shape[-1])
+        matrices = weight.t().expand(self.prompts, -1, -1)
+        product = torch.bmm(rows, matrices) if bias is None else torch.baddbmm(bias, rows, matrices)
+        return product.view(*x.shape[:-1], -1)

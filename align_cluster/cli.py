@@ -211,10 +211,10 @@ def _validate(args: argparse.Namespace) -> int:
     if args.resolved:
         print(dump(config), end="")
         return 0
-    images = config.prompts_per_step * config.rollout.group_size
+    images = config.prompts_per_step * config.group_members
     print(
         f"{args.config} is valid: {config.algorithm.kind} on {config.backbone.path}, {config.steps} steps of {images} "
-        f"images ({config.prompts_per_step} prompts x {config.rollout.group_size}), config hash {config_hash(config)}"
+        f"images ({config.prompts_per_step} prompts x {config.group_members}), config hash {config_hash(config)}"
     )
     return 0
 

@@ -37,11 +37,28 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Perturbation:
+    """K - 1 variants of one prompt's CLIP-L encoding (E2PO), to be put in the place of the original one.
+
+    hidden [K - 1, T, D] and pooled [K - 1, P], fp32; `cosines` [K - 1] of the variants' global embeddings to the
+    original's, `pairwise` their mean cosine to each other (NaN for fewer than two).
+    """
+
+    key: str
+    hidden: np.ndarray
+    pooled: np.ndarray
+    cosines: np.ndarray
+    pairwise: float
+
+
+@dataclass(frozen=True)
 class Chunk:
     """The unit of work: consecutive members of one prompt group, always batched together.
 
     `seeds` has one 63-bit integer a member. They depend on (run seed, step, group, member) only, so the same images
-    come out whichever worker draws them.
+    come out whichever worker draws them. `noises` are the seeds of the initial noise, equal for members that share it
+    (left out: each its own); `variants` say which condition a member is drawn under: 0 the prompt's own, k its k-th
+    perturbation (left out: all 0).
     """
 
     step: int
@@ -49,6 +66,12 @@ class Chunk:
     first: int
     prompt: Prompt
     seeds: tuple[int, ...]
+    noises: tuple[int, ...] = ()
+    variants: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noises", self.noises or self.seeds)
+        object.__setattr__(self, "variants", self.variants or (0,) * len(self.seeds))
 
     @property
     def id(self) -> tuple[int, int, int]:
@@ -72,10 +95,11 @@ class Record:
 
     x0           [B, C, H, W]    final latents
     sigmas       [N + 1]         the exact noise levels of the rollout, 1 ... 0
-    indices      [K]             denoising steps that carry a density (empty for an ODE rollout)
+    indices      [B, K]          denoising steps that are trained, each sample's own (K = 0 for an ODE rollout)
     before       [B, K, C, H, W] latents that those steps started from
     after        [B, K, C, H, W] latents that they drew
-    log_probs    [B, K]          mean over dimensions of the Gaussian log-density of `after`
+    log_probs    [B, K]          log-density of `after` under the policy and the original condition
+    means        [B, K, C, H, W] mean of that density, where the algorithm asks for it
     """
 
     chunk: Chunk
@@ -86,6 +110,7 @@ class Record:
     before: np.ndarray | None = None
     after: np.ndarray | None = None
     log_probs: np.ndarray | None = None
+    means: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -66,16 +66,12 @@ def in_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -
     }
 
 
-def drawn(config: RunConfig, kind: str) -> tuple[Sampler, DrawRequest, list[Chunk], list[Condition]]:
+def drawn(config: RunConfig) -> tuple[Sampler, DrawRequest, list[Chunk], list[Condition]]:
     """A sampler, a training request of the algorithm, and two chunks with their conditions."""
-    from align_cluster.algorithms import ALGORITHMS
-    from align_cluster.rollouts.steps import STEPS
-
     sampler = Sampler(config.backbone, config.cluster.threads)
-    algorithm = ALGORITHMS[kind](config.algorithm)
-    step = config.rollout.step or STEPS[algorithm.default_step].Config()
     steps, size = config.rollout.steps, config.rollout.group_size
-    request = DrawRequest(0, steps, step, config.rollout.guidance, algorithm.record_indices(steps, 0))
+    window = config.window.plan(steps, 0, 0) if config.window else None
+    request = DrawRequest(0, steps, config.step_kind, config.rollout.guidance, window)
     chunks = [Chunk(0, g, 0, Prompt(g, text), tuple(range(g * size, (g + 1) * size))) for g, text in enumerate(PROMPTS)]
     return sampler, request, chunks, sampler.encode(list(PROMPTS))
 
@@ -89,7 +85,7 @@ def bench_rollout(rounds: int) -> dict[str, dict[str, float]]:
 def _rollout(kind: str, precision: str, rounds: int) -> dict[str, float]:
     """`base_ratio` compares with forwards of the network without the LoRA, which is no rollout of a policy."""
     config = config_of(kind, f"backbone.precision={precision}")
-    sampler, request, chunks, conditions = drawn(config, kind)
+    sampler, request, chunks, conditions = drawn(config)
     backbone, size = sampler.backbone, config.rollout.group_size
     sequence = torch.tensor(conditions[0].sequence).expand(size, -1, -1)
     pooled = torch.tensor(conditions[0].pooled).expand(size, -1)
@@ -120,7 +116,7 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
     from align_cluster.learner.batching import cut, total_weight
 
     config = config_of(kind, "learner.updates_per_step=1", "steps=100000")
-    sampler, request, chunks, conditions = drawn(config, kind)
+    sampler, request, chunks, conditions = drawn(config)
     records = [sampler.draw(c, condition, None, request)[2] for c, condition in zip(chunks, conditions, strict=True)]
     size, threads = config.rollout.group_size, config.cluster.threads
     advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * len(chunks)
@@ -135,10 +131,11 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
     network = add_adapters(backbone, backbone.load_denoiser(), algorithm.adapters)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, config.optimizer.lr)
+    turns = algorithm.turns(config.rollout.steps, records[0].indices.shape[1])
     frozen = (["old"] if "old" in algorithm.adapters else []) + ([None] if config.algorithm.kl_beta else [])
 
     def bare() -> None:
-        for _ in range(algorithm.turns(request.steps)):
+        for _ in range(turns):
             for record, condition in zip(records, conditions, strict=True):
                 x, sigma = torch.from_numpy(record.x0), torch.full((size,), 0.5)
                 sequence = torch.from_numpy(condition.sequence).expand(size, -1, -1)
@@ -154,7 +151,7 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
         optimizer.zero_grad()
 
     result = in_turns(lambda: learner.update(0, pieces, total_weight(pieces), None, *data), bare, rounds)
-    passes = algorithm.turns(request.steps) * len(chunks) * size
+    passes = turns * len(chunks) * size
     return result | {"samples_x_timesteps_per_s": passes / result["ours_s"]}
 
 

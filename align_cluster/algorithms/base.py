@@ -9,27 +9,25 @@ import numpy as np
 import torch
 
 from align_cluster.config.base import Section
+from align_cluster.rollouts.steps import Step
 
 
 class Policy(Protocol):
-    """The learner's network as an algorithm sees it: one base with named adapters."""
+    """The learner's network as an algorithm sees it: one base with named adapters, and the rollout's step kind."""
+
+    step: Step
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
-        """Velocity fp32 like x under an adapter (None: the bare base), guided as the rollout was. Only the default
-        adapter carries gradient."""
-
-    def step_mean(self, k: int, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, float, float]:
-        """Mean, standard deviation and std_t of the rollout's stochastic step at noise level k."""
-
-    def log_prob(self, k: int, x: torch.Tensor, v: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
-        """Log-density [B] of the rollout's stochastic step at noise level k."""
+        """Network output fp32 like x under an adapter (None: the bare base), guided as the rollout was. Only the
+        default adapter carries gradient."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: b members of one chunk, for the pass number `turn` over them.
 
-    advantages [b]; x0 [b, C, H, W]; sigmas [N + 1]; before, after [b, K, C, H, W] and log_probs [b, K] where recorded.
+    advantages [b]; x0 [b, C, H, W]; sigmas [N + 1]; where recorded: indices [b, K], before, after, means
+    [b, K, C, H, W] and log_probs [b, K].
     `generators` gives each member a fresh random stream for this (step, update, turn), whatever the world size.
     """
 
@@ -37,10 +35,11 @@ class Batch:
     advantages: torch.Tensor
     x0: torch.Tensor
     sigmas: np.ndarray
-    indices: np.ndarray
+    indices: torch.Tensor
     before: torch.Tensor | None
     after: torch.Tensor | None
     log_probs: torch.Tensor | None
+    means: torch.Tensor | None
     generators: Callable[[str], list[torch.Generator]]
 
 
@@ -60,13 +59,14 @@ class Algorithm(ABC):
     def __init__(self, config: Section) -> None:
         self.config = config
 
-    @abstractmethod
-    def record_indices(self, steps: int, seed: int) -> tuple[int, ...]:
-        """Denoising steps that a rollout must record, for one training step (seeded)."""
+    @property
+    def needs_means(self) -> bool:
+        """Whether rollouts must record the means of their densities as well."""
+        return False
 
     @abstractmethod
-    def turns(self, steps: int) -> int:
-        """Passes over each sample in one update, for N-step rollouts."""
+    def turns(self, steps: int, recorded: int) -> int:
+        """Passes over each sample in one update, for N-step rollouts of which `recorded` steps are to be trained."""
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,13 +1,13 @@
-"""Flow-GRPO (Liu et al. 2025, arXiv 2505.05470): clipped policy gradient over the steps of an SDE rollout."""
+"""Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) and its relatives: clipped policy gradient over the stochastic steps of
+a rollout. DanceGRPO, Flow-CPS and MixGRPO differ in step kind, schedule and window; GRPO-Guard in the ratio."""
 
-import random
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
 
 from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl
+from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl, guarded_log_ratio
 from align_cluster.config.base import Section
 
 
@@ -15,52 +15,54 @@ class GRPO(Algorithm):
     """Every trained denoising step of a sample gets the sample's group advantage."""
 
     class Config(Section):
-        """`timestep_fraction` of the steps before the last are trained: the first ones, or a seeded random choice a
-        step.
+        """`clip` bounds the ratio below and, unless `clip_high` is set, above.
 
         `kl_mode` says what `kl_beta` multiplies; see `terms.gaussian_kl`. The published values use no_dt.
+        `ratio: guard` normalises ratios as GRPO-Guard does; `guard_weight: inverse_dt` divides each step's loss by its
+        -dt as the official code does (some re-implementations leave that out). Clip ranges must be tuned anew.
         """
 
         kind: Literal["grpo"] = "grpo"
         clip: PositiveFloat = 1e-4
+        clip_high: PositiveFloat | None = None
         advantage_clip: PositiveFloat = 5.0
-        timestep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.99
-        timestep_choice: Literal["first", "random"] = "first"
         kl_beta: Annotated[float, Field(ge=0)] = 0.04
         kl_mode: Literal["no_dt", "exact_mean", "exact_sum"] = "no_dt"
+        ratio: Literal["plain", "guard"] = "plain"
+        guard_weight: Literal["inverse_dt", "none"] = "inverse_dt"
 
     needs_density = True
     default_step = "flow_sde"
     behaviour = "default"
     adapters = ("default",)
 
-    def record_indices(self, steps: int, seed: int) -> tuple[int, ...]:
-        usable = range(max(1, steps - 1))  # the terminal step has (almost) no noise, hence no usable density
-        count = self.turns(steps)
-        if self.config.timestep_choice == "first":
-            return tuple(usable[:count])
-        return tuple(sorted(random.Random(seed).sample(usable, count)))
+    @property
+    def needs_means(self) -> bool:
+        return self.config.ratio == "guard"
 
-    def turns(self, steps: int) -> int:
-        return max(1, min(steps - 1, int(steps * self.config.timestep_fraction)))
+    def turns(self, steps: int, recorded: int) -> int:
+        return recorded
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        k = int(batch.indices[batch.turn])
-        x, x_next = batch.before[:, batch.turn], batch.after[:, batch.turn]
-        sigma = torch.full((len(x),), float(batch.sigmas[k]), dtype=torch.float32, device=x.device)
-        v = policy.velocity(x, sigma)
-        log_prob = policy.log_prob(k, x, v, x_next)
-        old = batch.log_probs[:, batch.turn]
-        advantage = batch.advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
-        loss, ratio = clipped_surrogate(log_prob, old, advantage, self.config.clip)
-        metrics = {
-            "log_ratio": (log_prob - old).detach(),
-            "clip_high": (ratio.detach() > 1 + self.config.clip).float(),
-            "clip_low": (ratio.detach() < 1 - self.config.clip).float(),
-        }
-        if self.config.kl_beta:
-            mean, std, std_t = policy.step_mean(k, x, v)
-            reference, _, _ = policy.step_mean(k, x, policy.velocity(x, sigma, None))
-            kl = gaussian_kl(mean, reference, std, std_t, self.config.kl_mode)
-            loss, metrics["kl"] = loss + self.config.kl_beta * kl, kl.detach()
+        config, turn = self.config, batch.turn
+        k, x, x_next = batch.indices[:, turn], batch.before[:, turn], batch.after[:, turn]
+        sigma = policy.step.level(k)
+        mean, std, std_t = policy.step.mean(k, x, policy.velocity(x, sigma))
+        log_ratio = policy.step.density(mean, std, x_next) - batch.log_probs[:, turn]
+        metrics = {"log_ratio": log_ratio.detach()}
+        weight = 1.0
+        if config.ratio == "guard":
+            log_ratio = guarded_log_ratio(log_ratio, mean, batch.means[:, turn], std)
+            if config.guard_weight == "inverse_dt":
+                levels = torch.from_numpy(batch.sigmas).to(x.device)
+                weight = 1 / (levels[k] - levels[k + 1]).float()
+        advantage = batch.advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        loss, ratio = clipped_surrogate(log_ratio, advantage, config.clip, config.clip_high or config.clip)
+        metrics["clip_high"] = (ratio.detach() > 1 + (config.clip_high or config.clip)).float()
+        metrics["clip_low"] = (ratio.detach() < 1 - config.clip).float()
+        loss = weight * loss
+        if config.kl_beta:
+            reference, _, _ = policy.step.mean(k, x, policy.velocity(x, sigma, None))
+            kl = gaussian_kl(mean, reference, std, std_t, config.kl_mode)
+            loss, metrics["kl"] = loss + config.kl_beta * kl, kl.detach()
         return loss, metrics

@@ -36,10 +36,7 @@ class NFT(Algorithm):
     behaviour = "old"
     adapters = ("default", "old")
 
-    def record_indices(self, steps: int, seed: int) -> tuple[int, ...]:
-        return ()
-
-    def turns(self, steps: int) -> int:
+    def turns(self, steps: int, recorded: int) -> int:
         return min(steps, self.config.timesteps or max(1, int(0.99 * steps)))
 
     def optimality(self, advantages: torch.Tensor) -> torch.Tensor:

@@ -4,19 +4,22 @@ import torch
 
 
 def clipped_surrogate(
-    log_prob: torch.Tensor, log_prob_old: torch.Tensor, advantage: torch.Tensor, clip: float
+    log_ratio: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's pessimistic surrogate (Schulman et al. 2017, eq. 7) as a loss, and the ratio; all [B].
 
-    log_prob is the mean over latent dimensions, so the ratio is the true one to the power 1/D and clip ranges are tiny.
+    Log-probs are means over latent dimensions, so the ratio is the true one to the power 1/D and clip ranges are tiny.
     """
-    ratio = torch.exp(log_prob - log_prob_old)
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    ratio = torch.exp(log_ratio)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
 
 
-def gaussian_kl(mean: torch.Tensor, mean_ref: torch.Tensor, std: float, std_t: float, mode: str) -> torch.Tensor:
-    """KL [B] of two Gaussian steps with the same deviation, in one of three conventions (algorithm settings name them).
+def gaussian_kl(
+    mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor, std_t: torch.Tensor, mode: str
+) -> torch.Tensor:
+    """KL [B] of two Gaussian steps with the same deviation [B], in one of three conventions (algorithm settings name
+    them).
 
     exact_sum: sum_d (mu - mu_ref)^2 / (2 std^2). exact_mean: the mean over dimensions. no_dt: the mean with std_t
     instead of std = std_t sqrt(-dt), which is what Flow-GRPO's published coefficients refer to.
@@ -25,6 +28,18 @@ def gaussian_kl(mean: torch.Tensor, mean_ref: torch.Tensor, std: float, std_t: f
     if mode == "exact_sum":
         return squares.sum(1) / (2 * std**2)
     return squares.mean(1) / (2 * (std if mode == "exact_mean" else std_t) ** 2)
+
+
+def guarded_log_ratio(
+    log_ratio: torch.Tensor, mean: torch.Tensor, mean_old: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """GRPO-Guard's normalised log-ratio [B] (arXiv 2510.22319): (log ratio + KL to the old step) x std.
+
+    It equals mean_d((mu - mu_old) z) with z = (x_next - mu_old) / std: without bias, and on one scale at all noise
+    levels.
+    """
+    bias = ((mean - mean_old) ** 2).flatten(1).mean(1) / (2 * std**2)
+    return (log_ratio + bias) * std
 
 
 def nft_policy_loss(

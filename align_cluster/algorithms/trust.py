@@ -63,7 +63,7 @@ class TrustRegion:
         """Take in one update's estimates and return what to log.
 
         lambda_max, score_norm, step_norm and gradient_norm are numbers as in `bound`; `linear` holds the linear
-        advantages of the samples of that update, masked ones left out. An update without a gradient or a step is no
+        advantages of that step's samples, masked ones left out. An update without a gradient or a step is no
         evidence and leaves gamma as it is.
         """
         u = estimates["linear"]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from align_cluster.types import UserError
 
 REQUIRED = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "pydantic", "safetensors")
-OPTIONAL = ("rapidocr", "onnxruntime")
+OPTIONAL = ("rapidocr", "onnxruntime", "open_clip_torch")
 GIB = 2**30
 
 
@@ -50,7 +50,7 @@ def packages() -> Iterator[Finding]:
         yield Finding("ok", name, version) if version else Finding("fail", name, "missing", "pip install align-cluster")
     for name in OPTIONAL:
         version = _version(name)
-        remedy = "for the OCR reward: pip install 'align-cluster[rewards]'"
+        remedy = "for the HPS and OCR rewards: pip install 'align-cluster[rewards]'"
         yield Finding("ok", name, version) if version else Finding("warn", name, "not installed", remedy)
 
 
@@ -93,13 +93,14 @@ def ray_settings() -> Finding:
 
 
 def torchvision() -> Finding:
-    """torchvision wheels are CUDA builds; with another torch their operators do not load, and transformers breaks."""
+    """torchvision wheels are CUDA builds; with another torch their operators do not load, and transformers
+    would break without this package's guard."""
     version = _version("torchvision")
     if not version:
         return Finding("ok", "torchvision", "not installed, and not needed")
-    broken = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True).returncode
-    if not broken:
-        return Finding("ok", "torchvision", f"{version}, its operators load")
+    command = [sys.executable, "-c", "import align_cluster, torchvision"]
+    if not subprocess.run(command, capture_output=True, text=True).returncode:
+        return Finding("ok", "torchvision", f"{version}, importable beside this torch")
     remedy = "pip uninstall torchvision, or install the build that belongs to this torch"
     return Finding("fail", "torchvision", f"{version}, whose operators do not load with this torch", remedy)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from align_cluster.algorithms import ALGORITHMS
+from align_cluster.backbones import BACKBONES
 from align_cluster.config.run import RunConfig
 from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts import PROMPTS
@@ -39,12 +40,13 @@ def _refuse(problems: Problems) -> None:
 
 
 def chunk_divides_group(config: RunConfig) -> Problems:
-    size, chunk = config.rollout.group_size, config.rollout.chunk
+    size, chunk = config.group_members, config.rollout.chunk
     if chunk and size % chunk:
         divisors = [d for d in range(1, size + 1) if size % d == 0]
         near = sorted(divisors, key=lambda d: abs(d - chunk))[:2]
+        group = "rollout.group_size" if config.conditions == 1 else "rollout.group_size x exploration.conditions ="
         yield (
-            f"rollout.chunk is {chunk}, which does not divide rollout.group_size {size}; "
+            f"rollout.chunk is {chunk}, which does not divide {group} {size}; "
             f"set it to {' or '.join(map(str, sorted(near)))}"
         )
 
@@ -59,8 +61,7 @@ def micro_batch_fits_chunk(config: RunConfig) -> Problems:
 
 
 def updates_have_work(config: RunConfig) -> Problems:
-    size = config.rollout.group_size
-    chunks = config.prompts_per_step * -(-size // (config.rollout.chunk or size))
+    chunks = config.prompts_per_step * -(-config.group_members // (config.rollout.chunk or config.rollout.group_size))
     if config.learner.updates_per_step > chunks:
         yield (
             f"learner.updates_per_step is {config.learner.updates_per_step}, and a step has {chunks} chunks to share "
@@ -69,11 +70,96 @@ def updates_have_work(config: RunConfig) -> Problems:
 
 
 def groups_can_compare(config: RunConfig) -> Problems:
-    if config.rollout.group_size == 1:
+    if config.group_members == 1:
         yield (
             "rollout.group_size is 1, and an advantage compares an image with others of its prompt; "
             "set it to 2 or more (12 is usual)"
         )
+
+
+def exploration_fits_backbone(config: RunConfig) -> Problems:
+    if config.exploration and not BACKBONES[config.backbone.kind].explorable:
+        able = " or ".join(kind for kind, backbone in BACKBONES.items() if backbone.explorable)
+        yield (
+            f"exploration.kind is e2po, which perturbs the token embeddings of a CLIP text encoder, and backbone.kind "
+            f"{config.backbone.kind} has none; leave exploration out, or set backbone.kind to {able}"
+        )
+
+
+def noise_tells_members_apart(config: RunConfig) -> Problems:
+    kind = config.step_kind.kind
+    if config.rollout.same_noise and not STEPS[kind].has_density:
+        yield (
+            f"rollout.same_noise starts a whole group from one noise, and rollout.step.kind {kind} adds none, so all "
+            "its images would be the same; set rollout.same_noise to false"
+        )
+
+
+def step_fits_backbone(config: RunConfig) -> Problems:
+    kind, prediction = config.step_kind.kind, BACKBONES[config.backbone.kind].prediction
+    if prediction not in STEPS[kind].predictions:
+        able = [name for name, step in STEPS.items() if prediction in step.predictions]
+        yield (
+            f"rollout.step.kind is {kind}, and backbone.kind {config.backbone.kind} predicts {prediction}; "
+            f"set it to one of {', '.join(able)}"
+        )
+
+
+def window_fits(config: RunConfig) -> Problems:
+    if config.window is None:
+        if config.rollout.window is not None:
+            yield (
+                f"rollout.window says which noisy steps are trained, and algorithm.kind {config.algorithm.kind} trains "
+                "none; leave rollout.window out"
+            )
+    elif config.rollout.steps > 1:
+        problem = config.window.problem(config.rollout.steps)
+        if problem:
+            yield problem
+
+
+def guard_has_a_density(config: RunConfig) -> Problems:
+    if getattr(config.algorithm, "ratio", "plain") == "guard" and config.step_kind.kind == "cps":
+        yield (
+            "algorithm.ratio is guard, which needs a normalised Gaussian density, and rollout.step.kind cps has none; "
+            "set rollout.step.kind to flow_sde or dance_sde, or algorithm.ratio to plain"
+        )
+
+
+def batches_hold_whole_groups(config: RunConfig) -> Problems:
+    chunk, updates = config.rollout.chunk or config.rollout.group_size, config.learner.updates_per_step
+    if config.advantage.std == "batch" and updates > 1 and chunk < config.group_members:
+        yield (
+            f"advantage.std is batch, and learner.updates_per_step {updates} splits groups between batches, whose "
+            f"deviations then say little; set rollout.chunk to {config.group_members}, or advantage.std to global"
+        )
+
+
+def shaping_has_its_scale(config: RunConfig) -> Problems:
+    shaping = config.advantage.shaping
+    if shaping is None:
+        return
+    if config.advantage.std in ("group", "none"):
+        yield (
+            f"advantage.shaping is slas, which takes the batch's deviation in place of the prompt's, and advantage.std "
+            f"is {config.advantage.std}; set it to batch (or global)"
+        )
+    if shaping.gamma == "adaptive":
+        if config.window is None:
+            yield (
+                f"advantage.shaping.gamma is adaptive, which needs log-probs, and algorithm.kind "
+                f"{config.algorithm.kind} has none; set it to a number such as 0.5"
+            )
+        if shaping.order == "shape_then_norm":
+            yield (
+                "advantage.shaping.gamma is adaptive, and advantage.shaping.order shape_then_norm gives updates of one "
+                "size whatever gamma is; set order to norm_then_shape"
+            )
+        if config.learner.zero_stage == 3:
+            yield (
+                "advantage.shaping.gamma is adaptive, which needs whole parameters on every rank, and "
+                "learner.zero_stage is 3; set it to 2, or gamma to a number such as 0.5"
+            )
 
 
 def step_has_density(config: RunConfig) -> Problems:
@@ -186,6 +272,13 @@ def density_without_use(config: RunConfig, train: list[Prompt], held_out: list[P
         )
 
 
+def settings_without_effect(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    if config.learner.guidance_gradient == "both" and config.rollout.guidance == 1:
+        yield "learner.guidance_gradient is both, and rollout.guidance 1 has no second branch: it changes nothing"
+    if config.exploration and config.exploration.conditions == 1:
+        yield "exploration.conditions is 1, the original prompt alone: nothing is explored"
+
+
 def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
     kinds = [reward.kind for reward in config.rewards.values() if reward.role == "train"]
     lost = [prompt.text for prompt in train if not any(judges(kind, prompt) for kind in kinds)]
@@ -202,13 +295,20 @@ RULES = (
     updates_have_work,
     groups_can_compare,
     step_has_density,
+    step_fits_backbone,
+    window_fits,
+    guard_has_a_density,
+    noise_tells_members_apart,
+    exploration_fits_backbone,
+    batches_hold_whole_groups,
+    shaping_has_its_scale,
     timesteps_exist,
     something_is_trained_on,
     backbone_exists,
     embedded_knows_its_words,
 )
 PROMPT_RULES = (enough_prompts, held_out_is_held_out, rewards_can_judge, detector_knows_the_objects)
-NOTES = (density_without_use, prompts_without_reward)
+NOTES = (density_without_use, settings_without_effect, prompts_without_reward)
 
 # Rewards that need more than a prompt's text, and what.
 NEEDS = {

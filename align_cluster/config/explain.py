@@ -126,7 +126,7 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     yield from (prefix + name for name in model.model_fields)
     for name, field in model.model_fields.items():
         models = list(sections(field.annotation))
-        if len(models) == 1:
+        if len(models) == 1 and type(None) not in get_args(field.annotation):
             yield from settings(models[0], f"{prefix}{name}.")
 
 

@@ -52,8 +52,8 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     Raises UserError where stated counts cannot work.
     """
     rollout, cluster, notes = config.rollout, config.cluster, []
-    chunk = min(rollout.chunk or rollout.group_size, rollout.group_size)
-    chunks = config.prompts_per_step * math.ceil(rollout.group_size / chunk)
+    chunk = rollout.chunk or rollout.group_size
+    chunks = config.prompts_per_step * math.ceil(config.group_members / chunk)
     micro_batch = min(config.learner.micro_batch or chunk, chunk)
     updates = config.learner.updates_per_step
     per_update = math.ceil(chunks / updates) * math.ceil(chunk / micro_batch)
@@ -96,11 +96,13 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         learner_gpus=0.0 if not gpus else 1.0 if whole else 0.5,
         chunk=chunk,
         micro_batch=micro_batch,
-        images_per_step=config.prompts_per_step * rollout.group_size,
+        images_per_step=config.prompts_per_step * config.group_members,
         chunks_per_step=chunks,
         updates_per_step=updates,
         micro_batches=math.ceil(per_update / learners),
-        turns=ALGORITHMS[config.algorithm.kind](config.algorithm).turns(rollout.steps),
+        turns=ALGORITHMS[config.algorithm.kind](config.algorithm).turns(
+            rollout.steps, config.window.width(rollout.steps) if config.window else 0
+        ),
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )

@@ -7,10 +7,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.backbones import BACKBONES
+from align_cluster.conditions.perturb import E2po
 from align_cluster.config.base import Section
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
+from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
+from align_cluster.rollouts.windows import WINDOWS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -24,11 +27,19 @@ def one_of(kinds: dict[str, type]) -> object:
 
 
 class RolloutConfig(Section):
-    """How samplers draw. `step: null` takes the algorithm's own step kind."""
+    """How samplers draw. `group_size` counts initial noises; with exploration, each meets every condition.
+
+    `step: null` takes the algorithm's own step kind. `schedule` gives training rollouts other noise levels than the
+    pipeline's own, which evaluation always uses. `window` says which denoising steps are noisy and which are trained
+    (null: 99 %, the first ones). `same_noise` starts a whole group from one noise, as DanceGRPO can.
+    """
 
     group_size: PositiveInt = 12
     steps: PositiveInt = 10
     step: one_of(STEPS) | None = None
+    schedule: one_of(SCHEDULES) = SCHEDULES["native"].Config()
+    window: one_of(WINDOWS) | None = None
+    same_noise: bool = False
     guidance: Annotated[float, Field(ge=1)] = 1.0
     chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: the whole group")
 
@@ -52,7 +63,8 @@ class LearnerConfig(Section):
 
     `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which
     makes the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first
-    update.
+    update. `guidance_gradient` says through which branch of a guided prediction gradients flow (the official Flow-GRPO
+    code: cond_only).
     """
 
     updates_per_step: PositiveInt = 1
@@ -60,6 +72,7 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
     ratio_tolerance: PositiveFloat = 1e-5
+    guidance_gradient: Literal["cond_only", "both"] = "cond_only"
 
 
 class ClusterConfig(Section):
@@ -91,7 +104,7 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(Section):
-    """One alignment run."""
+    """One alignment run. `exploration` draws every group under perturbed conditions too; the update never sees them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     out: str = "runs"
@@ -101,6 +114,7 @@ class RunConfig(Section):
     backbone: one_of(BACKBONES)
     prompts: one_of(PROMPTS)
     rollout: RolloutConfig = RolloutConfig()
+    exploration: E2po | None = None
     rewards: Annotated[dict[str, one_of(REWARDS)], Field(min_length=1)]
     advantage: AdvantageConfig = AdvantageConfig()
     algorithm: one_of(ALGORITHMS)
@@ -108,3 +122,26 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluate: EvaluateConfig
+
+    @property
+    def step_kind(self) -> Section:
+        """Settings of the sampler step that training rollouts use."""
+        return self.rollout.step or STEPS[ALGORITHMS[self.algorithm.kind].default_step].Config()
+
+    @property
+    def window(self) -> object | None:
+        """Planner of the noisy and trained denoising steps; None where the algorithm needs no density."""
+        if not ALGORITHMS[self.algorithm.kind].needs_density:
+            return None
+        settings = self.rollout.window or WINDOWS["fraction"].Config()
+        return WINDOWS[settings.kind](settings)
+
+    @property
+    def conditions(self) -> int:
+        """Conditions that each prompt is drawn under."""
+        return self.exploration.conditions if self.exploration else 1
+
+    @property
+    def group_members(self) -> int:
+        """Images of one prompt group: initial noises x conditions."""
+        return self.rollout.group_size * self.conditions

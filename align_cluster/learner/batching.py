@@ -23,6 +23,13 @@ class Piece:
     weights: np.ndarray
 
 
+def assign(chunks: int, updates: int, seed: int) -> list[tuple[int, int]]:
+    """(update, chunk number) for each chunk of a step: shuffled (seeded), then dealt out evenly."""
+    order = list(range(chunks))
+    random.Random(seed).shuffle(order)
+    return [(position * updates // chunks, chunk) for position, chunk in enumerate(order)]
+
+
 def cut(
     chunks: list[Chunk],
     advantages: list[np.ndarray],
@@ -31,12 +38,9 @@ def cut(
     micro_batch: int,
     seed: int,
 ) -> list[Piece]:
-    """Pieces of one step, update by update. Chunks are shuffled (seeded) over updates, then cut into micro-batches."""
-    order = list(range(len(chunks)))
-    random.Random(seed).shuffle(order)
+    """Pieces of one step, update by update, cut into micro-batches."""
     pieces = []
-    for position, source in enumerate(order):
-        update = position * updates // len(order)
+    for update, source in assign(len(chunks), updates, seed):
         for start in range(0, len(chunks[source].seeds), micro_batch):
             stop = min(start + micro_batch, len(chunks[source].seeds))
             weights = valid[source][start:stop].astype(np.float32)

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -14,11 +15,14 @@ from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Piece
 from align_cluster.learner.engine import Engine, join
+from align_cluster.learner.fisher import FisherProbe, probing
 from align_cluster.learner.policy import LearnerPolicy
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.types import Condition, Manifest, Record
 from align_cluster.weights import publish
+
+PROBED = 4  # samples a rank on which the Fisher matrix is estimated
 
 
 class Learner:
@@ -61,16 +65,21 @@ class Learner:
         """
         started = time.perf_counter()
         sums: dict[str, list[float]] = {}
-        turns = self.algorithm.turns(len(data[0].sigmas) - 1)
+        turns = self.algorithm.turns(len(data[0].sigmas) - 1, data[0].indices.shape[1])
         for update, total in sorted(totals.items()):
             mine = [piece for piece in pieces if piece.update == update]
             scale = self.world / max(total * turns, 1.0)
+            before = self._measure(turns, mine[0], data, null, sums) if self._measures() else None
             for turn in range(turns):
                 for number, piece in enumerate(mine):
                     loss = self._loss(step, turn, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums)
                     self.engine.backward(loss * scale, last=turn == turns - 1 and number == len(mine) - 1)
             rate = self.learning_rate()
-            _add(sums, "grad_norm", self.engine.step(rate), 1.0)
+            norm = self.engine.step(rate)
+            if before is not None:
+                _add(sums, "gradient_norm", norm, 1.0)
+                _add(sums, "step_norm", float((self._flat() - before).norm()), 1.0)
+            _add(sums, "grad_norm", norm, 1.0)
             _add(sums, "lr", rate, 1.0)
             self.updates += 1
             self._average()
@@ -99,27 +108,19 @@ class Learner:
             digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
             return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
 
-        kind = self.config.rollout.step or STEPS[self.algorithm.default_step].Config()
-        text = TextBatch.build([condition] * (piece.stop - piece.start), null, device)
-        policy = LearnerPolicy(
-            self.backbone,
-            self.engine.deepspeed,
-            self.denoiser,
-            STEPS[kind.kind](kind, record.sigmas),
-            text,
-            self.config.rollout.guidance,
-        )
         batch = Batch(
             turn,
             torch.tensor(piece.advantages, device=device),
             part(record.x0),
             record.sigmas,
-            record.indices,
+            part(record.indices),
             part(record.before),
             part(record.after),
             part(record.log_probs),
+            part(record.means),
             generators,
         )
+        policy = self._policy(record, condition, null, len(piece.weights))
         loss, metrics = self.algorithm.loss(policy, batch)
         if not torch.isfinite(loss).all():
             raise FloatingPointError(
@@ -134,6 +135,69 @@ class Learner:
                 sums, name, float((values * weights).sum()), float(weights.sum()), float((values * weights).abs().max())
             )
         return (loss * weights).sum()
+
+    @cached_property
+    def probe(self) -> FisherProbe:
+        return FisherProbe(self.engine.trainable, self.config.seed)
+
+    def _measures(self) -> bool:
+        """Whether the coming update is one at which SLAS's adaptive exponent wants the Fisher matrix measured."""
+        shaping = self.config.advantage.shaping
+        return bool(shaping and shaping.gamma == "adaptive" and self.updates % shaping.refresh == 0)
+
+    def _flat(self) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self.engine.trainable])
+
+    def _measure(
+        self,
+        turns: int,
+        piece: Piece,
+        data: tuple[Record | Condition, ...],
+        null: Condition | None,
+        sums: dict[str, list[float]],
+    ) -> torch.Tensor:
+        """Estimate the Fisher matrix on a few samples of one denoising step, a different one each time; returns the
+        flat parameters, so that the length of the update can be taken afterwards. All ranks must call it."""
+        record, condition = data[2 * piece.source], data[2 * piece.source + 1]
+        rows = slice(piece.start, min(piece.stop, piece.start + PROBED))
+        turn = self.updates // self.config.advantage.shaping.refresh % turns
+        k, x, x_next = (
+            torch.tensor(array[rows, turn], device=self.backbone.device)
+            for array in (record.indices, record.before, record.after)
+        )
+        policy = self._policy(record, condition, null, len(x), self.denoiser)
+        with probing():
+            mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.level(k)))
+            estimate = self.probe.estimate(mean, std, policy.step.density(mean, std, x_next), reduce=self._mean)
+        _add(sums, "lambda_max", estimate.lambda_max, 1.0)
+        _add(sums, "score_norm", estimate.score_norm, 1.0)
+        return self._flat()
+
+    def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor / self.world
+
+    def _policy(
+        self,
+        record: Record,
+        condition: Condition,
+        null: Condition | None,
+        count: int,
+        network: torch.nn.Module | None = None,
+    ) -> LearnerPolicy:
+        """The network (behind its engine unless given) under the original condition, whatever the samples were drawn
+        under."""
+        kind = self.config.step_kind
+        return LearnerPolicy(
+            self.backbone,
+            network or self.engine.deepspeed,
+            self.denoiser,
+            STEPS[kind.kind](kind, record.sigmas, self.backbone.prediction),
+            TextBatch.build([condition] * count, null, self.backbone.device),
+            self.config.rollout.guidance,
+            self.config.learner.guidance_gradient == "both",
+        )
 
     def _read(self, adapter: str) -> dict[str, torch.Tensor]:
         parameters = adapter_parameters(self.denoiser, adapter)

@@ -19,7 +19,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import cut, share, total_weight
 from align_cluster.learner.worker import merge
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
-from align_cluster.rollouts.steps import STEPS, Euler
+from align_cluster.rollouts.steps import Euler
 from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Scores
 from align_cluster.weights import check, view
 
@@ -45,6 +45,17 @@ class Drawn:
     scores: Scores
 
 
+@dataclass(frozen=True)
+class Explored:
+    """One prompt's perturbed conditions: their key, a reference to them, and how far they are from the original and
+    from each other."""
+
+    key: str
+    reference: Any
+    cosine: float
+    pairwise: float
+
+
 class Crew:
     """Samplers, reward workers and learner ranks of one run. Leaving the context stops them all."""
 
@@ -63,6 +74,7 @@ class Crew:
         self.rewards = Pool("reward", reward_worker, plan.reward_workers, wait)
         self.learners = LearnerGroup(config, plan, places["learner"])
         self.conditions: dict[str, Any] = {}
+        self.perturbations: dict[str, Explored] = {}
         self.keys: dict[str, str] = {}
         self.version = 0
         self.images_drawn = 0
@@ -88,14 +100,42 @@ class Crew:
             for text, condition in zip(new[done.key : done.key + 32], done.value, strict=True):
                 self.conditions[text], self.keys[text] = ray.put(condition), condition.key
 
+    def explore(self, prompts: list[Prompt]) -> dict[str, float]:
+        """Learn the perturbed conditions of every text that is new (E2PO phase 1); what to log of all `prompts`."""
+        settings = self.config.exploration
+        if settings is None or settings.conditions == 1:
+            return {}
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        new = [text for text in texts if text not in self.perturbations]
+        size = min(32, -(-len(new) // self.plan.samplers))
+        for start in range(0, len(new), size or 1):
+            self.samplers.submit(start, "perturb", new[start : start + size], settings, self.config.seed)
+        for done in stream(self.samplers):
+            for text, found in zip(new[done.key : done.key + size], done.value, strict=True):
+                facts = (float(found.cosines.mean()), float(found.pairwise))
+                self.perturbations[text] = Explored(found.key, ray.put(found), *facts)
+        known = [self.perturbations[text] for text in texts]
+        values = {"explore/anchor_cosine": float(np.mean([item.cosine for item in known]))}
+        if settings.conditions > 2:
+            values["explore/pairwise_cosine"] = float(np.mean([item.pairwise for item in known]))
+        return values
+
     def request(self, step: int | None) -> DrawRequest:
         """How to draw with the current weights: as training step `step` wants, or by ODE for evaluation (None)."""
         rollout, held_out = self.config.rollout, self.config.evaluate
         if step is None:
             return DrawRequest(self.version, held_out.steps or rollout.steps, Euler.Config(), held_out.guidance)
-        kind = rollout.step or STEPS[self.algorithm.default_step].Config()
-        indices = self.algorithm.record_indices(rollout.steps, step_seed(self.config, step))
-        return DrawRequest(self.version, rollout.steps, kind, rollout.guidance, indices)
+        window = self.config.window
+        return DrawRequest(
+            self.version,
+            rollout.steps,
+            self.config.step_kind,
+            rollout.guidance,
+            window.plan(rollout.steps, step, step_seed(self.config, step)) if window else None,
+            self.algorithm.needs_means,
+            rollout.schedule,
+            self.config.exploration.rho if self.config.exploration else 1.0,
+        )
 
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:
         """Draw and score chunks, each scored as soon as it is drawn; results in the order of `chunks`, and stage times.
@@ -106,7 +146,9 @@ class Crew:
         started = last_drawn = time.perf_counter()
         null = self.conditions.get("") if request.guidance > 1 else None
         for chunk in chunks:
-            self.samplers.submit(chunk.id, "draw", chunk, self.conditions[chunk.prompt.text], null, request, returns=3)
+            own = self.conditions[chunk.prompt.text]
+            explored = self.perturbations[chunk.prompt.text].reference if any(chunk.variants) else None
+            self.samplers.submit(chunk.id, "draw", chunk, own, null, request, explored, returns=3)
         by_id = {chunk.id: chunk for chunk in chunks}
         drawn: dict[tuple, tuple] = {}
         scores: dict[tuple, Scores] = {}
@@ -129,7 +171,8 @@ class Crew:
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
         """A chunk must have been drawn with exactly the levels, seeds, weights and condition that were asked for."""
-        if info.fingerprint != fingerprint(chunk.seeds, request, self.keys[chunk.prompt.text]):
+        explored = self.perturbations[chunk.prompt.text].key if any(chunk.variants) else None
+        if info.fingerprint != fingerprint(chunk, request, self.keys[chunk.prompt.text], explored):
             raise RuntimeError(f"chunk {chunk.id} was not drawn as requested; sampler and driver versions differ")
 
     def images(self, drawn: list[Drawn]) -> np.ndarray:

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np
 
-from align_cluster.algorithms.advantage import credit
 from align_cluster.backbones import BACKBONES
 from align_cluster.cluster.placement import cluster, reserve, resources
 from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
-from align_cluster.config.plan import derive
+from align_cluster.config.plan import Plan, derive
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.crew import Crew, Drawn
+from align_cluster.loop.credit import Creditor
+from align_cluster.loop.crew import Crew
 from align_cluster.loop.evaluation import Evaluation
 from align_cluster.loop.summary import step_metrics, summary
 from align_cluster.observe.progress import Progress, table
@@ -21,8 +21,7 @@ from align_cluster.observe.rundir import RunDir, write_json, write_text
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_step
-from align_cluster.rewards.mix import total
-from align_cluster.types import Credit, UserError
+from align_cluster.types import Chunk, Prompt, UserError
 
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
@@ -45,23 +44,25 @@ def train(config: RunConfig, out: Path) -> Path:
                     before = evaluation.first()
                 crew.learners.ready()
                 crew.publish("behaviour")
-                self_check = None
+                self_check, creditor = None, Creditor(config)
                 for step in range(config.steps):
                     clock.next_step()
-                    size = config.rollout.group_size
-                    chunks = plan_step(prompts, config.seed, step, config.prompts_per_step, size, plan.chunk)
+                    chunks = plan_chunks(config, prompts, step, plan)
+                    with clock.stage("explore"):
+                        explored = crew.explore([chunk.prompt for chunk in chunks])
                     drawn, times = crew.draw(chunks, crew.request(step))
                     for stage, seconds in times.items():
                         clock.add(stage, seconds)
                     with clock.stage("credit"):
-                        learned = assign_credit(config, drawn)
+                        learned = creditor.assign(step, drawn)
                     with clock.stage("update"):
                         trained = crew.update(step, drawn, learned)
+                        explored |= creditor.observe(step, drawn, trained)
                     if step == 0:
                         self_check = check_ratio(config, trained)
                     with clock.stage("publish"):
                         sync = crew.publish("behaviour")
-                    values = step_metrics(config, drawn, learned, trained, clock.step, sync)
+                    values = explored | step_metrics(config, drawn, learned, trained, clock.step, sync)
                     metrics.write(step + 1, values)
                     bars.step(step + 1, values)
                     if evaluation.due(step + 1):
@@ -77,11 +78,18 @@ def train(config: RunConfig, out: Path) -> Path:
     return run.path
 
 
-def assign_credit(config: RunConfig, drawn: list[Drawn]) -> Credit:
-    """Advantages of a step from all its scores; groups are the rows."""
-    shape = (config.prompts_per_step, config.rollout.group_size)
-    rewards, valid = total([item.scores for item in drawn], config.rewards)
-    return credit(rewards.reshape(shape), valid.reshape(shape), config.advantage)
+def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int, plan: Plan) -> list[Chunk]:
+    """What a training step draws."""
+    return plan_step(
+        prompts,
+        config.seed,
+        step,
+        config.prompts_per_step,
+        config.rollout.group_size,
+        plan.chunk,
+        config.conditions,
+        config.rollout.same_noise,
+    )
 
 
 def check_ratio(config: RunConfig, trained: dict[str, tuple[float, float]]) -> dict[str, float] | None:

@@ -17,9 +17,19 @@ def member_seed(seed: int, step: int, group: int, member: int) -> int:
 
 
 def plan_step(
-    prompts: list[Prompt], seed: int, step: int, prompts_per_step: int, group_size: int, chunk: int
+    prompts: list[Prompt],
+    seed: int,
+    step: int,
+    prompts_per_step: int,
+    group_size: int,
+    chunk: int,
+    conditions: int = 1,
+    same_noise: bool = False,
 ) -> list[Chunk]:
     """Chunks of one training step, group by group.
+
+    A group is the full grid of `group_size` initial noises x `conditions`, condition by condition: member m is noise
+    m % group_size under condition m // group_size. With `same_noise` a whole group starts from one noise.
 
     The run walks through the prompts in epochs, each one a permutation of all of them; where an epoch ends inside a
     step, the next one goes on there. So no prompt comes twice within an epoch and none is left out.
@@ -28,7 +38,7 @@ def plan_step(
     for group in range(prompts_per_step):
         epoch, place = divmod(step * prompts_per_step + group, len(prompts))
         prompt = prompts[epoch_order(len(prompts), seed, epoch)[place]]
-        chunks += _chunks(prompt, seed, step, group, group_size, chunk)
+        chunks += _chunks(prompt, seed, step, group, group_size, chunk, conditions, same_noise)
     return chunks
 
 
@@ -68,9 +78,23 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(sorted(range(count), key=lambda index: (_digest(f"{seed}/epoch {epoch}/{index}"), index)))
 
 
-def _chunks(prompt: Prompt, seed: int, step: int, group: int, members: int, chunk: int) -> list[Chunk]:
-    seeds = tuple(member_seed(seed, step, group, member) for member in range(members))
-    return [Chunk(step, group, first, prompt, seeds[first : first + chunk]) for first in range(0, members, chunk)]
+def _chunks(
+    prompt: Prompt,
+    seed: int,
+    step: int,
+    group: int,
+    noises: int,
+    chunk: int,
+    conditions: int = 1,
+    same_noise: bool = False,
+) -> list[Chunk]:
+    chunks = []
+    for first in range(0, noises * conditions, chunk):
+        members = range(first, min(first + chunk, noises * conditions))
+        seeds = tuple(member_seed(seed, step, group, m) for m in members)
+        starts = tuple(member_seed(seed, step, group, 0 if same_noise else m % noises) for m in members)
+        chunks.append(Chunk(step, group, first, prompt, seeds, starts, tuple(m // noises for m in members)))
+    return chunks
 
 
 def _digest(text: str) -> int:

@@ -1,23 +1,27 @@
 """The denoising loop: one batched chunk from noise to final latents, recording only what was asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> v like x
+from align_cluster.rollouts.steps import Step
+
+Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> output like x
+Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same, or None where it would be equal
 
 
 @dataclass(frozen=True)
 class Path:
-    """Final latents [B, C, H, W] and, for the K recorded steps, where they began, what they drew, and its
-    log-density."""
+    """Final latents [B, C, H, W] and, for the K recorded steps of each sample, where they began, what they drew, its
+    log-density [B, K] and that density's mean."""
 
     x0: torch.Tensor
-    before: torch.Tensor | None
-    after: torch.Tensor | None
-    log_probs: torch.Tensor | None
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    means: torch.Tensor | None = None
 
 
 def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
@@ -25,32 +29,64 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
+def path_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """The streams of the steps' noises: other than those of the initial noises, which may be shared or have the same
+    seeds."""
+    return [torch.Generator().manual_seed(seed ^ 1) for seed in seeds]
+
+
 @torch.no_grad()
 def denoise(
     velocity: Velocity,
-    step: object,
-    sigmas: np.ndarray,
+    step: Step,
     shape: tuple[int, int, int],
     seeds: Sequence[int],
-    indices: Sequence[int] = (),
+    noises: Sequence[int] | None = None,
+    noisy: Collection[int] | None = None,
+    indices: np.ndarray | None = None,
+    policy: Policy | None = None,
     device: torch.device | str = "cpu",
 ) -> Path:
-    """Draw len(seeds) samples with a step of `rollouts.steps`; steps in `indices` (which need a density) are recorded.
+    """Draw len(seeds) samples with a step of `rollouts.steps`, over that step's noise levels.
 
-    All randomness of a sample comes from its own seed: first its initial noise, then its noise of each stochastic step.
+    `noises` are the seeds of the initial noises (default: `seeds`), `noisy` the steps that are stochastic (default:
+    all, where the kind has a density). `indices` [B, K] are the steps to record, each sample's own. Where samples are
+    drawn under another condition than the one that is trained, `policy` predicts for the trained one: log-densities
+    and means are then the policy's, and what was drawn stays what it is.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = initial_noise(generators, shape).to(device)
-    before, after, log_probs = [], [], []
-    for k in range(len(sigmas) - 1):
-        v = velocity(x, torch.full((len(seeds),), float(sigmas[k]), dtype=torch.float32, device=device))
-        noise = initial_noise(generators, shape).to(device) if step.has_density else None
-        x_next = step.advance(k, x, v, noise)
-        if k in indices:
-            before.append(x)
-            after.append(x_next)
-            log_probs.append(step.log_prob(k, x, v, x_next))
+    starts = [torch.Generator().manual_seed(seed) for seed in (noises if noises is not None else seeds)]
+    generators = path_generators(seeds)
+    x = initial_noise(starts, shape).to(device)
+    last = len(step.sigmas) - 2
+    record = Recorder(indices, x) if indices is not None and indices.size else None
+    for k in range(last + 1):
+        steps = torch.full((len(seeds),), k, device=device)
+        level = step.level(steps)
+        v = velocity(x, level)
+        stochastic = step.has_density and (noisy is None or k in noisy) and (k < last or step.terminal_noise)
+        x_next = step.advance(k, x, v, initial_noise(generators, shape).to(device) if stochastic else None)
+        if record is not None and (indices == k).any():
+            trained = policy(x, level) if policy is not None else None
+            mean, std, _ = step.mean(steps, x, v if trained is None else trained)
+            record.put(k, x, x_next, step.density(mean, std, x_next), mean)
         x = x_next
-    if not indices:
-        return Path(x, None, None, None)
-    return Path(x, torch.stack(before, 1), torch.stack(after, 1), torch.stack(log_probs, 1))
+    return Path(x) if record is None else Path(x, record.before, record.after, record.log_probs, record.means)
+
+
+class Recorder:
+    """Fills the records of `indices` [B, K] step by step."""
+
+    def __init__(self, indices: np.ndarray, x: torch.Tensor) -> None:
+        self.indices = indices
+        self.before, self.after, self.means = (x.new_empty(*indices.shape, *x.shape[1:]) for _ in range(3))
+        self.log_probs = x.new_empty(indices.shape)
+
+    def put(self, k: int, x: torch.Tensor, x_next: torch.Tensor, log_prob: torch.Tensor, mean: torch.Tensor) -> None:
+        rows, slots = (torch.from_numpy(places).to(x.device) for places in np.nonzero(self.indices == k))
+        for kept, values in (
+            (self.before, x),
+            (self.after, x_next),
+            (self.log_probs, log_prob),
+            (self.means, mean),
+        ):
+            kept[rows, slots] = values[rows]

@@ -27,6 +27,15 @@ class TextBatch:
 
         return cls(*stack(conditions), *(stack([null] * len(conditions)) if null else ()))
 
+    def towards(self, other: "TextBatch", weight: float) -> "TextBatch":
+        """This batch moved by `weight` in [0, 1] towards another one; rows that are equal in both keep their bits."""
+        return TextBatch(
+            torch.lerp(self.sequence, other.sequence, weight),
+            torch.lerp(self.pooled, other.pooled, weight),
+            self.null_sequence,
+            self.null_pooled,
+        )
+
 
 def guided_velocity(
     backbone: Backbone,
@@ -35,8 +44,10 @@ def guided_velocity(
     sigma: torch.Tensor,
     text: TextBatch,
     guidance: float = 1.0,
+    null_gradient: bool = False,
 ) -> torch.Tensor:
-    """v_null + guidance (v_text - v_null); the null branch is detached, so gradients reach the text branch only.
+    """v_null + guidance (v_text - v_null). The null branch carries gradient only with `null_gradient`; the official
+    Flow-GRPO code detaches it.
 
     The two branches are separate forwards (Flow-GRPO stacks them): the text branch then has the same batch, hence the
     same bits, in a rollout without gradient and in the learner with it.
@@ -44,6 +55,6 @@ def guided_velocity(
     v = backbone.velocity(denoiser, x, sigma, text.sequence, text.pooled)
     if guidance == 1.0:
         return v
-    with torch.no_grad():
+    with torch.set_grad_enabled(null_gradient and torch.is_grad_enabled()):
         v_null = backbone.velocity(denoiser, x, sigma, text.null_sequence, text.null_pooled)
     return v_null + guidance * (v - v_null)

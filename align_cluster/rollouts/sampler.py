@@ -1,8 +1,8 @@
 """The sampler worker: owns a denoiser with one adapter, draws chunks with it, and proves each weight sync."""
 
 import hashlib
+import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,25 +11,34 @@ import torch
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.base import BackboneSection
-from align_cluster.conditions.cache import ConditionCache, default_folder
+from align_cluster.conditions.cache import cached
+from align_cluster.conditions.perturb import E2po, gamma
 from align_cluster.config.base import Section
-from align_cluster.rollouts.denoise import denoise
+from align_cluster.rollouts.denoise import Policy, Velocity, denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
+from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
-from align_cluster.types import Chunk, Condition, DrawInfo, Manifest, Receipt, Record
+from align_cluster.rollouts.windows import Window
+from align_cluster.types import Chunk, Condition, DrawInfo, Manifest, Perturbation, Receipt, Record
 from align_cluster.weights import adopt
 
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """How to draw: the same for all chunks of a step. `indices` are the denoising steps to record; `version` the
-    weights."""
+    """How to draw: the same for all chunks of a step.
+
+    `version` names the weights, `window` the denoising steps that are noisy and those to record. `means` asks for the
+    means of the recorded densities. `rho` is E2PO's share of the noise range in which perturbed conditions hold.
+    """
 
     version: int
     steps: int
     step: Section
     guidance: float = 1.0
-    indices: tuple[int, ...] = ()
+    window: Window | None = None
+    means: bool = False
+    schedule: Section = SCHEDULES["native"].Config()
+    rho: float = 1.0
 
 
 class Sampler:
@@ -54,14 +63,16 @@ class Sampler:
     def encode(self, texts: list[str]) -> list[Condition]:
         """Conditions of prompts, from the disk cache where they are there; the text encoders load only for the
         others."""
-        cache = ConditionCache(default_folder())
-        found = [cache.get(self.backbone.condition_key(text)) for text in texts]
-        missing = [text for text, condition in zip(texts, found, strict=True) if condition is None]
-        fresh = {}
-        for condition, text in zip(self.backbone.encode(missing) if missing else [], missing, strict=True):
-            cache.put(condition)
-            fresh[text] = condition
-        return [condition or fresh[text] for text, condition in zip(texts, found, strict=True)]
+        return cached(Condition, texts, self.backbone.condition_key, self.backbone.encode)
+
+    def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
+        """Perturbations of prompts, from the disk cache where they are there; the others are learned together."""
+        return cached(
+            Perturbation,
+            texts,
+            lambda text: self.backbone.perturbation_key(text, config, seed),
+            lambda missing: self.backbone.perturb(missing, config, seed),
+        )
 
     def adopt(self, manifest: Manifest, buffer: np.ndarray) -> Receipt:
         """Bind every tensor of a published buffer to this worker's adapter; the checksum is read back from the
@@ -73,7 +84,12 @@ class Sampler:
         return Receipt(self.name, manifest.version, len(parameters), checksum, time.perf_counter() - started)
 
     def draw(
-        self, chunk: Chunk, condition: Condition, null: Condition | None, request: DrawRequest
+        self,
+        chunk: Chunk,
+        condition: Condition,
+        null: Condition | None,
+        request: DrawRequest,
+        perturbation: Perturbation | None = None,
     ) -> tuple[DrawInfo, np.ndarray, Record]:
         """Draw one chunk: (what the driver keeps, images uint8 [B, H, W, 3], what the learner needs)."""
         if request.version != self.version:
@@ -81,33 +97,82 @@ class Sampler:
                 f"{self.name} holds weights {self.version}, but was asked to draw with {request.version}"
             )
         started = time.perf_counter()
-        sigmas = self.backbone.sigmas(request.steps)
-        text = TextBatch.build([condition] * len(chunk.seeds), null, self.backbone.device)
+        step = STEPS[request.step.kind](request.step, self.sigmas(request), self.backbone.prediction)
+        indices = recorded_indices(chunk, request.window)
+        velocity, policy = self._velocities(chunk, condition, null, request, perturbation)
         path = denoise(
-            lambda x, sigma: guided_velocity(self.backbone, self.denoiser, x, sigma, text, request.guidance),
-            STEPS[request.step.kind](request.step, sigmas),
-            sigmas,
+            velocity,
+            step,
             self.backbone.latent_shape,
             chunk.seeds,
-            request.indices,
+            chunk.noises,
+            request.window.noisy if request.window else None,
+            indices,
+            policy,
             self.backbone.device,
         )
         images = self.backbone.decode(path.x0)
-        arrays = [None if t is None else t.cpu().numpy() for t in (path.before, path.after, path.log_probs)]
-        record = Record(
-            chunk, self.version, path.x0.cpu().numpy(), sigmas, np.array(request.indices, dtype=np.int64), *arrays
-        )
+        kept = (path.before, path.after, path.log_probs, path.means if request.means else None)
+        arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in kept]
+        record = Record(chunk, self.version, path.x0.cpu().numpy(), step.sigmas, indices, *arrays)
         info = DrawInfo(
             chunk,
             self.version,
-            fingerprint(chunk.seeds, request, condition.key),
+            fingerprint(chunk, request, condition.key, perturbation.key if perturbation else None),
             time.perf_counter() - started,
             request.steps * (1 if request.guidance == 1.0 else 2),
         )
         return info, images, record
 
+    def sigmas(self, request: DrawRequest) -> np.ndarray:
+        """Noise levels [N + 1] of a request."""
+        schedule = SCHEDULES[request.schedule.kind](request.schedule)
+        return schedule.sigmas(request.steps, self.backbone.sigmas, self.backbone.image_tokens)
 
-def fingerprint(seeds: Sequence[int], request: DrawRequest, condition_key: str) -> str:
+    def _velocities(
+        self,
+        chunk: Chunk,
+        condition: Condition,
+        null: Condition | None,
+        request: DrawRequest,
+        perturbation: Perturbation | None,
+    ) -> tuple[Velocity, Policy | None]:
+        """What a chunk is drawn with, and what the policy predicts for it where that is something else.
+
+        Perturbed members are drawn under gamma(sigma) C_k + (1 - gamma(sigma)) C (E2PO); the policy knows C alone.
+        """
+        original = TextBatch.build([condition] * len(chunk.seeds), null, self.backbone.device)
+
+        def guided(x: torch.Tensor, sigma: torch.Tensor, text: TextBatch = original) -> torch.Tensor:
+            return guided_velocity(self.backbone, self.denoiser, x, sigma, text, request.guidance)
+
+        if not any(chunk.variants):
+            return guided, None
+        own = [self.backbone.insert(condition, perturbation, variant) for variant in chunk.variants]
+        perturbed = TextBatch.build(own, null, self.backbone.device)
+
+        def weight(sigma: torch.Tensor) -> float:
+            return float(gamma(float(sigma[0]), request.rho))
+
+        def explore(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return guided(x, sigma, original.towards(perturbed, weight(sigma)))
+
+        return explore, lambda x, sigma: guided(x, sigma) if weight(sigma) else None
+
+
+def recorded_indices(chunk: Chunk, window: Window | None) -> np.ndarray:
+    """Steps [B, K] that each member of a chunk records: the window's, or a choice of its own of `keep` of them."""
+    if window is None:
+        return np.empty((len(chunk.seeds), 0), dtype=np.int64)
+    if window.keep == len(window.trained):
+        return np.tile(np.array(window.trained, dtype=np.int64), (len(chunk.seeds), 1))
+    choices = [random.Random(seed).sample(window.trained, window.keep) for seed in chunk.seeds]
+    return np.array(choices, dtype=np.int64)
+
+
+def fingerprint(chunk: Chunk, request: DrawRequest, condition_key: str, perturbation_key: str | None = None) -> str:
     """Hash of everything that decides a draw; the driver compares the one that comes back with its own."""
-    facts = (request.version, request.steps, request.step.model_dump_json(), request.guidance, request.indices)
-    return hashlib.blake2b(repr((facts, tuple(seeds), condition_key)).encode(), digest_size=8).hexdigest()
+    settings = (request.step.model_dump_json(), request.schedule.model_dump_json())
+    facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means, request.rho)
+    members = (chunk.seeds, chunk.noises, chunk.variants, condition_key, perturbation_key)
+    return hashlib.blake2b(repr((facts, members)).encode(), digest_size=8).hexdigest()

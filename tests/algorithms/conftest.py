@@ -40,12 +40,20 @@ class Residual(torch.nn.Module):
 class ToyPolicy(Policy):
     """A base velocity with one residual network an adapter, for rollouts of `steps` steps of one kind."""
 
-    def __init__(self, kind: str = "flow_sde", steps: int = 6, base: Callable = gaussian_velocity) -> None:
-        self.base, self.kind, self.sigmas = base, kind, sd3_sigmas(steps, 1.0)
+    def __init__(
+        self,
+        kind: str = "flow_sde",
+        steps: int = 6,
+        base: Callable = gaussian_velocity,
+        sigmas: np.ndarray | None = None,
+        prediction: str = "flow",
+    ) -> None:
+        self.base, self.kind, self.prediction = base, kind, prediction
+        self.sigmas = sd3_sigmas(steps, 1.0) if sigmas is None else sigmas
         torch.manual_seed(0)
         self.adapters = {"default": Residual(), "old": Residual().requires_grad_(False)}
         self.adapters["old"].load_state_dict(self.adapters["default"].state_dict())
-        self.step = STEPS[kind](STEPS[kind].Config(), self.sigmas)
+        self.step = STEPS[kind](STEPS[kind].Config(), self.sigmas, prediction)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -56,17 +64,12 @@ class ToyPolicy(Policy):
             v = self.base(x, sigma)
             return v if adapter is None else v + self.adapters[adapter](x, sigma)
 
-    def step_mean(self, k: int, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, float, float]:
-        return self.step.mean(k, x, v)
-
-    def log_prob(self, k: int, x: torch.Tensor, v: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
-        return self.step.log_prob(k, x, v, x_next)
-
     def rollout(self, seeds: range, indices: tuple[int, ...] = (), adapter: str = "default") -> SimpleNamespace:
         """What a sampler records for one sample a seed."""
-        step = STEPS[self.kind](STEPS[self.kind].Config(), self.sigmas)
-        path = denoise(lambda x, t: self.velocity(x, t, adapter), step, self.sigmas, SHAPE, seeds, indices)
-        return SimpleNamespace(path=path, seeds=seeds, indices=np.array(indices))
+        step = STEPS[self.kind](STEPS[self.kind].Config(), self.sigmas, self.prediction)
+        own = np.tile(np.array(indices, dtype=np.int64), (len(seeds), 1))
+        path = denoise(lambda x, t: self.velocity(x, t, adapter), step, SHAPE, seeds, indices=own)
+        return SimpleNamespace(path=path, seeds=seeds, indices=torch.from_numpy(own))
 
     def batch(self, rollout: SimpleNamespace, advantages: torch.Tensor, turn: int = 0, moment: int = 0) -> Batch:
         """The learner's micro-batch of a whole rollout."""
@@ -85,6 +88,7 @@ class ToyPolicy(Policy):
             path.before,
             path.after,
             path.log_probs,
+            path.means,
             generators,
         )
 

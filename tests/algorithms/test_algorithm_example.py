@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 import align_cluster.algorithms
-from align_cluster.algorithms.advantage import advantages
+from align_cluster.algorithms.advantage import AdvantageConfig, normalise
 from align_cluster.config.run import one_of
 
 README = Path(align_cluster.algorithms.__file__).with_name("README.md")
@@ -26,12 +26,12 @@ def test_the_readmes_algorithm_has_fewer_than_20_lines_and_aligns_the_toy(make_p
     optimizer = torch.optim.AdamW(policy.parameters, 2e-2)
     target, scores = torch.tensor([1.5, -1.0]), []
     for update in range(50):
-        rollout = policy.rollout(range(64 * update, 64 * update + 64), algorithm.record_indices(6, update))
+        rollout = policy.rollout(range(64 * update, 64 * update + 64), tuple(range(5)))
         rewards = -((rollout.path.x0.flatten(1) - target) ** 2).sum(1)
         scores.append(rewards.mean().item())
-        values = advantages(rewards.numpy()[None], np.ones((1, 64), bool), "group", 1e-4)[0]
+        values = normalise(rewards.numpy()[None], np.ones((1, 64), bool), AdvantageConfig(), np.zeros((1, 64), int))[0]
         optimizer.zero_grad()
-        for turn in range(algorithm.turns(6)):
+        for turn in range(algorithm.turns(6, 5)):
             loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.from_numpy(values).float(), turn, update))
             loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from align_cluster.algorithms.advantage import advantages
+from align_cluster.algorithms.advantage import AdvantageConfig, normalise
 from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
 
@@ -13,7 +13,8 @@ WIDTH = 0.3
 
 def credit(rewards: torch.Tensor, std: str) -> torch.Tensor:
     values = rewards.numpy().astype(np.float64)[None]
-    return torch.from_numpy(advantages(values, np.ones_like(values, bool), std, 1e-4)[0]).float()
+    ones, batch = np.ones_like(values, bool), np.zeros_like(values, int)
+    return torch.from_numpy(normalise(values, ones, AdvantageConfig(std=std), batch)[0]).float()
 
 
 def mixture_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -34,11 +35,10 @@ def test_grpo_with_the_flow_sde_moves_points_to_the_target_in_50_updates(make_po
     optimizer = torch.optim.AdamW(policy.parameters, 2e-2)
     target, scores = torch.tensor([1.5, -1.0]), []
     for update in range(UPDATES):
-        indices = algorithm.record_indices(6, update)
-        rollout = policy.rollout(range(update * IMAGES, (update + 1) * IMAGES), indices)
+        rollout = policy.rollout(range(update * IMAGES, (update + 1) * IMAGES), tuple(range(5)))
         rewards = -((rollout.path.x0.flatten(1) - target) ** 2).sum(1)
         scores.append(rewards.mean().item())
-        credited, turns = credit(rewards, "group"), algorithm.turns(6)
+        credited, turns = credit(rewards, "group"), algorithm.turns(6, 5)
         optimizer.zero_grad()
         for turn in range(turns):
             loss, metrics = algorithm.loss(policy, policy.batch(rollout, credited, turn, update))

@@ -64,7 +64,6 @@ def test_a_lora_of_sd35_with_dual_attention_makes_the_round_trip(tmp_path, sd35_
         denoise(
             lambda x, sigma, net=net: guided_velocity(backbone, net, x, sigma, text),
             Euler(Euler.Config(), sigmas),
-            sigmas,
             backbone.latent_shape,
             (5,),
         ).x0

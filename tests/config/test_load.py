@@ -42,7 +42,7 @@ MISTAKES = [
         ["algorithm is ['nft']", "mapping of settings such as algorithm.kind"],
     ),
     ("algorithm:\n  kind: nft\n", "", ["algorithm is missing", "add algorithm.kind, one of grpo, nft"]),
-    ("  kind: nft", "  kind: nft\n  clip: 1.0", ["algorithm.clip is no setting", "algorithm has kind, beta"]),
+    ("  kind: nft", "  kind: nft\n  kl_mode: no_dt", ["algorithm.kl_mode is no setting", "algorithm has kind, beta"]),
     ("  kind: nft", "  kind: nft\n  kl_betta: 1.0", ["algorithm.kl_betta", "did you mean algorithm.kl_beta?"]),
     ("  kind: nft", "  kind: nft\n  beta: 0", ["algorithm.beta is 0", "above 0"]),
     ("  kind: nft", "  kind: nft\n  old: sloww", ["algorithm.old is 'sloww'", "'slow'", "did you mean slow?"]),

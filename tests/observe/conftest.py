@@ -55,7 +55,7 @@ def step_values(step: int, steps: int, rng: np.random.Generator) -> dict[str, fl
     for task, (low, high) in TASKS.items():
         values[f"reward/geneval/{task}"] = low + progress * (high - low) + rng.normal(0, 0.05)
     values["reward/clip/mean"] = 0.265 + 0.012 * progress + rng.normal(0, 0.002)
-    values |= {"group/std": 0.17 - 0.05 * progress + rng.normal(0, 0.008)}
+    values |= {"group/reward_std_mean": 0.17 - 0.05 * progress + rng.normal(0, 0.008)}
     values |= {"group/zero_std_ratio": max(0.0, rng.normal(0.04 + 0.1 * progress, 0.05))}
     values |= {"train/loss": 0.9 - 0.2 * progress + rng.normal(0, 0.04), "train/grad_norm": abs(rng.normal(0.4, 0.1))}
     values |= {

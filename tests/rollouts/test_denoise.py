@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from align_cluster.rollouts.denoise import Path, denoise, initial_noise
-from align_cluster.rollouts.schedule import sd3_sigmas
+from align_cluster.rollouts.schedule import ddim_levels, sd3_sigmas
 from align_cluster.rollouts.steps import STEPS
 
 SHAPE = (4, 3, 5)
@@ -15,8 +15,10 @@ def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def draw(kind: str, seeds: tuple[int, ...], steps: int = 8, indices: tuple[int, ...] = ()) -> Path:
-    sigmas = sd3_sigmas(steps, 3.0)
-    return denoise(velocity, STEPS[kind](STEPS[kind].Config(), sigmas), sigmas, SHAPE, seeds, indices)
+    prediction = STEPS[kind].predictions[0]
+    sigmas = sd3_sigmas(steps, 3.0) if prediction == "flow" else ddim_levels(steps)
+    own = np.tile(np.array(indices, dtype=np.int64), (len(seeds), 1))
+    return denoise(velocity, STEPS[kind](STEPS[kind].Config(), sigmas, prediction), SHAPE, seeds, indices=own)
 
 
 def test_initial_noise_is_that_of_each_samples_own_generator():
@@ -61,7 +63,7 @@ def test_recorded_log_densities_are_recomputed_bitwise_from_the_record():
     step = STEPS["flow_sde"](STEPS["flow_sde"].Config(), sigmas)
     for column, k in enumerate((0, 3)):
         x, x_next = path.before[:, column], path.after[:, column]
-        again = step.log_prob(k, x, velocity(x, torch.full((2,), float(sigmas[k]))), x_next)
+        again = step.log_prob(torch.full((2,), k), x, velocity(x, torch.full((2,), float(sigmas[k]))), x_next)
         assert torch.equal(path.log_probs[:, column], again)
 
 
@@ -79,7 +81,8 @@ def test_the_network_sees_the_level_of_each_step_in_fp32_and_no_graph_is_kept():
         return weight * x
 
     sigmas = sd3_sigmas(4, 3.0)
-    path = denoise(field, STEPS["flow_sde"](STEPS["flow_sde"].Config(), sigmas), sigmas, SHAPE, (1, 2), (0, 2))
+    step = STEPS["flow_sde"](STEPS["flow_sde"].Config(), sigmas)
+    path = denoise(field, step, SHAPE, (1, 2), indices=np.array([[0, 2], [1, 2]]))
     assert all(sigma.shape == (2,) and sigma.dtype == torch.float32 for sigma in seen)
     np.testing.assert_array_equal([sigma[0].item() for sigma in seen], sigmas[:-1].astype(np.float32))
     assert not path.x0.requires_grad and not path.log_probs.requires_grad

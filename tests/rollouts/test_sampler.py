@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,9 @@ from align_cluster.backbones.adapters import adapter_parameters
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
+from align_cluster.rollouts.schedule import LinearSchedule
 from align_cluster.rollouts.steps import Dpm2, Euler, FlowSde
+from align_cluster.rollouts.windows import Window
 from align_cluster.types import Chunk, Prompt
 from align_cluster.weights import check, publish
 
@@ -16,6 +20,11 @@ STEPS = 4
 
 def chunk(*seeds: int) -> Chunk:
     return Chunk(0, 0, 0, Prompt(0, TEXT), seeds)
+
+
+def noisy(*trained: int) -> Window:
+    """Noise at all steps, some of them recorded."""
+    return Window(tuple(range(STEPS)), trained, len(trained))
 
 
 def trained(sampler: Sampler) -> dict[str, np.ndarray]:
@@ -46,7 +55,7 @@ def tuned(settings):
 
 
 def test_a_sample_depends_on_its_seed_only_and_not_on_its_neighbours(base, conditions):
-    request = DrawRequest(0, STEPS, FlowSde.Config(), indices=(0, 2))
+    request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 2))
     _, images, record = base[0].draw(chunk(11, 12, 13), conditions[0], None, request)
     _, others, other = base[0].draw(chunk(77, 12, 99), conditions[0], None, request)
     np.testing.assert_array_equal(images[1], others[1])
@@ -56,8 +65,8 @@ def test_a_sample_depends_on_its_seed_only_and_not_on_its_neighbours(base, condi
 
 
 def test_two_samplers_draw_a_chunk_bitwise_alike(base, conditions):
-    for step, indices in [(FlowSde.Config(), (0, 2)), (Dpm2.Config(), ())]:
-        request = DrawRequest(0, STEPS, step, 3.0, indices)
+    for step, window in [(FlowSde.Config(), noisy(0, 2)), (Dpm2.Config(), None)]:
+        request = DrawRequest(0, STEPS, step, 3.0, window)
         draws = [sampler.draw(chunk(1, 2, 3), conditions[0], conditions[1], request) for sampler in base]
         (info, images, record), (info2, images2, record2) = draws
         assert info.fingerprint == info2.fingerprint and info.version == info2.version == 0
@@ -67,14 +76,14 @@ def test_two_samplers_draw_a_chunk_bitwise_alike(base, conditions):
 
 
 def test_a_record_holds_what_was_asked_for_in_the_documented_shapes(base, conditions):
-    request = DrawRequest(0, STEPS, FlowSde.Config(), indices=(0, 2))
+    request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 2))
     info, images, record = base[0].draw(chunk(1, 2, 3), conditions[0], None, request)
     shape = base[0].backbone.latent_shape
     assert images.shape == (3, 48, 48, 3) and images.dtype == np.uint8
     assert record.x0.shape == (3, *shape) and record.x0.dtype == np.float32
     assert record.before.shape == record.after.shape == (3, 2, *shape) and record.log_probs.shape == (3, 2)
     assert record.before.dtype == record.after.dtype == record.log_probs.dtype == np.float32
-    np.testing.assert_array_equal(record.indices, [0, 2])
+    np.testing.assert_array_equal(record.indices, [[0, 2]] * 3)
     np.testing.assert_array_equal(record.sigmas, base[0].backbone.sigmas(STEPS))
     assert info.denoiser_calls == STEPS and info.chunk == record.chunk == chunk(1, 2, 3)
 
@@ -172,16 +181,25 @@ def test_a_text_is_encoded_alike_alone_in_company_and_from_the_cache(base, setti
 
 
 def test_the_fingerprint_changes_with_everything_that_decides_a_draw():
-    request = DrawRequest(1, STEPS, FlowSde.Config(), 2.0, (0, 1))
-    others = [
-        DrawRequest(2, STEPS, FlowSde.Config(), 2.0, (0, 1)),
-        DrawRequest(1, 5, FlowSde.Config(), 2.0, (0, 1)),
-        DrawRequest(1, STEPS, Euler.Config(), 2.0, (0, 1)),
-        DrawRequest(1, STEPS, FlowSde.Config(noise_level=0.8), 2.0, (0, 1)),
-        DrawRequest(1, STEPS, FlowSde.Config(), 2.5, (0, 1)),
-        DrawRequest(1, STEPS, FlowSde.Config(), 2.0, (0, 2)),
+    settings = {"version": 1, "steps": STEPS, "step": FlowSde.Config(), "guidance": 2.0, "window": noisy(0, 1)}
+    changes = [
+        {"version": 2},
+        {"steps": 5},
+        {"step": Euler.Config()},
+        {"step": FlowSde.Config(noise_level=0.8)},
+        {"guidance": 2.5},
+        {"window": noisy(0, 2)},
+        {"window": None},
+        {"window": Window((0, 1), (0, 1), 2)},
+        {"window": Window(tuple(range(STEPS)), (0, 1), 1)},
+        {"means": True},
+        {"schedule": LinearSchedule.Config()},
+        {"rho": 0.4},
     ]
-    prints = [fingerprint((1, 2), other, "key") for other in (request, *others)]
-    prints += [fingerprint((2, 1), request, "key"), fingerprint((1, 2), request, "other")]
+    request, two = DrawRequest(**settings), chunk(1, 2)
+    prints = [fingerprint(two, DrawRequest(**(settings | change)), "key") for change in ({}, *changes)]
+    others = [chunk(2, 1), replace(two, noises=(1, 1)), replace(two, variants=(0, 1))]
+    prints += [fingerprint(other, request, "key") for other in others]
+    prints += [fingerprint(two, request, "other"), fingerprint(two, request, "key", "perturbation")]
     assert len(set(prints)) == len(prints)
-    assert fingerprint((1, 2), DrawRequest(1, STEPS, FlowSde.Config(), 2.0, (0, 1)), "key") == prints[0]
+    assert fingerprint(chunk(1, 2), DrawRequest(**settings), "key") == prints[0]

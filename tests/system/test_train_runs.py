@@ -15,7 +15,7 @@ from align_cluster.observe.sinks import read_jsonl
 
 KINDS = ("nft", "grpo")
 EVERY_STEP = {
-    *("reward/geneval/mean", "reward/clip/mean", "group/std", "group/zero_std_ratio", "group/masked"),
+    *("reward/geneval/mean", "reward/clip/mean", "group/reward_std_mean", "group/zero_std_ratio", "group/masked"),
     *("time/rollout", "time/reward", "time/credit", "time/update", "time/publish", "time/step", "time/learner"),
     *("train/loss", "train/grad_norm", "lr", "throughput/images_per_s"),
     *("weights/bytes", "weights/adopt_s", "weights/version"),

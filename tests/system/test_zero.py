@@ -69,12 +69,6 @@ class PlainPolicy(Policy):
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
             return self.backbone.velocity(self.denoiser, x, sigma, self.sequence, self.pooled)
 
-    def step_mean(self, k, x, v):
-        return self.step.mean(k, x, v)
-
-    def log_prob(self, k, x, v, x_next):
-        return self.step.log_prob(k, x, v, x_next)
-
 
 def streams(record, step: int, update: int):
     """The documented random streams of a sample: a function of its seed and the moment."""
@@ -107,7 +101,7 @@ def plain_run(config) -> list[dict]:
     count, left = 0, []
     for step in range(config.steps):
         pieces, norms = WORKER["cut_step"](config, drawn, step), []
-        turns = algorithm.turns(4)
+        turns = algorithm.turns(4, 2)
         for update in range(config.learner.updates_per_step):
             sources = sorted({piece.source for piece in pieces if piece.update == update})
             weight = sum(valid[source].sum() for source in sources) * turns
@@ -124,8 +118,9 @@ def plain_run(config) -> list[dict]:
                         torch.from_numpy(advantages[source]),
                         torch.tensor(record.x0),
                         record.sigmas,
-                        record.indices,
+                        torch.from_numpy(record.indices),
                         *(torch.tensor(array) for array in arrays),
+                        None,
                         streams(record, step, update),
                     )
                     loss, _ = algorithm.loss(policy, batch)

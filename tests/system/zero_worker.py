@@ -15,6 +15,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import cut, share, total_weight
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import FlowSde
+from align_cluster.rollouts.windows import Window
 from align_cluster.types import Chunk, Condition, Prompt, Record
 
 SIZES = (3, 1, 2)  # members of each chunk: uneven, so that pieces are uneven and ranks need padding
@@ -26,7 +27,7 @@ def settings(stage: int, algorithm: str) -> RunConfig:
     """fp32, active clipping, a falling learning rate, two updates a step."""
     kinds = {
         "nft": {"kind": "nft", "beta": 0.5, "kl_beta": 0.1, "timesteps": 2, "old": "slow"},
-        "grpo": {"kind": "grpo", "clip": 0.01, "kl_beta": 0.04, "timestep_fraction": 0.5},
+        "grpo": {"kind": "grpo", "clip": 0.01, "kl_beta": 0.04},
     }
     return RunConfig.model_validate(
         {
@@ -34,7 +35,9 @@ def settings(stage: int, algorithm: str) -> RunConfig:
             "steps": STEPS,
             "backbone": {"kind": "sd3", "precision": "fp32", "lora": {"rank": 2, "alpha": 3}},
             "prompts": {"kind": "embedded"},
-            "rollout": {"steps": 4},
+            "rollout": {"steps": 4, "window": {"kind": "fraction", "fraction": 0.5}}
+            if algorithm == "grpo"
+            else {"steps": 4},
             "rewards": {"geneval": {"kind": "geneval"}},
             "algorithm": kinds[algorithm],
             # AdamW would blow rounding errors of vanishing gradients up to the learning rate: eps is well above them.
@@ -61,7 +64,7 @@ def conditions(config: RunConfig) -> list[Condition]:
 def records(config: RunConfig) -> list[Record]:
     """What samplers with untrained adapters draw, with the first two steps recorded."""
     sampler = Sampler(config.backbone)
-    request = DrawRequest(0, 4, FlowSde.Config(), indices=(0, 1))
+    request = DrawRequest(0, 4, FlowSde.Config(), window=Window((0, 1, 2, 3), (0, 1), 2))
     chunks = [
         Chunk(0, g, 0, Prompt(g, f"p{g}"), tuple(range(10 * g + 1, 10 * g + 1 + size))) for g, size in enumerate(SIZES)
     ]

@@ -26,12 +26,12 @@ from alignment import commit
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "learning.jsonl"
-STEPS, PROMPTS, GROUP, EVERY = 64, 12, 8, 16
+STEPS, PROMPTS, GROUP, EVERY = 48, 12, 8, 12
 # name: (run file, overrides)
 METHODS = {
     "nft": ("quickstart", [f"rollout.group_size={GROUP}"]),
     "e2po_nft": ("embedded_e2po_efficient", []),  # 2 noises x 4 conditions
-    "flow_grpo": ("embedded_grpo", [f"rollout.group_size={GROUP}"]),
+    "flow_grpo": ("embedded_grpo", [f"rollout.group_size={GROUP}", "optimizer.lr=6e-4"]),
     "dance": ("embedded_dance", [f"rollout.group_size={GROUP}"]),
     "slas_dance": ("embedded_slas", [f"rollout.group_size={GROUP}"]),
 }

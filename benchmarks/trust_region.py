@@ -1,0 +1,73 @@
+"""What does SLAS's adaptive gamma cost? Processor time of its estimates against that of the training around them.
+
+    python benchmarks/trust_region.py
+
+One rank, one thread, configs/embedded_slas.yaml: an update of four groups with their rollouts, the Fisher matrix
+measured at every tenth update (`advantage.shaping.refresh`). Prints the share of the whole.
+"""
+
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from align_cluster.config.load import load
+from align_cluster.learner.batching import cut, total_weight
+from align_cluster.learner.worker import Learner
+from align_cluster.rollouts.sampler import DrawRequest, Sampler
+from align_cluster.types import Chunk, Prompt
+
+UPDATES, GROUPS = 31, 4
+TEXTS = ("a red circle", "a blue square", "a green star", "a yellow triangle")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    file = Path(__file__).parents[1] / "configs" / "embedded_slas.yaml"
+    config = load(file, ["advantage.shaping.gamma=adaptive", "learner.updates_per_step=1", "steps=100000"])
+    sampler, size, steps = Sampler(config.backbone), config.rollout.group_size, config.rollout.steps
+    conditions = sampler.encode([f"a photo of {text}" for text in TEXTS])
+    chunks = [Chunk(0, g, 0, Prompt(g, text), tuple(range(g * size, (g + 1) * size))) for g, text in enumerate(TEXTS)]
+    request = DrawRequest(
+        0, steps, config.step_kind, window=config.window.plan(steps, 0, 0), schedule=config.rollout.schedule
+    )
+    records = []
+
+    def draw() -> None:
+        records[:] = [
+            sampler.draw(c, condition, None, request)[2] for c, condition in zip(chunks, conditions, strict=True)
+        ]
+
+    drawing = statistics.median(seconds(draw) for _ in range(5))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    learner = Learner(config, 0, 1, "127.0.0.1", port)
+    advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * GROUPS
+    pieces = cut(chunks, advantages, [np.ones(size, bool)] * GROUPS, 1, size, seed=0)
+    data = [item for pair in zip(records, conditions, strict=True) for item in pair]
+    learner.update(0, pieces, total_weight(pieces), None, *data)  # caches, allocator, lazy parts
+
+    times: dict[bool, list[float]] = {True: [], False: []}
+    refresh = config.advantage.shaping.refresh
+    for update in range(1, UPDATES):
+        spent = seconds(lambda: learner.update(0, pieces, total_weight(pieces), None, *data))
+        times[update % refresh == 0].append(spent)
+    measured, plain = (statistics.median(times[kind]) for kind in (True, False))
+    share = (measured - plain) / (refresh * (plain + drawing) + measured - plain)
+    print(f"an estimate {measured - plain:.3f} s, an update {plain:.3f} s and its rollouts {drawing:.3f} s of one core")
+    print(f"with an estimate every {refresh} updates: {100 * share:.2f} % of the step")
+
+
+if __name__ == "__main__":
+    main()

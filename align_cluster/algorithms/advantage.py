@@ -25,6 +25,8 @@ class Slas(Section):
 
     `gamma: adaptive` keeps each update inside a trust region (`algorithms/trust.py`): `delta` bounds its KL in nats per
     latent dimension, `gamma_max` ends the search, `refresh` counts updates between estimates, `ema` smooths gamma.
+    `bound: worst_case` is the paper's inequality; `measured` puts the KL of a real update in the place of its right
+    side, which the inequality exceeds by orders of magnitude.
     """
 
     kind: Literal["slas"] = "slas"
@@ -32,7 +34,8 @@ class Slas(Section):
     order: Literal["norm_then_shape", "shape_then_norm"] = "norm_then_shape"
     recentre: bool = False
     gamma_max: PositiveFloat = 2.0
-    delta: PositiveFloat = 1e-5
+    bound: Literal["measured", "worst_case"] = "measured"
+    delta: PositiveFloat = 3e-5
     refresh: PositiveInt = 10
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
 

@@ -54,7 +54,7 @@ class GRPO(Algorithm):
         if config.ratio == "guard":
             log_ratio = guarded_log_ratio(log_ratio, mean, batch.means[:, turn], std)
             if config.guard_weight == "inverse_dt":
-                levels = torch.from_numpy(batch.sigmas).to(x.device)
+                levels = torch.tensor(batch.sigmas, device=x.device)  # a copy: records may be read-only
                 weight = 1 / (levels[k] - levels[k + 1]).float()
         advantage = batch.advantages.clamp(-config.advantage_clip, config.advantage_clip)
         loss, ratio = clipped_surrogate(log_ratio, advantage, config.clip, config.clip_high or config.clip)

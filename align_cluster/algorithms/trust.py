@@ -5,11 +5,12 @@ An update theta += a g, g the mean of A grad log p over samples, with score grad
     KL ~ 1/2 a^2 g^T H g <= 1/2 a^2 lambda_max G^2 E|A|^(2 (1 + gamma)) <= delta,
 
 H being the Fisher matrix, so gamma is safe while the moment E|u|^(2 (1 + gamma)) stays below Bd = 2 delta /
-(a^2 lambda_max G^2). The learner measures lambda_max, G and lengths; this half runs on the driver.
+(a^2 lambda_max G^2). That is a worst case: the mean g of many scores is far shorter than the longest one and hardly
+along the first eigenvector. What an update really did is KL; it is proportional to the moment, so Bd = delta M / KL
+with the moment M that it was made with. The learner measures all of it; this half runs on the driver.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -59,26 +60,28 @@ class TrustRegion:
         """What to shape with now: 0, which leaves advantages linear, before the first estimate."""
         return self._sum / self._weight if self._weight else 0.0
 
-    def observe(self, estimates: dict[str, Any]) -> dict[str, float]:
-        """Take in one update's estimates and return what to log.
+    def observe(self, estimates: dict[str, float], u: np.ndarray) -> dict[str, float]:
+        """Take in one update's estimates, made with the gamma of now, and return what to log.
 
-        lambda_max, score_norm, step_norm and gradient_norm are numbers as in `bound`; `linear` holds the linear
-        advantages of that step's samples, masked ones left out. An update without a gradient or a step is no
-        evidence and leaves gamma as it is.
+        lambda_max, score_norm, step_norm and gradient_norm are as in `bound`, step_kl is the update's KL a latent
+        dimension; `u` are the linear advantages of that step's samples, masked ones left out. An update without a
+        gradient or a step is no evidence and leaves gamma as it is.
         """
-        u = estimates["linear"]
-        lengths = {name: float(estimates[name]) for name in ("step_norm", "gradient_norm", "lambda_max", "score_norm")}
-        limit = bound(self.config.delta, **lengths)
-        if np.any(u) and lengths["step_norm"] > 0 and lengths["gradient_norm"] > 0:
-            ema = self.config.ema
-            self._sum = ema * self._sum + (1 - ema) * largest_gamma(u, limit, self.config.gamma_max)
-            self._weight = ema * self._weight + (1 - ema)
+        config, used = self.config, moment(u, self.gamma)
+        lengths = {name: estimates[name] for name in ("step_norm", "gradient_norm", "lambda_max", "score_norm")}
+        limit = bound(config.delta, **lengths)
+        if config.bound == "measured":
+            limit = config.delta * used / estimates["step_kl"] if estimates["step_kl"] else math.inf
+        if used and lengths["step_norm"] > 0 and lengths["gradient_norm"] > 0:
+            self._sum = config.ema * self._sum + (1 - config.ema) * largest_gamma(u, limit, config.gamma_max)
+            self._weight = config.ema * self._weight + (1 - config.ema)
         return {
             "slas/gamma": self.gamma,
             "slas/moment": moment(u, self.gamma),
             "slas/bound": limit,
-            "slas/lambda_max": lengths["lambda_max"],
-            "slas/score_norm": lengths["score_norm"],
+            "slas/step_kl": estimates["step_kl"],
+            "slas/lambda_max": estimates["lambda_max"],
+            "slas/score_norm": estimates["score_norm"],
         }
 
     def state(self) -> dict[str, float]:

@@ -15,14 +15,12 @@ from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Piece
 from align_cluster.learner.engine import Engine, join
-from align_cluster.learner.fisher import FisherProbe, probing
 from align_cluster.learner.policy import LearnerPolicy
+from align_cluster.learner.trust_probe import PROBED, TrustProbe
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.types import Condition, Manifest, Record
 from align_cluster.weights import publish
-
-PROBED = 4  # samples a rank on which the Fisher matrix is estimated
 
 
 class Learner:
@@ -69,16 +67,15 @@ class Learner:
         for update, total in sorted(totals.items()):
             mine = [piece for piece in pieces if piece.update == update]
             scale = self.world / max(total * turns, 1.0)
-            before = self._measure(turns, mine[0], data, null, sums) if self._measures() else None
+            looking = self._look(turns, mine[0], data, null)
             for turn in range(turns):
                 for number, piece in enumerate(mine):
                     loss = self._loss(step, turn, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums)
                     self.engine.backward(loss * scale, last=turn == turns - 1 and number == len(mine) - 1)
             rate = self.learning_rate()
             norm = self.engine.step(rate)
-            if before is not None:
-                _add(sums, "gradient_norm", norm, 1.0)
-                _add(sums, "step_norm", float((self._flat() - before).norm()), 1.0)
+            for name, value in self.probe.finish(norm).items() if looking else ():
+                _add(sums, name, value, 1.0)
             _add(sums, "grad_norm", norm, 1.0)
             _add(sums, "lr", rate, 1.0)
             self.updates += 1
@@ -137,46 +134,20 @@ class Learner:
         return (loss * weights).sum()
 
     @cached_property
-    def probe(self) -> FisherProbe:
-        return FisherProbe(self.engine.trainable, self.config.seed)
+    def probe(self) -> TrustProbe:
+        return TrustProbe(self.engine.trainable, self.config.seed, self.world)
 
-    def _measures(self) -> bool:
-        """Whether the coming update is one at which SLAS's adaptive exponent wants the Fisher matrix measured."""
+    def _look(self, turns: int, piece: Piece, data: tuple[Record | Condition, ...], null: Condition | None) -> bool:
+        """Begin to measure the coming update, if it is one of those that SLAS's adaptive exponent asks for; each time
+        at another of the trained steps."""
         shaping = self.config.advantage.shaping
-        return bool(shaping and shaping.gamma == "adaptive" and self.updates % shaping.refresh == 0)
-
-    def _flat(self) -> torch.Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self.engine.trainable])
-
-    def _measure(
-        self,
-        turns: int,
-        piece: Piece,
-        data: tuple[Record | Condition, ...],
-        null: Condition | None,
-        sums: dict[str, list[float]],
-    ) -> torch.Tensor:
-        """Estimate the Fisher matrix on a few samples of one denoising step, a different one each time; returns the
-        flat parameters, so that the length of the update can be taken afterwards. All ranks must call it."""
+        if not shaping or shaping.gamma != "adaptive" or self.updates % shaping.refresh:
+            return False
         record, condition = data[2 * piece.source], data[2 * piece.source + 1]
         rows = slice(piece.start, min(piece.stop, piece.start + PROBED))
-        turn = self.updates // self.config.advantage.shaping.refresh % turns
-        k, x, x_next = (
-            torch.tensor(array[rows, turn], device=self.backbone.device)
-            for array in (record.indices, record.before, record.after)
-        )
-        policy = self._policy(record, condition, null, len(x), self.denoiser)
-        with probing():
-            mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.level(k)))
-            estimate = self.probe.estimate(mean, std, policy.step.density(mean, std, x_next), reduce=self._mean)
-        _add(sums, "lambda_max", estimate.lambda_max, 1.0)
-        _add(sums, "score_norm", estimate.score_norm, 1.0)
-        return self._flat()
-
-    def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor / self.world
+        policy = self._policy(record, condition, null, rows.stop - rows.start, self.denoiser)
+        self.probe.begin(policy, record, rows, self.updates // shaping.refresh % turns)
+        return True
 
     def _policy(
         self,

@@ -10,7 +10,7 @@ from align_cluster.loop.crew import Drawn, step_seed
 from align_cluster.rewards.mix import table
 from align_cluster.types import Credit
 
-ESTIMATES = ("lambda_max", "score_norm", "step_norm", "gradient_norm")
+LARGEST = ("lambda_max", "score_norm", "step_norm", "gradient_norm")  # over ranks; all but score_norm are alike there
 
 
 class Creditor:
@@ -32,8 +32,8 @@ class Creditor:
             return {}
         values, applies, valid, weights, settings, batches = self._arguments(step, drawn)
         u = linear(values, applies, valid, weights, settings, batches)
-        # Norms are the largest over ranks; the rest is the same on all of them.
-        return self.trust.observe({name: trained[name][1] for name in ESTIMATES} | {"linear": u[valid]})
+        estimates = {name: trained[name][1] for name in LARGEST} | {"step_kl": trained["step_kl"][0]}
+        return self.trust.observe(estimates, u[valid])
 
     def _arguments(self, step: int, drawn: list[Drawn]) -> tuple:
         shape = (self.config.prompts_per_step, self.config.group_members)

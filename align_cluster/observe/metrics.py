@@ -37,6 +37,7 @@ METRICS = (
     Metric("slas/gamma", "", "adaptive exponent for the next step"),
     Metric("slas/moment", "", "M(gamma): mean |u|^(2 + 2 gamma), the trust region's left side"),
     Metric("slas/bound", "", "Bd, the largest moment that keeps the update in its trust region"),
+    Metric("slas/step_kl", "nats/dim", "KL by which the measured update moved the policy"),
     Metric("slas/lambda_max", "", "largest eigenvalue of the Fisher matrix a latent dimension, on the LoRA"),
     Metric("slas/score_norm", "", "bound on the norm of a sample's score gradient"),
     Metric("explore/anchor_cosine", "", "cosine of perturbed prompt embeddings to the original, mean"),

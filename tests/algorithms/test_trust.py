@@ -32,8 +32,11 @@ def sub_gaussian(limit: float, scale: float) -> float:
 
 
 def estimates(**changes) -> dict:
-    plain = {"lambda_max": 0.5, "score_norm": 2.0, "step_norm": 1e-3, "gradient_norm": 0.1, "linear": HEAVY}
-    return plain | changes
+    return {"lambda_max": 0.5, "score_norm": 2.0, "step_norm": 1e-3, "gradient_norm": 0.1, "step_kl": 4e-4} | changes
+
+
+def region(**settings) -> TrustRegion:
+    return TrustRegion(Slas(gamma="adaptive", delta=1e-3, **({"bound": "worst_case"} | settings)))
 
 
 @pytest.mark.parametrize("u", [HEAVY, np.sign(HEAVY), two_valued(2.0), np.maximum(HEAVY, 0)])
@@ -113,55 +116,69 @@ def test_a_step_at_the_bound_changes_a_linear_gaussian_policy_by_delta_at_most()
 
 
 def test_advantages_stay_linear_until_the_first_estimate_which_counts_whole():
-    region = TrustRegion(Slas(gamma="adaptive", delta=1e-3))
-    assert region.gamma == 0
-    metrics = region.observe(estimates())
+    trust = region()
+    assert trust.gamma == 0
+    metrics = trust.observe(estimates(), HEAVY)
     limit = 2 * 1e-3 / (1e-2**2 * 0.5 * 4)
-    assert region.gamma == pytest.approx(largest_gamma(HEAVY, limit, 2.0)) and 0 < region.gamma < 2
+    assert trust.gamma == pytest.approx(largest_gamma(HEAVY, limit, 2.0)) and 0 < trust.gamma < 2
     assert metrics == pytest.approx(
         {
-            "slas/gamma": region.gamma,
-            "slas/moment": moment(HEAVY, region.gamma),
+            "slas/gamma": trust.gamma,
+            "slas/moment": moment(HEAVY, trust.gamma),
             "slas/bound": limit,
+            "slas/step_kl": 4e-4,
             "slas/lambda_max": 0.5,
             "slas/score_norm": 2.0,
         }
     )
 
 
+def test_a_measured_bound_leaves_room_for_delta_over_the_kl_of_the_update_at_its_own_moment():
+    trust = region(bound="measured", ema=0.0)
+    trust.observe(estimates(), HEAVY)
+    first = trust.gamma
+    assert moment(HEAVY, first) == pytest.approx(1e-3 / 4e-4)  # a linear step has moment 1
+    assert trust.observe(estimates(step_kl=1e-3), HEAVY)["slas/bound"] == pytest.approx(moment(HEAVY, first))
+    assert trust.gamma == pytest.approx(first)  # a step of exactly delta: stay
+    trust.observe(estimates(step_kl=3e-3), HEAVY)
+    assert trust.gamma < first
+    assert trust.observe(estimates(step_kl=0.0), HEAVY)["slas/bound"] == math.inf and trust.gamma == 2
+
+
 def test_gamma_is_the_exponential_mean_of_its_estimates():
-    region, single = TrustRegion(Slas(gamma="adaptive", delta=1e-3)), []
+    trust, single = region(), []
     for step in (1e-3, 8e-4, 1.2e-3, 1.0):
-        region.observe(estimates(step_norm=step))
+        trust.observe(estimates(step_norm=step), HEAVY)
         single.append(largest_gamma(HEAVY, bound(1e-3, step, 0.1, 0.5, 2.0), 2.0))
     weights = [0.9**3, 0.9**2, 0.9, 1.0]
     assert single[-1] == 0 and len(set(single)) == 4
-    assert region.gamma == pytest.approx(np.average(single, weights=weights))
+    assert trust.gamma == pytest.approx(np.average(single, weights=weights))
 
 
 def test_without_smoothing_the_last_estimate_counts():
-    region = TrustRegion(Slas(gamma="adaptive", delta=1e-3, ema=0.0))
-    region.observe(estimates())
-    region.observe(estimates(step_norm=8e-4))
-    assert region.gamma == pytest.approx(largest_gamma(HEAVY, bound(1e-3, 8e-4, 0.1, 0.5, 2.0), 2.0))
+    trust = region(ema=0.0)
+    trust.observe(estimates(), HEAVY)
+    trust.observe(estimates(step_norm=8e-4), HEAVY)
+    assert trust.gamma == pytest.approx(largest_gamma(HEAVY, bound(1e-3, 8e-4, 0.1, 0.5, 2.0), 2.0))
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("nothing", [{"gradient_norm": 0.0}, {"step_norm": 0.0}, {"linear": np.zeros(10)}])
-def test_an_update_that_shows_nothing_leaves_gamma_as_it_is(nothing):
-    region = TrustRegion(Slas(gamma="adaptive", delta=1e-3))
-    region.observe(estimates(**nothing))
-    assert region.gamma == 0
-    region.observe(estimates())
-    before = region.gamma
-    assert region.observe(estimates(**nothing))["slas/gamma"] == before == region.gamma
+@pytest.mark.parametrize("kind", ["measured", "worst_case"])
+@pytest.mark.parametrize("nothing", [{"gradient_norm": 0.0}, {"step_norm": 0.0, "step_kl": 0.0}, {}])
+def test_an_update_that_shows_nothing_leaves_gamma_as_it_is(kind, nothing):
+    trust, u = region(bound=kind), HEAVY if nothing else np.zeros(10)
+    trust.observe(estimates(**nothing), u)
+    assert trust.gamma == 0
+    trust.observe(estimates(), HEAVY)
+    before = trust.gamma
+    assert trust.observe(estimates(**nothing), u)["slas/gamma"] == before == trust.gamma > 0
 
 
 def test_a_restored_region_goes_on_as_the_first_would_have():
-    first, second = (TrustRegion(Slas(gamma="adaptive", delta=1e-3)) for _ in range(2))
-    first.observe(estimates())
+    first, second = region(), region()
+    first.observe(estimates(), HEAVY)
     state = first.state()
     assert all(type(value) is float for value in state.values())
     second.restore(state)
     assert second.gamma == first.gamma
-    assert first.observe(estimates(step_norm=8e-4)) == second.observe(estimates(step_norm=8e-4))
+    assert first.observe(estimates(step_norm=8e-4), HEAVY) == second.observe(estimates(step_norm=8e-4), HEAVY)

@@ -14,7 +14,7 @@ from align_cluster.observe.sinks import read_jsonl
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (
     *("steps=2", "prompts_per_step=2", "cluster.timeout_s=240", "backbone.lora.rank=4"),
-    "learner.updates_per_step=2",
+    *("learner.updates_per_step=2", "cluster.samplers=1", "cluster.learners=1"),  # start-up is what takes time here
     *("evaluate.count=2", "evaluate.images_per_prompt=2", "evaluate.every=0", "evaluate.grid_every=0"),
     *("evaluate.grid_prompts=2", "evaluate.grid_columns=2"),
 )

@@ -1,0 +1,57 @@
+"""What SLAS's adaptive exponent wants to know of one update: how far it moved the policy, and what bounds that."""
+
+import torch
+
+from align_cluster.algorithms.base import Policy
+from align_cluster.learner.fisher import FisherProbe, probing
+from align_cluster.types import Record
+
+PROBED = 4  # samples a rank on which the Fisher matrix is estimated
+
+
+class TrustProbe:
+    """Looks at one update from both sides, on a few samples of one denoising step. All ranks must call it together.
+
+    Its policy must call the network itself and not a DeepSpeed engine, which hooks its outputs.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], seed: int, world: int) -> None:
+        self.parameters, self.world = parameters, world
+        self.fisher = FisherProbe(parameters, seed)
+
+    def begin(self, policy: Policy, record: Record, rows: slice, turn: int) -> None:
+        """Before the update: the Fisher matrix and the scores on members `rows` at their trained step number `turn`."""
+        arrays = (record.indices, record.before, record.after)
+        self.policy = policy
+        self.k, self.x, x_next = (torch.tensor(array[rows, turn], device=self.parameters[0].device) for array in arrays)
+        self.mean, self.std = self._step()
+        log_prob = policy.step.density(self.mean, self.std, x_next)
+        self.estimate = self.fisher.estimate(self.mean, self.std, log_prob, reduce=self._average)
+        self.mean, self.start = self.mean.detach(), self._flat()
+
+    def finish(self, gradient_norm: float) -> dict[str, float]:
+        """After it: lengths, and the KL a latent dimension by which the update moved the policy on those samples."""
+        with torch.no_grad():
+            moved, _ = self._step()
+        kl = ((moved - self.mean) ** 2).flatten(1).mean(1) / (2 * self.std**2)
+        return {
+            "lambda_max": self.estimate.lambda_max,
+            "score_norm": self.estimate.score_norm,
+            "gradient_norm": gradient_norm,
+            "step_norm": float((self._flat() - self.start).norm()),
+            "step_kl": float(kl.mean()),
+        }
+
+    def _step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        with probing():
+            v = self.policy.velocity(self.x, self.policy.step.level(self.k))
+            mean, std, _ = self.policy.step.mean(self.k, self.x, v)
+        return mean, std
+
+    def _flat(self) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+
+    def _average(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor / self.world

@@ -1,6 +1,7 @@
 """Who does the work does not show in the weights: any number of samplers, and workers that are killed on the way."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 
@@ -44,6 +45,17 @@ def test_one_sampler_and_two_end_in_the_same_lora(runs, tiny, train, kind):
     alone = train(tiny(kind, "cluster.samplers=1"))
     for key in ("lora_checksum", "before", "after", "config_hash"):
         assert alone.summary[key] == runs[kind].summary[key]
+
+
+def test_exploration_ends_in_the_same_lora_however_its_first_phase_is_shared_out(tiny, train, short_folder):
+    """Two samplers learn a prompt each, one learns both at once; nothing is taken over from the cache."""
+    explore = ("exploration.kind=e2po", "exploration.conditions=3", "exploration.iterations=20")
+    checksums = []
+    for samplers in (1, 2):
+        shutil.rmtree(short_folder / "cache" / "perturbations", ignore_errors=True)
+        run = train(tiny("nft", *explore, "rollout.chunk=6", "rollout.group_size=2", f"cluster.samplers={samplers}"))
+        checksums.append(run.summary["lora_checksum"])
+    assert checksums[0] == checksums[1]
 
 
 def test_another_seed_ends_in_another_lora(runs, tiny, train):

@@ -1,7 +1,7 @@
 """A policy on 2-D points, small enough that a whole alignment takes a second."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,16 +10,28 @@ import torch
 
 from align_cluster.algorithms.base import Batch, Policy
 from align_cluster.rollouts.denoise import denoise
-from align_cluster.rollouts.schedule import sd3_sigmas
-from align_cluster.rollouts.steps import STEPS
+from align_cluster.rollouts.schedule import ddim_levels, linear_sigmas
+from align_cluster.rollouts.steps import STEPS, Step
 
 SHAPE = (2, 1, 1)
+MEAN, WIDTH = 0.3, 0.8
 
 
-def gaussian_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Velocity of the flow whose data law is a standard normal."""
-    t = sigma.view(-1, 1, 1, 1)
-    return x * (2 * t - 1) / ((1 - t) ** 2 + t**2)
+def gaussian_network(prediction: str) -> Callable:
+    """What a perfect network of the data law N(MEAN, WIDTH^2) outputs for x at a noise level.
+
+    With x = a x0 + s eps, d = (x - a MEAN) / (a^2 WIDTH^2 + s^2) gives E[eps | x] = s d and
+    E[x0 | x] = MEAN + a WIDTH^2 d.
+    """
+
+    def network(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        s = level.view(-1, 1, 1, 1)
+        a = 1 - s if prediction == "flow" else torch.sqrt(1 - s**2)
+        d = (x - a * MEAN) / (a**2 * WIDTH**2 + s**2)
+        eps, x0 = s * d, MEAN + a * WIDTH**2 * d
+        return {"flow": eps - x0, "epsilon": eps, "v": a * eps - s * x0}[prediction]
+
+    return network
 
 
 class Residual(torch.nn.Module):
@@ -38,22 +50,33 @@ class Residual(torch.nn.Module):
 
 
 class ToyPolicy(Policy):
-    """A base velocity with one residual network an adapter, for rollouts of `steps` steps of one kind."""
+    """A base network with one residual network an adapter, for rollouts of `steps` steps of one kind.
+
+    The base is that of a Gaussian data law unless given; `settings` are the step kind's.
+    """
+
+    law = (MEAN, WIDTH)
 
     def __init__(
         self,
         kind: str = "flow_sde",
         steps: int = 6,
-        base: Callable = gaussian_velocity,
-        sigmas: np.ndarray | None = None,
+        base: Callable | None = None,
         prediction: str = "flow",
+        shift: float = 1.0,
+        **settings: float | bool,
     ) -> None:
-        self.base, self.kind, self.prediction = base, kind, prediction
-        self.sigmas = sd3_sigmas(steps, 1.0) if sigmas is None else sigmas
+        self.base, self.kind, self.prediction = base or gaussian_network(prediction), kind, prediction
+        self.config = STEPS[kind].Config(**settings)
+        # Not SD3's levels: the last but one is so small there that flow_ddim hardly has noise in a trained step.
+        self.sigmas = linear_sigmas(steps, shift) if prediction == "flow" else ddim_levels(steps)
         torch.manual_seed(0)
         self.adapters = {"default": Residual(), "old": Residual().requires_grad_(False)}
         self.adapters["old"].load_state_dict(self.adapters["default"].state_dict())
-        self.step = STEPS[kind](STEPS[kind].Config(), self.sigmas, prediction)
+        self.step = self.new_step()
+
+    def new_step(self) -> Step:
+        return STEPS[self.kind](self.config, self.sigmas, self.prediction)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -64,11 +87,20 @@ class ToyPolicy(Policy):
             v = self.base(x, sigma)
             return v if adapter is None else v + self.adapters[adapter](x, sigma)
 
-    def rollout(self, seeds: range, indices: tuple[int, ...] = (), adapter: str = "default") -> SimpleNamespace:
-        """What a sampler records for one sample a seed."""
-        step = STEPS[self.kind](STEPS[self.kind].Config(), self.sigmas, self.prediction)
-        own = np.tile(np.array(indices, dtype=np.int64), (len(seeds), 1))
-        path = denoise(lambda x, t: self.velocity(x, t, adapter), step, SHAPE, seeds, indices=own)
+    def rollout(
+        self,
+        seeds: range,
+        indices: Sequence[int] | np.ndarray = (),
+        adapter: str | None = "default",
+        noisy: Collection[int] | None = None,
+    ) -> SimpleNamespace:
+        """What a sampler records for one sample a seed: the steps `indices`, of all samples or [B, K] of each."""
+        own = np.array(indices, dtype=np.int64)
+        if own.ndim == 1:
+            own = np.tile(own, (len(seeds), 1))
+        path = denoise(
+            lambda x, t: self.velocity(x, t, adapter), self.new_step(), SHAPE, seeds, noisy=noisy, indices=own
+        )
         return SimpleNamespace(path=path, seeds=seeds, indices=torch.from_numpy(own))
 
     def batch(self, rollout: SimpleNamespace, advantages: torch.Tensor, turn: int = 0, moment: int = 0) -> Batch:

@@ -1,36 +1,47 @@
+import math
+
 import pytest
 import torch
 
-from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl, nft_policy_loss
+from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl, guarded_log_ratio, nft_policy_loss
+from align_cluster.rollouts.steps import gaussian_log_prob
 
 CLIP = 0.1
+MODES = ["no_dt", "exact_mean", "exact_sum"]
 
 
-def surrogate_gradient(log_ratio: float, advantage: float) -> tuple[float, float]:
-    """(loss, gradient with respect to the log-prob) of one sample."""
-    ratio = torch.tensor([log_ratio], requires_grad=True)
-    loss, _ = clipped_surrogate(ratio, torch.tensor([advantage]), CLIP, CLIP)
+def scalar_surrogate(log_ratio: float, advantage: float, low: float, high: float) -> tuple[float, float]:
+    """(loss, gradient with respect to the log-prob) of one sample: flat where its ratio has moved as far as asked."""
+    ratio = math.exp(log_ratio)
+    if advantage > 0 and ratio > 1 + high:
+        return -advantage * (1 + high), 0.0
+    if advantage < 0 and ratio < 1 - low:
+        return -advantage * (1 - low), 0.0
+    return -advantage * ratio, -advantage * ratio
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.1), (0.1, 0.3), (0.3, 0.1), (1e-4, 5e-4), (0.5, 1e-3)])
+def test_the_surrogate_and_its_gradient_are_those_of_a_loop_over_samples(low, high):
+    edges = [math.log(1 - low), math.log(1 + high)]
+    grid = [edge * factor for edge in edges for factor in (0.0, 0.5, 0.999, 1.001, 2.0)]
+    cases = [(log_ratio, advantage) for log_ratio in grid for advantage in (-2.0, -0.5, 0.0, 0.5, 2.0)]
+    log_ratio, advantage = torch.tensor(cases, dtype=torch.float64).T
+    loss, ratio = clipped_surrogate(log_ratio.requires_grad_(), advantage, low, high)
     loss.sum().backward()
-    return loss.item(), ratio.grad.item()
+    expected = torch.tensor([scalar_surrogate(*case, low, high) for case in cases], dtype=torch.float64)
+    torch.testing.assert_close(loss.detach(), expected[:, 0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(log_ratio.grad, expected[:, 1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ratio.detach(), log_ratio.detach().exp())
+    stopped = (expected[:, 1] == 0) & (advantage != 0)
+    assert stopped.sum() == 8  # two positive advantages at two ratios above, two negative ones at two below
 
 
 @pytest.mark.parametrize("advantage", [-2.0, -0.5, 0.0, 0.5, 2.0])
 def test_at_ratio_one_the_gradient_is_minus_the_advantage(advantage):
-    assert surrogate_gradient(0.0, advantage) == pytest.approx((-advantage, -advantage))
-
-
-@pytest.mark.parametrize(
-    ("log_ratio", "advantage", "clipped"),
-    [(0.2, 1.0, True), (-0.2, 1.0, False), (0.2, -1.0, False), (-0.2, -1.0, True), (0.05, 1.0, False)],
-)
-def test_only_a_ratio_that_has_moved_as_far_as_asked_stops_teaching(log_ratio, advantage, clipped):
-    loss, gradient = surrogate_gradient(log_ratio, advantage)
-    ratio = torch.tensor(log_ratio).exp().item()
-    if clipped:
-        edge = 1 + CLIP if log_ratio > 0 else 1 - CLIP
-        assert gradient == 0 and loss == pytest.approx(-advantage * edge)
-    else:
-        assert gradient == pytest.approx(-advantage * ratio) and loss == pytest.approx(-advantage * ratio)
+    log_ratio = torch.zeros(1, requires_grad=True)
+    loss, _ = clipped_surrogate(log_ratio, torch.tensor([advantage]), CLIP, 2 * CLIP)
+    loss.sum().backward()
+    assert (loss.item(), log_ratio.grad.item()) == pytest.approx((-advantage, -advantage))
 
 
 def test_the_surrogate_is_never_below_the_unclipped_one():
@@ -44,21 +55,87 @@ def test_the_surrogate_is_never_below_the_unclipped_one():
 def test_the_three_kl_conventions_are_the_exact_divergence_times_known_factors():
     generator = torch.Generator().manual_seed(0)
     mean, reference = (torch.randn(4, 3, 2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    std_t, dt = torch.tensor([1.4, 0.3, 2.0, 0.7], dtype=torch.float64), -0.1
-    std = std_t * (-dt) ** 0.5
-    laws = (torch.distributions.Normal(m, std.view(-1, 1, 1, 1)) for m in (mean, reference))
-    exact = torch.distributions.kl_divergence(*laws).flatten(1)
-    torch.testing.assert_close(gaussian_kl(mean, reference, std, std_t, "exact_sum"), exact.sum(1))
-    torch.testing.assert_close(gaussian_kl(mean, reference, std, std_t, "exact_mean"), exact.mean(1))
-    torch.testing.assert_close(gaussian_kl(mean, reference, std, std_t, "no_dt"), exact.mean(1) * -dt)
+    std_t, dt = torch.tensor([[1.4, 0.3, 2.0, 0.7], [-0.1, -0.02, -0.4, -0.2]], dtype=torch.float64)
+    std = std_t * torch.sqrt(-dt)
+    found = {mode: gaussian_kl(mean, reference, std, std_t, mode) for mode in MODES}
+    for i in range(4):
+        laws = (torch.distributions.Normal(m[i], std[i]) for m in (mean, reference))
+        exact = torch.distributions.kl_divergence(*laws)
+        torch.testing.assert_close(found["exact_sum"][i], exact.sum())
+        torch.testing.assert_close(found["exact_mean"][i], exact.mean())
+        torch.testing.assert_close(found["no_dt"][i], exact.mean() * -dt[i])
 
 
-@pytest.mark.parametrize("mode", ["no_dt", "exact_mean", "exact_sum"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_kl_of_equal_means_is_zero_and_so_is_its_gradient(mode):
     mean = torch.randn(2, 3, 4, 4).requires_grad_()
-    kl = gaussian_kl(mean, mean.detach(), torch.tensor(0.3), torch.tensor(0.9), mode)
+    kl = gaussian_kl(mean, mean.detach(), torch.tensor([0.3, 0.01]), torch.tensor([0.9, 0.1]), mode)
     kl.sum().backward()
     assert (kl == 0).all() and (mean.grad == 0).all()
+
+
+STDS = (0.006, 0.2, 0.7, 1.5)  # all that occurs, from a last step of ten to a first one
+
+
+def moved_step(draws: int, dims: int, std: float) -> dict[str, torch.Tensor]:
+    """`draws` noises of one step whose mean has moved since by about as much as its deviation; fp64."""
+    generator = torch.Generator().manual_seed(3)
+    old, shift = torch.randn(2, 1, dims, generator=generator, dtype=torch.float64)
+    z = torch.randn(draws, dims, generator=generator, dtype=torch.float64)
+    stds = torch.full((draws,), std, dtype=torch.float64)
+    old = old.expand(draws, dims)
+    mean = (old + std * shift / math.sqrt(dims)).requires_grad_()
+    log_prob, log_prob_old = (gaussian_log_prob(old + std * z, m, stds) for m in (mean, old))
+    guarded = guarded_log_ratio(log_prob - log_prob_old, mean, old, stds)
+    return {"z": z, "old": old, "mean": mean, "plain": log_prob - log_prob_old, "guarded": guarded}
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_a_guarded_log_ratio_is_the_shift_of_the_mean_along_the_noise(std):
+    step = moved_step(50, 24, std)
+    along = ((step["mean"] - step["old"]) * step["z"]).mean(1)
+    torch.testing.assert_close(step["guarded"], along, rtol=0, atol=1e-10)
+    (gradient,) = torch.autograd.grad(step["guarded"].sum(), step["mean"])
+    torch.testing.assert_close(gradient, step["z"] / 24, rtol=0, atol=1e-10)  # so the correction carries gradient
+
+
+def test_samples_at_different_steps_are_guarded_by_their_own_deviations():
+    generator = torch.Generator().manual_seed(0)
+    old, shift, z = torch.randn(3, len(STDS), 4, 2, 3, generator=generator, dtype=torch.float64)
+    stds = torch.tensor(STDS, dtype=torch.float64)
+    x_next, mean = old + stds.view(-1, 1, 1, 1) * z, old + 0.1 * shift
+    log_ratio = gaussian_log_prob(x_next, mean, stds) - gaussian_log_prob(x_next, old, stds)
+    guarded = guarded_log_ratio(log_ratio, mean, old, stds)
+    torch.testing.assert_close(guarded, 0.1 * (shift * z).mean((1, 2, 3)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_at_the_old_mean_a_guarded_ratio_is_one_and_its_gradient_the_deviation_times_the_plain_one(std):
+    z = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    stds, old = torch.full((6,), std, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64)
+    mean = old.clone().requires_grad_()
+    log_ratio = gaussian_log_prob(old + std * z, mean, stds) - gaussian_log_prob(old + std * z, old, stds)
+    guarded = guarded_log_ratio(log_ratio, mean, old, stds)
+    assert (guarded.exp() == 1).all()
+    (plain,) = torch.autograd.grad(log_ratio.sum(), mean, retain_graph=True)
+    (gradient,) = torch.autograd.grad(guarded.sum(), mean)
+    torch.testing.assert_close(gradient, std * plain, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_a_guarded_log_ratio_has_no_bias_and_a_plain_one_has_that_of_the_moved_mean(std):
+    draws, dims = 20_000, 16
+    step = moved_step(draws, dims, std)
+    mean, plain, guarded = (step[name].detach() for name in ("mean", "plain", "guarded"))
+    distance = float((mean - step["old"])[0].norm())
+    bias = -(distance**2) / (2 * std**2 * dims)
+    # Both are affine in z with deviations distance / (std dims) and distance / dims: five standard errors of the mean.
+    assert plain.mean().item() == pytest.approx(bias, abs=5 * distance / (std * dims) / math.sqrt(draws))
+    tolerance = 5 * distance / dims / math.sqrt(draws)
+    assert guarded.mean().item() == pytest.approx(0, abs=tolerance)
+    assert abs(bias) * std > 5 * tolerance  # a guard that left the bias in would be seen
+    # A sample deviation has a standard error of 1 / sqrt(2 draws) of it.
+    assert guarded.std().item() == pytest.approx(distance / dims, rel=5 / math.sqrt(2 * draws))
 
 
 def nft_example(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:

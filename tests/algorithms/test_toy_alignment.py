@@ -5,7 +5,11 @@ import torch
 from align_cluster.algorithms.advantage import AdvantageConfig, normalise
 from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
+from align_cluster.rollouts.sampler import recorded_indices
+from align_cluster.rollouts.windows import WINDOWS
+from align_cluster.types import Chunk, Prompt
 
+STEPS = 6
 UPDATES, IMAGES = 50, 64
 MODES = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
 WIDTH = 0.3
@@ -29,25 +33,89 @@ def mixture_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return ((flat - x0) / t).view_as(x)
 
 
-@pytest.mark.parametrize("kl_beta", [0.0, 0.01])
-def test_grpo_with_the_flow_sde_moves_points_to_the_target_in_50_updates(make_policy, kl_beta):
-    policy, algorithm = make_policy("flow_sde"), GRPO(GRPO.Config(kl_beta=kl_beta))
+RUNS = {
+    "flow_sde": {"policy": {"kind": "flow_sde"}},
+    "flow_sde and KL": {"policy": {"kind": "flow_sde"}, "grpo": {"kl_beta": 0.01}},
+    "flow_sde guarded, two updates a rollout": {
+        "policy": {"kind": "flow_sde"},
+        "grpo": {"ratio": "guard", "clip": 0.01},
+        "reuse": 2,
+    },
+    "flow_sde in a sliding window": {
+        "policy": {"kind": "flow_sde"},
+        "window": {"kind": "sliding", "size": 2, "iters_per_group": 5},
+    },
+    "dance_sde, each sample its own steps": {
+        "policy": {"kind": "dance_sde", "truncate_timesteps": True},
+        "window": {"kind": "fraction", "choice": "per_sample", "fraction": 0.6},
+    },
+    "cps": {"policy": {"kind": "cps"}},
+    "flow_ddim": {"policy": {"kind": "flow_ddim"}},
+    "ddim": {"policy": {"kind": "ddim", "prediction": "epsilon"}},
+}
+
+
+def planned(update: int, settings: dict):
+    """(seeds, noisy steps, recorded steps [B, K]) of one rollout, as a run plans them."""
+    kind = WINDOWS[settings["kind"]]
+    window = kind(kind.Config(**settings)).plan(STEPS, update, update)
+    seeds = range(update * IMAGES, (update + 1) * IMAGES)
+    return seeds, window.noisy, recorded_indices(Chunk(update, 0, 0, Prompt(0, ""), tuple(seeds)), window)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_grpo_moves_points_to_the_target_in_50_updates(make_policy, run):
+    settings = {"window": {"kind": "fraction"}, "grpo": {}, "reuse": 1} | RUNS[run]
+    policy = make_policy(steps=STEPS, **settings["policy"])
+    algorithm = GRPO(GRPO.Config(**({"kl_beta": 0.0} | settings["grpo"])))
     optimizer = torch.optim.AdamW(policy.parameters, 2e-2)
-    target, scores = torch.tensor([1.5, -1.0]), []
+    target, gains, scores = torch.tensor([1.5, -1.0]), [], []
+
+    def reward(rollout) -> torch.Tensor:
+        return -((rollout.path.x0.flatten(1) - target) ** 2).sum(1)
+
     for update in range(UPDATES):
-        rollout = policy.rollout(range(update * IMAGES, (update + 1) * IMAGES), tuple(range(5)))
-        rewards = -((rollout.path.x0.flatten(1) - target) ** 2).sum(1)
-        scores.append(rewards.mean().item())
-        credited, turns = credit(rewards, "group"), algorithm.turns(6, 5)
+        if update % settings["reuse"] == 0:
+            seeds, noisy, indices = planned(update, settings["window"])
+            rollout = policy.rollout(seeds, indices, noisy=noisy)
+            rewards, untrained = reward(rollout), reward(policy.rollout(seeds, adapter=None, noisy=noisy))
+            scores.append(untrained.mean().item())
+            gains.append(rewards.mean().item() - scores[-1])
+            credited, turns = credit(rewards, "group"), algorithm.turns(STEPS, indices.shape[1])
         optimizer.zero_grad()
         for turn in range(turns):
             loss, metrics = algorithm.loss(policy, policy.batch(rollout, credited, turn, update))
-            assert metrics["log_ratio"].abs().max() < 1e-6  # one update a rollout is exactly on-policy
+            on_policy = update % settings["reuse"] == 0
+            assert on_policy == bool(metrics["log_ratio"].abs().max() < 1e-6)
             (loss.mean() / turns).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
         optimizer.step()
-    first, last = np.mean(scores[:5]), np.mean(scores[-5:])
-    assert last > first + 0.5 * abs(first), (first, last)
+    # Against the untrained policy with the same noise, whose gain is exactly the 0 of the first rollout.
+    assert gains[0] == 0 and np.mean(gains[-5:]) > 0.8 * abs(np.mean(scores[-5:])), (gains, scores)
+
+
+def test_outside_its_window_a_rollout_takes_ode_steps(make_policy):
+    policy = make_policy("flow_sde", steps=STEPS)
+    path = policy.rollout(range(IMAGES), range(STEPS), noisy=(2, 3)).path
+    for k in range(STEPS):
+        x, level = path.before[:, k], torch.full((IMAGES,), float(policy.sigmas[k]))
+        ode = policy.step.advance(k, x, policy.velocity(x, level).detach())
+        assert torch.equal(path.after[:, k], ode) == (k not in (2, 3))
+
+
+@pytest.mark.parametrize(("kind", "prediction"), [("euler", "flow"), ("ddim", "epsilon"), ("ddim", "v")])
+def test_the_untrained_toys_follow_the_exact_flow_of_their_data_law(make_policy, kind, prediction):
+    policy, seeds = make_policy(kind, steps=400, prediction=prediction), range(16)
+    x0 = policy.rollout(seeds, noisy=()).path.x0
+    noise = torch.stack([torch.randn(2, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    mean, width = policy.law
+    laws = []
+    for s in policy.sigmas[[0, -1]]:  # x is normal at each level, and keeps its quantile
+        a = 1 - s if prediction == "flow" else np.sqrt(1 - s**2)
+        laws.append((a * mean, np.sqrt((a * width) ** 2 + s**2)))
+    (mean_before, std_before), (mean_after, std_after) = laws
+    exact = mean_after + std_after * (noise - mean_before) / std_before
+    torch.testing.assert_close(x0, exact.float(), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])

@@ -19,7 +19,8 @@ class GRPO(Algorithm):
 
         `kl_mode` says what `kl_beta` multiplies; see `terms.gaussian_kl`. The published values use no_dt.
         `ratio: guard` normalises ratios as GRPO-Guard does; `guard_weight: inverse_dt` divides each step's loss by its
-        -dt as the official code does (some re-implementations leave that out). Clip ranges must be tuned anew.
+        -dt as the official code does for flow models (some re-implementations leave that out). Clip ranges must be
+        tuned anew.
         """
 
         kind: Literal["grpo"] = "grpo"
@@ -52,7 +53,7 @@ class GRPO(Algorithm):
         metrics = {"log_ratio": log_ratio.detach()}
         weight = 1.0
         if config.ratio == "guard":
-            log_ratio = guarded_log_ratio(log_ratio, mean, batch.means[:, turn], std)
+            log_ratio = guarded_log_ratio(x_next, mean, batch.means[:, turn], std)
             if config.guard_weight == "inverse_dt":
                 levels = torch.tensor(batch.sigmas, device=x.device)  # a copy: records may be read-only
                 weight = 1 / (levels[k] - levels[k + 1]).float()

@@ -31,15 +31,15 @@ def gaussian_kl(
 
 
 def guarded_log_ratio(
-    log_ratio: torch.Tensor, mean: torch.Tensor, mean_old: torch.Tensor, std: torch.Tensor
+    x_next: torch.Tensor, mean: torch.Tensor, mean_old: torch.Tensor, std: torch.Tensor
 ) -> torch.Tensor:
-    """GRPO-Guard's normalised log-ratio [B] (arXiv 2510.22319): (log ratio + KL to the old step) x std.
+    """GRPO-Guard's normalised log-ratio [B] (arXiv 2510.22319): (log ratio + KL to the old step) x std, without bias
+    and on one scale at all noise levels.
 
-    It equals mean_d((mu - mu_old) z) with z = (x_next - mu_old) / std: without bias, and on one scale at all noise
-    levels.
+    Computed as mean_d((mu - mu_old) z) with z = (x_next - mu_old) / std, which is the same: the difference of two
+    log-densities would round away a good part of the published clip range of 2e-6.
     """
-    bias = ((mean - mean_old) ** 2).flatten(1).mean(1) / (2 * std**2)
-    return (log_ratio + bias) * std
+    return ((mean - mean_old) * (x_next - mean_old)).flatten(1).mean(1) / std
 
 
 def nft_policy_loss(

@@ -86,7 +86,7 @@ def moved_step(draws: int, dims: int, std: float) -> dict[str, torch.Tensor]:
     old = old.expand(draws, dims)
     mean = (old + std * shift / math.sqrt(dims)).requires_grad_()
     log_prob, log_prob_old = (gaussian_log_prob(old + std * z, m, stds) for m in (mean, old))
-    guarded = guarded_log_ratio(log_prob - log_prob_old, mean, old, stds)
+    guarded = guarded_log_ratio(old + std * z, mean, old, stds)
     return {"z": z, "old": old, "mean": mean, "plain": log_prob - log_prob_old, "guarded": guarded}
 
 
@@ -96,7 +96,7 @@ def test_a_guarded_log_ratio_is_the_shift_of_the_mean_along_the_noise(std):
     along = ((step["mean"] - step["old"]) * step["z"]).mean(1)
     torch.testing.assert_close(step["guarded"], along, rtol=0, atol=1e-10)
     (gradient,) = torch.autograd.grad(step["guarded"].sum(), step["mean"])
-    torch.testing.assert_close(gradient, step["z"] / 24, rtol=0, atol=1e-10)  # so the correction carries gradient
+    torch.testing.assert_close(gradient, step["z"] / 24, rtol=0, atol=1e-10)
 
 
 def test_samples_at_different_steps_are_guarded_by_their_own_deviations():
@@ -105,7 +105,9 @@ def test_samples_at_different_steps_are_guarded_by_their_own_deviations():
     stds = torch.tensor(STDS, dtype=torch.float64)
     x_next, mean = old + stds.view(-1, 1, 1, 1) * z, old + 0.1 * shift
     log_ratio = gaussian_log_prob(x_next, mean, stds) - gaussian_log_prob(x_next, old, stds)
-    guarded = guarded_log_ratio(log_ratio, mean, old, stds)
+    guarded = guarded_log_ratio(x_next, mean, old, stds)
+    bias = ((mean - old) ** 2).mean((1, 2, 3)) / (2 * stds**2)
+    torch.testing.assert_close(guarded, (log_ratio + bias) * stds, rtol=0, atol=1e-10)  # the paper's form
     torch.testing.assert_close(guarded, 0.1 * (shift * z).mean((1, 2, 3)), rtol=0, atol=1e-10)
 
 
@@ -115,7 +117,7 @@ def test_at_the_old_mean_a_guarded_ratio_is_one_and_its_gradient_the_deviation_t
     stds, old = torch.full((6,), std, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64)
     mean = old.clone().requires_grad_()
     log_ratio = gaussian_log_prob(old + std * z, mean, stds) - gaussian_log_prob(old + std * z, old, stds)
-    guarded = guarded_log_ratio(log_ratio, mean, old, stds)
+    guarded = guarded_log_ratio(old + std * z, mean, old, stds)
     assert (guarded.exp() == 1).all()
     (plain,) = torch.autograd.grad(log_ratio.sum(), mean, retain_graph=True)
     (gradient,) = torch.autograd.grad(guarded.sum(), mean)

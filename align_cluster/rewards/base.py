@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 
 from align_cluster.config.base import Section
 from align_cluster.types import Prompt
@@ -50,3 +51,11 @@ class Reward(ABC):
     @abstractmethod
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Score images uint8 [B, H, W, 3], one prompt an image."""
+
+
+class DifferentiableReward(Reward):
+    """A reward with a gradient to the pixels."""
+
+    @abstractmethod
+    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """Scores fp32 [B] of images float [B, 3, H, W] in [0, 1], equal to `score` within 1e-3."""

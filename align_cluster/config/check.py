@@ -87,18 +87,19 @@ def exploration_fits_backbone(config: RunConfig) -> Problems:
 
 
 def noise_tells_members_apart(config: RunConfig) -> Problems:
-    kind = config.step_kind.kind
-    if config.rollout.same_noise and not STEPS[kind].has_density:
+    kind, algorithm = config.step_kind.kind, ALGORITHMS[config.algorithm.kind]
+    if config.rollout.same_noise and not STEPS[kind].has_density and not algorithm.needs_density:
         yield (
-            f"rollout.same_noise starts a whole group from one noise, and rollout.step.kind {kind} adds none, so all "
-            "its images would be the same; set rollout.same_noise to false"
+            f"rollout.same_noise starts a whole group from one noise, and rollout.step.kind {kind} adds none, so its "
+            "images would repeat one another; set rollout.same_noise to false"
         )
 
 
 def step_fits_backbone(config: RunConfig) -> Problems:
     kind, prediction = config.step_kind.kind, BACKBONES[config.backbone.kind].prediction
     if prediction not in STEPS[kind].predictions:
-        able = [name for name, step in STEPS.items() if prediction in step.predictions]
+        dense = ALGORITHMS[config.algorithm.kind].needs_density
+        able = [name for name, step in STEPS.items() if prediction in step.predictions and dense <= step.has_density]
         yield (
             f"rollout.step.kind is {kind}, and backbone.kind {config.backbone.kind} predicts {prediction}; "
             f"set it to one of {', '.join(able)}"

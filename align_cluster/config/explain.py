@@ -43,7 +43,7 @@ ORDER = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found", "missing
 def explain(error: ValidationError, source: str, overridden: set[str]) -> list[str]:
     """One sentence a mistake, most useful first. `overridden` are the dotted paths that came from --set."""
     errors = sorted(error.errors(), key=lambda e: ORDER.index(e["type"]) if e["type"] in ORDER else len(ORDER))
-    lines, meant = [], set()
+    lines, meant, last = [], set(), None
     for item in errors:
         if any(other["loc"][:-1] == item["loc"] for other in errors):
             continue  # a list without its wrong entries is also too short: the entries say it better
@@ -69,15 +69,19 @@ def explain(error: ValidationError, source: str, overridden: set[str]) -> list[s
             lines.append(f"{where}: {no_mapping(dotted, annotation, item['input'])}")
         elif item["loc"][-1] == "[key]":
             lines.append(f"{where}: {dotted} is no setting; {allowed(item)}")
+        elif dotted == last:  # the next alternative of a setting that may hold several things
+            lines[-1] += f", or {allowed(item).removeprefix('it must be ')}"
         else:
             lines.append(f"{where}: {dotted} is {short(item['input'])}; {allowed(item)}")
+        last = dotted
     return lines
 
 
 def locate(loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel], Any]:
     """(dotted path, the model that holds its last key, the annotation there) of an error's `loc`.
 
-    pydantic puts the kind of a discriminated block into `loc` too; users never wrote it as a key, so it is left out.
+    pydantic puts the kind of a discriminated block into `loc` too, and which alternative of a setting it tried; users
+    never wrote these as keys, so they are left out.
     """
     path: list[str] = []
     owner, annotation = RunConfig, RunConfig
@@ -87,6 +91,8 @@ def locate(loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel], Any]:
         models = list(sections(annotation))
         if len(models) > 1:
             annotation = next(model for model in models if kind_of(model) == part)
+            continue
+        if not models and is_union(annotation):
             continue
         path.append(str(part))
         if models:
@@ -107,6 +113,12 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
     elif get_origin(annotation) in (Union, types.UnionType):
         for alternative in get_args(annotation):
             yield from sections(alternative)
+
+
+def is_union(annotation: Any) -> bool:
+    """Whether there are several alternatives besides null."""
+    alternatives = set(get_args(annotation)) - {type(None)}
+    return get_origin(annotation) in (Union, types.UnionType) and len(alternatives) > 1
 
 
 def kind_of(model: type[BaseModel]) -> str:

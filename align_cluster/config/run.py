@@ -41,7 +41,7 @@ class RolloutConfig(Section):
     window: one_of(WINDOWS) | None = None
     same_noise: bool = False
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: the whole group")
+    chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: group_size")
 
 
 class OptimizerConfig(Section):

@@ -134,7 +134,7 @@ class Crew:
             window.plan(rollout.steps, step, step_seed(self.config, step)) if window else None,
             self.algorithm.needs_means,
             rollout.schedule,
-            self.config.exploration.rho if self.config.exploration else 1.0,
+            self.config.exploration.rho if self.config.conditions > 1 else 1.0,
         )
 
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:

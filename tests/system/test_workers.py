@@ -12,12 +12,13 @@ from align_cluster.cluster.pool import Pool, stream
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import Dpm2, FlowSde
+from align_cluster.rollouts.windows import Window
 from align_cluster.types import Condition, Prompt
 from align_cluster.weights import check, publish
 
 PROMPTS = [Prompt(0, "a photo of a red circle"), Prompt(1, "a photo of two blue squares")]
 CHUNKS = plan_step(PROMPTS, seed=0, step=0, prompts_per_step=2, group_size=4, chunk=4)
-SDE = DrawRequest(1, 4, FlowSde.Config(), indices=(0, 2))
+SDE = DrawRequest(1, 4, FlowSde.Config(), window=Window((0, 1, 2, 3), (0, 2), 2))
 ODE = DrawRequest(1, 4, Dpm2.Config())
 
 

@@ -1,8 +1,12 @@
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.sd3 import SD3
+from align_cluster.cli import main
 from align_cluster.config.check import check
 from align_cluster.config.load import load
 from align_cluster.types import UserError
@@ -108,3 +112,155 @@ def test_every_shipped_run_file_is_valid(file):
 def test_the_quickstart_runs_with_the_other_algorithm():
     config = load(ROOT / "configs/quickstart.yaml", ["algorithm.kind=grpo"])
     assert check(config) == [] and config.algorithm.kind == "grpo"
+
+
+# -------------------------------------------------------------------------------- exploration, windows, shaping, credit
+
+E2PO, GRPO = ["exploration.kind=e2po", "exploration.conditions=4"], ["algorithm.kind=grpo"]
+SLAS = ["advantage.shaping.kind=slas", "advantage.std=batch"]
+ADAPTIVE = [*SLAS, "advantage.shaping.gamma=adaptive"]
+TWO_UPDATES = ["advantage.std=batch", "learner.updates_per_step=2"]
+
+REFUSED = [
+    ([*E2PO, "rollout.chunk=7"], ["rollout.chunk is 7", "group_size x exploration.conditions = 24", "6 or 8"]),
+    ([*E2PO, "rollout.chunk=48"], ["rollout.chunk is 48", "= 24", "12 or 24"]),
+    ([*E2PO, "learner.micro_batch=7"], ["learner.micro_batch is 7", "chunks of 6", "at most 6"]),
+    ([*E2PO, "learner.updates_per_step=17"], ["learner.updates_per_step is 17", "16 chunks", "at most 16"]),
+    (["exploration.conditions=1", "rollout.group_size=1"], ["rollout.group_size is 1", "2 or more"]),
+    (["exploration.conditions=0"], ["exploration.conditions is 0", "above 0"]),
+    (["exploration.conditions=-3"], ["exploration.conditions is -3", "above 0"]),
+    (["exploration.rho=0"], ["exploration.rho is 0", "above 0"]),
+    (["exploration.rho=1.2"], ["exploration.rho is 1.2", "at most 1"]),
+    (["exploration.mu=-2"], ["exploration.mu is -2", "at least -1"]),
+    ([*SLAS, "advantage.shaping.gamma=-1"], ["advantage.shaping.gamma is -1", "at least 0, or 'adaptive'"]),
+    (
+        [*SLAS, "advantage.shaping.gamma=adaptiv"],
+        ["advantage.shaping.gamma is 'adaptiv'", "a number, or 'adaptive'", "did you mean adaptive?"],
+    ),
+    ([SLAS[0]], ["advantage.shaping is slas", "advantage.std is group", "set it to batch (or global)"]),
+    ([SLAS[0], "advantage.std=none"], ["advantage.shaping is slas", "advantage.std is none", "batch (or global)"]),
+    (ADAPTIVE, ["advantage.shaping.gamma is adaptive", "needs log-probs", "nft has none", "number such as 0.5"]),
+    (
+        [*GRPO, *ADAPTIVE, "advantage.shaping.order=shape_then_norm"],
+        ["advantage.shaping.gamma is adaptive", "updates of one size", "order to norm_then_shape"],
+    ),
+    ([*GRPO, *ADAPTIVE, "learner.zero_stage=3"], ["gamma is adaptive", "learner.zero_stage is 3", "set it to 2"]),
+    ([*TWO_UPDATES, "rollout.chunk=3"], ["advantage.std is batch", "updates_per_step 2 splits", "chunk to 6"]),
+    ([*TWO_UPDATES, *E2PO], ["advantage.std is batch", "updates_per_step 2 splits", "rollout.chunk to 24"]),
+    ([*GRPO, "rollout.window.kind=sliding"], ["rollout.window.size is 4", "rollout of 4 steps", "at most 3"]),
+    (
+        [*GRPO, "rollout.window.kind=fast", "rollout.window.size=3"],
+        ["rollout.window.size is 3", "first half of a rollout of 4 steps has 2", "at most 2"],
+    ),
+    (
+        [*GRPO, "rollout.window.kind=fast", "rollout.window.range=[0, 4]"],
+        ["rollout.window.range ends at 4", "3 that can be trained", "end at 3 or before"],
+    ),
+    (
+        [*GRPO, "rollout.window.kind=fast", "rollout.window.range=[0, 1]"],
+        ["rollout.window.size is 2", "rollout.window.range has 1", "at most 1"],
+    ),
+    (
+        [*GRPO, "rollout.window.kind=fast", "rollout.window.range=[2, 2]"],
+        ["rollout.window.range is [2, 2]", "holds no step"],
+    ),
+    ([*GRPO, "rollout.window.kind=fraction", "rollout.window.fraction=0"], ["rollout.window.fraction is 0", "above 0"]),
+    ([*GRPO, "rollout.window.kind=slide"], ["rollout.window.kind is 'slide'", "did you mean sliding?"]),
+    (
+        ["rollout.window.kind=sliding", "rollout.window.size=2"],
+        ["rollout.window", "algorithm.kind nft trains none", "leave rollout.window out"],
+    ),
+    (
+        [*GRPO, "rollout.window.kind=fast", "rollout.step.kind=dpm2"],
+        ["rollout.step.kind is dpm2", "no density", "flow_sde", "or leave rollout.step out"],
+    ),
+    (
+        ["rollout.step.kind=ddim"],
+        ["rollout.step.kind is ddim", "sd3 predicts flow", "euler, dpm2, flow_sde, dance_sde, cps, flow_ddim"],
+    ),
+    (
+        [*GRPO, "rollout.step.kind=ddim"],
+        ["rollout.step.kind is ddim", "predicts flow", "one of flow_sde, dance_sde, cps, flow_ddim"],
+    ),
+    (
+        [*GRPO, "algorithm.ratio=guard", "rollout.step.kind=cps"],
+        ["algorithm.ratio is guard", "Gaussian density", "flow_sde or dance_sde", "algorithm.ratio to plain"],
+    ),
+    (["rollout.same_noise=true"], ["rollout.same_noise", "dpm2 adds none", "same_noise to false"]),
+    ([*E2PO, "rollout.same_noise=true", "rollout.step.kind=euler"], ["rollout.same_noise", "euler adds none"]),
+    (
+        [*GRPO, "rollout.same_noise=true", "rollout.step.kind=euler"],
+        ["rollout.step.kind is euler", "no density", "flow_sde"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), REFUSED, ids=[" ".join(refused[0]) for refused in REFUSED])
+def test_what_the_new_settings_cannot_do_is_one_sentence_and_exit_code_2(text, tmp_path, capsys, overrides, parts):
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["validate", str(tmp_path / "run.yaml"), "--set", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(part in err for part in parts), err
+
+
+REMEDIES = [
+    [*E2PO, "rollout.chunk=8"],
+    [*E2PO, "rollout.chunk=24"],
+    [*E2PO, "rollout.group_size=1"],  # conditions alone are compared, too
+    [*E2PO, "exploration.rho=1"],
+    [*SLAS, "advantage.shaping.gamma=0"],
+    [*SLAS, "advantage.std=global"],
+    [*GRPO, *ADAPTIVE],
+    [*TWO_UPDATES, "rollout.chunk=6"],
+    [*TWO_UPDATES, *E2PO, "rollout.chunk=24"],
+    ["advantage.std=batch", *E2PO],  # one update holds all groups
+    [*GRPO, "rollout.window.kind=sliding", "rollout.window.size=3"],
+    [*GRPO, "rollout.window.kind=fast", "rollout.window.range=[1, 3]"],
+    [*GRPO, "rollout.window.kind=fraction", "rollout.window.choice=per_sample"],
+    [*GRPO, "algorithm.ratio=guard", "rollout.step.kind=dance_sde"],
+    [*GRPO, "rollout.same_noise=true"],
+    [*GRPO, *E2PO, "rollout.schedule.kind=flux"],
+]
+
+
+@pytest.mark.parametrize("overrides", REMEDIES, ids=[" ".join(remedy) for remedy in REMEDIES])
+def test_the_nearest_valid_choices_are_valid_and_bring_no_notes(run_config, overrides):
+    assert check(run_config(*overrides)) == []
+
+
+def test_exploring_a_backbone_without_a_clip_encoder_is_refused_with_one_that_has_it(run_config, monkeypatch):
+    class Plain(SD3):
+        class Config(SD3.Config):
+            kind: Literal["plain"] = "plain"
+
+        explorable = False
+
+    monkeypatch.setitem(BACKBONES, "plain", Plain)
+    config = run_config(*E2PO).model_copy(update={"backbone": Plain.Config()})
+    with pytest.raises(UserError) as caught:
+        check(config)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("exploration.kind is e2po")
+    for part in ("CLIP text encoder", "backbone.kind plain has none", "set backbone.kind to sd3"):
+        assert part in message
+    assert check(config.model_copy(update={"exploration": None})) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["exploration.kind=e2po", "exploration.conditions=1"], ["exploration.conditions is 1", "nothing is explored"]),
+        (
+            ["learner.guidance_gradient=both"],
+            ["learner.guidance_gradient is both", "rollout.guidance 1 has no second branch"],
+        ),
+        (["rollout.step.kind=cps"], ["rollout.step.kind is cps", "nft has no use for", "dpm2"]),
+    ],
+)
+def test_a_setting_without_effect_is_noted_and_allowed(text, run_config, tmp_path, capsys, overrides, parts):
+    (note,) = check(run_config(*overrides))
+    assert all(part in note for part in parts), note
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["validate", str(tmp_path / "run.yaml"), "--set", *overrides]) == 0
+    assert capsys.readouterr().err == f"note: {note}\n"

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from align_cluster.config.plan import derive, table
-from align_cluster.types import UserError
+from align_cluster.prompts.groups import plan_step
+from align_cluster.types import Prompt, UserError
 
 
 def total_cpus(plan):
@@ -87,3 +88,44 @@ def test_the_table_says_everything_that_was_decided(run_config):
     text = table(plan)
     for part in ("2 x 0.45 CPU", "24, in 4 chunks of 6", "note: something to know"):
         assert part in text
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 8, 24])
+def test_the_plan_of_an_exploring_run_counts_the_chunks_that_are_drawn(run_config, chunk):
+    cut = [] if chunk is None else [f"rollout.chunk={chunk}"]
+    config = run_config("exploration.conditions=4", *cut)
+    plan = derive(config, 2, 0)
+    prompts = [Prompt(i, f"p{i}") for i in range(9)]
+    size = plan.chunk
+    drawn = plan_step(prompts, 0, 0, config.prompts_per_step, config.rollout.group_size, size, config.conditions)
+    assert size == (chunk or 6) and plan.chunks_per_step == len(drawn) == 4 * 24 / size
+    assert plan.images_per_step == sum(len(part.seeds) for part in drawn) == 4 * 6 * 4
+    assert all(len(part.seeds) == size for part in drawn)
+    assert plan.rollout_calls == len(drawn) * 4 and plan.micro_batches * plan.learners >= len(drawn)
+
+
+def test_one_condition_plans_like_no_exploration(run_config):
+    assert derive(run_config("exploration.conditions=1"), 4, 0) == derive(run_config(), 4, 0)
+    assert derive(run_config("exploration.conditions=3"), 4, 0) != derive(run_config(), 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("window", "turns"),
+    [
+        ([], 5),  # 99 % of 6 steps, cut down
+        (["kind=fraction", "fraction=1"], 5),  # the terminal step is never trained
+        (["kind=fraction", "fraction=0.5"], 3),
+        (["kind=fraction", "fraction=0.5", "choice=per_sample"], 2),  # half of the five that can be trained
+        (["kind=fraction", "fraction=0.01"], 1),
+        (["kind=sliding", "size=4"], 4),
+        (["kind=sliding", "size=2", "strategy=random"], 2),
+        (["kind=fast"], 2),
+        (["kind=fast", "size=3", "range=[1, 5]"], 3),
+    ],
+)
+def test_an_update_passes_over_a_sample_once_for_each_step_of_its_window(run_config, window, turns):
+    changes = [f"rollout.window.{setting}" for setting in window]
+    config = run_config("algorithm.kind=grpo", "rollout.steps=6", "rollout.guidance=2", *changes)
+    plan = derive(config, 2, 0)
+    assert plan.turns == turns == max(config.window.plan(6, step, step).keep for step in range(200))
+    assert plan.rollout_calls == 4 * 6 * 2, "a window changes what is trained, not how much is drawn"

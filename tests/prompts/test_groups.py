@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from align_cluster.prompts.groups import EVALUATION_STEP, epoch_order, member_seed, plan_evaluation, plan_step, spread
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import Chunk, Prompt, UserError
 
 PROMPTS = [Prompt(i, f"prompt {i}", {"tag": ("colors", "counting", "ocr")[i % 3]}) for i in range(23)]
 
@@ -87,3 +87,67 @@ def test_an_evaluation_counts_distinct_texts():
     assert spread(twice, 23) == spread(PROMPTS, 23)
     with pytest.raises(UserError, match="24 prompts.*there are 23; set evaluate.count to at most 23"):
         plan_evaluation(twice, 24, 1, 1, 0)
+
+
+# ----------------------------------------------------------------------------------------- grids of noises x conditions
+
+GRIDS = [(4, 12), (2, 4), (8, 3), (1, 5), (3, 2)]
+
+
+def group_of(chunks, group):
+    """(seed, noise, variant) of each member of a group, in order."""
+    own = [chunk for chunk in chunks if chunk.group == group]
+    assert [chunk.first for chunk in own] == [sum(len(c.seeds) for c in own[:i]) for i in range(len(own))]
+    return [member for chunk in own for member in zip(chunk.seeds, chunk.noises, chunk.variants, strict=True)]
+
+
+@pytest.mark.parametrize(("noises", "conditions"), GRIDS)
+def test_a_group_is_the_full_grid_condition_by_condition_however_it_is_cut(noises, conditions):
+    size = noises * conditions
+    for chunk in [d for d in range(1, size + 1) if size % d == 0]:
+        chunks = plan_step(PROMPTS, 3, 2, 2, noises, chunk, conditions)
+        assert all(len(part.seeds) == len(part.noises) == len(part.variants) == chunk for part in chunks)
+        for group in (0, 1):
+            members = group_of(chunks, group)
+            assert [variant for _, _, variant in members] == [k for k in range(conditions) for _ in range(noises)]
+            own = [member_seed(3, 2, group, g) for g in range(noises)]
+            assert [noise for _, noise, _ in members] == own * conditions
+            assert [seed for seed, _, _ in members] == [member_seed(3, 2, group, m) for m in range(size)]
+            assert len({(noise, variant) for _, noise, variant in members}) == size
+
+
+def test_different_prompts_and_steps_start_from_different_noises_and_all_members_have_their_own_seed():
+    members = [group_of(plan_step(PROMPTS, 5, step, 4, 3, 6, 4), g) for step in range(20) for g in range(4)]
+    assert len({noise for group in members for _, noise, _ in group}) == 20 * 4 * 3
+    assert len({seed for group in members for seed, _, _ in group}) == 20 * 4 * 3 * 4
+
+
+@pytest.mark.parametrize("conditions", [1, 3])
+def test_with_same_noise_a_group_has_one_noise_of_its_own_and_its_members_still_their_seeds(conditions):
+    chunks = plan_step(PROMPTS, 5, 1, 4, 6, 3, conditions, same_noise=True)
+    groups = [group_of(chunks, group) for group in range(4)]
+    for group, members in enumerate(groups):
+        assert {noise for _, noise, _ in members} == {member_seed(5, 1, group, 0)}
+        assert len({seed for seed, _, _ in members}) == 6 * conditions
+        assert [variant for _, _, variant in members] == [k for k in range(conditions) for _ in range(6)]
+    assert len({members[0][1] for members in groups}) == 4
+
+
+def test_one_condition_and_own_noises_are_chunks_that_say_nothing_of_either():
+    plain = [
+        Chunk(chunk.step, chunk.group, chunk.first, chunk.prompt, chunk.seeds)
+        for chunk in plan_step(PROMPTS, 5, 1, 4, 6, 3, conditions=1, same_noise=False)
+    ]
+    assert plan_step(PROMPTS, 5, 1, 4, 6, 3) == plain
+    assert all(chunk.noises == chunk.seeds and chunk.variants == (0,) * 3 for chunk in plain)
+
+
+def test_exploring_changes_neither_the_prompts_of_a_step_nor_how_their_originals_are_drawn():
+    plain, explored = (plan_step(PROMPTS, 5, 1, 4, 6, 6, conditions) for conditions in (1, 3))
+    originals = [chunk for chunk in explored if chunk.first == 0]
+    assert originals == plain and len(explored) == 3 * len(plain)
+
+
+def test_an_evaluation_draws_the_prompts_themselves():
+    chunks = plan_evaluation(PROMPTS, 5, 4, 2, 0)
+    assert all(chunk.noises == chunk.seeds and not any(chunk.variants) for chunk in chunks)

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import adapter_parameters
+from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
-from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
-from align_cluster.rollouts.schedule import LinearSchedule
-from align_cluster.rollouts.steps import Dpm2, Euler, FlowSde
-from align_cluster.rollouts.windows import Window
+from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint, recorded_indices
+from align_cluster.rollouts.schedule import FluxSchedule, LinearSchedule, Sd3Schedule, flux_sigmas, sd3_sigmas
+from align_cluster.rollouts.steps import STEPS as KINDS
+from align_cluster.rollouts.steps import Cps, DanceSde, Dpm2, Euler, FlowDdim, FlowSde
+from align_cluster.rollouts.windows import FractionWindow, Window
 from align_cluster.types import Chunk, Prompt
 from align_cluster.weights import check, publish
 
@@ -203,3 +205,121 @@ def test_the_fingerprint_changes_with_everything_that_decides_a_draw():
     prints += [fingerprint(two, request, "other"), fingerprint(two, request, "key", "perturbation")]
     assert len(set(prints)) == len(prints)
     assert fingerprint(chunk(1, 2), DrawRequest(**settings), "key") == prints[0]
+
+
+# ----------------------------------------------------------------------------------- windows, schedules, shared noises
+
+NOISY = [FlowSde.Config(), DanceSde.Config(), Cps.Config(), FlowDdim.Config()]
+
+
+def predicted(sampler, condition, x, sigma):
+    """The network's output for latents [B, C, H, W] of one prompt, batched as a draw batches it."""
+    text = TextBatch.build([condition] * len(x), None, torch.device("cpu"))
+    with torch.no_grad():
+        return sampler.backbone.velocity(sampler.denoiser, x, sigma, text.sequence, text.pooled)
+
+
+@pytest.mark.parametrize("kind", NOISY, ids=lambda config: config.kind)
+def test_steps_outside_the_window_are_eulers_bit_by_bit_and_only_those(tuned, conditions, kind):
+    sampler, window = tuned[0], Window((1,), tuple(range(STEPS)), STEPS)  # every step is recorded, one is noisy
+    _, _, record = sampler.draw(chunk(1, 2, 3), conditions[0], None, DrawRequest(5, STEPS, kind, window=window))
+    np.testing.assert_array_equal(record.after[:, :-1], record.before[:, 1:])
+    np.testing.assert_array_equal(record.after[:, -1], record.x0)
+    for k in range(STEPS):
+        x, sigma = torch.from_numpy(record.before[:, k]), record.sigmas[k]
+        v = predicted(sampler, conditions[0], x, torch.full((3,), float(sigma)))
+        euler = (x + v * torch.tensor(record.sigmas[k + 1] - sigma, dtype=torch.float32)).numpy()
+        ours = Euler(Euler.Config(), record.sigmas).advance(k, x, v).numpy()
+        np.testing.assert_allclose(ours, euler, rtol=0, atol=1e-6)
+        if k in window.noisy:
+            assert (np.abs(record.after[:, k] - ours).reshape(3, -1).max(1) > 1e-2).all()
+        else:
+            np.testing.assert_array_equal(record.after[:, k], ours)
+
+
+@pytest.mark.parametrize("kind", NOISY, ids=lambda config: config.kind)
+def test_a_draw_without_noisy_steps_is_eulers(base, conditions, kind):
+    nothing = DrawRequest(0, STEPS, kind, window=Window((), (), 0))
+    first = base[0].draw(chunk(1, 2), conditions[0], None, nothing)
+    second = base[0].draw(chunk(1, 2), conditions[0], None, DrawRequest(0, STEPS, Euler.Config()))
+    np.testing.assert_array_equal(first[1], second[1])
+    np.testing.assert_array_equal(first[2].x0, second[2].x0)
+
+
+def test_recorded_densities_are_recomputed_bitwise_and_those_of_the_window_only(tuned, conditions):
+    request = DrawRequest(5, STEPS, FlowSde.Config(), window=Window((1, 2), (1, 2), 2), means=True)
+    _, _, record = tuned[0].draw(chunk(1, 2, 3), conditions[0], None, request)
+    np.testing.assert_array_equal(record.indices, [[1, 2]] * 3)
+    step = FlowSde(FlowSde.Config(), record.sigmas)
+    for slot, k in enumerate((1, 2)):
+        x, x_next = (torch.from_numpy(part[:, slot]) for part in (record.before, record.after))
+        v = predicted(tuned[0], conditions[0], x, torch.full((3,), float(record.sigmas[k])))
+        mean, std, _ = step.mean(torch.full((3,), k), x, v)
+        np.testing.assert_array_equal(record.means[:, slot], mean.numpy())
+        log_prob = torch.distributions.Normal(mean, std.view(-1, 1, 1, 1)).log_prob(x_next).flatten(1).mean(1)
+        np.testing.assert_allclose(record.log_probs[:, slot], log_prob, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(record.log_probs[:, slot], step.density(mean, std, x_next).numpy())
+
+
+def test_means_are_recorded_only_where_they_are_asked_for_and_change_nothing_else(base, conditions):
+    request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 2))
+    plain = base[0].draw(chunk(1, 2), conditions[0], None, request)[2]
+    asked = base[0].draw(chunk(1, 2), conditions[0], None, replace(request, means=True))[2]
+    assert plain.means is None and asked.means.shape == asked.before.shape
+    for name in ("x0", "before", "after", "log_probs"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(asked, name))
+
+
+def test_a_members_own_steps_are_a_function_of_its_seed(base, conditions):
+    window = FractionWindow(FractionWindow.Config(fraction=0.7, choice="per_sample")).plan(STEPS, 0, 0)
+    assert (window.trained, window.keep) == ((0, 1, 2), 2)
+    request = DrawRequest(0, STEPS, FlowSde.Config(), window=window)
+    seeds = tuple(range(100, 116))
+    alone = np.concatenate([recorded_indices(chunk(seed), window) for seed in seeds])
+    np.testing.assert_array_equal(recorded_indices(chunk(*seeds), window), alone)
+    np.testing.assert_array_equal(recorded_indices(chunk(*seeds[::-1]), window), alone[::-1])
+    shared = replace(chunk(*seeds), noises=(1,) * 16, variants=(0, 1) * 8)
+    np.testing.assert_array_equal(recorded_indices(shared, window), alone)
+    assert len({tuple(row) for row in alone.tolist()}) > 3 and all(len(set(row)) == 2 for row in alone.tolist())
+    record = base[0].draw(chunk(*seeds[:4]), conditions[0], None, request)[2]
+    full = base[0].draw(chunk(*seeds[:4]), conditions[0], None, replace(request, window=noisy(0, 1, 2)))[2]
+    np.testing.assert_array_equal(record.indices, alone[:4])
+    np.testing.assert_array_equal(record.x0, full.x0)
+    rows = np.arange(4)[:, None]
+    for name in ("before", "after", "log_probs"):
+        np.testing.assert_array_equal(getattr(record, name), getattr(full, name)[rows, alone[:4]])
+
+
+def test_members_that_share_a_noise_start_from_one_latent_and_still_differ(base, conditions):
+    (shared,) = plan_step([Prompt(0, TEXT)], 0, 0, 1, 4, 4, same_noise=True)
+    (own,) = plan_step([Prompt(0, TEXT)], 0, 0, 1, 4, 4)
+    request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 1))
+    _, images, record = base[0].draw(shared, conditions[0], None, request)
+    np.testing.assert_array_equal(record.before[:, 0], np.stack([record.before[0, 0]] * 4))
+    assert len({part.tobytes() for part in record.after[:, 0]}) == len({image.tobytes() for image in images}) == 4
+    _, others, other = base[0].draw(own, conditions[0], None, request)
+    assert len({part.tobytes() for part in other.before[:, 0]}) == 4
+    np.testing.assert_array_equal(images[0], others[0])  # member 0's noise is the shared one, and its seed its own
+    assert (images[1] != others[1]).any()
+
+
+@pytest.mark.parametrize("kind", ["euler", "flow_sde"])
+def test_a_draw_has_the_levels_of_its_schedule(base, conditions, kind):
+    native = base[0].backbone.sigmas(STEPS)
+    tokens = base[0].backbone.image_tokens
+    linear = [1, 0.9, 0.75, 0.5, 0]  # 3 t / (1 + 2 t)
+    expected = [
+        (None, native),
+        (Sd3Schedule.Config(), sd3_sigmas(STEPS, 3.0)),
+        (LinearSchedule.Config(), linear),
+        (FluxSchedule.Config(), flux_sigmas(STEPS, tokens)),
+    ]
+    drawn = set()
+    for schedule, sigmas in expected:
+        request = DrawRequest(0, STEPS, KINDS[kind].Config(), window=noisy(0, 1) if kind == "flow_sde" else None)
+        request = replace(request, schedule=schedule) if schedule else request
+        _, images, record = base[0].draw(chunk(1, 2), conditions[0], None, request)
+        np.testing.assert_allclose(record.sigmas, sigmas, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(base[0].sigmas(request), record.sigmas)
+        drawn.add(images.tobytes())
+    assert len(drawn) == len(expected)

@@ -1,0 +1,118 @@
+"""What a run asks of its samplers: a function of its settings and the step alone, so no worker is needed."""
+
+import numpy as np
+import pytest
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.config.plan import derive
+from align_cluster.config.run import RunConfig
+from align_cluster.loop.crew import Crew
+from align_cluster.loop.driver import plan_chunks
+from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
+from align_cluster.rollouts.schedule import NativeSchedule
+from align_cluster.rollouts.steps import Euler
+from align_cluster.rollouts.windows import SlidingWindow
+from align_cluster.types import Chunk, Prompt
+
+TEXTS = ("a photo of a red circle", "a photo of two blue squares", "a photo of a green star")
+PROMPTS = [Prompt(i, text) for i, text in enumerate(TEXTS)]
+
+
+def settings(algorithm: dict | None = None, rollout: dict | None = None, **more) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "requests",
+            "steps": 9,
+            "prompts_per_step": 2,
+            "backbone": {"kind": "sd3", "precision": "fp32", "lora": {"rank": 4, "alpha": 6}},
+            "prompts": {"kind": "embedded"},
+            "rollout": {"group_size": 4, "steps": 4, **(rollout or {})},
+            "rewards": {"clip": {"kind": "clip_score"}},
+            "algorithm": {"kind": "nft", **(algorithm or {})},
+            "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}, "guidance": 2.0},
+            **more,
+        }
+    )
+
+
+def request(config: RunConfig, step: int | None) -> DrawRequest:
+    """What a crew that holds version 3 asks for; one without workers can say as well."""
+    crew = object.__new__(Crew)
+    crew.config, crew.version = config, 3
+    crew.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
+    return crew.request(step)
+
+
+def chunks(config: RunConfig, step: int) -> list[Chunk]:
+    return plan_chunks(config, PROMPTS, step, derive(config, 2, 0))
+
+
+RICH = settings(
+    {"kind": "grpo", "ratio": "guard"},
+    {
+        "step": {"kind": "dance_sde", "eta": 0.2},
+        "schedule": {"kind": "linear"},
+        "window": {"kind": "sliding", "size": 2, "iters_per_group": 1},
+        "guidance": 3.5,
+    },
+    exploration={"conditions": 3, "rho": 0.3},
+)
+
+
+def test_a_training_request_says_all_that_the_settings_say():
+    window = SlidingWindow(SlidingWindow.Config(size=2, iters_per_group=1))
+    for step in range(4):
+        asked, rollout = request(RICH, step), RICH.rollout
+        expected = DrawRequest(3, 4, rollout.step, 3.5, window.plan(4, step, 0), True, rollout.schedule, 0.3)
+        assert asked == expected
+    assert [request(RICH, step).window.trained for step in range(4)] == [(0, 1), (1, 2), (2,), (0, 1)]
+
+
+@pytest.mark.parametrize("config", [RICH, settings()], ids=["rich", "plain"])
+def test_an_evaluation_is_plain_ode_sampling_whatever_training_draws(config):
+    asked = request(config, None)
+    assert asked == DrawRequest(3, 4, Euler.Config(), 2.0)
+    assert isinstance(asked.schedule, NativeSchedule.Config) and asked.window is None and not asked.means
+
+
+def test_means_are_asked_for_by_the_guard_alone():
+    assert request(RICH, 0).means
+    assert not request(settings({"kind": "grpo"}), 0).means and not request(settings(), 0).means
+
+
+def test_an_algorithm_without_density_asks_for_no_window():
+    assert request(settings(), 0).window is None
+    assert request(settings({"kind": "grpo"}), 0).window.trained == (0, 1, 2)
+
+
+@pytest.mark.parametrize("algorithm", ["nft", "grpo"])
+def test_one_condition_is_no_exploration_down_to_the_fingerprint(algorithm):
+    plain = settings({"kind": algorithm})
+    single = settings({"kind": algorithm}, exploration={"conditions": 1, "rho": 0.4})
+    for step in (0, 5):
+        assert chunks(single, step) == chunks(plain, step)
+        assert request(single, step) == request(plain, step)
+        for chunk in chunks(plain, step):
+            ours, theirs = (fingerprint(chunk, request(config, step), "key") for config in (single, plain))
+            assert ours == theirs
+
+
+def test_one_condition_draws_the_images_of_no_exploration():
+    sampler, drawn = Sampler(settings().backbone), []
+    sampler.version = 3
+    condition = sampler.encode([TEXTS[0]])[0]
+    for exploration in (None, {"conditions": 1}):
+        config = settings(exploration=exploration)
+        drawn.append(sampler.draw(chunks(config, 1)[0], condition, None, request(config, 1)))
+    (info, images, record), (other_info, other_images, other) = drawn
+    np.testing.assert_array_equal(images, other_images)
+    np.testing.assert_array_equal(record.x0, other.x0)
+    assert info.fingerprint == other_info.fingerprint and info.chunk == other_info.chunk
+
+
+def test_exploration_and_shared_noise_reach_the_chunks_of_a_step():
+    explored = chunks(settings(exploration={"conditions": 3}), 1)
+    assert [chunk.variants for chunk in explored] == [(0,) * 4, (1,) * 4, (2,) * 4] * 2
+    assert len({chunk.noises for chunk in explored}) == 2
+    shared = chunks(settings({"kind": "grpo"}, {"same_noise": True}), 1)
+    assert all(len(set(chunk.noises)) == 1 and len(set(chunk.seeds)) == 4 for chunk in shared)

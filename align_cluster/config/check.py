@@ -1,23 +1,18 @@
 """What no single setting shows: combinations that cannot work, and prompts that do not fit. No model is loaded.
 
+Rules on settings alone are in `rules.py`; here are those that read the loaded prompts too.
 ADD A RULE HERE: a function that yields one sentence a problem (the path, what is wrong, the nearest valid choice), and
-its name in one of three tuples: RULES reads settings alone, PROMPT_RULES the loaded prompts too, NOTES never refuses.
+its name in PROMPT_RULES, or in NOTES, which never refuses.
 """
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
-
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.backbones import BACKBONES
+from align_cluster.config.rules import RULES, Problems
 from align_cluster.config.run import RunConfig
 from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.files import quoted
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.types import Prompt, UserError
-
-Problems = Iterator[str]
 
 
 def check(config: RunConfig) -> list[str]:
@@ -37,188 +32,6 @@ def _refuse(problems: Problems) -> None:
     sentences = list(problems)
     if sentences:
         raise UserError("\n".join(sentences))
-
-
-def chunk_divides_group(config: RunConfig) -> Problems:
-    size, chunk = config.group_members, config.rollout.chunk
-    if chunk and size % chunk:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
-        near = sorted(divisors, key=lambda d: abs(d - chunk))[:2]
-        group = "rollout.group_size" if config.conditions == 1 else "rollout.group_size x exploration.conditions ="
-        yield (
-            f"rollout.chunk is {chunk}, which does not divide {group} {size}; "
-            f"set it to {' or '.join(map(str, sorted(near)))}"
-        )
-
-
-def micro_batch_fits_chunk(config: RunConfig) -> Problems:
-    chunk = config.rollout.chunk or config.rollout.group_size
-    if (config.learner.micro_batch or 0) > chunk:
-        yield (
-            f"learner.micro_batch is {config.learner.micro_batch}, and images come in chunks of {chunk}; "
-            f"set it to at most {chunk}, or leave it out"
-        )
-
-
-def updates_have_work(config: RunConfig) -> Problems:
-    chunks = config.prompts_per_step * -(-config.group_members // (config.rollout.chunk or config.rollout.group_size))
-    if config.learner.updates_per_step > chunks:
-        yield (
-            f"learner.updates_per_step is {config.learner.updates_per_step}, and a step has {chunks} chunks to share "
-            f"out; set it to at most {chunks}"
-        )
-
-
-def groups_can_compare(config: RunConfig) -> Problems:
-    if config.group_members == 1:
-        yield (
-            "rollout.group_size is 1, and an advantage compares an image with others of its prompt; "
-            "set it to 2 or more (12 is usual)"
-        )
-
-
-def exploration_fits_backbone(config: RunConfig) -> Problems:
-    if config.exploration and not BACKBONES[config.backbone.kind].explorable:
-        able = " or ".join(kind for kind, backbone in BACKBONES.items() if backbone.explorable)
-        yield (
-            f"exploration.kind is e2po, which perturbs the token embeddings of a CLIP text encoder, and backbone.kind "
-            f"{config.backbone.kind} has none; leave exploration out, or set backbone.kind to {able}"
-        )
-
-
-def noise_tells_members_apart(config: RunConfig) -> Problems:
-    kind, algorithm = config.step_kind.kind, ALGORITHMS[config.algorithm.kind]
-    if config.rollout.same_noise and not STEPS[kind].has_density and not algorithm.needs_density:
-        yield (
-            f"rollout.same_noise starts a whole group from one noise, and rollout.step.kind {kind} adds none, so its "
-            "images would repeat one another; set rollout.same_noise to false"
-        )
-
-
-def step_fits_backbone(config: RunConfig) -> Problems:
-    kind, prediction = config.step_kind.kind, BACKBONES[config.backbone.kind].prediction
-    if prediction not in STEPS[kind].predictions:
-        dense = ALGORITHMS[config.algorithm.kind].needs_density
-        able = [name for name, step in STEPS.items() if prediction in step.predictions and dense <= step.has_density]
-        yield (
-            f"rollout.step.kind is {kind}, and backbone.kind {config.backbone.kind} predicts {prediction}; "
-            f"set it to one of {', '.join(able)}"
-        )
-
-
-def window_fits(config: RunConfig) -> Problems:
-    if config.window is None:
-        if config.rollout.window is not None:
-            yield (
-                f"rollout.window says which noisy steps are trained, and algorithm.kind {config.algorithm.kind} trains "
-                "none; leave rollout.window out"
-            )
-    elif config.rollout.steps > 1:
-        problem = config.window.problem(config.rollout.steps)
-        if problem:
-            yield problem
-
-
-def guard_has_a_density(config: RunConfig) -> Problems:
-    if getattr(config.algorithm, "ratio", "plain") == "guard" and config.step_kind.kind == "cps":
-        yield (
-            "algorithm.ratio is guard, which needs a normalised Gaussian density, and rollout.step.kind cps has none; "
-            "set rollout.step.kind to flow_sde or dance_sde, or algorithm.ratio to plain"
-        )
-
-
-def batches_hold_whole_groups(config: RunConfig) -> Problems:
-    chunk, updates = config.rollout.chunk or config.rollout.group_size, config.learner.updates_per_step
-    if config.advantage.std == "batch" and updates > 1 and chunk < config.group_members:
-        yield (
-            f"advantage.std is batch, and learner.updates_per_step {updates} splits groups between batches, whose "
-            f"deviations then say little; set rollout.chunk to {config.group_members}, or advantage.std to global"
-        )
-
-
-def shaping_has_its_scale(config: RunConfig) -> Problems:
-    shaping = config.advantage.shaping
-    if shaping is None:
-        return
-    if config.advantage.std in ("group", "none"):
-        yield (
-            f"advantage.shaping is slas, which takes the batch's deviation in place of the prompt's, and advantage.std "
-            f"is {config.advantage.std}; set it to batch (or global)"
-        )
-    if shaping.gamma == "adaptive":
-        if config.window is None:
-            yield (
-                f"advantage.shaping.gamma is adaptive, which needs log-probs, and algorithm.kind "
-                f"{config.algorithm.kind} has none; set it to a number such as 0.5"
-            )
-        if shaping.order == "shape_then_norm":
-            yield (
-                "advantage.shaping.gamma is adaptive, and advantage.shaping.order shape_then_norm gives updates of one "
-                "size whatever gamma is; set order to norm_then_shape"
-            )
-        if config.learner.zero_stage == 3:
-            yield (
-                "advantage.shaping.gamma is adaptive, which needs whole parameters on every rank, and "
-                "learner.zero_stage is 3; set it to 2, or gamma to a number such as 0.5"
-            )
-
-
-def step_has_density(config: RunConfig) -> Problems:
-    algorithm = ALGORITHMS[config.algorithm.kind]
-    if not algorithm.needs_density:
-        return
-    if config.rollout.step and not STEPS[config.rollout.step.kind].has_density:
-        yield (
-            f"rollout.step.kind is {config.rollout.step.kind}, which has no density, and algorithm.kind "
-            f"{config.algorithm.kind} needs one; set it to {algorithm.default_step}, or leave rollout.step out"
-        )
-    if config.rollout.steps < 2:
-        yield (
-            f"rollout.steps is {config.rollout.steps}, and the last step of a rollout has no density for "
-            f"algorithm.kind {config.algorithm.kind}; set it to 2 or more (10 is usual)"
-        )
-
-
-def timesteps_exist(config: RunConfig) -> Problems:
-    timesteps = getattr(config.algorithm, "timesteps", None)
-    if timesteps and timesteps > config.rollout.steps:
-        yield (
-            f"algorithm.timesteps is {timesteps}, and a rollout has {config.rollout.steps} noise levels; "
-            f"set it to at most {config.rollout.steps}, or leave it out"
-        )
-
-
-def something_is_trained_on(config: RunConfig) -> Problems:
-    trained = [name for name, reward in config.rewards.items() if reward.role == "train"]
-    first = next(iter(config.rewards))
-    if not trained:
-        yield f"rewards: all have role monitor, so there is nothing to train on; set rewards.{first}.role to train"
-    elif all(config.rewards[name].weight == 0 for name in trained):
-        yield f"rewards: every trained one has weight 0; set rewards.{trained[0]}.weight to 1, or another weight but 0"
-
-
-def backbone_exists(config: RunConfig) -> Problems:
-    path = config.backbone.path
-    if path == "embedded":
-        return
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").exists():
-            yield f"backbone.path is {path}, a folder without model_index.json; give the folder of a diffusers pipeline"
-    elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        yield (
-            f"backbone.path is {path}, which is no folder here and no hub id; give embedded, a folder, "
-            "or an id such as stabilityai/stable-diffusion-3.5-medium"
-        )
-
-
-def embedded_knows_its_words(config: RunConfig) -> Problems:
-    for where, source in (("prompts", config.prompts), ("evaluate.prompts", config.evaluate.prompts)):
-        if config.backbone.path == "embedded" and source.kind == "geneval":
-            yield (
-                f"{where}.kind is geneval, whose objects the embedded model never saw; set it to embedded, "
-                "or set backbone.path to a real model"
-            )
 
 
 def enough_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
@@ -280,6 +93,15 @@ def settings_without_effect(config: RunConfig, train: list[Prompt], held_out: li
         yield "exploration.conditions is 1, the original prompt alone: nothing is explored"
 
 
+def vanishing_noise(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    plain = getattr(config.algorithm, "ratio", "guard") == "plain"
+    if config.step_kind.kind == "flow_ddim" and plain and config.rollout.schedule.kind in ("native", "sd3"):
+        yield (
+            "rollout.step.kind is flow_ddim, whose noise vanishes at the small last levels of SD3's schedule, and the "
+            "gradient is largest there; rollout.schedule.kind linear or algorithm.ratio guard learns better"
+        )
+
+
 def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
     kinds = [reward.kind for reward in config.rewards.values() if reward.role == "train"]
     lost = [prompt.text for prompt in train if not any(judges(kind, prompt) for kind in kinds)]
@@ -290,26 +112,8 @@ def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: lis
             yield f"rewards.{name} judges none of the held-out prompts: {NEEDS[reward.kind]}"
 
 
-RULES = (
-    chunk_divides_group,
-    micro_batch_fits_chunk,
-    updates_have_work,
-    groups_can_compare,
-    step_has_density,
-    step_fits_backbone,
-    window_fits,
-    guard_has_a_density,
-    noise_tells_members_apart,
-    exploration_fits_backbone,
-    batches_hold_whole_groups,
-    shaping_has_its_scale,
-    timesteps_exist,
-    something_is_trained_on,
-    backbone_exists,
-    embedded_knows_its_words,
-)
 PROMPT_RULES = (enough_prompts, held_out_is_held_out, rewards_can_judge, detector_knows_the_objects)
-NOTES = (density_without_use, settings_without_effect, prompts_without_reward)
+NOTES = (density_without_use, settings_without_effect, vanishing_noise, prompts_without_reward)
 
 # Rewards that need more than a prompt's text, and what.
 NEEDS = {

@@ -121,7 +121,10 @@ SLAS = ["advantage.shaping.kind=slas", "advantage.std=batch"]
 ADAPTIVE = [*SLAS, "advantage.shaping.gamma=adaptive"]
 TWO_UPDATES = ["advantage.std=batch", "learner.updates_per_step=2"]
 
+GDPO = [*E2PO, "advantage.mix=gdpo", "learner.updates_per_step=2"]
+
 REFUSED = [
+    (GDPO, ["advantage.mix is gdpo", "splits groups", "rollout.chunk to 24", "advantage.mix to normalise_then_sum"]),
     ([*E2PO, "rollout.chunk=7"], ["rollout.chunk is 7", "group_size x exploration.conditions = 24", "6 or 8"]),
     ([*E2PO, "rollout.chunk=48"], ["rollout.chunk is 48", "= 24", "12 or 24"]),
     ([*E2PO, "learner.micro_batch=7"], ["learner.micro_batch is 7", "chunks of 6", "at most 6"]),
@@ -220,6 +223,9 @@ REMEDIES = [
     [*GRPO, "rollout.window.kind=fraction", "rollout.window.choice=per_sample"],
     [*GRPO, "algorithm.ratio=guard", "rollout.step.kind=dance_sde"],
     [*GRPO, "rollout.same_noise=true"],
+    [*GDPO, "rollout.chunk=24"],
+    [*GRPO, "rollout.step.kind=flow_ddim", "rollout.schedule.kind=linear"],
+    [*GRPO, "rollout.step.kind=flow_ddim", "algorithm.ratio=guard"],
     [*GRPO, *E2PO, "rollout.schedule.kind=flux"],
 ]
 
@@ -256,6 +262,10 @@ def test_exploring_a_backbone_without_a_clip_encoder_is_refused_with_one_that_ha
             ["learner.guidance_gradient is both", "rollout.guidance 1 has no second branch"],
         ),
         (["rollout.step.kind=cps"], ["rollout.step.kind is cps", "nft has no use for", "dpm2"]),
+        (
+            [*GRPO, "rollout.step.kind=flow_ddim"],
+            ["rollout.step.kind is flow_ddim", "noise vanishes", "schedule.kind linear or algorithm.ratio guard"],
+        ),
     ],
 )
 def test_a_setting_without_effect_is_noted_and_allowed(text, run_config, tmp_path, capsys, overrides, parts):

@@ -1,0 +1,132 @@
+"""Aesthetic scores: a linear head, fit to people's ratings, on the embedding of an image. The prompt plays no part.
+
+v1    github.com/christophschuhmann/improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE, on CLIP ViT-L/14
+v2.5  github.com/discus0434/aesthetic-predictor-v2-5, on SigLIP so400m-patch14-384
+"""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from align_cluster.rewards.base import DifferentiableReward, Result, RewardSection
+from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head, stretched
+from align_cluster.types import Prompt, UserError
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a version's two parts are, how its head's state dict names the linear layers, and its normalisation."""
+
+    encoder: str
+    head: str
+    prefix: str
+    places: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+VERSIONS = {
+    "v1": Published(
+        encoder="openai/clip-vit-large-patch14",
+        head="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+        "sac%2Blogos%2Bava1-l14-linearMSE.pth",
+        prefix="layers.",
+        places=(0, 2, 4, 6, 7),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+    ),
+    "v2.5": Published(
+        encoder="google/siglip-so400m-patch14-384",
+        head="https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth",
+        prefix="scoring_head.",
+        places=(0, 2, 4, 6, 8),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
+}
+
+
+class Aesthetic(DifferentiableReward):
+    """A rating on a scale of 1 to 10, in fp32: about 4 to 7 (v1), 5 to 6.6 (v2.5)."""
+
+    class Config(RewardSection):
+        """Without `encoder` and `head`, the published ones of `version`.
+
+        `encoder` is a hub id or a folder of a transformers CLIPModel (v1) or SiglipModel (v2.5). `head` is the
+        published .pth: a file, an address, or owner/repository/file at the hub.
+        """
+
+        kind: Literal["aesthetic"] = "aesthetic"
+        version: Literal["v1", "v2.5"] = "v2.5"
+        encoder: str | None = None
+        head: str | None = None
+
+    def load(self, device: str, threads: int) -> None:
+        self.published = VERSIONS[self.config.version]
+        encoder, head = self.config.encoder or self.published.encoder, self.config.head or self.published.head
+        try:
+            self.encoder = self._encoder(encoder).to(device).eval().requires_grad_(False)
+            weights = {name.removeprefix(self.published.prefix): value for name, value in head_weights(head).items()}
+            self.head = linear_head(self._width(), self.published.places)
+            self.head.load_state_dict(weights)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"rewards: aesthetic {self.config.version} cannot load the encoder {encoder!r} with the head {head!r}: "
+                "give hub ids or addresses that this machine can reach, or a folder and a file "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
+        self.head = self.head.to(device).eval().requires_grad_(False)
+        self.mean, self.std = (
+            torch.tensor(values, device=device)[:, None, None] for values in (self.published.mean, self.published.std)
+        )
+
+    @torch.no_grad()
+    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
+        values = self.differentiable(pixels, prompts).cpu().double().numpy()
+        return Result(values, np.ones(len(prompts), dtype=bool))
+
+    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """Scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""
+        with torch.autocast(self.mean.device.type, enabled=False):
+            images = images.to(self.mean.device, torch.float32)
+            return self.head(F.normalize(self._embed(images), dim=-1)).squeeze(-1)
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, width], as the encoder gives them, of images fp32 [B, 3, H, W] on its device."""
+        side = self.encoder.config.image_size
+        if self.config.version == "v1":
+            return self.encoder(pixel_values=(cropped(images, side) - self.mean) / self.std).image_embeds
+        return self.encoder(pixel_values=(stretched(images, side, side) - self.mean) / self.std).pooler_output
+
+    def _width(self) -> int:
+        config = self.encoder.config
+        return config.projection_dim if self.config.version == "v1" else config.hidden_size
+
+    def _encoder(self, source: str) -> torch.nn.Module:
+        from transformers import CLIPVisionModelWithProjection, SiglipVisionModel
+
+        tower = CLIPVisionModelWithProjection if self.config.version == "v1" else SiglipVisionModel
+        tower._keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_"]  # no report on the half that is not wanted
+        model, report = tower.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:  # transformers draws them at random and goes on
+            raise ValueError(f"the encoder's weights are missing, such as {min(report['missing_keys'])}")
+        return model
+
+
+def head_weights(source: str) -> dict[str, Any]:
+    """The state dict at `source`: a file, an address (cached by torch), or owner/repository/file at the hub."""
+    path = Path(source).expanduser()
+    if "://" in source:
+        return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+    if not path.exists() and source.count("/") >= 2 and not path.is_absolute():
+        from huggingface_hub import hf_hub_download
+
+        owner, repository, file = source.split("/", 2)
+        path = hf_hub_download(f"{owner}/{repository}", file)
+    return torch.load(path, map_location="cpu", weights_only=True)

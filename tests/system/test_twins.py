@@ -56,7 +56,7 @@ def test_every_embedded_run_file_takes_two_steps(name, train):
 def test_an_adaptive_exponent_is_measured_and_used(train):
     """The first step is linear, since nothing is known yet; the second uses what the first one's update measured."""
     overrides = ["name=adaptive", "advantage.shaping.gamma=adaptive", "advantage.shaping.delta=1e-2", *SMALL]
-    run = train(load(CONFIGS / "embedded_slas.yaml", [*overrides, "learner.updates_per_step=1"]))
+    run = train(load(CONFIGS / "embedded_slas.yaml", [*overrides, "learner.updates_per_step=1", "cluster.learners=2"]))
     first, second = read_jsonl(RunDir(run.path).metrics)
     assert first["advantage/gamma"] == 0 and first["slas/lambda_max"] > 0 and first["slas/score_norm"] > 0
     assert second["advantage/gamma"] == first["slas/gamma"] > 0

@@ -92,7 +92,7 @@ def table(kept: list[dict]) -> str:
             name: np.array([row["steps"][name][-STEPS // 4 :] for row in group], dtype=float).mean()
             for name in STEP_METRICS[:2]
         }
-        seconds = [np.array([row["steps"][name] for row in group], dtype=float).mean() for name in STEP_METRICS[2:]]
+        seconds = [np.mean([[t or 0.0 for t in row["steps"][name]] for row in group]) for name in STEP_METRICS[2:]]
         cells = [
             f"{values[:, 0].mean():.3f} -> {values[:, 1].mean():.3f} +- {np.ptp(values[:, 1]) / 2:.3f}"
             for values in ends.values()

@@ -103,7 +103,7 @@ class Crew:
     def explore(self, prompts: list[Prompt]) -> dict[str, float]:
         """Learn the perturbed conditions of every text that is new (E2PO phase 1); what to log of all `prompts`."""
         settings = self.config.exploration
-        if settings is None or settings.conditions == 1:
+        if settings.conditions == 1:
             return {}
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         new = [text for text in texts if text not in self.perturbations]

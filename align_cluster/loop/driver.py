@@ -48,8 +48,10 @@ def train(config: RunConfig, out: Path) -> Path:
                 for step in range(config.steps):
                     clock.next_step()
                     chunks = plan_chunks(config, prompts, step, plan)
-                    with clock.stage("explore"):
-                        explored = crew.explore([chunk.prompt for chunk in chunks])
+                    explored = {}
+                    if config.exploration:
+                        with clock.stage("explore"):
+                            explored = crew.explore([chunk.prompt for chunk in chunks])
                     drawn, times = crew.draw(chunks, crew.request(step))
                     for stage, seconds in times.items():
                         clock.add(stage, seconds)

@@ -98,7 +98,8 @@ def _curve(run: RunData, value: Callable[[dict[str, Any]], float | None]) -> lis
 
 def training(run: RunData) -> str:
     """Groups and optimisation: every metric that the run wrote under these names."""
-    names = [name for prefix in ("group/", "advantage/", "slas/", "explore/", "train/", "lr") for name in run.metrics(prefix)]
+    prefixes = ("group/", "advantage/", "slas/", "explore/", "train/", "lr")
+    names = [name for prefix in prefixes for name in run.metrics(prefix)]
     check = run.summary.get("self_check")
     bound = number(check["max_abs_log_ratio"]) if check else ""
     note = f"<small>self-check: |log ratio| at most {bound} before the first update</small>" if check else ""

@@ -4,7 +4,7 @@ Tensors inside records are numpy arrays: they go through Ray's object store with
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -113,17 +113,29 @@ class Record:
     means: np.ndarray | None = None
 
 
+FailureKind = Literal["timeout", "oom", "bad_input", "model_error", "unavailable"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a reward has no score for `images` of a batch."""
+
+    kind: FailureKind
+    message: str
+    images: int
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of B images: `values` fp64 [B] by reward name, NaN-free where `valid` [B] holds.
 
-    `failures` counts failed scores by reward name; `details` are extra per-image columns for reports (accuracy, text
-    read).
+    `failures` says, by reward name, why valid prompts have no score; `details` are extra per-image columns for reports
+    (accuracy, text read).
     """
 
     values: dict[str, np.ndarray]
     valid: dict[str, np.ndarray]
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
     details: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
 

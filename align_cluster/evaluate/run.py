@@ -37,7 +37,7 @@ def evaluate(config: RunConfig, lora: Path | None = None) -> dict[str, Any]:
     for chunk in progress(chunks, "evaluating"):
         _, images, _ = sampler.draw(chunk, conditions[chunk.prompt.text], conditions.get(""), request)
         scores = rewards.score(images, [chunk.prompt] * len(images))
-        failures |= scores.failures
+        failures |= {name: f"{failure.kind}: {failure.message}" for name, failure in scores.failures.items()}
         table += rows(chunk.prompt, scores)
     if failures and not any(value is not None for row in table for key, value in row.items() if "/" in key):
         raise UserError(f"every score failed: {'; '.join(f'{name}: {text}' for name, text in failures.items())}")

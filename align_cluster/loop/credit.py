@@ -7,7 +7,7 @@ from align_cluster.algorithms.trust import TrustRegion
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import assign
 from align_cluster.loop.crew import Drawn, step_seed
-from align_cluster.rewards.mix import table
+from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
 
 LARGEST = ("lambda_max", "score_norm", "step_norm", "gradient_norm")  # over ranks; all but score_norm are alike there
@@ -41,10 +41,11 @@ class Creditor:
         parts = assign(len(drawn), self.config.learner.updates_per_step, step_seed(self.config, step))
         updates = {chunk: update for update, chunk in parts}
         batches = np.concatenate([[updates[i]] * len(item.info.chunk.seeds) for i, item in enumerate(drawn)])
+        whole = ~lost([item.scores for item in drawn], self.config.rewards).reshape(shape).any(1, keepdims=True)
         return (
             values.reshape(-1, *shape),
             applies.reshape(-1, *shape),
-            valid.reshape(shape),
+            valid.reshape(shape) & whole,
             weights,
             self.config.advantage,
             batches.reshape(shape),

@@ -1,6 +1,7 @@
 """Numbers of one step and of the software, for the run's records."""
 
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.crew import Crew, Drawn, Sync
 from align_cluster.rewards.mix import concatenate
-from align_cluster.types import Credit
+from align_cluster.types import Credit, Scores
 
 # Learner metrics whose largest magnitude says more than their mean.
 LARGEST = {
@@ -48,8 +49,10 @@ def step_metrics(
             values[f"reward/{name}/mean"] = float(reward[valid].mean())
             for task in sorted(set(tasks[valid])):
                 values[f"reward/{name}/{task}"] = float(reward[valid & (tasks == task)].mean())
-        if name in scores.failures:
-            values[f"reward/{name}/failed"] = float((~valid).sum())
+    for name, failure in (item for one in drawn for item in one.scores.failures.items()):
+        for key in (f"reward/{name}/failed", f"reward/{name}/failed/{failure.kind}"):
+            values[key] = values.get(key, 0.0) + failure.images
+    values |= correlations(scores)
     values |= {LARGEST[name]: largest for name, (_, largest) in trained.items() if name in LARGEST}
     values |= {MEAN[name]: mean for name, (mean, _) in trained.items() if name in MEAN}
     values |= {f"time/{stage}": seconds for stage, seconds in times.items()}
@@ -58,6 +61,17 @@ def step_metrics(
     values["weights/bytes"], values["weights/adopt_s"] = float(sync.manifest.nbytes), sync.seconds
     values["weights/version"] = float(sync.manifest.version)
     return values
+
+
+def correlations(scores: Scores) -> dict[str, float]:
+    """Pearson's correlation of each two rewards over the images that both have scored, where both vary."""
+    found = {}
+    for first, second in combinations(scores.values, 2):
+        both = scores.valid[first] & scores.valid[second]
+        x, y = scores.values[first][both], scores.values[second][both]
+        if both.sum() > 2 and x.std() > 0 and y.std() > 0:
+            found[f"reward/correlation/{first}/{second}"] = float(np.corrcoef(x, y)[0, 1])
+    return found
 
 
 def summary(

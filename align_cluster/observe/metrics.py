@@ -20,7 +20,9 @@ class Metric:
 
 METRICS = (
     Metric("reward/<name>/mean", "score", "mean over the step's training images with a valid score"),
-    Metric("reward/<name>/failed", "images", "training images of the step without a valid score"),
+    Metric("reward/<name>/failed", "images", "training images of the step that scoring failed on"),
+    Metric("reward/<name>/failed/<kind>", "images", "those of one kind of failure"),
+    Metric("reward/correlation/<name>/<other>", "", "correlation of two rewards over the step's training images"),
     Metric("reward/<name>/<task>", "score", "mean over the step's training images of one task"),
     Metric("group/reward_std_mean", "score", "spread of the combined reward inside a group, mean over groups"),
     Metric("group/std_across_noises", "score", "spread over initial noises at a fixed condition, mean over all"),

@@ -2,13 +2,26 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from align_cluster.config.base import Section
-from align_cluster.types import Prompt
+from align_cluster.types import FailureKind, Prompt
+
+
+class FailurePolicy(Section):
+    """What happens when scoring fails: `retries` more tries, `backoff_s` apart and twice as long each time, and `then`:
+
+    mask leaves the images out of the statistics, drop_group all images of their prompt, fail ends the run. A monitor's
+    failures are only counted.
+    """
+
+    retries: Annotated[int, Field(ge=0, le=20)] = 2
+    backoff_s: Annotated[float, Field(ge=0)] = 0.5
+    then: Literal["mask", "drop_group", "fail"] = "mask"
 
 
 class RewardSection(Section):
@@ -16,6 +29,16 @@ class RewardSection(Section):
 
     weight: float = 1.0
     role: Literal["train", "monitor"] = "train"
+    on_failure: FailurePolicy = FailurePolicy()
+
+
+class RewardError(Exception):
+    """What a reward raises where it knows the kind of its failure; any other error is of kind model_error, unless it is
+    a lack of memory, a timeout or a lost connection."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind: FailureKind = kind
 
 
 @dataclass(frozen=True)
@@ -35,8 +58,8 @@ class Result:
 class Reward(ABC):
     """One reward model. The constructor is cheap; `load` brings in what is heavy, on the worker that will score.
 
-    The same (image, prompt) always gets the same value, whatever else is in the batch. Raise where scoring fails: the
-    worker masks the batch and reports the message. Never return a stand-in value.
+    The same (image, prompt) always gets the same value, whatever else is in the batch. Raise where scoring fails (a
+    RewardError where the kind is known): the worker tries again or masks. Never return a stand-in value.
     """
 
     Config: type[RewardSection]

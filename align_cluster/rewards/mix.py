@@ -4,11 +4,12 @@ How its rewards are weighed and become an advantage is the business of `algorith
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from align_cluster.rewards.base import RewardSection
-from align_cluster.types import Scores, UserError
+from align_cluster.types import Failure, Scores, UserError
 
 
 def concatenate(chunks: Sequence[Scores]) -> Scores:
@@ -26,7 +27,10 @@ def concatenate(chunks: Sequence[Scores]) -> Scores:
         }
         for part, empty in (("values", np.nan), ("valid", False), ("details", np.nan))
     }
-    failures = {name: message for scores in chunks for name, message in scores.failures.items()}
+    failures: dict[str, Failure] = {}
+    for name, failure in (item for scores in chunks for item in scores.failures.items()):
+        first = failures.get(name, failure)
+        failures[name] = replace(first, images=failure.images + (first.images if name in failures else 0))
     return Scores(**columns, failures=failures, seconds=sum(scores.seconds for scores in chunks))
 
 
@@ -52,6 +56,25 @@ def table(
         valid.append(ok.any(0) & ~failed.any(0))
     weights = np.array([rewards[name].weight for name in trained])
     return np.concatenate(values, 1), np.concatenate(applies, 1), np.concatenate(valid), weights
+
+
+def lost(chunks: Sequence[Scores], rewards: Mapping[str, RewardSection]) -> np.ndarray:
+    """bool [N]: images that a trained reward with `on_failure.then: drop_group` failed on. RuntimeError where one with
+    `fail` did."""
+    dropped = []
+    for scores in chunks:
+        drop = np.zeros(_size(scores), dtype=bool)
+        for name, failure in scores.failures.items():
+            policy = rewards[name].on_failure.then if rewards[name].role == "train" else "mask"
+            if policy == "fail":
+                raise RuntimeError(
+                    f"rewards.{name} has no score for {failure.images} images ({failure.kind}: {failure.message}), and "
+                    f"rewards.{name}.on_failure.then is fail"
+                )
+            if policy == "drop_group":
+                drop |= ~scores.valid[name]
+        dropped.append(drop)
+    return np.concatenate(dropped)
 
 
 def _size(scores: Scores) -> int:

@@ -7,15 +7,16 @@ import numpy as np
 import torch
 
 from align_cluster.rewards import REWARDS
-from align_cluster.rewards.base import Result, RewardSection
+from align_cluster.rewards.base import RewardSection
+from align_cluster.rewards.failure import score_with
 from align_cluster.types import Prompt, Scores
 
 
 class RewardWorker:
     """Loads every reward of `configs` (by its name in the run) and keeps it. Loading errors rise: the run cannot start.
 
-    A reward that raises while scoring costs the run that batch of that reward and no more: the batch is marked not
-    valid, and the message goes to the caller. Nothing is tried twice.
+    A reward that fails is tried again as its `on_failure` says, and then costs the run those images of that reward and
+    no more: they are marked not valid, and the kind and message of the failure go to the caller.
     """
 
     def __init__(self, configs: Mapping[str, RewardSection], threads: int = 1, device: str = "cpu") -> None:
@@ -31,23 +32,9 @@ class RewardWorker:
         started = time.perf_counter()
         values, valid, failures, details = {}, {}, {}, {}
         for name, reward in self.rewards.items():
-            try:
-                result = _checked(reward.score(images, prompts), len(images))
-            except Exception as error:
-                failures[name] = f"{type(error).__name__}: {error}"
-                result = Result(np.full(len(images), np.nan), np.zeros(len(images), dtype=bool))
+            result, failure = score_with(reward.score, images, prompts, reward.config.on_failure)
+            if failure:
+                failures[name] = failure
             values[name], valid[name] = result.values, result.valid
             details |= {f"{name}/{detail}": column for detail, column in result.details.items()}
         return Scores(values, valid, failures, details, seconds=time.perf_counter() - started)
-
-
-def _checked(result: Result, count: int) -> Result:
-    """The result, or ValueError where it breaks the contract of a reward."""
-    columns = {"values": result.values, "valid": result.valid, **result.details}
-    for name, column in columns.items():
-        if np.shape(column) != (count,):
-            raise ValueError(f"{name} has shape {np.shape(column)} for {count} images")
-    broken = int((result.valid & ~np.isfinite(result.values)).sum())
-    if broken:
-        raise ValueError(f"{broken} of {count} values are not finite")
-    return result

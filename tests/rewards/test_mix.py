@@ -3,9 +3,12 @@ import pytest
 
 from align_cluster.rewards.base import RewardSection
 from align_cluster.rewards.mix import concatenate, table
-from align_cluster.types import Scores, UserError
+from align_cluster.types import Failure, Scores, UserError
 
 NAN = float("nan")
+
+
+BROKE = Failure("model_error", "it broke", 1)
 
 
 def chunk(values, valid=None, failures=None, details=None):
@@ -24,7 +27,7 @@ def test_the_table_keeps_chunk_order_and_the_weights_of_trained_rewards():
 
 def test_monitors_never_count_not_even_when_they_fail():
     rewards = {"seen": RewardSection(weight=100.0, role="monitor"), "a": RewardSection()}
-    broken = chunk({"a": [1, 2], "seen": [NAN, NAN]}, failures={"seen": "it broke"})
+    broken = chunk({"a": [1, 2], "seen": [NAN, NAN]}, failures={"seen": BROKE})
     values, applies, valid, weights = table([chunk({"a": [1, 2], "seen": [7, 9]}), broken], rewards)
     np.testing.assert_array_equal(values, [[1, 2, 1, 2]])
     assert applies.all() and valid.all() and weights.tolist() == [1.0]
@@ -32,7 +35,7 @@ def test_monitors_never_count_not_even_when_they_fail():
 
 def test_a_failed_reward_masks_its_images_and_no_others():
     rewards = {"a": RewardSection(), "b": RewardSection()}
-    broken = chunk({"a": [1, 2], "b": [NAN, 5]}, failures={"b": "it broke"})
+    broken = chunk({"a": [1, 2], "b": [NAN, 5]}, failures={"b": BROKE})
     values, applies, valid, _ = table([broken, chunk({"a": [1], "b": [2]})], rewards)
     assert valid.tolist() == [False, True, True]
     np.testing.assert_array_equal(values, [[1, 2, 1], [NAN, 5, 2]])
@@ -59,8 +62,8 @@ def test_only_monitors_is_a_user_error():
 
 def test_concatenate_keeps_order_and_fills_what_a_chunk_lacks():
     first = chunk({"a": [1, 2]}, details={"a/exact": np.array([1.0, 0.0])})
-    scores = concatenate([first, chunk({"a": [NAN]}, failures={"a": "it broke"}), chunk({"a": [3]})])
+    scores = concatenate([first, chunk({"a": [NAN]}, failures={"a": BROKE}), chunk({"a": [3]})])
     np.testing.assert_array_equal(scores.values["a"], [1, 2, NAN, 3])
     np.testing.assert_array_equal(scores.details["a/exact"], [1, 0, NAN, NAN])
     assert scores.valid["a"].tolist() == [True, True, False, True]
-    assert scores.failures == {"a": "it broke"} and scores.seconds == 1.5
+    assert scores.failures == {"a": BROKE} and scores.seconds == 1.5

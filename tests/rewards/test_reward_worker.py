@@ -5,9 +5,10 @@ from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import Result
+from align_cluster.rewards.failure import checked
 from align_cluster.rewards.geneval import GenEval
-from align_cluster.rewards.worker import RewardWorker, _checked
-from align_cluster.types import Prompt, UserError
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.types import Failure, Prompt, UserError
 
 RECORD = scene.prompts("colors", "held_out")[0]
 IMAGES = render([RECORD] * 2, 1).permute(0, 2, 3, 1).numpy()
@@ -15,7 +16,10 @@ IMAGES = render([RECORD] * 2, 1).permute(0, 2, 3, 1).numpy()
 
 @pytest.fixture(scope="module")
 def worker():
-    return RewardWorker({"objects": GenEval.Config(), "strict": GenEval.Config(score="strict", role="monitor")})
+    once = {"on_failure": {"retries": 0}}
+    return RewardWorker(
+        {"objects": GenEval.Config(**once), "strict": GenEval.Config(score="strict", role="monitor", **once)}
+    )
 
 
 def test_scores_carry_every_reward_by_its_name_in_the_run(worker):
@@ -29,7 +33,8 @@ def test_scores_carry_every_reward_by_its_name_in_the_run(worker):
 def test_a_failing_reward_masks_the_batch_and_reports_why(worker):
     broken = Prompt(0, "a circle", {"include": [{"class": "circle"}]})  # a clause without its count
     scores = worker.score(IMAGES, [broken, Prompt(1, RECORD["prompt"], RECORD)])
-    assert scores.failures == {"objects": "KeyError: 'count'", "strict": "KeyError: 'count'"}
+    failure = Failure("model_error", "KeyError: 'count'", 2)
+    assert scores.failures == {"objects": failure, "strict": failure}
     for name in ("objects", "strict"):
         assert not scores.valid[name].any() and np.isnan(scores.values[name]).all()
     again = worker.score(IMAGES, [Prompt(0, RECORD["prompt"], RECORD)] * 2)
@@ -38,7 +43,7 @@ def test_a_failing_reward_masks_the_batch_and_reports_why(worker):
 
 def test_a_failing_reward_leaves_the_others_alone():
     pytest.importorskip("rapidocr", reason="the extra 'rewards' is not installed")
-    worker = RewardWorker({"objects": GenEval.Config(), "text": REWARDS["ocr"].Config()})
+    worker = RewardWorker({"objects": GenEval.Config(on_failure={"retries": 0}), "text": REWARDS["ocr"].Config()})
     word = scene.prompts("ocr", "held_out")[1]
     broken = Prompt(0, word["prompt"], {**word, "include": [{"class": "circle"}]})
     scores = worker.score(render([word], 1).permute(0, 2, 3, 1).numpy(), [broken])
@@ -52,9 +57,9 @@ def test_one_prompt_an_image(worker):
 
 def test_values_that_are_not_finite_or_not_one_an_image_are_failures():
     with pytest.raises(ValueError, match="1 of 2 values are not finite"):
-        _checked(Result(np.array([1, np.inf]), np.ones(2, bool)), 2)
+        checked(Result(np.array([1, np.inf]), np.ones(2, bool)), 2)
     with pytest.raises(ValueError, match="values has shape"):
-        _checked(Result(np.ones(1), np.ones(2, bool)), 2)
+        checked(Result(np.ones(1), np.ones(2, bool)), 2)
 
 
 def test_loading_errors_rise(tmp_path):

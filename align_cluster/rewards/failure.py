@@ -1,0 +1,83 @@
+"""Scoring that may fail: tries again, cuts down, and tells what has no score. A failed score is never a number."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from align_cluster.rewards.base import FailurePolicy, Result, RewardError
+from align_cluster.types import Failure, FailureKind, Prompt
+
+Score = Callable[[np.ndarray, list[Prompt]], Result]
+
+
+def classify(error: Exception) -> FailureKind:
+    """The kind of an error that a reward raised."""
+    if isinstance(error, RewardError):
+        return error.kind
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return "oom"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, ConnectionError):
+        return "unavailable"
+    return "model_error"
+
+
+def score_with(
+    score: Score, images: np.ndarray, prompts: list[Prompt], policy: FailurePolicy
+) -> tuple[Result, Failure | None]:
+    """Scores of B images, and the failure of those that have none. What can be scored is.
+
+    A batch that does not fit into memory is halved; one with an image that cannot be read is scored image by image;
+    other kinds are tried again.
+    """
+    for attempt in range(policy.retries + 1):
+        if attempt:
+            time.sleep(policy.backoff_s * 2 ** (attempt - 1))
+        try:
+            return checked(score(images, prompts), len(images)), None
+        except Exception as error:
+            kind, message = classify(error), f"{type(error).__name__}: {error}"
+        if kind in ("oom", "bad_input") and len(images) > 1:
+            _free()
+            cut = len(images) // 2
+            parts = [score_with(score, images[rows], prompts[rows], policy) for rows in (slice(cut), slice(cut, None))]
+            return _joined(parts)
+        if kind == "bad_input":
+            break
+    nothing = Result(np.full(len(images), np.nan), np.zeros(len(images), dtype=bool))
+    return nothing, Failure(kind, message, len(images))
+
+
+def checked(result: Result, count: int) -> Result:
+    """The result, or ValueError where it breaks the contract of a reward."""
+    columns = {"values": result.values, "valid": result.valid, **result.details}
+    for name, column in columns.items():
+        if np.shape(column) != (count,):
+            raise ValueError(f"{name} has shape {np.shape(column)} for {count} images")
+    broken = int((result.valid & ~np.isfinite(result.values)).sum())
+    if broken:
+        raise ValueError(f"{broken} of {count} values are not finite")
+    return result
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _joined(parts: list[tuple[Result, Failure | None]]) -> tuple[Result, Failure | None]:
+    results, failures = [result for result, _ in parts], [failure for _, failure in parts if failure]
+    names = dict.fromkeys(name for result in results for name in result.details)
+    details = {
+        name: np.concatenate([result.details.get(name, np.full(len(result.values), np.nan)) for result in results])
+        for name in names
+    }
+    joined = Result(
+        np.concatenate([result.values for result in results]), np.concatenate([r.valid for r in results]), details
+    )
+    if not failures:
+        return joined, None
+    return joined, Failure(failures[0].kind, failures[0].message, sum(failure.images for failure in failures))

@@ -43,6 +43,11 @@ def resources() -> tuple[int, int]:
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
 
 
+def reward_role(pool: str) -> str:
+    """Under which name the places of a reward pool's workers are kept."""
+    return f"reward {pool}"
+
+
 def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
     """What the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
 
@@ -56,16 +61,17 @@ def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
         "sampler": [index // together for index in range(plan.samplers)],
         "learner": [first_learner + index for index in range(plan.learners)],
     }
-    shared = 1 + max(places["sampler"] + places["learner"])
-    places["reward"] = [shared + index for index in range(plan.reward_workers)]
-    bundles: list[dict[str, float]] = [{"CPU": 0.0} for _ in range(shared + plan.reward_workers)]
-    cpus = {"sampler": plan.sampler_cpus, "learner": plan.learner_cpus, "reward": plan.reward_cpus}
+    bundles: list[dict[str, float]] = [{"CPU": 0.0} for _ in range(1 + max(places["sampler"] + places["learner"]))]
+    cpus = {"sampler": plan.sampler_cpus, "learner": plan.learner_cpus}
     for role, indices in places.items():
         for index in indices:
             bundles[index]["CPU"] = round(bundles[index]["CPU"] + cpus[role], 4)
     if plan.learner_gpus:
         for index in places["sampler"] + places["learner"]:
             bundles[index]["GPU"] = 1.0 if alone or index in places["learner"] else 0.5
+    for pool in plan.reward_pools:
+        places[reward_role(pool.name)] = list(range(len(bundles), len(bundles) + pool.workers))
+        bundles += [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {}) for _ in range(pool.workers)]
     return bundles, places
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from align_cluster.config.plan import Plan
+from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import Sampler
@@ -17,6 +17,7 @@ def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
     return actor.remote(config.backbone, plan.threads, name, device)
 
 
-def make_reward_worker(config: RunConfig, plan: Plan, place: Any) -> Any:
-    actor = ray.remote(RewardWorker).options(num_cpus=plan.reward_cpus, scheduling_strategy=place)
-    return actor.remote(dict(config.rewards), plan.threads)
+def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: Any) -> Any:
+    actor = ray.remote(RewardWorker).options(num_cpus=pool.cpus, num_gpus=pool.gpus, scheduling_strategy=place)
+    rewards = {name: config.rewards[name] for name in pool.rewards}
+    return actor.remote(rewards, plan.threads, "cuda" if pool.gpus else "cpu")

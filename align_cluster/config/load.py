@@ -134,6 +134,8 @@ def config_hash(config: RunConfig) -> str:
     data = config.model_dump(mode="json")
     for key in _NO_RESULT_DEPENDS_ON:
         del data[key]
+    for reward in data["rewards"].values():
+        del reward["pool"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,17 @@ REST = 1 - 2 * TURN
 
 
 @dataclass(frozen=True)
+class RewardPool:
+    """Workers that score some of the rewards, and what each of them asks for."""
+
+    name: str
+    rewards: tuple[str, ...]
+    workers: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Pools, the share of a core and of a GPU that each of their actors asks for, and how a step's work is cut.
 
@@ -27,11 +38,10 @@ class Plan:
 
     samplers: int
     learners: int
-    reward_workers: int
+    reward_pools: tuple[RewardPool, ...]
     threads: int
     sampler_cpus: float
     learner_cpus: float
-    reward_cpus: float
     sampler_gpus: float
     learner_gpus: float
     chunk: int
@@ -43,6 +53,11 @@ class Plan:
     turns: int
     rollout_calls: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def reward_workers(self) -> int:
+        """Of all pools."""
+        return sum(pool.workers for pool in self.reward_pools)
 
 
 def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
@@ -58,6 +73,13 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     updates = config.learner.updates_per_step
     per_update = math.ceil(chunks / updates) * math.ceil(chunk / micro_batch)
 
+    wanted = sum(reward.pool.workers * reward.pool.gpus for reward in config.rewards.values() if reward.pool)
+    if wanted and gpus <= wanted:
+        raise UserError(
+            f"rewards ask for {wanted:g} GPUs in their pools, and there are {gpus}, of which training needs one; "
+            "lower rewards.<name>.pool.gpus"
+        )
+    gpus -= math.ceil(wanted)
     slots = gpus or max(1, cores // cluster.threads)
     samplers = cluster.samplers or min(slots, chunks)
     learners = cluster.learners or min(slots, per_update)
@@ -87,11 +109,10 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     return Plan(
         samplers=samplers,
         learners=learners,
-        reward_workers=cluster.reward_workers,
+        reward_pools=_reward_pools(config, left, 1.0 if gpus else REST * cluster.threads),
         threads=cluster.threads,
         sampler_cpus=sampler_cpus,
         learner_cpus=learner_cpus,
-        reward_cpus=_floor(min(1.0 if gpus else REST * cluster.threads, left / cluster.reward_workers)),
         sampler_gpus=0.0 if not gpus else 1.0 if whole else _floor(0.5 / math.ceil(samplers / gpus)),
         learner_gpus=0.0 if not gpus else 1.0 if whole else 0.5,
         chunk=chunk,
@@ -106,6 +127,23 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )
+
+
+def _reward_pools(config: RunConfig, left: float, most: float) -> tuple[RewardPool, ...]:
+    """One shared pool and one for each reward that wants its own; workers without stated CPUs share what is left."""
+    shared = tuple(name for name, reward in config.rewards.items() if reward.pool is None)
+    own = {name: reward.pool for name, reward in config.rewards.items() if reward.pool}
+    left -= sum(pool.workers * pool.cpus for pool in own.values() if pool.cpus)
+    count = (config.cluster.reward_workers if shared else 0) + sum(p.workers for p in own.values() if not p.cpus)
+    if left < 1e-4 * count:
+        raise UserError(
+            "rewards ask for more CPU cores in their pools than samplers and learners leave; lower "
+            "rewards.<name>.pool.cpus, or leave it out"
+        )
+    share = _floor(min(most, left / count)) if count else 0.0
+    pools = [RewardPool("shared", shared, config.cluster.reward_workers, share, 0.0)] if shared else []
+    pools += [RewardPool(name, (name,), pool.workers, pool.cpus or share, pool.gpus) for name, pool in own.items()]
+    return tuple(pools)
 
 
 def _floor(share: float) -> float:
@@ -125,7 +163,10 @@ def table(plan: Plan) -> str:
     rows = [
         ("samplers", f"{plan.samplers} x {_share(plan.sampler_cpus, plan.sampler_gpus)}"),
         ("learners", f"{plan.learners} x {_share(plan.learner_cpus, plan.learner_gpus)}"),
-        ("reward workers", f"{plan.reward_workers} x {_share(plan.reward_cpus, 0)}"),
+        *(
+            (f"rewards {', '.join(pool.rewards)}", f"{pool.workers} x {_share(pool.cpus, pool.gpus)}")
+            for pool in plan.reward_pools
+        ),
         ("threads a worker", f"{plan.threads}"),
         ("images a step", f"{plan.images_per_step}, in {plan.chunks_per_step} chunks of {plan.chunk}"),
         ("denoiser calls a step", f"{plan.rollout_calls} in rollouts, each with {plan.chunk} images"),

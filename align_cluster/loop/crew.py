@@ -12,12 +12,14 @@ import ray
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.learners import LearnerGroup
+from align_cluster.cluster.placement import reward_role
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.cluster.workers import make_reward_worker, make_sampler
-from align_cluster.config.plan import Plan
+from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import cut, share, total_weight
 from align_cluster.learner.worker import merge
+from align_cluster.rewards.mix import beside
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
 from align_cluster.rollouts.steps import Euler
 from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Scores
@@ -67,11 +69,14 @@ class Crew:
         def sampler(name: str, index: int) -> Any:
             return make_sampler(config, plan, places["sampler"][index], name)
 
-        def reward_worker(name: str, index: int) -> Any:
-            return make_reward_worker(config, plan, places["reward"][index])
+        def reward_pool(pool: RewardPool) -> Pool:
+            def worker(name: str, index: int) -> Any:
+                return make_reward_worker(config, plan, pool, places[reward_role(pool.name)][index])
+
+            return Pool(f"reward {pool.name}", worker, pool.workers, wait)
 
         self.samplers = Pool("sampler", sampler, plan.samplers, wait)
-        self.rewards = Pool("reward", reward_worker, plan.reward_workers, wait)
+        self.rewards = [reward_pool(pool) for pool in plan.reward_pools]
         self.learners = LearnerGroup(config, plan, places["learner"])
         self.conditions: dict[str, Any] = {}
         self.perturbations: dict[str, Explored] = {}
@@ -85,7 +90,7 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for group in (self.samplers, self.rewards, self.learners):
+        for group in (self.samplers, *self.rewards, self.learners):
             group.shutdown()
 
     def encode(self, prompts: list[Prompt]) -> None:
@@ -151,23 +156,27 @@ class Crew:
             self.samplers.submit(chunk.id, "draw", chunk, own, null, request, explored, returns=3)
         by_id = {chunk.id: chunk for chunk in chunks}
         drawn: dict[tuple, tuple] = {}
-        scores: dict[tuple, Scores] = {}
+        parts: dict[tuple, list[Scores]] = {chunk.id: [] for chunk in chunks}
+        scored = 0
         self.report("rollout", 0, len(chunks))
         self.report("reward", 0, len(chunks))
-        for done in stream(self.samplers, self.rewards):
+        for done in stream(self.samplers, *self.rewards):
             chunk = by_id[done.key]
             if done.pool is self.samplers:
                 self._verify(done.value, chunk, request)
                 drawn[done.key] = (done.value, *done.refs)
-                self.rewards.submit(done.key, "score", done.refs[0], [chunk.prompt] * len(chunk.seeds))
+                for pool in self.rewards:
+                    pool.submit(done.key, "score", done.refs[0], [chunk.prompt] * len(chunk.seeds))
                 last_drawn = time.perf_counter()
                 self.report("rollout", len(drawn), len(chunks))
             else:
-                scores[done.key] = done.value
-                self.report("reward", len(scores), len(chunks))
+                parts[done.key].append(done.value)
+                scored += len(parts[done.key]) == len(self.rewards)
+                self.report("reward", scored, len(chunks))
         self.images_drawn += sum(len(chunk.seeds) for chunk in chunks)
         times = {"rollout": last_drawn - started, "reward": time.perf_counter() - last_drawn}
-        return [Drawn(*drawn[chunk.id], scores[chunk.id]) for chunk in chunks], times
+        order = list(self.config.rewards)
+        return [Drawn(*drawn[chunk.id], beside(parts[chunk.id], order)) for chunk in chunks], times
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
         """A chunk must have been drawn with exactly the levels, seeds, weights and condition that were asked for."""

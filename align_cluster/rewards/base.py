@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from align_cluster.config.base import Section
 from align_cluster.types import FailureKind, Prompt
@@ -24,12 +24,24 @@ class FailurePolicy(Section):
     then: Literal["mask", "drop_group", "fail"] = "mask"
 
 
+class PoolSection(Section):
+    """Workers of a reward's own, each with `cpus` (null: a share of what is left) and `gpus`, fractions allowed."""
+
+    workers: PositiveInt = 1
+    cpus: PositiveFloat | None = None
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
 class RewardSection(Section):
-    """Settings of every reward. A `monitor` is scored and reported, but never trained on; its weight has no effect."""
+    """Settings of every reward. A `monitor` is scored and reported, but never trained on; its weight has no effect.
+
+    Rewards without a `pool` share `cluster.reward_workers`, one after the other; one with a pool is scored beside them.
+    """
 
     weight: float = 1.0
     role: Literal["train", "monitor"] = "train"
     on_failure: FailurePolicy = FailurePolicy()
+    pool: PoolSection | None = None
 
 
 class RewardError(Exception):
@@ -77,8 +89,14 @@ class Reward(ABC):
 
 
 class DifferentiableReward(Reward):
-    """A reward with a gradient to the pixels."""
+    """A reward with a gradient to the pixels. It judges every prompt, and its score is that same computation."""
+
+    @torch.no_grad()
+    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
+        values = self.differentiable(pixels, prompts).cpu().double().numpy()
+        return Result(values, np.ones(len(prompts), dtype=bool))
 
     @abstractmethod
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Scores fp32 [B] of images float [B, 3, H, W] in [0, 1], equal to `score` within 1e-3."""
+        """Scores fp32 [B] of images float [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""

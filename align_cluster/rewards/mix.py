@@ -12,6 +12,24 @@ from align_cluster.rewards.base import RewardSection
 from align_cluster.types import Failure, Scores, UserError
 
 
+def beside(parts: Sequence[Scores], order: Sequence[str]) -> Scores:
+    """Scores of the same images by different workers as one, rewards in `order`, whichever came first."""
+    columns = {
+        part: {
+            name: found for name in order for scores in parts if (found := getattr(scores, part).get(name)) is not None
+        }
+        for part in ("values", "valid", "failures")
+    }
+    details = {
+        name: column
+        for reward in order
+        for scores in parts
+        for name, column in scores.details.items()
+        if name.startswith(f"{reward}/")
+    }
+    return Scores(**columns, details=details, seconds=sum(scores.seconds for scores in parts))
+
+
 def concatenate(chunks: Sequence[Scores]) -> Scores:
     """Scores of all N images of the chunks, in order. A column that a chunk lacks is NaN there, a reward not valid."""
     sizes = [_size(scores) for scores in chunks]

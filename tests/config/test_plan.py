@@ -12,7 +12,7 @@ def total_cpus(plan):
     shares = (
         (plan.sampler_cpus, plan.samplers),
         (plan.learner_cpus, plan.learners),
-        (plan.reward_cpus, plan.reward_workers),
+        *((pool.cpus, pool.workers) for pool in plan.reward_pools),
     )
     return sum(share * count for share, count in shares)
 
@@ -24,20 +24,20 @@ def test_on_cpus_the_shares_always_fit_the_cores(run_config, cores, workers, thr
     config = run_config(f"cluster.reward_workers={workers}", f"cluster.threads={threads}", "prompts_per_step=32")
     plan = derive(config, cores, 0)
     assert total_cpus(plan) <= cores + 1e-9
-    assert min(plan.sampler_cpus, plan.learner_cpus, plan.reward_cpus) >= 1e-4
+    assert min(plan.sampler_cpus, plan.learner_cpus, plan.reward_pools[0].cpus) >= 1e-4
     assert plan.samplers * threads <= max(cores, threads) and plan.sampler_gpus == plan.learner_gpus == 0
 
 
 def test_two_cores_get_one_sampler_and_one_learner_each(run_config):
     plan = derive(run_config(), 2, 0)
     assert (plan.samplers, plan.learners, plan.sampler_cpus, plan.learner_cpus) == (2, 2, 0.45, 0.45)
-    assert plan.reward_cpus == pytest.approx(0.1)
+    assert [pool.cpus for pool in plan.reward_pools] == [pytest.approx(0.1)]
 
 
 def test_every_gpu_gets_one_sampler_and_one_learner_that_share_it(run_config):
     plan = derive(run_config("prompts_per_step=48"), 64, 8)
     assert (plan.samplers, plan.learners, plan.sampler_gpus, plan.learner_gpus) == (8, 8, 0.5, 0.5)
-    assert (plan.sampler_cpus, plan.learner_cpus, plan.reward_cpus) == (1, 1, 1)
+    assert (plan.sampler_cpus, plan.learner_cpus, plan.reward_pools[0].cpus) == (1, 1, 1)
 
 
 def test_stated_gpu_pools_that_fit_side_by_side_get_whole_gpus(run_config):
@@ -129,3 +129,26 @@ def test_an_update_passes_over_a_sample_once_for_each_step_of_its_window(run_con
     plan = derive(config, 2, 0)
     assert plan.turns == turns == max(config.window.plan(6, step, step).keep for step in range(200))
     assert plan.rollout_calls == 4 * 6 * 2, "a window changes what is trained, not how much is drawn"
+
+
+def test_a_reward_with_a_pool_gets_workers_of_its_own_and_the_others_share(run_config):
+    plan = derive(
+        run_config("rewards.clip.kind=clip_score", "rewards.clip.pool.workers=2", "rewards.clip.pool.cpus=1.5"), 16, 0
+    )
+    shared, own = plan.reward_pools
+    assert (shared.rewards, own.rewards, own.name) == (("judge",), ("clip",), "clip")
+    assert (own.workers, own.cpus, own.gpus, plan.reward_workers) == (2, 1.5, 0.0, 3)
+    assert total_cpus(plan) <= 16
+
+
+def test_gpus_of_reward_pools_are_taken_from_training(run_config):
+    half = ("rewards.judge.pool.workers=2", "rewards.judge.pool.gpus=0.5", "prompts_per_step=48")
+    plan = derive(run_config(*half), 64, 8)
+    assert (plan.samplers, plan.learners) == (7, 7) and plan.reward_pools[0].gpus == 0.5
+    with pytest.raises(UserError, match="rewards ask for 1 GPUs in their pools, and there are 1.*pool.gpus"):
+        derive(run_config(*half), 64, 1)
+
+
+def test_reward_pools_that_leave_no_cores_are_refused(run_config):
+    with pytest.raises(UserError, match="rewards ask for more CPU cores.*pool.cpus"):
+        derive(run_config("rewards.judge.pool.cpus=2"), 2, 0)

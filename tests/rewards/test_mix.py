@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from align_cluster.rewards.base import RewardSection
-from align_cluster.rewards.mix import concatenate, table
+from align_cluster.rewards.mix import beside, concatenate, table
 from align_cluster.types import Failure, Scores, UserError
 
 NAN = float("nan")
@@ -67,3 +67,14 @@ def test_concatenate_keeps_order_and_fills_what_a_chunk_lacks():
     np.testing.assert_array_equal(scores.details["a/exact"], [1, 0, NAN, NAN])
     assert scores.valid["a"].tolist() == [True, True, False, True]
     assert scores.failures == {"a": BROKE} and scores.seconds == 1.5
+
+
+def test_scores_of_several_workers_stand_beside_each_other_in_the_order_of_the_run():
+    late = chunk({"b": [3, NAN]}, failures={"b": BROKE}, details={"b/x": [1, 2]})
+    first = chunk({"c": [5, 6], "a": [1, 2]}, details={"a/y": [7, 8]})
+    for parts in ([late, first], [first, late]):
+        scores = beside(parts, ["a", "b", "c"])
+        assert list(scores.values) == list(scores.valid) == ["a", "b", "c"] and list(scores.details) == ["a/y", "b/x"]
+        np.testing.assert_array_equal(scores.values["c"], [5, 6])
+        np.testing.assert_array_equal(scores.valid["b"], [True, False])
+        assert scores.failures == {"b": BROKE} and scores.seconds == 1.0

@@ -25,8 +25,7 @@ def reserved(bundles: list[dict], places: dict[str, list[int]], plan: Plan) -> b
     shares = {
         "sampler": (plan.sampler_cpus, plan.sampler_gpus),
         "learner": (plan.learner_cpus, plan.learner_gpus),
-        "reward": (plan.reward_cpus, 0.0),
-    }
+    } | {f"reward {pool.name}": (pool.cpus, pool.gpus) for pool in plan.reward_pools}
     for role, indices in places.items():
         for index in indices:
             for key, share in zip(("CPU", "GPU"), shares[role], strict=True):
@@ -47,13 +46,15 @@ def reserved(bundles: list[dict], places: dict[str, list[int]], plan: Plan) -> b
         (64, 8, ("prompts_per_step=16", "cluster.samplers=6", "cluster.learners=2")),
         (64, 4, ("prompts_per_step=16", "cluster.samplers=8")),
         (64, 3, ("prompts_per_step=16", "cluster.samplers=1", "cluster.learners=3")),
+        (16, 0, ("rewards.clip.pool.workers=2", "rewards.geneval.pool.cpus=0.5")),
+        (64, 3, ("prompts_per_step=16", "rewards.clip.pool.workers=2", "rewards.clip.pool.gpus=0.5")),
     ],
 )
 def test_every_worker_has_room_and_every_learner_rank_a_gpu_of_its_own(plan, cores, gpus, overrides):
     made = plan(cores, gpus, *overrides)
     bundles, places = slots(made)
-    assert [len(places[role]) for role in ("sampler", "learner", "reward")] == [
-        *(made.samplers, made.learners, made.reward_workers)
+    assert [len(indices) for indices in places.values()] == [
+        *(made.samplers, made.learners, *(pool.workers for pool in made.reward_pools))
     ]
     assert reserved(bundles, places, made)
     assert sum(bundle["CPU"] for bundle in bundles) <= cores + 1e-6

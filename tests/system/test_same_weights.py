@@ -20,7 +20,7 @@ def saboteur(pool_name: str, pid_of: Callable, killed: list[int]) -> type[Crew]:
             return super().request(step)
 
         def draw(self, chunks, request):
-            pool, inner = getattr(self, pool_name), self.report
+            pool, inner = self.samplers if pool_name == "samplers" else self.rewards[0], self.report
             pids = {worker.name: pid_of(worker.actor) for worker in pool.workers}
 
             def report(stage: str, done: int, total: int) -> None:
@@ -56,6 +56,12 @@ def test_exploration_ends_in_the_same_lora_however_its_first_phase_is_shared_out
         run = train(tiny("nft", *explore, "rollout.chunk=6", "rollout.group_size=2", f"cluster.samplers={samplers}"))
         checksums.append(run.summary["lora_checksum"])
     assert checksums[0] == checksums[1]
+
+
+def test_rewards_in_pools_of_their_own_end_in_the_same_lora(runs, tiny, train):
+    run = train(tiny("nft", "rewards.geneval.pool.workers=2", "rewards.clip.pool.cpus=0.02"))
+    for key in ("lora_checksum", "before", "after", "config_hash"):
+        assert run.summary[key] == runs["nft"].summary[key]
 
 
 def test_another_seed_ends_in_another_lora(runs, tiny, train):

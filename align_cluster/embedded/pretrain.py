@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPModel, CLIPTextModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModelWithProjection
 
 from align_cluster.embedded import scene
 from align_cluster.embedded.networks import (
@@ -171,6 +171,8 @@ def pack(out: Path) -> Path:
     pipeline.save_pretrained(target)
     clip.half().save_pretrained(target / "clip")
     build().save_pretrained(target / "clip")
+    square = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    CLIPImageProcessorPil(**square, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(target / "clip")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"packed {target}: {size / 1e6:.2f} MB")
     if size > 10_000_000:

@@ -1,15 +1,21 @@
-"""ADD A REWARD HERE: one file with a class like ClipScore, and one line below."""
+"""ADD A REWARD HERE: one file with a class like Jpeg, and one line below."""
 
 from align_cluster.rewards.aesthetic import Aesthetic
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.geneval import GenEval
 from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.image_reward import ImageReward
+from align_cluster.rewards.jpeg import Jpeg
 from align_cluster.rewards.ocr import Ocr
+from align_cluster.rewards.open_clip_score import OpenClipScore
+from align_cluster.rewards.pickscore import PickScore
 
 REWARDS = {
     "geneval": GenEval,
     "clip_score": ClipScore,
+    "open_clip_score": OpenClipScore,
+    "pickscore": PickScore,
+    "jpeg": Jpeg,
     "ocr": Ocr,
     "hps": Hps,
     "aesthetic": Aesthetic,

@@ -5,11 +5,11 @@ import pickle
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.base import DifferentiableReward, RewardSection
+from align_cluster.rewards.clip import cosines
 from align_cluster.types import Prompt, UserError
 
 CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # as named at the hub
@@ -28,7 +28,7 @@ def squared(images: torch.Tensor, side: int) -> torch.Tensor:
     return F.pad(images, (left, side - width - left, top, side - height - top))
 
 
-class Hps(Reward):
+class Hps(DifferentiableReward):
     """Cosine of the image's and the prompt's embedding, in fp32: about .20 to .37. Tables print 100 x."""
 
     class Config(RewardSection):
@@ -68,22 +68,12 @@ class Hps(Reward):
             for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
         )
 
-    @torch.no_grad()
-    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
-        pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
-        values = self.differentiable(pixels, prompts).cpu().double().numpy()
-        return Result(values, np.ones(len(prompts), dtype=bool))
-
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""
         device = self.mean.device
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts))  # a chunk has one prompt: encode it once
-        owner = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=device)
         with torch.autocast(device.type, enabled=False):  # the trainer's would cost the third digit of a cosine
             pixels = (squared(images.to(device, torch.float32), self.side) - self.mean) / self.std
-            seen = self.model.encode_image(pixels, normalize=True)
-            read = self.model.encode_text(self.tokenizer(texts).to(device), normalize=True)
-        return (seen * read[owner]).sum(-1)
+            seen = self.model.encode_image(pixels)
+            return cosines(seen, prompts, lambda texts: self.model.encode_text(self.tokenizer(texts).to(device)))
 
     def _architecture(self) -> dict[str, Any]:
         import open_clip

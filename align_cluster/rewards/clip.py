@@ -1,0 +1,77 @@
+"""What rewards on a CLIP model share: images paired with their prompts, and transformers' CLIPModel."""
+
+from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError
+from torch.nn import functional as F
+
+from align_cluster.rewards.heads import stretched
+from align_cluster.types import Prompt, UserError
+
+
+def cosines(seen: torch.Tensor, prompts: list[Prompt], read: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
+    """Cosine [B] of image embedding i of `seen` [B, D] and prompt i's; `read` embeds N texts as [N, D].
+
+    A chunk has one prompt: each different text is read once.
+    """
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    owner = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=seen.device)
+    return (F.normalize(seen, dim=-1) * F.normalize(read(texts), dim=-1)[owner]).sum(-1)
+
+
+class Clip:
+    """A frozen CLIPModel in fp32, with the tokenizer and the preprocessing that its publishers name.
+
+    `model` and `processor` are hub ids or folders, and may be the same; `kind` is the reward that asks. UserError says
+    what cannot be loaded, or that the preprocessing is none of CLIP's.
+    """
+
+    def __init__(self, kind: str, model: str, processor: str, device: str) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        try:
+            loaded, report = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+            if report["missing_keys"]:
+                raise ValueError(f"the checkpoint has no {min(report['missing_keys'])}")
+            self.tokenizer = AutoTokenizer.from_pretrained(processor)
+            settings = AutoImageProcessor.from_pretrained(processor, backend="pil").to_dict()
+            self.side = loaded.config.vision_config.image_size
+            expected = {
+                **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+                "size": {"shortest_edge": self.side},
+                "crop_size": {"height": self.side, "width": self.side},
+                "resample": 3,  # PIL's number for bicubic
+            }
+            for name, value in expected.items():
+                if settings[name] != value:
+                    raise ValueError(f"its images have {name} {settings[name]}, and CLIP's have {value}")
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"rewards: {kind} cannot load {model!r} with the processor {processor!r}: give hub ids that this "
+                "machine can reach, or folders, of a CLIPModel and of a tokenizer with a preprocessor_config.json "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
+        self.model = loaded.to(device).eval().requires_grad_(False)
+        self.mean, self.std = (
+            torch.tensor(settings[name], device=device)[:, None, None] for name in ("image_mean", "image_std")
+        )
+
+    def cosine(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """Cosines fp32 [B] of images [B, 3, H, W] in [0, 1] and their prompts, with a gradient to the pixels."""
+        device = self.mean.device
+        with torch.autocast(device.type, enabled=False):  # the trainer's would cost the third digit of a cosine
+            pixels = (self._cropped(images.to(device, torch.float32)) - self.mean) / self.std
+            return cosines(self.model.get_image_features(pixel_values=pixels).pooler_output, prompts, self._read)
+
+    def _cropped(self, images: torch.Tensor) -> torch.Tensor:
+        """The middle square of images whose shorter side is scaled to the model's; odd margins as transformers does."""
+        height, width = (int(self.side * length / min(images.shape[2:])) for length in images.shape[2:])
+        top, left = (height - self.side) // 2, (width - self.side) // 2
+        return stretched(images, height, width)[:, :, top : top + self.side, left : left + self.side]
+
+    def _read(self, texts: list[str]) -> torch.Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = (tokens[name].to(self.mean.device) for name in ("input_ids", "attention_mask"))
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output

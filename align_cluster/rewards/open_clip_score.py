@@ -1,0 +1,66 @@
+"""CLIP score with any model of open_clip, such as DFN (Fang et al. 2023, arXiv 2309.17425)."""
+
+import pickle
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+
+from align_cluster.rewards.base import DifferentiableReward, RewardSection
+from align_cluster.rewards.clip import cosines
+from align_cluster.types import Prompt, UserError
+
+
+class OpenClipScore(DifferentiableReward):
+    """The plain cosine: about .35 to .45 for the default."""
+
+    class Config(RewardSection):
+        """`path` is a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (safetensors)."""
+
+        kind: Literal["open_clip_score"] = "open_clip_score"
+        path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
+
+    def load(self, device: str, threads: int) -> None:
+        try:
+            import open_clip
+            from open_clip.transform import ResizeKeepRatio
+        except ImportError as error:
+            raise UserError(
+                f"rewards: open_clip_score needs open_clip, which is not installed ({error}): "
+                "pip install 'align-cluster[rewards]'"
+            ) from error
+        folder = Path(self.config.path).expanduser()
+        source = f"local-dir:{folder}" if folder.is_dir() else f"hf-hub:{self.config.path}"
+        try:
+            model, transform = open_clip.create_model_from_pretrained(source)
+            self.tokenizer = open_clip.get_tokenizer(source)
+            *self.shaping, self.normalise = transform.transforms
+            if any(isinstance(step, ResizeKeepRatio) for step in self.shaping):
+                raise ValueError("its images are padded or not square, and here they are scaled to a square or cropped")
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+            SafetensorError,
+        ) as error:
+            raise UserError(
+                f"rewards: open_clip_score cannot load {self.config.path!r}: give a hub id that this machine can "
+                "reach, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or .safetensors) "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
+        self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
+
+    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """Images go through the checkpoint's own transform, as floats instead of PIL's bytes."""
+        with torch.autocast(self.device.type, enabled=False):
+            images = images.to(self.device, torch.float32)
+            for step in self.shaping:
+                images = step(images)
+            # PIL's bytes cut off what bicubic overshoots at edges.
+            seen = self.model.encode_image(self.normalise(images.clamp(0, 1)))
+            return cosines(seen, prompts, lambda texts: self.model.encode_text(self.tokenizer(texts).to(self.device)))

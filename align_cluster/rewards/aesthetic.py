@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from align_cluster.rewards.base import DifferentiableReward, Result, RewardSection
+from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head, stretched
 from align_cluster.types import Prompt, UserError
 
@@ -84,12 +83,6 @@ class Aesthetic(DifferentiableReward):
         self.mean, self.std = (
             torch.tensor(values, device=device)[:, None, None] for values in (self.published.mean, self.published.std)
         )
-
-    @torch.no_grad()
-    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
-        pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
-        values = self.differentiable(pixels, prompts).cpu().double().numpy()
-        return Result(values, np.ones(len(prompts), dtype=bool))
 
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
         """Scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""

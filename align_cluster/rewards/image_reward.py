@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
-from align_cluster.rewards.base import DifferentiableReward, Result, RewardSection
+from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head
 from align_cluster.types import Prompt, UserError
 
@@ -135,12 +134,6 @@ class ImageReward(DifferentiableReward):
             model.to(device).eval().requires_grad_(False) for model in (vision, text, head)
         )
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-
-    @torch.no_grad()
-    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
-        pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
-        values = self.differentiable(pixels, prompts).cpu().double().numpy()
-        return Result(values, np.ones(len(prompts), dtype=bool))
 
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
         """Scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none.

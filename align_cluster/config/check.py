@@ -8,9 +8,9 @@ its name in PROMPT_RULES, or in NOTES, which never refuses.
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.rules import RULES, Problems
 from align_cluster.config.run import RunConfig
-from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.files import quoted
+from align_cluster.rewards.detectors import DETECTORS, geneval_name
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.types import Prompt, UserError
 
@@ -68,12 +68,20 @@ def rewards_can_judge(config: RunConfig, train: list[Prompt], held_out: list[Pro
 
 def detector_knows_the_objects(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
     asked = {clause["class"] for prompt in [*train, *held_out] for clause in prompt.metadata.get("include", ())}
-    unknown = sorted(asked - set(SHAPES))
     for name, reward in config.rewards.items():
-        if unknown and getattr(reward, "detector", None) == "embedded":
+        if reward.kind != "geneval":
+            continue
+        known = DETECTORS[reward.detector.kind].classes
+        for unknown in sorted(asked - set(known))[:1]:
+            vocabulary = ", ".join(known) if len(known) < 10 else f"{len(known)} classes of COCO by GenEval's names"
+            remedy = "use clip_score for these prompts"
+            if reward.detector.kind == "embedded":
+                remedy = "use the detector mask2former, or clip_score, for these prompts"
+            elif geneval_name(unknown) in known:
+                remedy = f"write {geneval_name(unknown)!r}"
             yield (
-                f"rewards.{name}: the embedded detector knows {', '.join(SHAPES)}, and prompts ask for {unknown[0]!r}; "
-                "use clip_score for these prompts"
+                f"rewards.{name}: the {reward.detector.kind} detector knows {vocabulary}, "
+                f"and prompts ask for {unknown!r}; {remedy}"
             )
 
 

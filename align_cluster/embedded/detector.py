@@ -31,14 +31,14 @@ class Detection:
     label   class name
     score   confidence in [0, 1]; here the overlap (IoU) with the best template, less where a second shape fits too
     box     x0, y0, x1, y1 in pixels, the far edges exclusive
-    mask    bool [H, W]
+    mask    bool [H, W], None where the detector finds boxes only
     color   colour name, None where the detector does not tell colours
     """
 
     label: str
     score: float
     box: tuple[float, float, float, float]
-    mask: np.ndarray
+    mask: np.ndarray | None
     color: str | None = None
 
 

@@ -1,18 +1,21 @@
 """GenEval (Ghosh et al. 2023, arXiv 2310.11513): are the objects that the prompt names there, as it names them?
 
 The rules are those of GenEval's evaluate_images.py; the graded score is the training reward of Flow-GRPO (Liu et al.
-2025, arXiv 2505.05470), without its quirk that a failed position counts one half.
+2025, arXiv 2505.05470). Objects come from `detectors.py`, and their colours, where the detector tells none, from
+`colors.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from align_cluster.embedded.detector import Detection, detect
+from align_cluster.embedded.detector import Detection
 from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.colors import ColorNamer, cutout
+from align_cluster.rewards.detectors import DETECTORS, Boxes, Embedded, Masks
 from align_cluster.types import Prompt
 
 MAX_OBJECTS = 16  # of one class
@@ -33,25 +36,39 @@ class Verdict:
     graded: float
 
 
-def judge(metadata: dict[str, Any], detections: Sequence[Detection], threshold: float) -> Verdict:
-    """Apply a GenEval record to the objects found in one image.
+def strongest(detections: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:
+    """The objects that count, by class: at most 16 above `threshold`, the most confident first.
 
-    `metadata` has include: clauses {class, count, color?, position? = [relation, index of another clause]}, and
-    optionally exclude: clauses {class, count} of which fewer than count may be there. Objects count above `threshold`;
-    of equally confident ones the earlier goes first.
+    Of equally confident ones the earlier goes first.
     """
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
         same = found.setdefault(detection.label, [])
         if detection.score > threshold and len(same) < MAX_OBJECTS:
             same.append(detection)
-    accuracy, _ = _check(metadata["include"], found, exact=False)
-    strict, graded = _check(metadata["include"], found, exact=True)
+    return found
+
+
+def judge(
+    metadata: dict[str, Any], detections: Sequence[Detection], threshold: float, half_credit: bool = False
+) -> Verdict:
+    """Apply a GenEval record to the objects found in one image.
+
+    `metadata` has include: clauses {class, count, color?, position? = [relation, index of another clause]}, and
+    optionally exclude: clauses {class, count} of which fewer than count may be there. Objects count above `threshold`.
+    `half_credit` repeats a slip of Flow-GRPO's reward server: objects that are there but stand wrongly add a part of 0
+    and one of 1 to the graded score, where one of 0 was meant.
+    """
+    found = strongest(detections, threshold)
+    accuracy, _ = _check(metadata["include"], found, exact=False, half_credit=half_credit)
+    strict, graded = _check(metadata["include"], found, exact=True, half_credit=half_credit)
     allowed = all(len(found.get(clause["class"], ())) < clause["count"] for clause in metadata.get("exclude") or ())
     return Verdict(accuracy and allowed, strict and allowed, graded)
 
 
-def _check(include: list[dict[str, Any]], found: dict[str, list[Detection]], exact: bool) -> tuple[bool, float]:
+def _check(
+    include: list[dict[str, Any]], found: dict[str, list[Detection]], exact: bool, half_credit: bool
+) -> tuple[bool, float]:
     """Whether all clauses hold, and the mean of the parts' credits.
 
     Parts of a clause: its count, then its color and its position where asked. A part counts 0 where an earlier one
@@ -73,7 +90,7 @@ def _check(include: list[dict[str, Any]], found: dict[str, list[Detection]], exa
             relation, target = clause["position"]
             pairs = [(a, b) for a in groups[index] or () for b in groups[target] or ()]
             holds = bool(pairs) and all(relation in relations(a.box, b.box) for a, b in pairs)
-            parts.append(float(holds))
+            parts += [0.0, 1.0] if half_credit and pairs and not holds else [float(holds)]
             groups[index] = groups[index] if holds else None
     return all(group is not None for group in groups), sum(parts) / len(parts)
 
@@ -95,23 +112,77 @@ class GenEval(Reward):
     """GenEval's verdict as a reward. Prompts without `include` have no verdict."""
 
     class Config(RewardSection):
-        """`score` chooses the reward: `mixed` is half graded, half accuracy. All three stand in the details anyway."""
+        """`score` chooses the reward: `mixed` is half graded, half accuracy. All three stand in the details anyway.
+
+        `detector` may also be the name of its kind alone. Objects count above `threshold`, and above
+        `counting_threshold` where the task is counting; null takes the detector's own (photographs: GenEval's .3 and
+        .9; embedded: .80, and for counting whatever `threshold` is). `color_clip` names colours for detectors that see
+        none: a hub id or a folder of an open_clip model; null is OpenAI's ViT-L/14, as published. `half_credit` pays
+        for wrong positions as Flow-GRPO's server does.
+        """
 
         kind: Literal["geneval"] = "geneval"
-        detector: Literal["embedded"] = "embedded"
-        threshold: Annotated[float, Field(ge=0, lt=1)] = 0.80
+        detector: Annotated[Embedded.Config | Masks.Config | Boxes.Config, Field(discriminator="kind")] = (
+            Embedded.Config()
+        )
+        threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+        counting_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+        color_clip: str | None = None
         score: Literal["graded", "strict", "accuracy", "mixed"] = "graded"
+        half_credit: bool = False
+
+        @field_validator("detector", mode="before")
+        @classmethod
+        def kind_alone(cls, value: Any) -> Any:
+            return {"kind": value} if isinstance(value, str) else value
 
     def load(self, device: str, threads: int) -> None:
-        self.detect = detect
+        self.detector = DETECTORS[self.config.detector.kind](self.config.detector)
+        self.detector.load(device)
+        self.name_colors = None if self.detector.tells_colors else ColorNamer(self.config.color_clip, device)
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         valid = np.array([bool(prompt.metadata.get("include")) for prompt in prompts], dtype=bool)
         columns = {name: np.full(len(prompts), np.nan) for name in ("accuracy", "strict", "graded")}
         asked = np.flatnonzero(valid)
-        for index, detections in zip(asked, self.detect(images[asked]), strict=True):
-            verdict = judge(prompts[index].metadata, detections, self.config.threshold)
+        for index, detections in zip(asked, self._detections(images[asked], [prompts[i] for i in asked]), strict=True):
+            threshold = self._threshold(prompts[index])
+            verdict = judge(prompts[index].metadata, detections, threshold, self.config.half_credit)
             for name, column in columns.items():
                 column[index] = getattr(verdict, name)
         chosen = ("graded", "accuracy") if self.config.score == "mixed" else (self.config.score,)
         return Result(sum(columns[name] for name in chosen) / len(chosen), valid, columns)
+
+    def _threshold(self, prompt: Prompt) -> float:
+        counting = self._setting("counting_threshold")
+        return counting if counting is not None and prompt.task == "counting" else self._setting("threshold")
+
+    def _setting(self, name: str) -> float | None:
+        """The run's value, or else the detector's own."""
+        value = getattr(self.config, name)
+        return getattr(self.detector, name) if value is None else value
+
+    def _detections(self, images: np.ndarray, prompts: list[Prompt]) -> list[list[Detection]]:
+        """Objects in each image; those whose colour the verdict depends on have one."""
+        thresholds = [self._threshold(prompt) for prompt in prompts]
+        found = self.detector.detect(images, min(thresholds, default=0.0))
+        if self.name_colors is None:
+            return found
+        wanted = [
+            (image, detection)
+            for image, prompt, detections, threshold in zip(images, prompts, found, thresholds, strict=True)
+            for detection in colored(prompt.metadata["include"], strongest(detections, threshold))
+        ]
+        names = self.name_colors([cutout(*pair) for pair in wanted], [detection.label for _, detection in wanted])
+        colors = dict(zip((detection for _, detection in wanted), names, strict=True))
+        return [[replace(d, color=colors[d]) if d in colors else d for d in detections] for detections in found]
+
+
+def colored(include: list[dict[str, Any]], found: dict[str, list[Detection]]) -> list[Detection]:
+    """The objects whose colour the clauses look at: the surest of a class, where enough of them are there."""
+    wanted: dict[Detection, None] = {}
+    for clause in include:
+        objects = found.get(clause["class"], [])
+        if clause.get("color") and len(objects) >= clause["count"]:
+            wanted |= dict.fromkeys(objects[: clause["count"]])
+    return list(wanted)

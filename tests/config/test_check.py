@@ -42,7 +42,8 @@ PROBLEMS = [
     ([*GENEVAL, "prompts.split=all"], ["prompts are trained on as well", "split to held_out"]),
     (["prompts.tasks=[ocr]"], ["rewards.judge judges none of the training prompts", "include"]),
     (["rewards.judge.kind=ocr"], ["rewards.judge judges none of the training prompts", "quote text"]),
-    ([*GENEVAL, "rewards.judge.kind=geneval"], ["embedded detector knows circle", "clip_score"]),
+    ([*GENEVAL, "rewards.judge.kind=geneval"], ["embedded detector knows circle", "mask2former", "clip_score"]),
+    (["rewards.judge.detector=detr"], ["detr detector knows 80 classes", "ask for 'circle'", "clip_score"]),
 ]
 
 
@@ -65,6 +66,25 @@ def test_a_sound_run_has_no_notes(run_config):
     assert check(run_config()) == []
     assert check(run_config("algorithm.kind=grpo")) == []
     assert check(run_config(*GENEVAL)) == []
+    for detector in ("mask2former", "detr"):
+        assert check(run_config(*GENEVAL, "rewards.judge.kind=geneval", f"rewards.judge.detector={detector}")) == []
+
+
+def test_an_object_by_cocos_name_gets_genevals_name(run_config, tmp_path):
+    files = {}
+    for name, objects in (("train", "mouse cup"), ("test", "fork knife")):
+        files[name] = tmp_path / f"{name}.jsonl"
+        lines = [
+            {"prompt": f"{count} {noun}", "include": [{"class": noun, "count": count}]}
+            for noun in objects.split()
+            for count in range(1, 9)
+        ]
+        files[name].write_text("\n".join(map(json.dumps, lines)))
+    overrides = ["backbone.path=a/b", "rewards.judge.detector=mask2former"]
+    overrides += ["prompts.kind=jsonl", f"prompts.path={files['train']}"]
+    overrides += ["evaluate.prompts.kind=jsonl", f"evaluate.prompts.path={files['test']}"]
+    with pytest.raises(UserError, match="ask for 'mouse'; write 'computer mouse'"):
+        check(run_config(*overrides))
 
 
 def test_txt_prompts_have_nothing_for_a_geneval_reward(run_config, tmp_path):

@@ -53,6 +53,17 @@ MISTAKES = [
         "kind: geneval\n    role: training",
         ["rewards.judge.role is 'training'", "'train' or 'monitor'"],
     ),
+    (
+        "kind: geneval",
+        "kind: geneval\n    detector: mask2fromer",
+        ["rewards.judge.detector.kind is 'mask2fromer'", "did you mean mask2former?"],
+    ),
+    (
+        "kind: geneval",
+        "kind: geneval\n    detector: {kind: detr, pth: a}",
+        ["rewards.judge.detector.pth", "did you mean rewards.judge.detector.path?"],
+    ),
+    ("kind: geneval", "kind: geneval\n    detector: [detr]", ["rewards.judge.detector is ['detr']", "detector.kind"]),
     ("kind: geneval", "kind: geneval\n    threshold: 1.5", ["rewards.judge.threshold is 1.5", "below 1"]),
     ("rewards:\n  judge:\n    kind: geneval", "rewards: {}", ["rewards is {}", "at least 1 entry"]),
     ("rewards:\n  judge:\n    kind: geneval", "rewards:\n  judge: geneval", ["rewards.judge.kind: geneval"]),

@@ -1,0 +1,94 @@
+"""Names of objects' colours by zero-shot CLIP, as GenEval (Ghosh et al. 2023, arXiv 2310.11513) asks for them."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch.nn import functional as F
+
+from align_cluster.embedded.detector import Detection
+from align_cluster.prompts.geneval import COLORS
+from align_cluster.types import UserError
+
+TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+GROUND = 0x99  # grey level around an object whose mask is known: GenEval's #999
+BATCH = 32  # objects that CLIP sees at a time
+
+
+def cutout(image: np.ndarray, detection: Detection) -> np.ndarray:
+    """The object's box, uint8 [h, w, 3], of an image uint8 [H, W, 3]; with a mask, all around the object is grey.
+
+    Box edges round to whole pixels, and a box has at least one.
+    """
+    if detection.mask is not None:
+        image = np.where(detection.mask[:, :, None], image, np.uint8(GROUND))
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = (round(edge) for edge in detection.box)
+    x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+    return image[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+
+
+class ColorNamer:
+    """open_clip's ViT-L/14 with OpenAI's weights, or the CLIP at `path`: a hub id or a folder in open_clip's format.
+
+    A colour's embedding is the normalised mean of its three sentences' normalised embeddings, made for each class of
+    objects; an object has the colour whose embedding is the nearest to its cutout's.
+    """
+
+    def __init__(self, path: str | None, device: str) -> None:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise UserError(
+                f"rewards: geneval names colours with open_clip, which is not installed ({error}): "
+                "pip install 'align-cluster[rewards]'"
+            ) from error
+        # GenEval's open_clip gave OpenAI's weights their QuickGELU under either name; a recent one gives it to this.
+        name, weights = "ViT-L-14-quickgelu", "openai"
+        if path is not None:
+            folder = Path(path).expanduser()
+            name, weights = f"local-dir:{folder}" if folder.is_dir() else f"hf-hub:{path}", None
+        try:
+            model, self.transform = open_clip.create_model_from_pretrained(name, weights)
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+            SafetensorError,
+        ) as error:
+            raise UserError(
+                f"rewards: geneval cannot load the CLIP that names colours, {path or f'{name} of {weights}'!r}: set "
+                "color_clip to a hub id that this machine can reach, or to a folder with open_clip_config.json and "
+                f"its weights ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
+        self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
+        self.known: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, cutouts: list[np.ndarray], labels: list[str]) -> list[str]:
+        """The colour of each cutout, uint8 [h, w, 3] of any sizes; `labels` say what the objects are."""
+        colors = []
+        for start in range(0, len(cutouts), BATCH):
+            pixels = [self.transform(Image.fromarray(cut)) for cut in cutouts[start : start + BATCH]]
+            with torch.autocast(self.device.type, enabled=False):
+                seen = self.model.encode_image(torch.stack(pixels).to(self.device), normalize=True)
+                read = torch.stack([self._embedded(label) for label in labels[start : start + BATCH]])
+                nearest = (read @ seen[:, :, None])[:, :, 0].argmax(1)
+            colors += [COLORS[index] for index in nearest.tolist()]
+        return colors
+
+    def _embedded(self, label: str) -> torch.Tensor:
+        """Embeddings [10, D] of the colours of such objects; each class is read once."""
+        if label not in self.known:
+            texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
+            read = self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
+            self.known[label] = F.normalize(read.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1), dim=-1)
+        return self.known[label]

@@ -1,0 +1,233 @@
+"""Object detectors behind one contract: images in, named objects with a box out, and with a mask where there is one.
+
+Names are those of the prompts: the embedded world's shapes, or the 80 COCO classes as GenEval calls them.
+ADD A DETECTOR HERE: a class like Boxes, and one line in DETECTORS.
+"""
+
+import inspect
+import os
+from abc import ABC, abstractmethod
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from align_cluster.config.base import Section
+from align_cluster.embedded.detector import Detection, detect
+from align_cluster.embedded.scene import SHAPES
+from align_cluster.prompts.geneval import CLASSES
+from align_cluster.types import UserError
+
+BATCH = 8  # images that a model sees at a time, whatever the size of a chunk
+
+# Labels of checkpoints that GenEval words otherwise: COCO's own, and those of mmdetection, which most checkpoints with
+# 80 labels have.
+ALIASES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+
+
+def geneval_name(label: str) -> str:
+    """GenEval's name of a checkpoint's label."""
+    return ALIASES.get(label.lower(), label.lower())
+
+
+class Detector(ABC):
+    """Finds objects of `classes`. The constructor is cheap; `load` brings in what is heavy.
+
+    threshold            confidence that an object must exceed to count, by default
+    counting_threshold   the same where a prompt asks for a number; None: no other than `threshold`
+    tells_colors         whether detections come with their colour
+    """
+
+    Config: type[Section]
+    classes: ClassVar[tuple[str, ...]]
+    threshold: ClassVar[float]
+    counting_threshold: ClassVar[float | None]
+    tells_colors: ClassVar[bool]
+
+    def __init__(self, config: Section) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self, device: str) -> None:
+        """Load the model to `device`. UserError says what is missing."""
+
+    @abstractmethod
+    def detect(self, images: np.ndarray, above: float) -> list[list[Detection]]:
+        """Objects in each of B images, uint8 [B, H, W, 3], the most confident first.
+
+        Those whose confidence is at most `above` may be missing.
+        """
+
+
+class Embedded(Detector):
+    """The rule-based detector of the embedded world: it needs no weights, and tells colours by hue."""
+
+    class Config(Section):
+        kind: Literal["embedded"] = "embedded"
+
+    classes = SHAPES
+    threshold = 0.80
+    counting_threshold = None
+    tells_colors = True
+
+    def load(self, device: str) -> None:
+        pass
+
+    def detect(self, images: np.ndarray, above: float) -> list[list[Detection]]:
+        return detect(images)
+
+
+class Photographs(Detector):
+    """What detectors of transformers share. The thresholds are GenEval's, tuned for Mask2Former."""
+
+    classes = CLASSES
+    threshold = 0.3
+    counting_threshold = 0.9
+    tells_colors = False
+    auto: ClassVar[str]  # transformers' class that loads such models
+
+    def load(self, device: str) -> None:
+        import transformers
+
+        path = os.path.expanduser(self.config.path)
+        try:
+            # The PIL backend resizes as the published scores were made, and needs no torchvision.
+            self.processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
+            model, report = getattr(transformers, self.auto).from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True
+            )
+            self._check(model, report["missing_keys"])
+        except ImportError as error:
+            raise UserError(
+                f"rewards: the detector {self.config.kind} needs a package that is not installed "
+                f"({' '.join(str(error).split())[:300]}): pip install 'align-cluster[rewards]'"
+            ) from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"rewards: the detector {self.config.kind} cannot load {self.config.path!r}: give a hub id that this "
+                f"machine can reach, or a folder of an {self.auto} with its preprocessor_config.json and COCO's labels "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
+        self.names = {index: geneval_name(label) for index, label in model.config.id2label.items()}
+        self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
+
+    def _check(self, model: torch.nn.Module, missing: set[str]) -> None:
+        """ValueError where parameters would stay random, or objects that prompts may ask for could never be found."""
+        random = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+        if random:
+            raise ValueError(f"the checkpoint has no {random[0]}")
+        unknown = sorted(set(CLASSES) - {geneval_name(label) for label in model.config.id2label.values()})
+        if unknown:
+            raise ValueError(f"its labels have no {unknown[0]!r}")
+
+    @torch.no_grad()
+    def detect(self, images: np.ndarray, above: float) -> list[list[Detection]]:
+        found = []
+        for start in range(0, len(images), BATCH):
+            part = images[start : start + BATCH]
+            inputs = self.processor(images=list(part), return_tensors="pt").to(self.device)
+            with torch.autocast(self.device.type, enabled=False):
+                outputs = self.model(**inputs)
+            found += self._read(outputs, part.shape[1:3], above)
+        return [sorted((d for d in objects if d.label in CLASSES), key=lambda d: -d.score) for objects in found]
+
+    @abstractmethod
+    def _read(self, outputs: Any, size: tuple[int, int], above: float) -> list[list[Detection]]:
+        """Objects of the images, height and width `size`, from what the model said of them."""
+
+
+class Masks(Photographs):
+    """Instance segmentation: Mask2Former (Cheng et al. 2022, arXiv 2112.01527), GenEval's own kind, and MaskFormer.
+
+    A box is its mask's. Scores are the class's probability times the mask's mean inside, as in mmdetection.
+    """
+
+    class Config(Section):
+        """`path` is a hub id or a folder of such a model with COCO's 80 labels."""
+
+        kind: Literal["mask2former"] = "mask2former"
+        path: str = "facebook/mask2former-swin-small-coco-instance"
+
+    auto = "AutoModelForUniversalSegmentation"
+
+    def _check(self, model: torch.nn.Module, missing: set[str]) -> None:
+        super()._check(model, missing)
+        post_process = getattr(self.processor, "post_process_instance_segmentation", None)
+        if post_process is None or "return_binary_maps" not in inspect.signature(post_process).parameters:
+            raise ValueError(f"{type(self.processor).__name__} does not tell overlapping instances apart")
+
+    def _read(self, outputs: Any, size: tuple[int, int], above: float) -> list[list[Detection]]:
+        pairs = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+        return [self._instances(logits, masks, size, above) for logits, masks in pairs]
+
+    def _instances(
+        self, logits: torch.Tensor, masks: torch.Tensor, size: tuple[int, int], above: float
+    ) -> list[Detection]:
+        """Objects of one image from class logits [Q, C + 1] and mask logits [Q, h, w] of its queries."""
+        # The processor scales every query's mask, on the CPU. A score is at most its class's probability, so queries
+        # without a class above the threshold are left out; as many stay as there are classes above it, since the
+        # processor keeps as many (query, class) pairs as there are queries.
+        probabilities = logits.softmax(-1)[:, :-1]
+        count = min(int((probabilities > above).sum()), len(logits))
+        if count == 0:
+            return []
+        likely = probabilities.amax(1).topk(count).indices
+        kept = SimpleNamespace(
+            class_queries_logits=logits[likely][None].cpu(), masks_queries_logits=masks[likely][None].cpu()
+        )
+        (result,) = self.processor.post_process_instance_segmentation(
+            kept, threshold=above, target_sizes=[tuple(size)], return_binary_maps=True
+        )
+        segments = result["segments_info"]
+        maps = result["segmentation"].numpy() > 0.5 if segments else ()
+        return [
+            Detection(self.names[segment["label_id"]], segment["score"], mask_box(mask), mask)
+            for segment, mask in zip(segments, maps, strict=True)
+        ]
+
+
+class Boxes(Photographs):
+    """Object detection without masks: DETR, conditional and deformable DETR, RT-DETR and their like."""
+
+    class Config(Section):
+        """`path` is a hub id or a folder of such a model with COCO's 80 labels."""
+
+        kind: Literal["detr"] = "detr"
+        path: str = "PekingU/rtdetr_r50vd_coco_o365"
+
+    auto = "AutoModelForObjectDetection"
+
+    def _read(self, outputs: Any, size: tuple[int, int], above: float) -> list[list[Detection]]:
+        height, width = size
+        results = self.processor.post_process_object_detection(
+            SimpleNamespace(logits=outputs.logits.cpu(), pred_boxes=outputs.pred_boxes.cpu()),
+            threshold=above,
+            target_sizes=[(height, width)] * len(outputs.logits),
+        )
+        found = []
+        for result in results:
+            boxes = result["boxes"].clamp(min=0).minimum(torch.tensor([width, height] * 2))
+            rows = zip(result["labels"].tolist(), result["scores"].tolist(), boxes.tolist(), strict=True)
+            found.append([Detection(self.names[label], score, tuple(box), None) for label, score, box in rows])
+        return found
+
+
+def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """The box x0, y0, x1, y1 around a mask bool [H, W] that is not empty, the far edges exclusive."""
+    (y, x) = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return float(x[0]), float(y[0]), float(x[-1] + 1), float(y[-1] + 1)
+
+
+DETECTORS = {"embedded": Embedded, "mask2former": Masks, "detr": Boxes}

@@ -133,6 +133,28 @@ def build_parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--no-wait", action="store_true", help="return once the job is queued, instead of following its log"
     )
+    add(
+        "serve-rewards",
+        _serve_rewards,
+        "serve rewards over HTTP, apart from the jobs that use them",
+        "serve-rewards configs/rewards_service.yaml --set port=9000",
+        *("service", "set"),
+    )
+    score = add(
+        "score",
+        _score,
+        "score images with a reward of a service",
+        'score --url http://127.0.0.1:8000 --reward clip --prompt "a photo of a red circle" image.png',
+        "json",
+    )
+    score.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files; read as RGB")
+    score.add_argument("--url", required=True, help="the service, as `serve-rewards` prints it")
+    score.add_argument("--reward", required=True, metavar="NAME", help="name of a reward at the service")
+    score.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt of all images")
+    score.add_argument("--metadata", metavar="JSON", default="{}", help="what the reward reads beside the prompt")
+    score.add_argument("--token-env", metavar="NAME", help="environment variable with the service's token")
+    score.add_argument("--token-file", metavar="FILE", help="file with the service's token")
+    score.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a request (default 60)")
     doctor = add("doctor", _doctor, "check versions, resources, Ray and the weight sync", "doctor", "json")
     doctor.add_argument("--address", help="also reach this Ray cluster: a dashboard URL, or auto")
     doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip through a local Ray")
@@ -145,6 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
 # Arguments that several commands share: name -> (flags, settings).
 ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "config": (("config",), {"metavar": "CONFIG", "help": "run file, such as configs/quickstart.yaml"}),
+    "service": (("config",), {"metavar": "CONFIG", "help": "service file, such as configs/rewards_service.yaml"}),
     "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
     "set": (
         ("--set",),
@@ -276,6 +299,52 @@ def _submit(args: argparse.Namespace) -> int:
     from align_cluster.cluster.submit import submit
 
     return submit(_config(args), args.address, args.file, not args.no_wait, args.python)
+
+
+def _serve_rewards(args: argparse.Namespace) -> int:
+    from align_cluster.config.load import load
+    from align_cluster.config.service import ServiceConfig
+    from align_cluster.types import UserError
+
+    config = load(args.config, args.set, ServiceConfig)
+    try:
+        from align_cluster.rewards.service import run
+    except ImportError as error:
+        raise UserError(f"serving needs a package more ({error}); pip install 'align-cluster[serve]'") from None
+    run(config)
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from align_cluster.rewards.base import RewardError
+    from align_cluster.rewards.client import RewardClient, Token, read_image
+    from align_cluster.types import Prompt, UserError
+
+    try:
+        prompt = Prompt(0, args.prompt, dict(json.loads(args.metadata)))
+    except (ValueError, TypeError):
+        raise UserError(
+            f'--metadata {args.metadata}: write it as a JSON object such as \'{{"text": "OPEN"}}\''
+        ) from None
+    token = Token(env=args.token_env, file=args.token_file).read() if args.token_env or args.token_file else None
+    client = RewardClient(args.url, token, args.timeout)
+    rows: list[dict[str, Any]] = []
+    for path in args.images:
+        image = read_image(path)
+        try:
+            scores = client.score([args.reward], image[None], [prompt])
+        except RewardError as error:
+            raise UserError(f"{path} has no score: {error}") from None
+        failure = scores.failures.get(args.reward)
+        value = float(scores.values[args.reward][0]) if scores.valid[args.reward][0] else None
+        rows.append({"image": str(path), "score": value, "failure": failure and failure.message})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            score = f"{row['score']:.4f}" if row["score"] is not None else row["failure"] or "does not apply"
+            print(f"{score}  {row['image']}")
+    return 1 if any(row["failure"] for row in rows) else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -10,7 +10,19 @@ import pytest
 from align_cluster.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "validate", "plan", "sample", "evaluate", "submit", "doctor", "report", "schema"]
+COMMANDS = [
+    "train",
+    "validate",
+    "plan",
+    "sample",
+    "evaluate",
+    "submit",
+    "serve-rewards",
+    "score",
+    "doctor",
+    "report",
+    "schema",
+]
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Base class of every settings block."""
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -7,3 +9,10 @@ class Section(BaseModel):
     """Frozen settings that refuse unknown keys and undefined numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Root(Section):
+    """All settings of a file: what errors call it, and a file to start from."""
+
+    what: ClassVar[str]
+    sample: ClassVar[str]

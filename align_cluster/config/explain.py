@@ -40,28 +40,28 @@ YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 ORDER = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found", "missing")
 
 
-def explain(error: ValidationError, source: str, overridden: set[str]) -> list[str]:
-    """One sentence a mistake, most useful first. `overridden` are the dotted paths that came from --set."""
+def explain(error: ValidationError, source: str, overridden: set[str], root: type[BaseModel] = RunConfig) -> list[str]:
+    """One sentence a mistake in a `root`, most useful first. `overridden` are the dotted paths that came from --set."""
     errors = sorted(error.errors(), key=lambda e: ORDER.index(e["type"]) if e["type"] in ORDER else len(ORDER))
     lines, meant, last = [], set(), None
     for item in errors:
         if any(other["loc"][:-1] == item["loc"] for other in errors):
             continue  # a list without its wrong entries is also too short: the entries say it better
-        path, owner, annotation = locate(item["loc"])
+        path, owner, annotation = locate(item["loc"], root)
         dotted = ".".join(path)
         where = "--set" if dotted in overridden else source
         if item["type"] == "extra_forbidden":
-            near = nearest_setting(path, owner)
+            near = nearest_setting(path, owner, root)
             meant.add(near)
             hint = (
                 f"did you mean {near}?"
                 if near
-                else f"{'.'.join(path[:-1]) or 'a run'} has {', '.join(owner.model_fields)}"
+                else f"{'.'.join(path[:-1]) or root.what} has {', '.join(owner.model_fields)}"
             )
             lines.append(f"{where}: {dotted} is no setting; {hint}")
         elif item["type"] == "missing":
             if dotted not in meant:
-                hint = "the list is too short" if path[-1].isdigit() else example(dotted, annotation)
+                hint = "the list is too short" if path[-1].isdigit() else example(dotted, annotation, root)
                 lines.append(f"{where}: {dotted} is missing; {hint}")
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
             lines.append(f"{where}: {wrong_kind(dotted, annotation, item['input'].get('kind'))}")
@@ -77,14 +77,14 @@ def explain(error: ValidationError, source: str, overridden: set[str]) -> list[s
     return lines
 
 
-def locate(loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel], Any]:
-    """(dotted path, the model that holds its last key, the annotation there) of an error's `loc`.
+def locate(loc: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], type[BaseModel], Any]:
+    """(dotted path, the model that holds its last key, the annotation there) of an error's `loc` in a `root`.
 
     pydantic puts the kind of a discriminated block into `loc` too, and which alternative of a setting it tried; users
     never wrote these as keys, so they are left out.
     """
     path: list[str] = []
-    owner, annotation = RunConfig, RunConfig
+    owner, annotation = root, root
     for part in loc:
         if part == "[key]":
             continue
@@ -125,16 +125,16 @@ def kind_of(model: type[BaseModel]) -> str:
     return model.model_fields["kind"].default
 
 
-def nearest_setting(path: list[str], owner: type[BaseModel]) -> str | None:
+def nearest_setting(path: list[str], owner: type[BaseModel], root: type[BaseModel]) -> str | None:
     """The valid dotted path that an unknown one most likely stands for: in the same block, else by name anywhere."""
     near = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
     if near:
         return ".".join([*path[:-1], near[0]])
-    return next((other for other in settings(RunConfig) if other.split(".")[-1] == path[-1]), None)
+    return next((other for other in settings(root) if other.split(".")[-1] == path[-1]), None)
 
 
 def settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all settings that a run always has, outer ones first."""
+    """Dotted paths of all settings that a model always has, outer ones first."""
     yield from (prefix + name for name in model.model_fields)
     for name, field in model.model_fields.items():
         models = list(sections(field.annotation))
@@ -142,12 +142,12 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from settings(models[0], f"{prefix}{name}.")
 
 
-def example(path: str, annotation: Any) -> str:
+def example(path: str, annotation: Any, root: type[BaseModel]) -> str:
     models = list(sections(annotation))
     if len(models) > 1:
         return f"add {path}.kind, one of {', '.join(map(kind_of, models))}"
     if models or get_origin(annotation) is dict:
-        return f"add the block {path}, as in configs/quickstart.yaml"
+        return f"add the block {path}, as in {root.sample}"
     plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     return f"add {path}: {'a whole number' if plain is int else 'text'}"
 

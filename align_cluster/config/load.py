@@ -9,15 +9,17 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from align_cluster.config.base import Root
 from align_cluster.config.explain import explain
 from align_cluster.config.run import RunConfig
 from align_cluster.types import UserError
 
+Settings = TypeVar("Settings", bound=Root)
 _NO_RESULT_DEPENDS_ON = ("name", "out", "cluster")
 
 
@@ -49,36 +51,35 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply `a.b=value` overrides (values in YAML). UserError lists every mistake, one a line."""
+def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] = RunConfig) -> Settings:
+    """Read a file of settings and apply `a.b=value` overrides (values in YAML). UserError lists every mistake, one a
+    line."""
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], n=1)
-        hint = (
-            f"did you mean {file.parent / near[0]}?"
-            if near
-            else "give the path of a run file such as configs/quickstart.yaml"
-        )
+        hint = f"did you mean {file.parent / near[0]}?" if near else f"give the path of a file such as {model.sample}"
         raise UserError(f"{path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give the path of a YAML file") from None
-    return loads(text, str(path), overrides)
+    return loads(text, str(path), overrides, model)
 
 
-def loads(text: str, source: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+def loads(
+    text: str, source: str = "config", overrides: Sequence[str] = (), model: type[Settings] = RunConfig
+) -> Settings:
     """`load` for text that came from `source`."""
     data = _parse(text, source)
     if data is None:
-        raise UserError(f"{source} is empty; start from configs/quickstart.yaml")
+        raise UserError(f"{source} is empty; start from {model.sample}")
     if not isinstance(data, dict):
         raise UserError(f"{source} holds a {type(data).__name__}; it must be a mapping of settings such as steps: 60")
     changed = apply(data, overrides)
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(explain(error, source, changed))) from None
+        raise UserError("\n".join(explain(error, source, changed, model))) from None
 
 
 def _parse(text: str, where: str) -> Any:

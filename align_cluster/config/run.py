@@ -1,6 +1,6 @@
 """Every choice of a run in one model. Reward, algorithm, backbone and prompt settings stand beside their code."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -8,7 +8,7 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.backbones import BACKBONES
 from align_cluster.conditions.perturb import E2po
-from align_cluster.config.base import Section
+from align_cluster.config.base import Root, Section
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
@@ -103,8 +103,11 @@ class EvaluateConfig(Section):
     grid_columns: PositiveInt = 4
 
 
-class RunConfig(Section):
+class RunConfig(Root):
     """One alignment run. `exploration` draws every group under perturbed conditions too; the update never sees them."""
+
+    what: ClassVar[str] = "a run"
+    sample: ClassVar[str] = "configs/quickstart.yaml"
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     out: str = "runs"

@@ -4,6 +4,7 @@ from align_cluster.rewards.aesthetic import Aesthetic
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.geneval import GenEval
 from align_cluster.rewards.hps import Hps
+from align_cluster.rewards.http import Http
 from align_cluster.rewards.image_reward import ImageReward
 from align_cluster.rewards.jpeg import Jpeg
 from align_cluster.rewards.ocr import Ocr
@@ -20,4 +21,5 @@ REWARDS = {
     "hps": Hps,
     "aesthetic": Aesthetic,
     "image_reward": ImageReward,
+    "http": Http,
 }

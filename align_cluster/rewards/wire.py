@@ -238,7 +238,7 @@ class Answer(Section):
     seconds: float
 
 
-def encode_answer(scores: Scores) -> Answer:
+def encode_answer(scores: Scores, seconds: float) -> Answer:
     """Scores as an answer; the numbers come out with the same bits."""
     rewards = {}
     for name, values in scores.values.items():
@@ -253,7 +253,7 @@ def encode_answer(scores: Scores) -> Answer:
             },
             failure=failure and WireFailure(kind=failure.kind, message=failure.message, images=failure.images),
         )
-    return Answer(rewards=rewards, seconds=scores.seconds)
+    return Answer(rewards=rewards, seconds=seconds)
 
 
 def decode_answer(body: bytes, count: int) -> Scores:

@@ -206,9 +206,8 @@ def test_an_answer_keeps_every_bit_and_every_reason():
         {"a": np.array([True, False, True]), "b": np.zeros(3, bool)},
         {"b": Failure("timeout", "late", 3)},
         {"a/graded": np.array([1e-300, nan, -0.0])},
-        seconds=0.25,
     )
-    text = encode_answer(scores).model_dump_json()
+    text = encode_answer(scores, 0.25).model_dump_json()
     assert "NaN" not in text
     back = decode_answer(text.encode(), 3)
     assert values.tobytes() == back.values["a"].tobytes()

@@ -1,0 +1,60 @@
+"""A reward that a service computes: `align-cluster serve-rewards` on another machine, shared by many runs."""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import PositiveFloat, field_validator
+
+from align_cluster.rewards.base import Result, Reward, RewardError, RewardSection
+from align_cluster.rewards.client import RewardClient, Token
+from align_cluster.rewards.wire import Encoding
+from align_cluster.types import Prompt, UserError
+
+
+class Http(Reward):
+    """Sends the images and prompts to a service. Its failures keep their kind, so `on_failure` treats them as if the
+    reward ran here."""
+
+    class Config(RewardSection):
+        """`reward` is the name at the service. `raw` sends more bytes than `png` and takes less time to pack.
+
+        The token is read where rewards run: the variable or the file has to be there.
+        """
+
+        kind: Literal["http"] = "http"
+        url: str
+        reward: str
+        token: Token | None = None
+        timeout_s: PositiveFloat = 60.0
+        encoding: Encoding = "png"
+
+        @field_validator("url")
+        @classmethod
+        def is_an_address(cls, url: str) -> str:
+            if not url.startswith(("http://", "https://")) or any(char.isspace() for char in url):
+                raise ValueError("the address of a service such as http://10.0.0.5:8000")
+            return url
+
+    def load(self, device: str, threads: int) -> None:
+        config = self.config
+        token = config.token.read() if config.token else None
+        self.client = RewardClient(config.url, token, config.timeout_s, config.encoding)
+        try:
+            served = self.client.rewards()
+        except RewardError as error:
+            raise UserError(
+                f"the reward service cannot be used ({error}); correct url or token, or start one with "
+                "`align-cluster serve-rewards`"
+            ) from None
+        if config.reward not in served:
+            raise UserError(f"{config.url} has no reward {config.reward!r}; it has {', '.join(served)}")
+
+    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        name = self.config.reward
+        scores = self.client.score([name], images, prompts)
+        if name in scores.failures:
+            raise RewardError(scores.failures[name].kind, scores.failures[name].message)
+        if name not in scores.values:
+            raise RewardError("unavailable", f"{self.config.url} sent no scores of {name}")
+        details = {detail.removeprefix(f"{name}/"): column for detail, column in scores.details.items()}
+        return Result(scores.values[name], scores.valid[name], details)

@@ -1,0 +1,209 @@
+"""A service on the session's Ray, asked over HTTP."""
+
+import http.client
+import json
+import pickle
+import socket
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align_cluster.cli import main
+from align_cluster.config.load import loads
+from align_cluster.config.service import ServiceConfig
+from align_cluster.embedded import scene
+from align_cluster.embedded.render import render
+from align_cluster.rewards.base import RewardError
+from align_cluster.rewards.client import RewardClient
+from align_cluster.rewards.http import Http
+from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.types import Failure, Prompt, UserError
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+
+TOKEN = "a-secret-of-the-tests"
+RECORDS = scene.prompts("colors", "held_out")[:4]
+IMAGES = render(RECORDS, 1).permute(0, 2, 3, 1).numpy()
+PROMPTS = [Prompt(i, record["prompt"], record) for i, record in enumerate(RECORDS)]
+SERVICE = """\
+rewards:
+  objects: {kind: geneval, score: mixed}
+  clip: {kind: clip_score}
+deployments:
+  objects: {cpus: 0.3, batch: 8}
+  clip: {cpus: 0.3, batch: 8}
+token: {env: REWARD_SERVICE_TOKEN}
+limits: {body_bytes: 1000000, images: 8, concurrency: 4}
+start_timeout_s: 120
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def config() -> ServiceConfig:
+    return loads(SERVICE, "service.yaml", [f"port={free_port()}"], ServiceConfig)
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: object, config: ServiceConfig) -> Iterator[str]:
+    from align_cluster.rewards.service import serving
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REWARD_SERVICE_TOKEN", TOKEN)
+        with serving(config) as url:
+            yield url
+
+
+@pytest.fixture(scope="module")
+def worker(config: ServiceConfig) -> RewardWorker:
+    return RewardWorker(config.rewards)
+
+
+def ask(url: str, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, {"Authorization": f"Bearer {TOKEN}"} | named)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def score(url: str, body: bytes, **headers: str) -> tuple[int, str]:
+    status, text = ask(url, "POST", "/v1/score", body, **({"Content_Type": MEDIA_TYPE} | headers))
+    return status, json.loads(text)["detail"] if status != 200 else text
+
+
+@pytest.mark.parametrize("encoding", ["png", "webp", "raw"])
+def test_a_service_gives_the_values_of_a_worker_here(url, worker, encoding):
+    here = worker.score(IMAGES, PROMPTS)
+    there = RewardClient(url, TOKEN, encoding=encoding).score(["objects", "clip"], IMAGES, PROMPTS)
+    assert list(there.values) == ["objects", "clip"] and there.failures == {} and there.valid["objects"].all()
+    for part in ("values", "valid", "details"):
+        assert getattr(here, part).keys() == getattr(there, part).keys()
+        for name, column in getattr(here, part).items():
+            np.testing.assert_array_equal(getattr(there, part)[name], column)
+
+
+def test_many_callers_at_once_get_their_own_scores(url, worker):
+    here, found = worker.score(IMAGES, PROMPTS).values["clip"], {}
+
+    def ask_for(index: int) -> None:
+        client = RewardClient(url, TOKEN, encoding="raw")
+        found[index] = client.score(["clip"], IMAGES[index : index + 1], PROMPTS[index : index + 1]).values["clip"][0]
+
+    threads = [threading.Thread(target=ask_for, args=(index,)) for index in range(len(IMAGES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_allclose([found[index] for index in range(len(IMAGES))], here, atol=1e-4)
+
+
+def test_a_prompt_that_a_reward_cannot_read_is_a_failure_of_that_reward_alone(url):
+    broken = Prompt(0, "a circle", {"include": [{"class": "circle"}]})  # a clause without its count
+    scores = RewardClient(url, TOKEN).score(["objects", "clip"], IMAGES[:1], [broken])
+    assert scores.failures == {"objects": Failure("model_error", "KeyError: 'count'", 1)}
+    assert np.isnan(scores.values["objects"][0]) and not scores.valid["objects"][0] and scores.valid["clip"][0]
+
+
+def test_refusals_have_their_status_and_a_sentence(url):
+    good = encode_request(["clip"], IMAGES, PROMPTS, "png")
+    flow_grpo = pickle.dumps({"images": [b"jpeg"], "prompts": ["a circle"], "metadata": {}})
+    for body, headers, status, words in [
+        (good, {"Authorization": ""}, 401, "Bearer"),
+        (good, {"Authorization": "Bearer wrong"}, 401, "Bearer"),
+        (good, {"Authorization": "Bearer käse"}, 401, "Bearer"),
+        (good, {"Authorization": f"Basic {TOKEN}"}, 401, "Bearer"),
+        (bytes(1_000_001), {}, 413, "at most 1000000"),
+        (encode_request(["clip"], np.repeat(IMAGES, 3, 0), PROMPTS * 3, "png"), {}, 413, "12 images"),
+        (flow_grpo, {"Content_Type": "application/octet-stream"}, 415, "unpickling runs whatever code"),
+        (flow_grpo, {"Content_Type": ""}, 415, "unpickling runs whatever code"),
+        (b"{}", {"Content_Type": "application/json"}, 415, MEDIA_TYPE),
+        (good[:-9], {}, 422, "add up to"),
+        (b"", {}, 422, "8 bytes"),
+        (encode_request(["hps"], IMAGES, PROMPTS, "png"), {}, 422, "this service has objects, clip"),
+    ]:
+        found, sentence = score(url, body, **headers)
+        assert found == status and words in sentence, (found, sentence)
+
+
+def test_the_service_tells_what_it_has_and_how_it_is(url):
+    assert ask(url, "GET", "/healthz", Authorization="")[0] == 200
+    assert ask(url, "GET", "/readyz", Authorization="")[0] == 200
+    assert ask(url, "GET", "/v1/rewards", Authorization="")[0] == 401
+    served = RewardClient(url, TOKEN).rewards()
+    assert {name: reward["kind"] for name, reward in served.items()} == {"objects": "geneval", "clip": "clip_score"}
+    assert all(reward["inputs"] and reward["version"] and reward["about"] for reward in served.values())
+    status, document = ask(url, "GET", "/openapi.json")
+    assert status == 200 and MEDIA_TYPE in json.loads(document)["paths"]["/v1/score"]["post"]["requestBody"]["content"]
+    RewardClient(url, TOKEN).score(["clip"], IMAGES, PROMPTS)
+    status, text = ask(url, "GET", "/metrics", Authorization="")
+    assert status == 200 and 'align_cluster_requests_total{status="200"}' in text
+    assert 'align_cluster_images_total{reward="clip"}' in text and "align_cluster_request_seconds_bucket" in text
+
+
+def test_a_run_uses_the_service_as_one_of_its_rewards(url, worker, monkeypatch):
+    monkeypatch.setenv("REWARD_SERVICE_TOKEN", TOKEN)
+    settings = {"url": url, "token": {"env": "REWARD_SERVICE_TOKEN"}}
+    scores = RewardWorker({"far": Http.Config(reward="objects", **settings)}).score(IMAGES, PROMPTS)
+    here = worker.score(IMAGES, PROMPTS)
+    np.testing.assert_array_equal(scores.values["far"], here.values["objects"])
+    np.testing.assert_array_equal(scores.details["far/graded"], here.details["objects/graded"])
+    with pytest.raises(UserError, match="has no reward 'hps'; it has objects, clip"):
+        Http(Http.Config(reward="hps", **settings)).load("cpu", 1)
+    with pytest.raises(UserError, match="401"):
+        Http(Http.Config(reward="clip", url=url)).load("cpu", 1)
+
+
+def test_a_request_that_the_service_finds_too_large_is_cut_and_scored(url, worker, monkeypatch):
+    monkeypatch.setenv("REWARD_SERVICE_TOKEN", TOKEN)
+    far = RewardWorker({"far": Http.Config(reward="clip", url=url, token={"env": "REWARD_SERVICE_TOKEN"})})
+    scores = far.score(np.repeat(IMAGES, 3, 0), [prompt for prompt in PROMPTS for _ in range(3)])
+    assert scores.failures == {} and scores.valid["far"].all()
+    here = np.repeat(worker.score(IMAGES, PROMPTS).values["clip"], 3)
+    np.testing.assert_allclose(scores.values["far"], here, atol=1e-4)
+
+
+def test_people_ask_with_the_command_line(url, worker, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("REWARD_SERVICE_TOKEN", TOKEN)
+    file = tmp_path / "image.png"
+    Image.fromarray(IMAGES[0]).save(file)
+    command = ["score", "--url", url, "--prompt", PROMPTS[0].text, str(file), "--reward"]
+    assert main([*command, "clip", "--token-env", "REWARD_SERVICE_TOKEN"]) == 0
+    here = worker.score(IMAGES[:1], PROMPTS[:1]).values["clip"][0]
+    assert capsys.readouterr().out == f"{here:.4f}  {file}\n"
+    assert main([*command, "objects", "--token-env", "REWARD_SERVICE_TOKEN"]) == 0
+    assert capsys.readouterr().out == f"does not apply  {file}\n"
+    assert main([*command, "clip"]) == 2 and "401" in capsys.readouterr().err
+
+
+def test_a_service_that_is_gone_is_unavailable():
+    gone = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(RewardError, match="does not answer") as caught:
+        RewardClient(gone).score(["clip"], IMAGES, PROMPTS)
+    assert caught.value.kind == "unavailable"
+    with pytest.raises(UserError, match="serve-rewards"):
+        Http(Http.Config(reward="clip", url=gone)).load("cpu", 1)
+
+
+def test_a_port_that_is_taken_and_a_cluster_that_is_too_small_are_told_at_once(local_ray, config):
+    from align_cluster.rewards.service import _fits, _port_is_free
+
+    with socket.socket() as taken, pytest.raises(UserError, match="choose another port"):
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        _port_is_free(config.model_copy(update={"port": taken.getsockname()[1]}))
+    large = loads(SERVICE, "service.yaml", ["deployments.clip.cpus=64"], ServiceConfig)
+    with pytest.raises(UserError, match="need 64.3 CPU"):
+        _fits(large)

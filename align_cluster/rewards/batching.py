@@ -54,10 +54,7 @@ class MicroBatcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while jobs := self._next():
-            try:
-                results = await loop.run_in_executor(self.thread, self._score, jobs)
-            except Exception as error:
-                results = [error] * len(jobs)
+            results = await loop.run_in_executor(self.thread, self._score, jobs)
             for job, result in zip(jobs, results, strict=True):
                 if job.done.done():
                     continue  # its caller has gone
@@ -83,15 +80,20 @@ class MicroBatcher:
         self.waiting = left
         return chosen
 
-    def _score(self, jobs: list[_Job]) -> list[Scores]:
-        if len(jobs) > 1:
+    def _score(self, jobs: list[_Job]) -> list[Scores | Exception]:
+        """What comes of each job."""
+        try:
             together = self.worker.score(
                 np.concatenate([job.images for job in jobs]), [prompt for job in jobs for prompt in job.prompts]
             )
+        except Exception as error:
+            results: list[Scores | Exception] = [error]
+        else:
+            ends = np.cumsum([len(job.images) for job in jobs])
+            results = [_rows(together, slice(end - len(job.images), end)) for job, end in zip(jobs, ends, strict=True)]
             if not together.failures:
-                ends = np.cumsum([len(job.images) for job in jobs])
-                return [_rows(together, slice(end - len(job.images), end)) for job, end in zip(jobs, ends, strict=True)]
-        return [self.worker.score(job.images, job.prompts) for job in jobs]
+                return results
+        return results if len(jobs) == 1 else [result for job in jobs for result in self._score([job])]
 
 
 def _rows(scores: Scores, rows: slice) -> Scores:

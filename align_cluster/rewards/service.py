@@ -6,6 +6,7 @@ import align_cluster.cluster  # noqa: F401 - before ray, see there
 import asyncio
 import hashlib
 import json
+import logging
 import signal
 import socket
 import threading
@@ -141,6 +142,7 @@ def serving(config: ServiceConfig) -> Iterator[str]:
     """The service, for the length of a with block; yields its URL once every reward answers. What is in work at the
     end is finished first. UserError says why it cannot start."""
     token = config.token.read() if config.token else None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with cluster(ClusterConfig(address=config.address)):
         _fits(config)
         _port_is_free(config)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,18 @@ class Token(Section):
         return token
 
 
+def address(url: str) -> SplitResult:
+    """The parts of a service's address. ValueError says what it must be."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.hostname and parts.port != 0 and not (parts.query or parts.fragment or parts.username)
+    except ValueError:
+        whole = False
+    if not whole or parts.scheme not in ("http", "https") or any(char.isspace() for char in url):
+        raise ValueError("the address of a service such as http://10.0.0.5:8000")
+    return parts
+
+
 class RewardClient:
     """Talks to the service at `url`. Errors are RewardErrors: timeout, unavailable, bad_input.
 
@@ -53,15 +65,14 @@ class RewardClient:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout_s: float = 120, encoding: Encoding = "png") -> None:
+        try:
+            parts = address(url)
+        except ValueError as error:
+            raise UserError(f"{url!r} is no address; it must be {error}") from None
         self.url = url.rstrip("/")
-        parts = urlsplit(self.url)
         self.connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.host, self.path, self.timeout_s, self.encoding = (
-            parts.netloc.rpartition("@")[2],
-            parts.path,
-            timeout_s,
-            encoding,
-        )
+        self.host, self.path = parts.netloc, parts.path.rstrip("/")
+        self.timeout_s, self.encoding = timeout_s, encoding
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def rewards(self) -> dict[str, dict]:
@@ -79,7 +90,10 @@ class RewardClient:
         """Scores of images uint8 [B, H, W, 3], one prompt an image."""
         answer = self._ask("POST", "/v1/score", encode_request(rewards, images, prompts, self.encoding))
         try:
-            return decode_answer(answer, len(images))
+            scores = decode_answer(answer, len(images))
+            if set(scores.values) != set(rewards):
+                raise ValueError(f"scores of {', '.join(scores.values) or 'nothing'}")
+            return scores
         except ValueError as error:
             raise RewardError("unavailable", f"{self.url} answered something else than scores: {error}") from None
 

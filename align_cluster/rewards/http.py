@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import PositiveFloat, field_validator
 
 from align_cluster.rewards.base import Result, Reward, RewardError, RewardSection
-from align_cluster.rewards.client import RewardClient, Token
+from align_cluster.rewards.client import RewardClient, Token, address
 from align_cluster.rewards.wire import Encoding
 from align_cluster.types import Prompt, UserError
 
@@ -31,8 +31,7 @@ class Http(Reward):
         @field_validator("url")
         @classmethod
         def is_an_address(cls, url: str) -> str:
-            if not url.startswith(("http://", "https://")) or any(char.isspace() for char in url):
-                raise ValueError("the address of a service such as http://10.0.0.5:8000")
+            address(url)
             return url
 
     def load(self, device: str, threads: int) -> None:
@@ -54,7 +53,5 @@ class Http(Reward):
         scores = self.client.score([name], images, prompts)
         if name in scores.failures:
             raise RewardError(scores.failures[name].kind, scores.failures[name].message)
-        if name not in scores.values:
-            raise RewardError("unavailable", f"{self.config.url} sent no scores of {name}")
         details = {detail.removeprefix(f"{name}/"): column for detail, column in scores.details.items()}
         return Result(scores.values[name], scores.valid[name], details)

@@ -188,6 +188,31 @@ def test_people_ask_with_the_command_line(url, worker, monkeypatch, capsys, tmp_
     assert main([*command, "clip"]) == 2 and "401" in capsys.readouterr().err
 
 
+def test_a_worker_that_dies_costs_nobody_a_score(local_ray, url, worker):
+    """The only worker of a reward: what it had in work, and what comes until its successor is there, waits."""
+    here, found = worker.score(IMAGES, PROMPTS).values["clip"], []
+    client = RewardClient(url, TOKEN, encoding="raw")
+
+    def ask_for_many() -> None:
+        found.extend(client.score(["clip"], IMAGES, PROMPTS) for _ in range(8))
+
+    threads = [threading.Thread(target=ask_for_many) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    (name,) = [
+        actor["name"]
+        for actor in local_ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith("SERVE_REPLICA::align-cluster-rewards#clip")
+    ]
+    local_ray.kill(local_ray.get_actor(name, "serve"))
+    for thread in threads:
+        thread.join()
+    assert len(found) == 16
+    for scores in found:
+        assert scores.failures == {}
+        np.testing.assert_allclose(scores.values["clip"], here, atol=1e-4)
+
+
 def test_a_service_that_is_gone_is_unavailable():
     gone = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(RewardError, match="does not answer") as caught:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import json
 import time
 from typing import Annotated, Protocol
 
@@ -22,8 +23,9 @@ PICKLE = (
     f"send JSON and image bytes as {MEDIA_TYPE} (align_cluster.rewards.client.RewardClient does)"
 )
 ABOUT = f"""Scores images with reward models. A body is of type `{MEDIA_TYPE}`: 8 bytes with the length of the JSON
-(little-endian), the JSON (schema `Head`), and the bytes of the images one after the other. Every refusal has a sentence
+(little-endian), the JSON, and the bytes of the images one after the other. Every refusal has a sentence
 in `detail`. Scores that failed are null, with the reason in `failure`."""
+SCHEMA = json.dumps(Head.model_json_schema(), indent=1)
 REFUSALS = {
     401: "no token, or a wrong one",
     408: "the body did not arrive in time",
@@ -109,7 +111,7 @@ def create_app(limits: Limits, described: list[dict[str, object]], token: bytes 
             "requestBody": {
                 "required": True,
                 "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
-                "description": f"8 bytes, JSON, images; schema of the JSON: {Head.model_json_schema()}",
+                "description": f"8 bytes, JSON, images. The JSON's schema:\n```json\n{SCHEMA}\n```",
             }
         },
     )

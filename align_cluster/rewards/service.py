@@ -153,7 +153,8 @@ def serving(config: ServiceConfig) -> Iterator[str]:
             yield _url_when_ready(config)
         finally:
             serve.delete(APP)
-            serve.shutdown()
+            if not serve.status().applications:  # a cluster that was joined may serve other things
+                serve.shutdown()
 
 
 def run(config: ServiceConfig) -> None:
@@ -179,7 +180,14 @@ def _fits(config: ServiceConfig) -> None:
             )
 
 
+def _head_address() -> str:
+    """The node of the cluster that Serve listens at."""
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+
+
 def _port_is_free(config: ServiceConfig) -> None:
+    if _head_address() != ray.util.get_node_ip_address():
+        return  # nothing that can be tried from here
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -191,8 +199,7 @@ def _port_is_free(config: ServiceConfig) -> None:
 
 
 def _url_when_ready(config: ServiceConfig) -> str:
-    anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = anywhere.get(config.host, config.host)
+    host = _head_address() if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
     client = RewardClient(url, timeout_s=10)
     deadline = time.monotonic() + config.start_timeout_s

@@ -230,3 +230,17 @@ def test_an_answer_keeps_every_bit_and_every_reason():
 def test_an_answer_to_something_else_is_an_error(body):
     with pytest.raises(ValueError):
         decode_answer(body, 2)
+
+
+@pytest.mark.parametrize("encoding", ["png", "webp", "raw"])
+def test_whatever_is_broken_in_a_request_is_refused_or_harmless(encoding):
+    rng, good = np.random.default_rng(0), encode_request(["a"], IMAGES, PROMPTS, encoding)
+    for _ in range(300):
+        body = bytearray(good)
+        for at in rng.integers(0, len(body), rng.integers(1, 4)):
+            body[at] = rng.integers(256)
+        try:
+            _, images, prompts = decode_request(bytes(body[: rng.integers(1, 2 * len(body))]), LIMITS)
+        except WireError:
+            continue
+        assert images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(prompts)

@@ -3,7 +3,7 @@
     python benchmarks/learning.py run                          # every row that is missing; stop and go on as you like
     python benchmarks/learning.py run --domains geneval --methods nft e2po_nft --seeds 0
     python benchmarks/learning.py table                        # what there is, as Markdown
-    python benchmarks/learning.py plot                         # benchmarks/results/learning_*.png (needs the extra benchmarks)
+    python benchmarks/learning.py plot                         # results/learning_*.png; needs the extra benchmarks
 
 A domain names the reward that is trained: the strict 0/1 GenEval rule, or the embedded CLIP's preference. The other one
 is only measured: how a method does out of its domain. Every method draws the same number of images in groups of 8; each

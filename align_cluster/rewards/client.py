@@ -113,6 +113,8 @@ class RewardClient:
                     if (left := deadline - time.monotonic()) <= 0:
                         raise TimeoutError
                     sock.settimeout(left)
+                if response.length:  # read1 takes an early end for the end
+                    raise http.client.IncompleteRead(bytes(answer), response.length)
         except TimeoutError:
             raise RewardError("timeout", f"{self.url} did not answer within {self.timeout_s:g} s") from None
         except (OSError, ValueError, http.client.HTTPException) as error:

@@ -130,14 +130,14 @@ class Scores:
     """Scores of B images: `values` fp64 [B] by reward name, NaN-free where `valid` [B] holds.
 
     `failures` says, by reward name, why valid prompts have no score; `details` are extra per-image columns for reports
-    (accuracy, text read).
+    (accuracy, text read). `seconds` of computing by reward.
     """
 
     values: dict[str, np.ndarray]
     valid: dict[str, np.ndarray]
     failures: dict[str, Failure] = field(default_factory=dict)
     details: dict[str, np.ndarray] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
 
 
 def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: Any) -> Any:
-    actor = ray.remote(RewardWorker).options(num_cpus=pool.cpus, num_gpus=pool.gpus, scheduling_strategy=place)
+    """`place: None` is wherever the cluster has room."""
+    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "scheduling_strategy": place or "DEFAULT"}
+    if pool.pip:
+        options["runtime_env"] = {"pip": list(pool.pip)}
     rewards = {name: config.rewards[name] for name in pool.rewards}
-    return actor.remote(rewards, plan.threads, "cuda" if pool.gpus else "cpu")
+    device = "cuda" if pool.gpus else "cpu"
+    return ray.remote(RewardWorker).options(**options).remote(rewards, plan.threads, device, pool.batch)

@@ -136,7 +136,7 @@ def config_hash(config: RunConfig) -> str:
     for key in _NO_RESULT_DEPENDS_ON:
         del data[key]
     for reward in data["rewards"].values():
-        del reward["pool"]
+        reward["pool"] = reward["pool"] and reward["pool"]["batch"]  # what is scored together may matter in a last bit
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -18,13 +18,17 @@ REST = 1 - 2 * TURN
 
 @dataclass(frozen=True)
 class RewardPool:
-    """Workers that score some of the rewards, and what each of them asks for."""
+    """Workers that score some of the rewards, what each of them asks for, and how they are given work."""
 
     name: str
     rewards: tuple[str, ...]
     workers: int
+    most: int
     cpus: float
-    gpus: float
+    gpus: float = 0.0
+    batch: int | None = None
+    ordered: bool = True
+    pip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,21 @@ def _reward_pools(config: RunConfig, left: float, most: float) -> tuple[RewardPo
             "rewards.<name>.pool.cpus, or leave it out"
         )
     share = _floor(min(most, left / count)) if count else 0.0
-    pools = [RewardPool("shared", shared, config.cluster.reward_workers, share, 0.0)] if shared else []
-    pools += [RewardPool(name, (name,), pool.workers, pool.cpus or share, pool.gpus) for name, pool in own.items()]
-    return tuple(pools)
+    count = config.cluster.reward_workers
+    return (*([RewardPool("shared", shared, count, count, share)] if shared else []),) + tuple(
+        RewardPool(
+            name,
+            (name,),
+            pool.workers,
+            pool.max_workers or pool.workers,
+            pool.cpus or share,
+            pool.gpus,
+            pool.batch,
+            pool.batching == "ordered",
+            pool.pip,
+        )
+        for name, pool in own.items()
+    )
 
 
 def _floor(share: float) -> float:

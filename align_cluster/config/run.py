@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
@@ -103,6 +103,16 @@ class EvaluateConfig(Section):
     grid_columns: PositiveInt = 4
 
 
+def _not_shared(name: str) -> str:
+    if name == "shared":
+        raise ValueError("another name: shared is the pool of the rewards that have none of their own")
+    return name
+
+
+# Names of metrics and of pools come of them.
+RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$"), AfterValidator(_not_shared)]
+
+
 class RunConfig(Root):
     """One alignment run. `exploration` draws every group under perturbed conditions too; the update never sees them."""
 
@@ -118,7 +128,7 @@ class RunConfig(Root):
     prompts: one_of(PROMPTS)
     rollout: RolloutConfig = RolloutConfig()
     exploration: E2po | None = None
-    rewards: Annotated[dict[str, one_of(REWARDS)], Field(min_length=1)]
+    rewards: Annotated[dict[RewardName, one_of(REWARDS)], Field(min_length=1)]
     advantage: AdvantageConfig = AdvantageConfig()
     algorithm: one_of(ALGORITHMS)
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -10,7 +10,7 @@ from align_cluster.config.run import one_of
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
 from align_cluster.rewards.client import Token
-from align_cluster.rewards.wire import Limits
+from align_cluster.rewards.limits import Limits
 
 ONLY_IN_A_RUN = ("weight", "role", "on_failure", "pool")
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -25,11 +25,17 @@ def _without_a_run(reward: RewardSection) -> RewardSection:
 
 class DeploymentConfig(Section):
     """Workers of one reward: `min_replicas` at rest, up to `max_replicas` while each has more than `target_queue`
-    requests waiting or in work. A worker scores up to `batch` images at once, of several requests where they wait."""
+    requests waiting or in work. A worker scores up to `batch` images at once, of several requests where they wait.
+
+    A worker is added when the queue, averaged over `upscale_s`, has been too long for `upscale_s`, and one is taken
+    away when it has been short enough for `downscale_s`.
+    """
 
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt | None = Field(None, description="null: as min_replicas")
     target_queue: PositiveFloat = 4.0
+    upscale_s: PositiveFloat = 30.0
+    downscale_s: PositiveFloat = 600.0
     batch: PositiveInt = 16
     cpus: PositiveFloat = 1.0
     gpus: Annotated[float, Field(ge=0)] = 0.0

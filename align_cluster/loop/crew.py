@@ -13,12 +13,13 @@ import ray
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.learners import LearnerGroup
 from align_cluster.cluster.placement import reward_role
-from align_cluster.cluster.pool import Pool, stream
+from align_cluster.cluster.pool import Patience, Pool, stream
 from align_cluster.cluster.workers import make_reward_worker, make_sampler
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import cut, share, total_weight
 from align_cluster.learner.worker import merge
+from align_cluster.loop.scoring import Scoring
 from align_cluster.rewards.mix import beside
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
 from align_cluster.rollouts.steps import Euler
@@ -71,18 +72,23 @@ class Crew:
 
         def reward_pool(pool: RewardPool) -> Pool:
             def worker(name: str, index: int) -> Any:
-                return make_reward_worker(config, plan, pool, places[reward_role(pool.name)][index])
+                place = places[reward_role(pool.name)][index] if index < pool.workers else None
+                return make_reward_worker(config, plan, pool, place)
 
-            return Pool(f"reward {pool.name}", worker, pool.workers, wait)
+            policies = [config.rewards[name].on_failure for name in pool.rewards]
+            patience = Patience(sum(p.timeout_s for p in policies), 1 + max(p.retries for p in policies))
+            return Pool(f"reward {pool.name}", worker, pool.workers, wait, pool.most, patience)
 
         self.samplers = Pool("sampler", sampler, plan.samplers, wait)
         self.rewards = [reward_pool(pool) for pool in plan.reward_pools]
+        self.scoring = [Scoring(*pair) for pair in zip(self.rewards, plan.reward_pools, strict=True)]
         self.learners = LearnerGroup(config, plan, places["learner"])
         self.conditions: dict[str, Any] = {}
         self.perturbations: dict[str, Explored] = {}
         self.keys: dict[str, str] = {}
         self.version = 0
         self.images_drawn = 0
+        self.scored: dict[str, float] = {}
 
     def __enter__(self) -> "Crew":
         return self
@@ -145,7 +151,8 @@ class Crew:
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:
         """Draw and score chunks, each scored as soon as it is drawn; results in the order of `chunks`, and stage times.
 
-        "rollout" lasts until the last chunk is drawn, "reward" from there until the last score.
+        "rollout" lasts until the last chunk is drawn, "reward" from there until the last score. `scored` says how
+        scoring kept up.
         """
         self.encode([chunk.prompt for chunk in chunks])
         started = last_drawn = time.perf_counter()
@@ -160,19 +167,24 @@ class Crew:
         scored = 0
         self.report("rollout", 0, len(chunks))
         self.report("reward", 0, len(chunks))
+        by_pool = {scoring.pool: scoring for scoring in self.scoring}
+        for scoring in self.scoring:
+            scoring.begin(chunks)
         for done in stream(self.samplers, *self.rewards):
-            chunk = by_id[done.key]
             if done.pool is self.samplers:
+                chunk = by_id[done.key]
                 self._verify(done.value, chunk, request)
                 drawn[done.key] = (done.value, *done.refs)
-                for pool in self.rewards:
-                    pool.submit(done.key, "score", done.refs[0], [chunk.prompt] * len(chunk.seeds))
+                for scoring in self.scoring:
+                    scoring.add(chunk, done.refs[0])
                 last_drawn = time.perf_counter()
                 self.report("rollout", len(drawn), len(chunks))
             else:
-                parts[done.key].append(done.value)
-                scored += len(parts[done.key]) == len(self.rewards)
+                for key, scores in by_pool[done.pool].collect(done).items():
+                    parts[key].append(scores)
+                    scored += len(parts[key]) == len(self.rewards)
                 self.report("reward", scored, len(chunks))
+        self.scored = {name: value for scoring in self.scoring for name, value in scoring.end().items()}
         self.images_drawn += sum(len(chunk.seeds) for chunk in chunks)
         times = {"rollout": last_drawn - started, "reward": time.perf_counter() - last_drawn}
         order = list(self.config.rewards)

@@ -64,7 +64,7 @@ def train(config: RunConfig, out: Path) -> Path:
                         self_check = check_ratio(config, trained)
                     with clock.stage("publish"):
                         sync = crew.publish("behaviour")
-                    values = explored | step_metrics(config, drawn, learned, trained, clock.step, sync)
+                    values = explored | crew.scored | step_metrics(config, drawn, learned, trained, clock.step, sync)
                     metrics.write(step + 1, values)
                     bars.step(step + 1, values)
                     if evaluation.due(step + 1):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from align_cluster.config.base import Section
 from align_cluster.types import FailureKind, Prompt
@@ -16,20 +16,38 @@ class FailurePolicy(Section):
     """What happens when scoring fails: `retries` more tries, `backoff_s` apart and twice as long each time, and `then`:
 
     mask leaves the images out of the statistics, drop_group all images of their prompt, fail ends the run. A monitor's
-    failures are only counted.
+    failures are only counted. A worker that is busy with one batch for more than `timeout_s` is replaced, and the batch
+    goes to `retries` other ones; rewards that share workers add up their times.
     """
 
     retries: Annotated[int, Field(ge=0, le=20)] = 2
     backoff_s: Annotated[float, Field(ge=0)] = 0.5
+    timeout_s: PositiveFloat = 300.0
     then: Literal["mask", "drop_group", "fail"] = "mask"
 
 
 class PoolSection(Section):
-    """Workers of a reward's own, each with `cpus` (null: a share of what is left) and `gpus`, fractions allowed."""
+    """Workers of a reward's own, each with `cpus` (null: a share of what is left) and `gpus`, fractions allowed.
+
+    While a backlog grows, up to `max_workers` work, where the cluster has room. `batch` images are scored at a time:
+    consecutive chunks of the step with `ordered`, whatever waits with `dynamic`, which never waits for a late chunk,
+    but leaves the last bits of a score to chance. `pip` are requirements that Ray installs for these workers alone.
+    """
 
     workers: PositiveInt = 1
+    max_workers: PositiveInt | None = Field(None, description="null: as workers")
     cpus: PositiveFloat | None = None
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    batch: PositiveInt | None = Field(None, description="null: one chunk")
+    batching: Literal["ordered", "dynamic"] = "ordered"
+    pip: tuple[str, ...] = ()
+
+    @field_validator("max_workers")
+    @classmethod
+    def not_below_the_minimum(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and count < info.data.get("workers", 1):
+            raise ValueError(f"at least workers, {info.data['workers']}")
+        return count
 
 
 class RewardSection(Section):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,6 +11,9 @@ import numpy as np
 
 from align_cluster.rewards.mix import concatenate
 from align_cluster.types import Prompt, Scores
+
+Part = tuple[np.ndarray, list[Prompt]]  # images and one prompt each
+Score = Callable[[np.ndarray, list[Prompt]], Scores]
 
 
 class Scorer(Protocol):
@@ -82,23 +85,29 @@ class MicroBatcher:
 
     def _score(self, jobs: list[_Job]) -> list[Scores | Exception]:
         """What comes of each job."""
+        parts = [(job.images, job.prompts) for job in jobs]
         try:
-            together = self.worker.score(
-                np.concatenate([job.images for job in jobs]), [prompt for job in jobs for prompt in job.prompts]
-            )
+            return score_together(self.worker.score, parts)
         except Exception as error:
-            results: list[Scores | Exception] = [error]
-        else:
-            ends = np.cumsum([len(job.images) for job in jobs])
-            results = [_rows(together, slice(end - len(job.images), end)) for job, end in zip(jobs, ends, strict=True)]
-            if not together.failures:
-                return results
-        return results if len(jobs) == 1 else [result for job in jobs for result in self._score([job])]
+            return [error] if len(jobs) == 1 else [result for job in jobs for result in self._score([job])]
 
 
-def _rows(scores: Scores, rows: slice) -> Scores:
+def score_together(score: Score, parts: Sequence[Part]) -> list[Scores]:
+    """Scores of each part, from one batch of them all. If something in it fails, each part is scored again alone, so
+    that none pays for another."""
+    if len(parts) == 1:
+        return [score(*parts[0])]
+    together = score(np.concatenate([images for images, _ in parts]), [p for _, prompts in parts for p in prompts])
+    if together.failures:
+        return [score(images, prompts) for images, prompts in parts]
+    ends = np.cumsum([len(images) for images, _ in parts])
+    return [_rows(together, end - len(images), end) for (images, _), end in zip(parts, ends, strict=True)]
+
+
+def _rows(scores: Scores, start: int, end: int) -> Scores:
     columns = {
-        part: {name: column[rows] for name, column in getattr(scores, part).items()}
+        part: {name: column[start:end] for name, column in getattr(scores, part).items()}
         for part in ("values", "valid", "details")
     }
-    return replace(scores, **columns)
+    share = (end - start) / len(next(iter(scores.valid.values())))
+    return replace(scores, **columns, seconds={name: share * spent for name, spent in scores.seconds.items()})

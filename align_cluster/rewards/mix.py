@@ -18,7 +18,7 @@ def beside(parts: Sequence[Scores], order: Sequence[str]) -> Scores:
         part: {
             name: found for name in order for scores in parts if (found := getattr(scores, part).get(name)) is not None
         }
-        for part in ("values", "valid", "failures")
+        for part in ("values", "valid", "failures", "seconds")
     }
     details = {
         name: column
@@ -27,7 +27,7 @@ def beside(parts: Sequence[Scores], order: Sequence[str]) -> Scores:
         for name, column in scores.details.items()
         if name.startswith(f"{reward}/")
     }
-    return Scores(**columns, details=details, seconds=sum(scores.seconds for scores in parts))
+    return Scores(**columns, details=details)
 
 
 def concatenate(chunks: Sequence[Scores]) -> Scores:
@@ -49,7 +49,10 @@ def concatenate(chunks: Sequence[Scores]) -> Scores:
     for name, failure in (item for scores in chunks for item in scores.failures.items()):
         first = failures.get(name, failure)
         failures[name] = replace(first, images=failure.images + (first.images if name in failures else 0))
-    return Scores(**columns, failures=failures, seconds=sum(scores.seconds for scores in chunks))
+    seconds: dict[str, float] = {}
+    for name, spent in (item for scores in chunks for item in scores.seconds.items()):
+        seconds[name] = seconds.get(name, 0.0) + spent
+    return Scores(**columns, failures=failures, seconds=seconds)
 
 
 def table(

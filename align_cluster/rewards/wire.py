@@ -12,40 +12,29 @@ read from the images' headers and compared with the limits before anything is de
 import json
 import struct
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 
 from align_cluster.config.base import Section
-from align_cluster.rewards.image_files import decode, encode, size_of
+from align_cluster.rewards.image_files import encode
+from align_cluster.rewards.limits import (
+    Limits,
+    WireError,
+    check_json,
+    check_pixels,
+    check_prompts,
+    decode_files,
+    read_json,
+    validated,
+)
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
 
 MEDIA_TYPE = "application/vnd.align-cluster.score"
 PREFIX = struct.Struct("<Q")
 Encoding = Literal["png", "webp", "raw"]
-
-
-class Limits(Section):
-    """What a service takes. A request takes up to `body_bytes` and 3 bytes for each of `request_pixels` of memory."""
-
-    body_bytes: PositiveInt = 128 * 2**20
-    json_bytes: PositiveInt = 2**20
-    images: PositiveInt = Field(64, description="in one request")
-    image_pixels: PositiveInt = 2048 * 2048
-    request_pixels: PositiveInt = 2**25
-    prompt_chars: PositiveInt = 4096
-    concurrency: PositiveInt = Field(32, description="requests that are read or scored at once")
-    body_timeout_s: PositiveFloat = Field(30.0, description="for the body to arrive")
-    score_timeout_s: PositiveFloat = Field(120.0, description="for a reward to score it, waiting included")
-
-
-class WireError(Exception):
-    """Why a request is refused: an HTTP status (413 over a limit, 415 another format, 422 malformed) and a sentence."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class WirePrompt(Section):
@@ -100,22 +89,10 @@ def decode_request(body: bytes, limits: Limits) -> tuple[list[str], np.ndarray, 
     if len(body) > limits.body_bytes:
         raise WireError(413, f"the body has {len(body)} bytes, and this service takes at most {limits.body_bytes}")
     head, rest = _head(body, limits)
-    count = len(head.prompts)
-    if count > limits.images:
-        raise WireError(413, f"there are {count} images, and this service takes at most {limits.images} in a request")
-    for index, prompt in enumerate(head.prompts):
-        if len(prompt.text) > limits.prompt_chars:
-            raise WireError(
-                413,
-                f"prompt {index} has {len(prompt.text)} characters, and this service takes at most "
-                f"{limits.prompt_chars}",
-            )
+    check_prompts([prompt.text for prompt in head.prompts], limits)
     if len(set(head.rewards)) < len(head.rewards):
         raise WireError(422, "rewards names one of them twice; name each once")
-    if isinstance(head.images, Raw):
-        images = _raw(head.images, rest, count, limits)
-    else:
-        images = _files(head.images, rest, count, limits)
+    images = (_raw if isinstance(head.images, Raw) else _files)(head.images, rest, len(head.prompts), limits)
     return head.rewards, images, [Prompt(i, prompt.text, prompt.metadata) for i, prompt in enumerate(head.prompts)]
 
 
@@ -127,49 +104,13 @@ def _head(body: bytes, limits: Limits) -> tuple[Head, memoryview]:
         raise WireError(
             422, f"the body says that its JSON has {length} bytes, and only {len(body) - PREFIX.size} follow"
         )
-    if length > limits.json_bytes:
-        raise WireError(413, f"the JSON has {length} bytes, and this service takes at most {limits.json_bytes}")
-    view = memoryview(body)
-    text = bytes(view[PREFIX.size : PREFIX.size + length])
-    try:
-        data = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
-        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # no NaN, infinity or half of a surrogate pair
-    except UnicodeDecodeError:
-        raise WireError(422, "the JSON is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise WireError(422, f"the JSON cannot be read: {str(error)[:200]}") from None
-    try:
-        return Head.model_validate(data, strict=True), view[PREFIX.size + length :]
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:100] or "the JSON"
-        raise WireError(
-            415 if first["type"] == "union_tag_invalid" else 422, f"{where}: {first['msg'][:300]}"
-        ) from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return found
-
-
-def _check_pixels(count: int, width: int, height: int, limits: Limits) -> None:
-    if width * height > limits.image_pixels:
-        raise WireError(
-            413, f"an image has {width} x {height} pixels, and this service takes at most {limits.image_pixels}"
-        )
-    if count * width * height > limits.request_pixels:
-        raise WireError(
-            413,
-            f"{count} images of {width} x {height} have {count * width * height} pixels, and this service takes at "
-            f"most {limits.request_pixels} in a request",
-        )
+    check_json(length, limits)
+    view = memoryview(body)[PREFIX.size :]
+    return validated(Head, read_json(bytes(view[:length]), limits)), view[length:]
 
 
 def _raw(images: Raw, rest: memoryview, count: int, limits: Limits) -> np.ndarray:
-    _check_pixels(count, images.width, images.height, limits)
+    check_pixels(count, images.width, images.height, limits)
     shape = (count, images.height, images.width, 3)
     if len(rest) != np.prod(shape):
         raise WireError(
@@ -184,31 +125,9 @@ def _files(images: Files, rest: memoryview, count: int, limits: Limits) -> np.nd
         raise WireError(422, f"{len(images.sizes)} images came with {count} prompts; give one prompt an image")
     if sum(images.sizes) != len(rest):
         raise WireError(422, f"images.sizes add up to {sum(images.sizes)} bytes, and {len(rest)} follow the JSON")
-    files, start = [], 0
-    for size in images.sizes:
-        files.append(bytes(rest[start : start + size]))
-        start += size
-    sizes = []
-    for index, file in enumerate(files):
-        try:
-            sizes.append(size_of(file, images.encoding))
-        except ValueError as error:
-            raise WireError(422, f"image {index}: {error}") from None
-        _check_pixels(count, *sizes[-1], limits)
-        if sizes[-1] != sizes[0]:
-            raise WireError(
-                422,
-                f"image {index} has {sizes[-1][0]} x {sizes[-1][1]} pixels, image 0 {sizes[0][0]} x {sizes[0][1]}; "
-                "send images of one size in a request",
-            )
-    width, height = sizes[0]
-    pixels = np.empty((count, height, width, 3), np.uint8)
-    for index, file in enumerate(files):
-        try:
-            pixels[index] = decode(file, images.encoding, sizes[0])
-        except ValueError as error:
-            raise WireError(422, f"image {index}: {error}") from None
-    return pixels
+    ends = list(accumulate(images.sizes))
+    files = [bytes(rest[end - size : end]) for end, size in zip(ends, images.sizes, strict=True)]
+    return decode_files(files, [images.encoding] * count, limits)
 
 
 class WireFailure(Section):
@@ -271,7 +190,7 @@ def decode_answer(body: bytes, count: int) -> Scores:
         details |= {f"{name}/{detail}": _nans(column) for detail, column in part.details.items()}
         if part.failure:
             failures[name] = Failure(part.failure.kind, part.failure.message, part.failure.images)
-    return Scores(values, valid, failures, details, answer.seconds)
+    return Scores(values, valid, failures, details, dict.fromkeys(values, answer.seconds))
 
 
 def _nulls(column: np.ndarray) -> list[float | None]:

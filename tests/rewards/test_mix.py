@@ -14,7 +14,7 @@ BROKE = Failure("model_error", "it broke", 1)
 def chunk(values, valid=None, failures=None, details=None):
     values = {name: np.array(column, dtype=np.float64) for name, column in values.items()}
     valid = valid or {name: np.isfinite(column) for name, column in values.items()}
-    return Scores(values, valid, failures or {}, details or {}, seconds=0.5)
+    return Scores(values, valid, failures or {}, details or {}, seconds=dict.fromkeys(values, 0.5))
 
 
 def test_the_table_keeps_chunk_order_and_the_weights_of_trained_rewards():
@@ -66,7 +66,7 @@ def test_concatenate_keeps_order_and_fills_what_a_chunk_lacks():
     np.testing.assert_array_equal(scores.values["a"], [1, 2, NAN, 3])
     np.testing.assert_array_equal(scores.details["a/exact"], [1, 0, NAN, NAN])
     assert scores.valid["a"].tolist() == [True, True, False, True]
-    assert scores.failures == {"a": BROKE} and scores.seconds == 1.5
+    assert scores.failures == {"a": BROKE} and scores.seconds == {"a": 1.5}
 
 
 def test_scores_of_several_workers_stand_beside_each_other_in_the_order_of_the_run():
@@ -77,4 +77,4 @@ def test_scores_of_several_workers_stand_beside_each_other_in_the_order_of_the_r
         assert list(scores.values) == list(scores.valid) == ["a", "b", "c"] and list(scores.details) == ["a/y", "b/x"]
         np.testing.assert_array_equal(scores.values["c"], [5, 6])
         np.testing.assert_array_equal(scores.valid["b"], [True, False])
-        assert scores.failures == {"b": BROKE} and scores.seconds == 1.0
+        assert scores.failures == {"b": BROKE} and scores.seconds == dict.fromkeys("abc", 0.5)

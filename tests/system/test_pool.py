@@ -1,14 +1,29 @@
 """The supervised pool, with small plain actors in the place of samplers."""
 
+import importlib.util
 import os
 import signal
 import time
+import zipfile
+from dataclasses import replace
 
 import pytest
 
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.pool import DEPTH, Pool, stream
+from align_cluster.cluster.pool import DEPTH, GivenUp, Patience, Pool, stream
+from align_cluster.cluster.workers import make_reward_worker
+from align_cluster.config.plan import derive
 from align_cluster.types import UserError
+
+
+class Sleeper:
+    """Takes its time to start."""
+
+    def __init__(self) -> None:
+        time.sleep(3)
+
+    def add(self, number: int) -> int:
+        return number
 
 
 class Adder:
@@ -42,9 +57,9 @@ def make_pool(local_ray, by_value):
     """Function (size, timeout_s, *constructor arguments) -> Pool of Adders; closed after the test."""
     pools = []
 
-    def make(size: int, timeout_s: float = 60.0, *args) -> Pool:
+    def make(size: int, timeout_s: float = 60.0, *args, **settings) -> Pool:
         actor = local_ray.remote(Adder).options(num_cpus=0)
-        pools.append(Pool("adder", lambda name, index: actor.remote(name, *args), size, timeout_s))
+        pools.append(Pool("adder", lambda name, index: actor.remote(name, *args), size, timeout_s, **settings))
         return pools[-1]
 
     yield make
@@ -159,3 +174,99 @@ def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of):
         ranks.wait([quick.add.remote(1), late.add.remote(1, 30.0)])
     with pytest.raises(ValueError, match="three is not a prompt"):  # at once, although the other rank is busy
         ranks.wait([late.add.remote(1, 30.0), quick.refuse.remote()])
+
+
+def test_a_pool_grows_while_there_is_a_backlog_and_lets_idle_hands_go(make_pool):
+    pool = make_pool(1, most=3)
+    for number in range(16):
+        pool.submit(number, "add", number, 0.2)
+        pool.grow()
+    assert len(pool.workers) == 2 and len(pool.staff) == 1  # the second one is coming; a third may follow it
+    assert sorted(done.value for done in stream(pool)) == list(range(16))
+    spare = pool.workers[1]
+    assert spare in pool.staff and spare.used
+    pool.trim()  # it was needed
+    pool.submit(0, "add", 0)
+    assert [done.value for done in stream(pool)] == [0] and spare in pool.workers
+    pool.trim()  # it was not
+    assert spare not in pool.workers and len(pool.workers) == 1
+    pool.grow(), pool.grow()
+    assert len(pool.workers) == 2
+
+
+def test_a_lost_spare_hands_its_calls_back_and_is_not_replaced(make_pool, pid_of):
+    pool = make_pool(1, most=2)
+    pool.grow()
+    pid = pid_of(pool.workers[1].actor)
+    for number in range(2):
+        pool.submit(number, "add", number, 0.5)
+    list(stream(pool))
+    assert len(pool.staff) == 2
+    for number in range(8):
+        pool.submit(number, "add", number, 0.2)
+    assert pool.workers[1].calls
+    os.kill(pid, signal.SIGKILL)
+    assert sorted(done.value for done in stream(pool)) == list(range(8))
+    assert len(pool.workers) == 1 and pool.lost == 1
+
+
+def test_a_call_that_hangs_loses_its_workers_and_is_given_up_and_the_others_are_not(make_pool, pid_of):
+    pool = make_pool(1, patience=Patience(deadline_s=2.0, tries=2))
+    pid_of(pool.workers[0].actor)
+    pool.submit("slow", "add", 1, 600.0)
+    for number in range(3):
+        pool.submit(number, "add", number)
+    results = {done.key: done.value for done in stream(pool)}
+    assert {number: results[number] for number in range(3)} == {0: 0, 1: 1, 2: 2}
+    assert results["slow"] == GivenUp("timeout", "adder lost 2 workers: adder-1 gave no answer in 2 s")
+    assert pool.lost == 2
+
+
+def test_a_call_that_kills_its_workers_is_given_up_where_that_is_wanted(make_pool):
+    pool = make_pool(1, patience=Patience(deadline_s=60.0, tries=2))
+    pool.submit("poison", "die")
+    pool.submit(1, "add", 1)
+    results = {done.key: done.value for done in stream(pool)}
+    assert results[1] == 1 and results["poison"].kind == "unavailable" and "lost 2 workers" in results["poison"].message
+
+
+def test_the_time_that_a_worker_takes_to_start_does_not_count_as_work(local_ray, by_value):
+    actor = local_ray.remote(Sleeper).options(num_cpus=0)
+    pool = Pool("sleeper", lambda name, index: actor.remote(), 1, 60.0, patience=Patience(1.0, 1))
+    pool.submit(0, "add", 5)
+    assert [done.value for done in stream(pool)] == [5] and pool.lost == 0
+    pool.shutdown()
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A distribution with one module, own_dependency, that is installed nowhere."""
+    path, info = tmp_path / "own_dependency-1.0-py3-none-any.whl", "own_dependency-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("own_dependency.py", "VALUE = 42\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: own_dependency\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.mark.slow  # Ray copies the whole environment first
+def test_a_rewards_workers_have_packages_of_their_own(local_ray, by_value, tiny, wheel):
+    config = tiny("nft", f"rewards.clip.pool.pip=[{wheel}]")
+    pool = derive(config, 2, 0).reward_pools[1]
+    worker = make_reward_worker(config, derive(config, 2, 0), replace(pool, cpus=0.01), None)
+    found = worker.__ray_call__.remote(lambda _: __import__("own_dependency").VALUE)
+    assert pool.pip == (str(wheel),) and local_ray.get(found, timeout=300) == 42
+    local_ray.kill(worker)
+    assert importlib.util.find_spec("own_dependency") is None
+
+
+@pytest.mark.slow  # Ray copies the whole environment first
+def test_packages_that_cannot_be_installed_are_one_sentence(local_ray, by_value, tmp_path):
+    missing = {"packages": [f"{tmp_path}/nowhere-1.0-py3-none-any.whl"]}
+    actor = local_ray.remote(Adder).options(num_cpus=0, runtime_env={"pip": missing})
+    pool = Pool("reward adder", lambda name, index: actor.remote(name), 1, 300.0)
+    pool.submit(0, "add", 1)
+    with pytest.raises(UserError, match="^reward adder-0: its packages cannot be installed .*nowhere.*pool.pip$"):
+        list(stream(pool))
+    pool.shutdown()

@@ -1,0 +1,109 @@
+"""One pool of reward workers during a draw: what is scored together, when the pool grows, and how it keeps up."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from align_cluster.cluster.pool import DEPTH, Done, GivenUp, Pool
+from align_cluster.config.plan import RewardPool
+from align_cluster.types import Chunk, Failure, Scores
+
+Id = tuple[int, int, int]
+
+
+class Scoring:
+    """Hands chunks to the pool as they are drawn.
+
+    Ordered batches are consecutive chunks of the step, whichever is drawn first: the last bits of a score, which may
+    depend on what else is in its batch, are then the same in every run. Dynamic ones are whatever waits when a worker
+    has room. A chunk with more images than a batch goes alone.
+    """
+
+    def __init__(self, pool: Pool, settings: RewardPool) -> None:
+        self.pool, self.settings = pool, settings
+
+    def begin(self, chunks: Sequence[Chunk]) -> None:
+        """Get ready for the chunks of one draw."""
+        self.batch = self.settings.batch or max(len(chunk.seeds) for chunk in chunks)
+        self.drawn: dict[Id, tuple[Chunk, Any, float]] = {}  # with the images, and since when they wait
+        self.waiting: dict[Id, Chunk] = {}
+        self.planned = list(batches(chunks, self.batch)) if self.settings.ordered else []
+        self.latencies: list[float] = []
+        self.fills: list[float] = []
+        self.images = self.deepest = 0
+        self.seconds: dict[str, float] = {}
+
+    def add(self, chunk: Chunk, images: Any) -> None:
+        """A chunk is drawn; `images` is a reference."""
+        self.drawn[chunk.id] = (chunk, images, time.perf_counter())
+        self.waiting[chunk.id] = chunk
+        depth = sum(len(waiting.seeds) for waiting, *_ in self.drawn.values())
+        self.deepest = max(self.deepest, depth)
+        if depth > 2 * DEPTH * self.batch * len(self.pool.staff):
+            self.pool.grow()
+        self._submit()
+
+    def collect(self, done: Done) -> dict[Id, Scores]:
+        """Scores by the ids of their chunks."""
+        chunks = [self.drawn.pop(key) for key in done.key]
+        self.latencies += [time.perf_counter() - since for *_, since in chunks]
+        if isinstance(done.value, GivenUp):
+            found = [self._nothing(chunk, done.value) for chunk, *_ in chunks]
+        else:
+            found = done.value
+        for scores in found:
+            self.images += len(next(iter(scores.valid.values())))
+            for name, seconds in scores.seconds.items():
+                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._submit()
+        return dict(zip(done.key, found, strict=True))
+
+    def end(self) -> dict[str, float]:
+        """What to log of the draw; workers that were not needed go."""
+        name = self.settings.name
+        values = {
+            f"scoring/{name}/queue": float(self.deepest),
+            f"scoring/{name}/batch_fill": float(np.mean(self.fills)),
+            f"scoring/{name}/p50": float(np.percentile(self.latencies, 50)),
+            f"scoring/{name}/p95": float(np.percentile(self.latencies, 95)),
+            f"scoring/{name}/workers": float(len(self.pool.staff)),
+        }
+        self.pool.trim()
+        return values | {f"reward/{one}/images_per_s": self.images / spent for one, spent in self.seconds.items()}
+
+    def _submit(self) -> None:
+        while chunks := self._next():
+            for chunk in chunks:
+                del self.waiting[chunk.id]
+            self.fills.append(min(1.0, sum(len(chunk.seeds) for chunk in chunks) / self.batch))
+            prompts = [[chunk.prompt] * len(chunk.seeds) for chunk in chunks]
+            images = [self.drawn[chunk.id][1] for chunk in chunks]
+            self.pool.submit(tuple(chunk.id for chunk in chunks), "score_chunks", prompts, *images)
+
+    def _next(self) -> list[Chunk]:
+        """The batch to score next, empty where there is none yet."""
+        if not self.settings.ordered:
+            return next(batches(self.waiting.values(), self.batch), []) if self.pool.room else []
+        return next((chunks for chunks in self.planned if all(chunk.id in self.waiting for chunk in chunks)), [])
+
+    def _nothing(self, chunk: Chunk, reason: GivenUp) -> Scores:
+        count, rewards = len(chunk.seeds), self.settings.rewards
+        return Scores(
+            {name: np.full(count, np.nan) for name in rewards},
+            {name: np.zeros(count, bool) for name in rewards},
+            {name: Failure(reason.kind, reason.message, count) for name in rewards},
+        )
+
+
+def batches(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
+    """Consecutive chunks with at most `size` images together, or one chunk that has more."""
+    batch: list[Chunk] = []
+    for chunk in chunks:
+        if batch and sum(len(other.seeds) for other in batch) + len(chunk.seeds) > size:
+            yield batch
+            batch = []
+        batch.append(chunk)
+    if batch:
+        yield batch

@@ -4,7 +4,6 @@ v1    github.com/christophschuhmann/improved-aesthetic-predictor, sac+logos+ava1
 v2.5  github.com/discus0434/aesthetic-predictor-v2-5, on SigLIP so400m-patch14-384
 """
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,8 @@ from torch.nn import functional as F
 
 from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head, stretched
-from align_cluster.types import Prompt, UserError
+from align_cluster.rewards.loading import loading
+from align_cluster.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,13 @@ class Aesthetic(DifferentiableReward):
     def load(self, device: str, threads: int) -> None:
         self.published = VERSIONS[self.config.version]
         encoder, head = self.config.encoder or self.published.encoder, self.config.head or self.published.head
-        try:
+        what = f"the encoder {encoder!r} with the head {head!r}"
+        remedy = "give hub ids or addresses that this machine can reach, or a folder and a file"
+        with loading(f"aesthetic {self.config.version}", what, remedy):
             self.encoder = self._encoder(encoder).to(device).eval().requires_grad_(False)
             weights = {name.removeprefix(self.published.prefix): value for name, value in head_weights(head).items()}
             self.head = linear_head(self._width(), self.published.places)
             self.head.load_state_dict(weights)
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"rewards: aesthetic {self.config.version} cannot load the encoder {encoder!r} with the head {head!r}: "
-                "give hub ids or addresses that this machine can reach, or a folder and a file "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            ) from error
         self.head = self.head.to(device).eval().requires_grad_(False)
         self.mean, self.std = (
             torch.tensor(values, device=device)[:, None, None] for values in (self.published.mean, self.published.std)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from align_cluster.rewards.heads import stretched
-from align_cluster.types import Prompt, UserError
+from align_cluster.rewards.loading import loading
+from align_cluster.types import Prompt
 
 
 def cosines(seen: torch.Tensor, prompts: list[Prompt], read: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
@@ -30,7 +30,11 @@ class Clip:
     def __init__(self, kind: str, model: str, processor: str, device: str) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        try:
+        remedy = (
+            "give hub ids that this machine can reach, or folders, of a CLIPModel and of a tokenizer with a "
+            "preprocessor_config.json"
+        )
+        with loading(kind, f"{model!r} with the processor {processor!r}", remedy):
             loaded, report = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
             if report["missing_keys"]:
                 raise ValueError(f"the checkpoint has no {min(report['missing_keys'])}")
@@ -46,12 +50,6 @@ class Clip:
             for name, value in expected.items():
                 if settings[name] != value:
                     raise ValueError(f"its images have {name} {settings[name]}, and CLIP's have {value}")
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"rewards: {kind} cannot load {model!r} with the processor {processor!r}: give hub ids that this "
-                "machine can reach, or folders, of a CLIPModel and of a tokenizer with a preprocessor_config.json "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            ) from error
         self.model = loaded.to(device).eval().requires_grad_(False)
         self.mean, self.std = (
             torch.tensor(settings[name], device=device)[:, None, None] for name in ("image_mean", "image_std")

@@ -1,17 +1,13 @@
 """Names of objects' colours by zero-shot CLIP, as GenEval (Ghosh et al. 2023, arXiv 2310.11513) asks for them."""
 
-import pickle
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from align_cluster.embedded.detector import Detection
 from align_cluster.prompts.geneval import COLORS
-from align_cluster.types import UserError
+from align_cluster.rewards.loading import open_clip_model
 
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 GROUND = 0x99  # grey level around an object whose mask is known: GenEval's #999
@@ -39,36 +35,9 @@ class ColorNamer:
     """
 
     def __init__(self, path: str | None, device: str) -> None:
-        try:
-            import open_clip
-        except ImportError as error:
-            raise UserError(
-                f"rewards: geneval names colours with open_clip, which is not installed ({error}): "
-                "pip install 'align-cluster[rewards]'"
-            ) from error
         # GenEval's open_clip gave OpenAI's weights their QuickGELU under either name; a recent one gives it to this.
-        name, weights = "ViT-L-14-quickgelu", "openai"
-        if path is not None:
-            folder = Path(path).expanduser()
-            name, weights = f"local-dir:{folder}" if folder.is_dir() else f"hf-hub:{path}", None
-        try:
-            model, self.transform = open_clip.create_model_from_pretrained(name, weights)
-            self.tokenizer = open_clip.get_tokenizer(name)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            EOFError,
-            pickle.UnpicklingError,
-            SafetensorError,
-        ) as error:
-            raise UserError(
-                f"rewards: geneval cannot load the CLIP that names colours, {path or f'{name} of {weights}'!r}: set "
-                "color_clip to a hub id that this machine can reach, or to a folder with open_clip_config.json and "
-                f"its weights ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            ) from error
+        source, tag = ("ViT-L-14-quickgelu", "openai") if path is None else (path, None)
+        model, self.transform, self.tokenizer = open_clip_model("geneval", "color_clip", source, tag)
         self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
         self.known: dict[str, torch.Tensor] = {}
 

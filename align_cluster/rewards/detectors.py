@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from align_cluster.config.base import Section
 from align_cluster.embedded.detector import Detection, detect
 from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts.geneval import CLASSES
-from align_cluster.types import UserError
+from align_cluster.rewards.loading import extra, loading
 
 BATCH = 8  # images that a model sees at a time, whatever the size of a chunk
 
@@ -101,25 +100,18 @@ class Photographs(Detector):
     def load(self, device: str) -> None:
         import transformers
 
-        path = os.path.expanduser(self.config.path)
-        try:
+        who, path = f"the detector {self.config.kind}", os.path.expanduser(self.config.path)
+        remedy = (
+            f"give a hub id that this machine can reach, or a folder of an {self.auto} with its "
+            "preprocessor_config.json and COCO's labels"
+        )
+        with extra(who), loading(who, repr(self.config.path), remedy):
             # The PIL backend resizes as the published scores were made, and needs no torchvision.
             self.processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
             model, report = getattr(transformers, self.auto).from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True
             )
             self._check(model, report["missing_keys"])
-        except ImportError as error:
-            raise UserError(
-                f"rewards: the detector {self.config.kind} needs a package that is not installed "
-                f"({' '.join(str(error).split())[:300]}): pip install 'align-cluster[rewards]'"
-            ) from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"rewards: the detector {self.config.kind} cannot load {self.config.path!r}: give a hub id that this "
-                f"machine can reach, or a folder of an {self.auto} with its preprocessor_config.json and COCO's labels "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            ) from error
         self.names = {index: geneval_name(label) for index, label in model.config.id2label.items()}
         self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
 

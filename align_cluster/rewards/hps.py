@@ -1,7 +1,6 @@
 """HPS v2 and v2.1 (Wu et al. 2023, arXiv 2306.09341): CLIP ViT-H/14 tuned on what people prefer."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,8 @@ from torch.nn import functional as F
 
 from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rewards.clip import cosines
-from align_cluster.types import Prompt, UserError
+from align_cluster.rewards.loading import extra, file_of, loading
+from align_cluster.types import Prompt
 
 CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # as named at the hub
 
@@ -43,23 +43,17 @@ class Hps(DifferentiableReward):
         model: str = "ViT-H-14"
 
     def load(self, device: str, threads: int) -> None:
-        try:
+        with extra(self.config.kind):
             import open_clip
-        except ImportError as error:
-            raise UserError(
-                f"rewards: hps needs open_clip, which is not installed ({error}): pip install 'align-cluster[rewards]'"
-            ) from error
-        try:
+        remedy = (
+            "give a hub id that this machine can reach, a folder with "
+            f"{CHECKPOINTS[self.config.version]}, or such a file"
+        )
+        with loading(self.config.kind, f"{self.config.path!r} as {self.config.model!r}", remedy):
             architecture = self._architecture()
             weights = torch.load(self._checkpoint(), map_location="cpu", weights_only=True)["state_dict"]
             model = open_clip.CLIP(**architecture)
             model.load_state_dict(weights)  # fp16 on disk, fp32 from here on
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"rewards: hps cannot load {self.config.path!r} as {self.config.model!r}: give a hub id that this "
-                f"machine can reach, a folder with {CHECKPOINTS[self.config.version]}, or such a file "
-                f"({type(error).__name__}: {str(error).splitlines()[0]})"
-            ) from error
         self.model = model.to(device).eval().requires_grad_(False)
         self.side = architecture["vision_cfg"]["image_size"]
         self.tokenizer = open_clip.SimpleTokenizer(context_length=architecture["text_cfg"]["context_length"])
@@ -85,12 +79,6 @@ class Hps(DifferentiableReward):
             raise ValueError(f"open_clip has no architecture {self.config.model!r}")
         return architecture
 
-    def _checkpoint(self) -> Path | str:
-        path, name = Path(self.config.path).expanduser(), CHECKPOINTS[self.config.version]
-        if path.is_file():
-            return path
-        if path.is_dir():
-            return path / name
-        from huggingface_hub import hf_hub_download
-
-        return hf_hub_download(self.config.path, name)
+    def _checkpoint(self) -> Path:
+        path = Path(self.config.path).expanduser()
+        return path if path.is_file() else file_of(self.config.path, CHECKPOINTS[self.config.version])

@@ -1,9 +1,7 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP, tuned on what experts prefer; the text looks at the image."""
 
 import json
-import pickle
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +9,8 @@ from torch import nn
 
 from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head
-from align_cluster.types import Prompt, UserError
+from align_cluster.rewards.loading import file_of, loading
+from align_cluster.types import Prompt
 
 CHECKPOINT, TEXT_CONFIG = "ImageReward.pt", "med_config.json"  # as named at the hub
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores of ImageReward-v1.0
@@ -99,9 +98,11 @@ class ImageReward(DifferentiableReward):
     def load(self, device: str, threads: int) -> None:
         from transformers import BertTokenizer
 
-        try:
-            weights = torch.load(self._file(CHECKPOINT), map_location="cpu", weights_only=True)
-            settings = json.loads(Path(self._file(TEXT_CONFIG)).read_text())
+        what = f"{self.config.path!r} with the tokenizer {self.config.tokenizer!r}"
+        remedy = f"give hub ids that this machine can reach, or folders, the first with {CHECKPOINT} and {TEXT_CONFIG}"
+        with loading(self.config.kind, what, remedy):
+            weights = torch.load(file_of(self.config.path, CHECKPOINT), map_location="cpu", weights_only=True)
+            settings = json.loads(file_of(self.config.path, TEXT_CONFIG).read_text())
             vision = vision_tower(part(weights, VISION))
             text = text_tower(part(weights, TEXT), settings, vision.config.hidden_size)
             head = linear_head(text.config.hidden_size, HEAD_PLACES)
@@ -115,21 +116,6 @@ class ImageReward(DifferentiableReward):
                     f"{self.config.tokenizer!r} has {len(self.tokenizer)} tokens with BLIP's two, "
                     f"and the checkpoint {text.config.vocab_size}"
                 )
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            EOFError,
-            pickle.UnpicklingError,
-        ) as error:
-            raise UserError(
-                f"rewards: image_reward cannot load {self.config.path!r} with the tokenizer {self.config.tokenizer!r}: "
-                f"give hub ids that this machine can reach, or folders, the first with {CHECKPOINT} and {TEXT_CONFIG} "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            ) from error
         self.vision, self.text, self.head = (
             model.to(device).eval().requires_grad_(False) for model in (vision, text, head)
         )
@@ -151,11 +137,3 @@ class ImageReward(DifferentiableReward):
                 encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
             ).last_hidden_state
             return (self.head(states[:, 0]).squeeze(-1) - MEAN) / STD
-
-    def _file(self, name: str) -> Path | str:
-        folder = Path(self.config.path).expanduser()
-        if folder.is_dir():
-            return folder / name
-        from huggingface_hub import hf_hub_download
-
-        return hf_hub_download(self.config.path, name)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from align_cluster.prompts.files import quoted
 from align_cluster.rewards.base import Result, Reward, RewardSection
-from align_cluster.types import Prompt, UserError
+from align_cluster.rewards.loading import extra
+from align_cluster.types import Prompt
 
 # Letters of few pixels are misread: at 48 px upscaling took the embedded world's words from .97 to 1.0.
 READABLE_SIDE = 192
@@ -54,7 +55,7 @@ class Ocr(Reward):
         kind: Literal["ocr"] = "ocr"
 
     def load(self, device: str, threads: int) -> None:
-        try:
+        with extra(self.config.kind):
             import cv2
             from rapidocr import RapidOCR
 
@@ -68,10 +69,6 @@ class Ocr(Reward):
                     "Det.limit_type": "min",
                 }
             )
-        except ImportError as error:
-            raise UserError(
-                f"rewards: ocr needs RapidOCR, which is not installed ({error}): pip install 'align-cluster[rewards]'"
-            ) from error
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         values, exact = (np.full(len(prompts), np.nan) for _ in range(2))

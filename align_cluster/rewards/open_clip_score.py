@@ -1,14 +1,12 @@
 """CLIP score with any model of open_clip, such as DFN (Fang et al. 2023, arXiv 2309.17425)."""
 
-import pickle
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 
 from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rewards.clip import cosines
+from align_cluster.rewards.loading import open_clip_model
 from align_cluster.types import Prompt, UserError
 
 
@@ -22,37 +20,15 @@ class OpenClipScore(DifferentiableReward):
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
 
     def load(self, device: str, threads: int) -> None:
-        try:
-            import open_clip
-            from open_clip.transform import ResizeKeepRatio
-        except ImportError as error:
+        model, transform, self.tokenizer = open_clip_model(self.config.kind, "path", self.config.path)
+        from open_clip.transform import ResizeKeepRatio
+
+        *self.shaping, self.normalise = transform.transforms
+        if any(isinstance(step, ResizeKeepRatio) for step in self.shaping):
             raise UserError(
-                f"rewards: open_clip_score needs open_clip, which is not installed ({error}): "
-                "pip install 'align-cluster[rewards]'"
-            ) from error
-        folder = Path(self.config.path).expanduser()
-        source = f"local-dir:{folder}" if folder.is_dir() else f"hf-hub:{self.config.path}"
-        try:
-            model, transform = open_clip.create_model_from_pretrained(source)
-            self.tokenizer = open_clip.get_tokenizer(source)
-            *self.shaping, self.normalise = transform.transforms
-            if any(isinstance(step, ResizeKeepRatio) for step in self.shaping):
-                raise ValueError("its images are padded or not square, and here they are scaled to a square or cropped")
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            EOFError,
-            pickle.UnpicklingError,
-            SafetensorError,
-        ) as error:
-            raise UserError(
-                f"rewards: open_clip_score cannot load {self.config.path!r}: give a hub id that this machine can "
-                "reach, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or .safetensors) "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-            ) from error
+                f"rewards: open_clip_score cannot use {self.config.path!r}: its images are padded or not square, and "
+                "here they are scaled to a square or cropped; give another as path"
+            )
         self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
 
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""Loading other people's models: what is missing, broken or something else's is one sentence that says what to do."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from align_cluster.types import UserError
+
+# What torch, transformers and open_clip raise over files that are missing, cut off or of another model.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
+@contextmanager
+def extra(who: str) -> Iterator[None]:
+    """UserError instead of an ImportError: `who` needs a package of the extra `rewards`."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"rewards: {who} needs a package that is not installed ({_line(error)}): "
+            "pip install 'align-cluster[rewards]'"
+        ) from error
+
+
+@contextmanager
+def loading(who: str, what: str, remedy: str) -> Iterator[None]:
+    """UserError instead of UNREADABLE: `who` cannot load `what`, and what to do."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(
+            f"rewards: {who} cannot load {what}: {remedy} ({type(error).__name__}: {_line(error)})"
+        ) from error
+
+
+def open_clip_model(who: str, setting: str, source: str, tag: str | None = None) -> tuple[nn.Module, Any, Any]:
+    """open_clip's model, image transform and tokenizer. UserError names the `setting` that `source` comes from.
+
+    `source` is a hub id or a folder in open_clip's format; with a `tag`, one of its architectures, with those weights.
+    """
+    with extra(who):
+        import open_clip
+    name = source
+    if tag is None:
+        folder = Path(source).expanduser()
+        name = f"local-dir:{folder}" if folder.is_dir() else f"hf-hub:{source}"
+    remedy = (
+        "give a hub id that this machine can reach, or a folder with open_clip_config.json and its weights "
+        f"(open_clip_pytorch_model.bin or open_clip_model.safetensors), as {setting}"
+    )
+    with loading(who, f"{source!r} of {tag!r}" if tag else repr(source), remedy):
+        model, transform = open_clip.create_model_from_pretrained(name, tag)
+        return model, transform, open_clip.get_tokenizer(name)
+
+
+def file_of(source: str, name: str) -> Path:
+    """The file `name` in a folder, or else of the hub id `source`, fetched where the cache has it not."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder / name
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(source, name))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

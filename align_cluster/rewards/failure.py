@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from align_cluster.rewards.base import FailurePolicy, Result, RewardError
-from align_cluster.types import Failure, FailureKind, Prompt
+from align_cluster.rewards.mix import concatenate
+from align_cluster.types import Failure, FailureKind, Prompt, Scores
 
 Score = Callable[[np.ndarray, list[Prompt]], Result]
 
@@ -69,15 +70,8 @@ def _free() -> None:
 
 
 def _joined(parts: list[tuple[Result, Failure | None]]) -> tuple[Result, Failure | None]:
-    results, failures = [result for result, _ in parts], [failure for _, failure in parts if failure]
-    names = dict.fromkeys(name for result in results for name in result.details)
-    details = {
-        name: np.concatenate([result.details.get(name, np.full(len(result.values), np.nan)) for result in results])
-        for name in names
-    }
-    joined = Result(
-        np.concatenate([result.values for result in results]), np.concatenate([r.valid for r in results]), details
+    name = ""  # of the one reward whose scores these are
+    whole = concatenate(
+        [Scores({name: r.values}, {name: r.valid}, {name: f} if f else {}, r.details) for r, f in parts]
     )
-    if not failures:
-        return joined, None
-    return joined, Failure(failures[0].kind, failures[0].message, sum(failure.images for failure in failures))
+    return Result(whole.values[name], whole.valid[name], whole.details), whole.failures.get(name)

@@ -15,6 +15,7 @@ from pydantic import model_validator
 
 from align_cluster.config.base import Section
 from align_cluster.rewards.base import RewardError
+from align_cluster.rewards.hedge import Call, hedged
 from align_cluster.rewards.wire import MEDIA_TYPE, Encoding, decode_answer, encode_request
 from align_cluster.types import FailureKind, Prompt, Scores, UserError
 
@@ -61,10 +62,18 @@ def address(url: str) -> SplitResult:
 class RewardClient:
     """Talks to the service at `url`. Errors are RewardErrors: timeout, unavailable, bad_input.
 
-    `timeout_s` is for a whole request. Safe to use from several threads.
+    `timeout_s` is for a whole request. With `hedge_s`, images that have no scores after so many seconds are sent once
+    more, and the first answer counts. Safe to use from several threads.
     """
 
-    def __init__(self, url: str, token: str | None = None, timeout_s: float = 120, encoding: Encoding = "png") -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        timeout_s: float = 120,
+        encoding: Encoding = "png",
+        hedge_s: float | None = None,
+    ) -> None:
         try:
             parts = address(url)
         except ValueError as error:
@@ -72,23 +81,25 @@ class RewardClient:
         self.url = url.rstrip("/")
         self.connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.host, self.path = parts.netloc, parts.path.rstrip("/")
-        self.timeout_s, self.encoding = timeout_s, encoding
+        self.timeout_s, self.encoding, self.hedge_s = timeout_s, encoding, hedge_s
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def rewards(self) -> dict[str, dict]:
         """What the service offers: by name the kind, inputs and version of each reward."""
         try:
-            return {reward["name"]: reward for reward in json.loads(self._ask("GET", "/v1/rewards"))["rewards"]}
+            answer = self._ask("GET", "/v1/rewards", None, self._deadline(), Call())
+            return {reward["name"]: reward for reward in json.loads(answer)["rewards"]}
         except (ValueError, KeyError, TypeError):
             raise RewardError("unavailable", f"{self.url} is no reward service") from None
 
     def ready(self) -> None:
         """Returns where every reward can be scored with."""
-        self._ask("GET", "/readyz")
+        self._ask("GET", "/readyz", None, self._deadline(), Call())
 
     def score(self, rewards: Sequence[str], images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
         """Scores of images uint8 [B, H, W, 3], one prompt an image."""
-        answer = self._ask("POST", "/v1/score", encode_request(rewards, images, prompts, self.encoding))
+        body, deadline = encode_request(rewards, images, prompts, self.encoding), self._deadline()
+        answer = hedged(lambda call: self._ask("POST", "/v1/score", body, deadline, call), self.hedge_s)
         try:
             scores = decode_answer(answer, len(images))
             if set(scores.values) != set(rewards):
@@ -97,22 +108,25 @@ class RewardClient:
         except ValueError as error:
             raise RewardError("unavailable", f"{self.url} answered something else than scores: {error}") from None
 
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        deadline = time.monotonic() + self.timeout_s
-        connection = self.connect(self.host, timeout=self.timeout_s)
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout_s
+
+    def _ask(self, method: str, path: str, body: bytes | None, deadline: float, call: Call) -> bytes:
+        connection = self.connect(self.host)
         try:
+            connection.timeout = _left(deadline)
             connection.connect()
-            sock = connection.sock
+            sock = call.made(connection.sock)
+            sock.settimeout(_left(deadline))
             # A service may refuse a request before all of it has arrived; its answer says why.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, self.path + path, body, self.headers | {"Content-Type": MEDIA_TYPE})
+            sock.settimeout(_left(deadline))
             answer = bytearray()
             with connection.getresponse() as response:
                 while chunk := response.read1(2**16):
                     answer += chunk
-                    if (left := deadline - time.monotonic()) <= 0:
-                        raise TimeoutError
-                    sock.settimeout(left)
+                    sock.settimeout(_left(deadline))
                 if response.length:  # read1 takes an early end for the end
                     raise http.client.IncompleteRead(bytes(answer), response.length)
         except TimeoutError:
@@ -125,6 +139,13 @@ class RewardClient:
             return bytes(answer)
         reason = _reason(answer) or response.reason
         raise RewardError(KINDS.get(response.status, "unavailable"), f"{self.url} says {response.status}: {reason}")
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then. TimeoutError where it has passed."""
+    if (left := deadline - time.monotonic()) <= 0:
+        raise TimeoutError
+    return left
 
 
 def _reason(answer: bytes) -> str | None:

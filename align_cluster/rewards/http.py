@@ -1,9 +1,10 @@
 """A reward that a service computes: `align-cluster serve-rewards` on another machine, shared by many runs."""
 
+import math
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveFloat, field_validator
+from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
 
 from align_cluster.rewards.base import Result, Reward, RewardError, RewardSection
 from align_cluster.rewards.client import RewardClient, Token, address
@@ -18,7 +19,8 @@ class Http(Reward):
     class Config(RewardSection):
         """`reward` is the name at the service. `raw` sends more bytes than `png` and takes less time to pack.
 
-        The token is read where rewards run: the variable or the file has to be there.
+        The token is read where rewards run: the variable or the file has to be there. With `hedge_s`, images that have
+        no scores after so many seconds are sent once more, and the first answer counts: p99 is a good choice.
         """
 
         kind: Literal["http"] = "http"
@@ -26,6 +28,7 @@ class Http(Reward):
         reward: str
         token: Token | None = None
         timeout_s: PositiveFloat = 60.0
+        hedge_s: PositiveFloat | None = Field(None, description="null: never")
         encoding: Encoding = "png"
 
         @field_validator("url")
@@ -34,10 +37,17 @@ class Http(Reward):
             address(url)
             return url
 
+        @field_validator("hedge_s")
+        @classmethod
+        def before_the_end(cls, seconds: float | None, info: ValidationInfo) -> float | None:
+            if seconds is not None and seconds >= info.data.get("timeout_s", math.inf):
+                raise ValueError(f"below timeout_s, {info.data['timeout_s']:g}")
+            return seconds
+
     def load(self, device: str, threads: int) -> None:
         config = self.config
         token = config.token.read() if config.token else None
-        self.client = RewardClient(config.url, token, config.timeout_s, config.encoding)
+        self.client = RewardClient(config.url, token, config.timeout_s, config.encoding, config.hedge_s)
         try:
             served = self.client.rewards()
         except RewardError as error:

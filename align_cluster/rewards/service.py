@@ -19,7 +19,7 @@ import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import HTTPOptions
+from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from align_cluster import __version__
@@ -105,26 +105,35 @@ def _settings(config: RewardSection) -> str:
     return json.dumps(config.model_dump(mode="json", exclude=set(RewardSection.model_fields)), sort_keys=True)
 
 
+def _deployment(name: str, reward: RewardSection, settings: DeploymentConfig) -> Any:
+    most = settings.max_replicas or settings.min_replicas
+    scaling: dict[str, Any] = {"num_replicas": settings.min_replicas}
+    if most > settings.min_replicas:
+        autoscaling = AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=most,
+            target_ongoing_requests=settings.target_queue,
+            upscale_delay_s=settings.upscale_s,
+            downscale_delay_s=settings.downscale_s,
+            look_back_period_s=settings.upscale_s,
+            metrics_interval_s=min(10.0, settings.upscale_s / 3),
+        )
+        scaling = {"autoscaling_config": autoscaling}
+    return serve.deployment(
+        Scorer,
+        name=name,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        max_ongoing_requests=max(settings.batch, int(2 * settings.target_queue)),
+        health_check_period_s=settings.health_check_s,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        max_constructor_retry_count=1,
+        **scaling,
+    ).bind(name, reward, settings)
+
+
 def application(config: ServiceConfig, token: str | None) -> Any:
     """The Serve application. Of the token, only a digest travels."""
-    deployments = {}
-    for name, reward in config.rewards.items():
-        settings = config.deployment(name)
-        most = settings.max_replicas or settings.min_replicas
-        scaling: dict[str, Any] = {"num_replicas": settings.min_replicas}
-        if most > settings.min_replicas:
-            span = {"min_replicas": settings.min_replicas, "max_replicas": most}
-            scaling = {"autoscaling_config": span | {"target_ongoing_requests": settings.target_queue}}
-        deployments[name] = serve.deployment(
-            Scorer,
-            name=name,
-            ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
-            max_ongoing_requests=max(settings.batch, int(2 * settings.target_queue)),
-            health_check_period_s=settings.health_check_s,
-            graceful_shutdown_timeout_s=settings.drain_s,
-            max_constructor_retry_count=1,
-            **scaling,
-        ).bind(name, reward, settings)
+    deployments = {name: _deployment(name, reward, config.deployment(name)) for name, reward in config.rewards.items()}
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",

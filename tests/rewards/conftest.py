@@ -1,12 +1,16 @@
-"""Tiny random detectors and a tiny CLIP on disk, in the layout of the published ones.
+"""Images, a cache of the hub, and tiny random detectors and a tiny CLIP on disk, in the layout of the published ones.
 
 Their weights are larger than fresh ones, which say nearly the same of everything.
 """
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from .helpers import open_clip_architecture
 
 # COCO's 80 names as its own annotations have them, and 91 labels with gaps, as DETR's checkpoints have.
 COCO = (
@@ -115,6 +119,39 @@ def rt_detr():
     return shaken(model, model.model.decoder.class_embed[-1], 2)
 
 
+@pytest.fixture(scope="session")
+def images():
+    """Noise, uint8 [3, 48, 64, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def smooth():
+    """Soft blots, uint8 [3, 40, 52, 3]."""
+    coarse = np.random.default_rng(0).integers(0, 256, (3, 10, 13, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(c).resize((52, 40), Image.Resampling.BILINEAR)) for c in coarse])
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A function that puts files into an otherwise empty cache of the hub, under an id."""
+    from huggingface_hub import constants
+
+    cache, commit = tmp_path_factory.mktemp("hub"), "0" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def put(identity, *files):
+        repository = cache / f"models--{identity.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in files:
+            (snapshot / file.name).symlink_to(file)
+
+    return put
+
+
 @pytest.fixture
 def published_labels():
     """The labels of checkpoints with 80 classes, and of those with 91 numbers."""
@@ -152,12 +189,7 @@ def color_clip(tmp_path_factory):
     open_clip = pytest.importorskip("open_clip", reason="the extra 'rewards' is not installed")
 
     folder = tmp_path_factory.mktemp("color_clip")
-    architecture = {
-        "embed_dim": 16,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
+    architecture = open_clip_architecture(28, quick_gelu=True)
     preprocess = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture, "preprocess_cfg": preprocess}))
     torch.manual_seed(0)

@@ -7,7 +7,8 @@ from PIL import Image
 
 from align_cluster.embedded.detector import Detection
 from align_cluster.rewards.colors import BATCH, ColorNamer, cutout
-from align_cluster.types import UserError
+
+from .helpers import refusal
 
 open_clip = pytest.importorskip("open_clip", reason="the extra 'rewards' is not installed")
 
@@ -111,12 +112,9 @@ def test_a_cutout_is_never_empty(box):
 
 def test_what_cannot_be_loaded_is_one_sentence(tmp_path):
     for path in (tmp_path, tmp_path / "nothing", None):
-        with pytest.raises(UserError, match="color_clip") as caught:
-            ColorNamer(path and str(path), "cpu")
-        assert "\n" not in str(caught.value)
+        refusal("color_clip", ColorNamer, path and str(path), "cpu")
 
 
 def test_the_missing_package_is_named(color_clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(UserError, match=r"align-cluster\[rewards\]"):
-        ColorNamer(str(color_clip), "cpu")
+    refusal(r"open_clip.*align-cluster\[rewards\]", ColorNamer, str(color_clip), "cpu")

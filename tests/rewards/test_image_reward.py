@@ -7,11 +7,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from align_cluster.config.check import judges
-from align_cluster.rewards import REWARDS
 from align_cluster.rewards.image_reward import ImageReward, text_tower, vision_tower
-from align_cluster.rewards.worker import RewardWorker
-from align_cluster.types import Prompt, UserError
+
+from .helpers import CLIP_MEAN, CLIP_STD, middle, prompts, refusal
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red circle star ##s , very and four [ enc ]".split()
 ID = {word: place for place, word in enumerate(WORDS)} | {"[DEC]": len(WORDS), "[ENC]": len(WORDS) + 1}
@@ -75,8 +73,7 @@ def official_shapes():
     return shapes
 
 
-@pytest.fixture(scope="module")
-def weights():
+def official_weights():
     """A random state dict in the official layout. No two tensors are alike, so that every swapped name shows."""
     generator, weights = torch.Generator().manual_seed(0), {}
     for name, shape in official_shapes().items():
@@ -91,16 +88,24 @@ def weights():
     return weights | {"blip.text_encoder.embeddings.position_ids": positions}
 
 
-@pytest.fixture(scope="module")
-def folder(weights, tmp_path_factory):
+def write(folder):
     from transformers import BertTokenizer
 
-    folder = tmp_path_factory.mktemp("image_reward")
-    torch.save(weights, folder / "ImageReward.pt")
+    torch.save(official_weights(), folder / "ImageReward.pt")
     (folder / "med_config.json").write_text(json.dumps(MED))
     tokenizer = BertTokenizer(vocab={word: place for place, word in enumerate(WORDS)})
     tokenizer.save_pretrained(folder / "bert-base-uncased")
     return folder
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return official_weights()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("image_reward"))
 
 
 def loaded(folder, **settings):
@@ -113,17 +118,6 @@ def loaded(folder, **settings):
 @pytest.fixture(scope="module")
 def reward(folder):
     return loaded(folder)
-
-
-@pytest.fixture(scope="module")
-def images():
-    rng = np.random.default_rng(0)
-    coarse = [Image.fromarray(rng.integers(0, 256, (10, 13, 3), dtype=np.uint8)) for _ in range(3)]
-    return np.stack([np.asarray(image.resize((52, 40), Image.Resampling.BILINEAR)) for image in coarse])
-
-
-def prompts(texts):
-    return [Prompt(i, text) for i, text in enumerate(texts)]
 
 
 # ---- BLIP by hand: plain torch on the official names, one image and one unpadded text at a time ----
@@ -184,15 +178,8 @@ def bert(weights, ids, seen):
 
 
 def prepared(image):
-    """The official preprocessing with PIL, of rows and then columns, but without its rounding: fp64 [3, S, S]."""
-    height, width = image.shape[:2]
-    size = SIDE * width // min(height, width), SIDE * height // min(height, width)
-    planes = [image[:, :, channel].astype(np.float32) / 255 for channel in range(3)]
-    for step in ((size[0], height), size):
-        planes = [np.asarray(Image.fromarray(p).resize(step, Image.Resampling.BICUBIC)).clip(0, 1) for p in planes]
-    left, top = (round((length - SIDE) / 2) for length in size)
-    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
-    return ((np.stack(planes, -1)[top : top + SIDE, left : left + SIDE] - mean) / std).transpose(2, 0, 1)
+    """The official preprocessing, but without its rounding: fp64 [3, S, S]."""
+    return ((middle(image, SIDE) - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)
 
 
 def by_hand(weights, image, words):
@@ -233,114 +220,52 @@ def test_the_text_tower_is_blips_and_padding_is_not_seen(weights):
     torch.testing.assert_close(states[0, :5], bert(weights, ids, seen[0]), rtol=0, atol=1e-4)
 
 
-def test_equals_an_independent_computation(weights, reward, images):
-    expected = [by_hand(weights, image, words) for image, words in zip(images, TOKENS, strict=True)]
-    result = reward.score(images, prompts(TEXTS))
+def test_equals_an_independent_computation(weights, reward, smooth):
+    expected = [by_hand(weights, image, words) for image, words in zip(smooth, TOKENS, strict=True)]
+    result = reward.score(smooth, prompts(TEXTS))
     np.testing.assert_allclose(result.values, expected, atol=2e-4)
     assert result.valid.all() and result.values.dtype == np.float64
     assert np.ptp(expected) > 0.1
 
 
-def test_equals_the_official_transform_but_for_its_rounding_to_8_bits(reward, images):
+def test_equals_the_official_transform_but_for_its_rounding_to_8_bits(reward, smooth):
     transforms = pytest.importorskip("torchvision.transforms")
 
     resize = transforms.Resize(SIDE, interpolation=transforms.InterpolationMode.BICUBIC)
     official = transforms.Compose([resize, transforms.CenterCrop(SIDE)])
-    small = np.stack([np.asarray(official(Image.fromarray(image))) for image in images])
-    scores = reward.score(images, prompts(TEXTS)).values
+    small = np.stack([np.asarray(official(Image.fromarray(image))) for image in smooth])
+    scores = reward.score(smooth, prompts(TEXTS)).values
     np.testing.assert_allclose(scores, reward.score(small, prompts(TEXTS)).values, atol=0.03 * np.ptp(scores))
 
 
-def test_every_image_meets_its_own_prompt_and_no_other(reward, images):
+def test_every_image_meets_its_own_prompt_and_no_other(reward, smooth):
     rows = []
     watch = reward.text.register_forward_hook(lambda module, args, out: rows.append(len(out.last_hidden_state)))
-    crossed = reward.score(images[[0, 1, 0]], prompts([TEXTS[1], TEXTS[0], TEXTS[0]])).values
+    reward.score(smooth, prompts(TEXTS))
     watch.remove()
     assert rows == [3]  # pairs, and not nine
-    straight = reward.score(images[:2], prompts(TEXTS[:2])).values
-    assert crossed[2] == pytest.approx(straight[0], abs=1e-5)
-    assert abs(crossed[0] - straight[0]) > 1e-2 and abs(crossed[1] - straight[1]) > 1e-2
 
 
-def test_a_batch_scores_as_its_images_do_one_by_one(reward, images):
-    batch = reward.score(images, prompts(TEXTS)).values
-    singles = [reward.score(images[i : i + 1], prompts(TEXTS[i : i + 1])).values[0] for i in range(3)]
-    np.testing.assert_allclose(batch, singles, atol=1e-4)
-
-
-def test_prompts_are_cut_after_35_tokens(weights, reward, images):
+def test_prompts_are_cut_after_35_tokens(weights, reward, smooth):
     long = "very " * 32 + "red star and a circle"
-    value = reward.score(images[:1], prompts([long])).values[0]
-    assert value == pytest.approx(by_hand(weights, images[0], "very " * 32 + "red"), abs=2e-4)
-    assert value == reward.score(images[:1], prompts([long + " and a photo"])).values[0]
+    value = reward.score(smooth[:1], prompts([long])).values[0]
+    assert value == pytest.approx(by_hand(weights, smooth[0], "very " * 32 + "red"), abs=2e-4)
+    assert value == reward.score(smooth[:1], prompts([long + " and a photo"])).values[0]
 
 
-def test_blips_own_tokens_are_tokens_of_a_prompt_as_officially(weights, reward, images):
-    value = reward.score(images[:1], prompts(["a [ENC] red [DEC]"])).values[0]
-    assert value == pytest.approx(by_hand(weights, images[0], "a [ENC] red [DEC]"), abs=2e-4)
+def test_blips_own_tokens_are_tokens_of_a_prompt_as_officially(weights, reward, smooth):
+    value = reward.score(smooth[:1], prompts(["a [ENC] red [DEC]"])).values[0]
+    assert value == pytest.approx(by_hand(weights, smooth[0], "a [ENC] red [DEC]"), abs=2e-4)
 
 
-def floats(images):
-    return torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
-
-
-def test_the_differentiable_score_is_the_score(reward, images):
-    values = reward.differentiable(floats(images).requires_grad_(), prompts(TEXTS))
-    assert values.shape == (3,) and values.dtype == torch.float32
-    np.testing.assert_allclose(values.detach(), reward.score(images, prompts(TEXTS)).values, atol=1e-5)
-
-
-def test_the_gradient_to_the_pixels_is_that_of_finite_differences(reward, images):
-    pixels = (floats(images) * 0.6 + 0.2).requires_grad_()  # away from the clamp
-    reward.differentiable(pixels, prompts(TEXTS)).sum().backward()
-    models = (reward.vision, reward.text, reward.head)
-    assert all(parameter.grad is None for model in models for parameter in model.parameters())
-    assert (pixels.grad.flatten(1).norm(dim=1) > 0).all()
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        step = 3e-3 * torch.randn(pixels.shape, generator=generator)
-        with torch.no_grad():
-            ahead, behind = (reward.differentiable(pixels + sign * step, prompts(TEXTS)) for sign in (1, -1))
-        slopes = (pixels.grad * step).flatten(1).sum(1)
-        torch.testing.assert_close((ahead - behind) / 2, slopes, rtol=0, atol=0.02 * slopes.abs().max().item())
-
-
-def test_the_callers_autocast_changes_nothing(reward, images):
-    plain = reward.differentiable(floats(images), prompts(TEXTS))
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(reward.differentiable(floats(images), prompts(TEXTS)), plain, rtol=0, atol=1e-6)
-
-
-def test_a_hub_id_is_read_from_the_hubs_cache(folder, reward, images, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    repository = tmp_path / "models--THUDM--ImageReward"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    for name in ("ImageReward.pt", "med_config.json"):
-        (snapshot / name).symlink_to(folder / name)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    same = loaded(folder, path=ImageReward.Config().path).score(images, prompts(TEXTS)).values
-    np.testing.assert_array_equal(same, reward.score(images, prompts(TEXTS)).values)
-
-
-def test_a_run_can_ask_for_it_and_any_prompt_will_do(folder, images):
-    tokenizer = str(folder / "bert-base-uncased")
-    config = REWARDS["image_reward"].Config(path=str(folder), tokenizer=tokenizer)
-    scores = RewardWorker({"preference": config}).score(images, prompts(TEXTS))
-    assert scores.failures == {} and scores.valid["preference"].all()
-    assert judges("image_reward", Prompt(0, "a cat"))
+def test_a_hub_id_is_read_from_the_hubs_cache(folder, reward, smooth, hub):
+    hub("THUDM/ImageReward", folder / "ImageReward.pt", folder / "med_config.json")
+    same = loaded(folder, path=ImageReward.Config().path).score(smooth, prompts(TEXTS)).values
+    np.testing.assert_array_equal(same, reward.score(smooth, prompts(TEXTS)).values)
 
 
 def refused(folder, **settings):
-    with pytest.raises(
-        UserError, match="image_reward cannot load .* with ImageReward.pt and med_config.json"
-    ) as caught:
-        loaded(folder, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal("image_reward cannot load .* with ImageReward.pt and med_config.json", loaded, folder, **settings)
 
 
 def test_what_cannot_be_loaded_is_one_sentence(folder, weights, tmp_path):

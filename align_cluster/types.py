@@ -86,7 +86,6 @@ class DrawInfo:
     version: int
     fingerprint: str
     seconds: float
-    denoiser_calls: int
 
 
 @dataclass(frozen=True)

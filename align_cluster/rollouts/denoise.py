@@ -15,7 +15,7 @@ Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same
 @dataclass(frozen=True)
 class Path:
     """Final latents [B, C, H, W] and, for the K recorded steps of each sample, where they began, what they drew, its
-    log-density [B, K] and that density's mean."""
+    log-density [B, K] and, where asked for, that density's mean."""
 
     x0: torch.Tensor
     before: torch.Tensor | None = None
@@ -45,20 +45,22 @@ def denoise(
     noisy: Collection[int] | None = None,
     indices: np.ndarray | None = None,
     policy: Policy | None = None,
+    means: bool = False,
     device: torch.device | str = "cpu",
 ) -> Path:
     """Draw len(seeds) samples with a step of `rollouts.steps`, over that step's noise levels.
 
     `noises` are the seeds of the initial noises (default: `seeds`), `noisy` the steps that are stochastic (default:
-    all, where the kind has a density). `indices` [B, K] are the steps to record, each sample's own. Where samples are
-    drawn under another condition than the one that is trained, `policy` predicts for the trained one: log-densities
-    and means are then the policy's, and what was drawn stays what it is.
+    all, where the kind has a density). `indices` [B, K] are the steps to record, each sample's own; `means` asks
+    for their densities' means, too. Where samples are drawn under another condition than the one that is trained,
+    `policy` predicts for the trained one: log-densities and means are then the policy's, and what was drawn stays what
+    it is.
     """
     starts = [torch.Generator().manual_seed(seed) for seed in (noises if noises is not None else seeds)]
     generators = path_generators(seeds)
     x = initial_noise(starts, shape).to(device)
     last = len(step.sigmas) - 2
-    record = Recorder(indices, x) if indices is not None and indices.size else None
+    record = Recorder(indices, x, means) if indices is not None and indices.size else None
     for k in range(last + 1):
         steps = torch.full((len(seeds),), k, device=device)
         level = step.level(steps)
@@ -76,9 +78,10 @@ def denoise(
 class Recorder:
     """Fills the records of `indices` [B, K] step by step."""
 
-    def __init__(self, indices: np.ndarray, x: torch.Tensor) -> None:
+    def __init__(self, indices: np.ndarray, x: torch.Tensor, means: bool) -> None:
         self.indices = indices
-        self.before, self.after, self.means = (x.new_empty(*indices.shape, *x.shape[1:]) for _ in range(3))
+        self.before, self.after = (x.new_empty(*indices.shape, *x.shape[1:]) for _ in range(2))
+        self.means = torch.empty_like(self.before) if means else None
         self.log_probs = x.new_empty(indices.shape)
 
     def put(self, k: int, x: torch.Tensor, x_next: torch.Tensor, log_prob: torch.Tensor, mean: torch.Tensor) -> None:
@@ -89,4 +92,5 @@ class Recorder:
             (self.log_probs, log_prob),
             (self.means, mean),
         ):
-            kept[rows, slots] = values[rows]
+            if kept is not None:
+                kept[rows, slots] = values[rows]

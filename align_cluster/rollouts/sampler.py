@@ -109,10 +109,11 @@ class Sampler:
             request.window.noisy if request.window else None,
             indices,
             policy,
+            request.means,
             self.backbone.device,
         )
         images = self.backbone.decode(path.x0)
-        kept = (path.before, path.after, path.log_probs, path.means if request.means else None)
+        kept = (path.before, path.after, path.log_probs, path.means)
         arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in kept]
         record = Record(chunk, self.version, path.x0.cpu().numpy(), step.sigmas, indices, *arrays)
         info = DrawInfo(
@@ -120,7 +121,6 @@ class Sampler:
             self.version,
             fingerprint(chunk, request, condition.key, perturbation.key if perturbation else None),
             time.perf_counter() - started,
-            request.steps * (1 if request.guidance == 1.0 else 2),
         )
         return info, images, record
 

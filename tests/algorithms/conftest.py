@@ -99,7 +99,13 @@ class ToyPolicy(Policy):
         if own.ndim == 1:
             own = np.tile(own, (len(seeds), 1))
         path = denoise(
-            lambda x, t: self.velocity(x, t, adapter), self.new_step(), SHAPE, seeds, noisy=noisy, indices=own
+            lambda x, t: self.velocity(x, t, adapter),
+            self.new_step(),
+            SHAPE,
+            seeds,
+            noisy=noisy,
+            indices=own,
+            means=True,
         )
         return SimpleNamespace(path=path, seeds=seeds, indices=torch.from_numpy(own))
 

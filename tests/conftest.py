@@ -1,9 +1,12 @@
 """Settings of every test process, in force before Ray or the hub client can be imported."""
 
+import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +37,23 @@ def pytest_unconfigure() -> None:
 def settings() -> SD3.Config:
     """The embedded pipeline in fp32 with a small LoRA whose alpha is not its rank."""
     return SD3.Config(precision="fp32", lora={"rank": 4, "alpha": 6})
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Function kind -> folder of a small random pipeline for that backbone, which tests/backbones/tiny_KIND.py builds
+    and stock diffusers writes."""
+
+    @cache
+    def folder(kind: str) -> Path:
+        builder = importlib.import_module(f".backbones.tiny_{kind}", __package__)
+        path, state = tmp_path_factory.mktemp(kind) / "pipeline", torch.get_rng_state()
+        torch.manual_seed(0)
+        builder.build(path)
+        torch.set_rng_state(state)
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")

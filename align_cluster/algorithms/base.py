@@ -46,12 +46,14 @@ class Batch:
 class Algorithm(ABC):
     """A loss over finished rollouts. Pure: state lives in the policy's adapters.
 
-    `needs_density` asks for a step kind with log-probs, `default_step` names the step kind to draw with, `behaviour`
-    is the adapter that samplers draw with, `adapters` are the adapters that the learner keeps.
+    `needs_density` asks for a step kind with log-probs, `needs_flow` for a network that predicts a velocity,
+    `default_step` names the step kind that flow models are drawn with, `behaviour` is the adapter that samplers draw
+    with, `adapters` are the adapters that the learner keeps.
     """
 
     Config: type[Section]
     needs_density: ClassVar[bool]
+    needs_flow: ClassVar[bool] = False
     default_step: ClassVar[str]
     behaviour: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]]

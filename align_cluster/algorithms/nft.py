@@ -32,6 +32,7 @@ class NFT(Algorithm):
         old: Literal["on_policy", "slow", "late"] = "slow"
 
     needs_density = False
+    needs_flow = True
     default_step = "dpm2"
     behaviour = "old"
     adapters = ("default", "old")

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.conditions.perturb import E2po
 from align_cluster.config.base import Section
-from align_cluster.types import Condition, Perturbation
+from align_cluster.types import Condition
 
 
 class LoraSettings(Section):
@@ -25,6 +24,8 @@ class BackboneSection(Section):
     """Settings that every backbone shares.
 
     `precision: bf16` runs the network under autocast (weights bf16 on a GPU, fp32 on a CPU); the LoRA is always fp32.
+    `text` is where encoders of prompts live: kept on the device, kept on the `cpu`, or there and freed after each use.
+    `attention` names a backend of diffusers (null: torch's own).
     """
 
     path: str = Field(description='"embedded", a local diffusers folder, or a hub id')
@@ -32,6 +33,8 @@ class BackboneSection(Section):
     height: Annotated[int, Field(gt=0, multiple_of=16)] | None = None
     width: Annotated[int, Field(gt=0, multiple_of=16)] | None = None
     lora: LoraSettings = LoraSettings()
+    text: Literal["keep", "cpu", "free"] = "keep"
+    attention: str | None = None
 
 
 class Backbone(ABC):
@@ -39,12 +42,14 @@ class Backbone(ABC):
     eval mode.
 
     Latents and velocities are fp32 [B, C, H, W]; sigmas fp32; images uint8 [B, H, W, 3]. Flow convention (Lipman et
-    al.; SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0.
+    al.; SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. `flow` is False for a network that predicts
+    epsilon or v over x_t = sqrt(1 - sigma^2) x0 + sigma eps; "velocity" then means what it predicts.
     """
 
-    prediction: Literal["flow", "epsilon", "v"]
-    lora_targets: tuple[str, ...]
+    flow: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]]
     explorable: ClassVar[bool] = False  # has a CLIP text encoder whose token embeddings can be perturbed
+    patch: ClassVar[int] = 2  # latent pixels a token, along one side
 
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
@@ -58,15 +63,20 @@ class Backbone(ABC):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     @property
+    def prediction(self) -> Literal["flow", "epsilon", "v"]:
+        """What the network predicts."""
+        return "flow"
+
+    @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the configured image size."""
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one latent in 2 x 2 patches, on which resolution-dependent schedules depend."""
+        """Tokens of one latent, on which resolution-dependent schedules depend."""
         _, height, width = self.latent_shape
-        return height * width // 4
+        return height * width // self.patch**2
 
     @abstractmethod
     def sigmas(self, steps: int) -> np.ndarray:
@@ -85,18 +95,6 @@ class Backbone(ABC):
         """Encode prompts one by one, so that a condition depends on its text alone. Loads the text encoders if
         needed."""
 
-    def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
-        """Learn perturbed encodings of prompts, each independent of the others. Of explorable backbones."""
-        raise NotImplementedError
-
-    def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
-        """Content address of a prompt's perturbations: a hash of everything that they depend on."""
-        raise NotImplementedError
-
-    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
-        """The condition with its CLIP-L part replaced by variant 1 ... K - 1; variant 0 is the condition itself."""
-        raise NotImplementedError
-
     @abstractmethod
     def velocity(
         self,
@@ -107,6 +105,10 @@ class Backbone(ABC):
         pooled: torch.Tensor,
     ) -> torch.Tensor:
         """Predicted velocity, fp32, like x; sigma [B], sequence [B, T, D], pooled [B, P]."""
+
+    def guide(self, v: torch.Tensor, v_null: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
+        return v_null + guidance * (v - v_null)
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> np.ndarray:

@@ -73,13 +73,30 @@ def noise_tells_members_apart(config: RunConfig) -> Problems:
 
 
 def step_fits_backbone(config: RunConfig) -> Problems:
-    kind, prediction = config.step_kind.kind, BACKBONES[config.backbone.kind].prediction
-    if prediction not in STEPS[kind].predictions:
+    kind, flow = config.step_kind.kind, BACKBONES[config.backbone.kind].flow
+    able = [name for name, step in STEPS.items() if ("flow" if flow else "epsilon") in step.predictions]
+    if kind not in able:
         dense = ALGORITHMS[config.algorithm.kind].needs_density
-        able = [name for name, step in STEPS.items() if prediction in step.predictions and dense <= step.has_density]
+        predicts = "a velocity" if flow else "epsilon or v"
         yield (
-            f"rollout.step.kind is {kind}, and backbone.kind {config.backbone.kind} predicts {prediction}; "
-            f"set it to one of {', '.join(able)}"
+            f"rollout.step.kind is {kind}, and backbone.kind {config.backbone.kind} predicts {predicts}; "
+            f"set it to one of {', '.join(name for name in able if dense <= STEPS[name].has_density)}"
+        )
+    if not flow and config.rollout.schedule.kind != "native":
+        yield (
+            f"rollout.schedule.kind is {config.rollout.schedule.kind}, which is for flow models, and backbone.kind "
+            f"{config.backbone.kind} is none; leave rollout.schedule out"
+        )
+
+
+def algorithm_fits_backbone(config: RunConfig) -> Problems:
+    if ALGORITHMS[config.algorithm.kind].needs_flow and not BACKBONES[config.backbone.kind].flow:
+        able = [kind for kind, algorithm in ALGORITHMS.items() if not algorithm.needs_flow]
+        flows = [kind for kind, backbone in BACKBONES.items() if backbone.flow]
+        yield (
+            f"algorithm.kind is {config.algorithm.kind}, whose loss is on a flow's velocity, and backbone.kind "
+            f"{config.backbone.kind} predicts epsilon or v; set algorithm.kind to {' or '.join(able)}, "
+            f"or backbone.kind to {' or '.join(flows)}"
         )
 
 
@@ -209,6 +226,7 @@ RULES = (
     groups_can_compare,
     step_has_density,
     step_fits_backbone,
+    algorithm_fits_backbone,
     window_fits,
     guard_has_a_density,
     noise_tells_members_apart,

@@ -139,7 +139,10 @@ class RunConfig(Root):
     @property
     def step_kind(self) -> Section:
         """Settings of the sampler step that training rollouts use."""
-        return self.rollout.step or STEPS[ALGORITHMS[self.algorithm.kind].default_step].Config()
+        algorithm = ALGORITHMS[self.algorithm.kind]
+        diffusion = "ddim" if algorithm.needs_density else "euler"
+        flow = BACKBONES[self.backbone.kind].flow
+        return self.rollout.step or STEPS[algorithm.default_step if flow else diffusion].Config()
 
     @property
     def window(self) -> object | None:

@@ -12,7 +12,7 @@ from align_cluster.rollouts.sampler import Sampler
 from align_cluster.types import UserError
 from align_cluster.weights import check, publish
 
-PREFIX = "transformer."  # diffusers' name for the denoiser of SD3 and FLUX pipelines
+PREFIXES = ("transformer.", "unet.")  # diffusers' names for the denoiser
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ def read_lora(file: Path) -> Lora:
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read as safetensors ({error}); give the file that a run wrote") from None
-    state = {name.removeprefix(PREFIX): value.astype(np.float32) for name, value in raw.items()}
+    prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in raw)), None)
+    state = {name.removeprefix(prefix or ""): value.astype(np.float32) for name, value in raw.items()}
     ranks = {value.shape[0] for name, value in state.items() if ".lora_A." in name}
-    if len(ranks) != 1 or not all(name.startswith(PREFIX) for name in raw):
+    if len(ranks) != 1 or not prefix:
         raise UserError(f"{file} is no LoRA of a denoiser with one rank; give the file that a run wrote")
     (rank,) = ranks
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return Lora(file, state, rank, settings.get(f"{PREFIX}lora_alpha", rank))
+    return Lora(file, state, rank, settings.get(f"{prefix}lora_alpha", rank))
 
 
 def sampler_with(backbone: BackboneSection, file: Path | None, threads: int) -> Sampler:

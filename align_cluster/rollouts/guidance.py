@@ -46,8 +46,8 @@ def guided_velocity(
     guidance: float = 1.0,
     null_gradient: bool = False,
 ) -> torch.Tensor:
-    """v_null + guidance (v_text - v_null). The null branch carries gradient only with `null_gradient`; the official
-    Flow-GRPO code detaches it.
+    """The backbone's guidance of the text branch by the null branch. The null branch carries gradient only with
+    `null_gradient`; the official Flow-GRPO code detaches it.
 
     The two branches are separate forwards (Flow-GRPO stacks them): the text branch then has the same batch, hence the
     same bits, in a rollout without gradient and in the learner with it.
@@ -57,4 +57,4 @@ def guided_velocity(
         return v
     with torch.set_grad_enabled(null_gradient and torch.is_grad_enabled()):
         v_null = backbone.velocity(denoiser, x, sigma, text.null_sequence, text.null_pooled)
-    return v_null + guidance * (v - v_null)
+    return backbone.guide(v, v_null, guidance)

@@ -4,14 +4,17 @@ ADD A SCHEDULE HERE: a function, a class with Config and `sigmas`, and a line in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import PositiveFloat
 
 from align_cluster.config.base import Section
 from align_cluster.types import UserError
+
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_UNKNOWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 
 
 def shift_map(t: np.ndarray | float, shift: float) -> np.ndarray | float:
@@ -54,6 +57,34 @@ def flux_sigmas(
     """
     mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
     return _closed(shift_map(np.linspace(1.0, 1.0 / steps, steps), np.exp(mu)))
+
+
+def pipeline_sigmas(scheduler: Mapping[str, Any], steps: int, tokens: int, equal: bool) -> np.ndarray:
+    """Noise levels [N + 1] that a pipeline has from the config of its FlowMatchEulerDiscreteScheduler.
+
+    `equal` pipelines (FLUX, Qwen-Image) hand it equal steps from 1 to 1/N, others (SD3) leave the choice to it.
+    UserError where the scheduler is of another kind.
+    """
+    odd = [name for name in _UNKNOWN_LEVELS if scheduler.get(name)]
+    if scheduler.get("_class_name", _SCHEDULER) != _SCHEDULER or odd:
+        what = odd[0] if odd else scheduler["_class_name"]
+        raise UserError(
+            f"backbone.path: its scheduler has {what}, whose noise levels are not known here; set rollout.schedule to "
+            f"sd3, linear or flux, or give a pipeline with a plain {_SCHEDULER}"
+        )
+    shift, dynamic = scheduler.get("shift", 1.0), scheduler.get("use_dynamic_shifting", False)
+    if not (equal or dynamic or scheduler.get("shift_terminal")):
+        return sd3_sigmas(steps, shift)
+    levels = np.linspace(1.0, 1 / steps if equal else 0.001 if dynamic else shift_map(0.001, shift), steps)
+    if dynamic:
+        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        mu = base + (most - base) * (tokens - low) / (high - low)
+        shift = mu if scheduler.get("time_shift_type") == "linear" else np.exp(mu)
+    levels = shift_map(levels, shift)
+    if terminal := scheduler.get("shift_terminal"):
+        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+    return _closed(levels)
 
 
 def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> np.ndarray:

@@ -151,7 +151,8 @@ class _Tables:
 
 
 class Step:
-    """A kind of step at given noise levels; without `coefficients` of its own it is the ODE's.
+    """A kind of step at given noise levels; without `coefficients` of its own it is the ODE's: Euler's for velocities,
+    DDIM's for epsilon and v.
 
     `predictions` are what a network may predict for it. `terminal_noise` False: the last step of a rollout is drawn
     without noise.
@@ -170,7 +171,8 @@ class Step:
 
     def deterministic(self) -> Coefficients:
         """The same kind of step without noise."""
-        return euler_coefficients(self.sigmas)
+        flow = self.prediction == "flow"
+        return euler_coefficients(self.sigmas) if flow else ddim_coefficients(self.sigmas, 0.0, self.prediction)
 
     def level(self, k: torch.Tensor) -> torch.Tensor:
         """Noise level fp32 [B] that the network is fed at the steps k, int64 [B]."""
@@ -219,10 +221,12 @@ class NoisyStep(Step, ABC):
 
 
 class Euler(Step):
-    """Plain ODE steps."""
+    """Plain ODE steps: for networks that predict epsilon or v those of DDIM, which are Euler's in other coordinates."""
 
     class Config(Section):
         kind: Literal["euler"] = "euler"
+
+    predictions = ("flow", "epsilon", "v")
 
 
 class Dpm2(Step):
@@ -307,16 +311,13 @@ class FlowDdim(NoisyStep):
 
 
 class Ddim(NoisyStep):
-    """DDIM with noise for UNets that predict epsilon or v; without noise it is their ODE solver."""
+    """DDIM with noise for UNets that predict epsilon or v."""
 
     class Config(Section):
         kind: Literal["ddim"] = "ddim"
         eta: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     predictions = ("epsilon", "v")
-
-    def deterministic(self) -> Coefficients:
-        return ddim_coefficients(self.sigmas, 0.0, self.prediction)
 
     def coefficients(self) -> Coefficients:
         return ddim_coefficients(self.sigmas, self.config.eta, self.prediction)

@@ -18,7 +18,7 @@ def denoiser(backbone):
 @pytest.fixture(scope="module")
 def inputs(backbone):
     generator = torch.Generator().manual_seed(0)
-    config = backbone._transformer_config
+    config = backbone.network_config
     x = torch.randn(2, *backbone.latent_shape, generator=generator)
     sequence = torch.randn(2, 7, config["joint_attention_dim"], generator=generator)
     pooled = torch.randn(2, config["pooled_projection_dim"], generator=generator)
@@ -110,7 +110,7 @@ def test_adapters_are_fp32_on_the_eight_attention_projections_with_the_chosen_ra
     parameters = adapter_parameters(add_adapters(backbone, denoiser, ("default",)), "default")
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     assert {p.shape[0] for name, p in parameters.items() if "lora_A" in name} == {backbone.config.lora.rank}
-    blocks = backbone._transformer_config["num_layers"]
+    blocks = backbone.network_config["num_layers"]
     # The last block's text stream ends there, so it has no text output projection.
     assert len(parameters) == 2 * (len(backbone.lora_targets) * blocks - 1)
 

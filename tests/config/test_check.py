@@ -202,11 +202,11 @@ REFUSED = [
     ),
     (
         ["rollout.step.kind=ddim"],
-        ["rollout.step.kind is ddim", "sd3 predicts flow", "euler, dpm2, flow_sde, dance_sde, cps, flow_ddim"],
+        ["rollout.step.kind is ddim", "sd3 predicts a velocity", "euler, dpm2, flow_sde, dance_sde, cps, flow_ddim"],
     ),
     (
         [*GRPO, "rollout.step.kind=ddim"],
-        ["rollout.step.kind is ddim", "predicts flow", "one of flow_sde, dance_sde, cps, flow_ddim"],
+        ["rollout.step.kind is ddim", "predicts a velocity", "one of flow_sde, dance_sde, cps, flow_ddim"],
     ),
     (
         [*GRPO, "algorithm.ratio=guard", "rollout.step.kind=cps"],

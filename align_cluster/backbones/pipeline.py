@@ -1,0 +1,247 @@
+"""What all backbones from a diffusers pipeline folder share: each part read alone, by path or hub id."""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from align_cluster.backbones.base import Backbone
+from align_cluster.conditions.perturb import E2po, learn
+from align_cluster.embedded import pipeline_path
+from align_cluster.rollouts.schedule import pipeline_sigmas
+from align_cluster.types import Condition, Perturbation, UserError
+
+
+class PipelineBackbone(Backbone):
+    """A family subclasses this and says what its parts are called, how it embeds a prompt and calls its network.
+
+    `pipelines` are the classes that model_index.json may name, `pipeline` the one that reads prompts and writes LoRA
+    files; `network` is the denoiser's class and `part` its folder; `texts` are the parts that encode prompts.
+    `family` is what users call it. `equal_levels`: whether the pipeline hands its scheduler equal steps from 1 to 1/N.
+    """
+
+    family: ClassVar[str]
+    pipeline: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    network: ClassVar[str]
+    part: ClassVar[str] = "transformer"
+    vae: ClassVar[str] = "AutoencoderKL"
+    texts: ClassVar[tuple[str, ...]]
+    equal_levels: ClassVar[bool] = False
+
+    @property
+    def source(self) -> str:
+        path = self.config.path
+        return str(pipeline_path()) if path == "embedded" else str(Path(path).expanduser()) if "~" in path else path
+
+    @contextmanager
+    def reading(self, part: str) -> Iterator[None]:
+        """Turns a part that cannot be read into one sentence for the user."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"backbone.path: {self.config.path!r} has no readable {part!r} part: give 'embedded', a diffusers "
+                f"folder of {self.family} pipeline, or a hub id that this machine can reach "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+    def stock(self, name: str) -> Any:
+        """A class of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, name)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """Content of model_index.json. UserError where the pipeline is of another family."""
+        with self.reading("model_index.json"):
+            index = self.stock(self.pipeline).load_config(self.source)
+        if index.get("_class_name") not in self.pipelines:
+            raise UserError(
+                f"backbone.path: {self.config.path!r} is a {index.get('_class_name')}, and backbone.kind "
+                f"{self.config.kind} takes a {' or '.join(self.pipelines)}; correct one of the two"
+            )
+        return index
+
+    def part_config(self, cls: str, part: str) -> dict[str, Any]:
+        _ = self.index
+        with self.reading(part):
+            return self.stock(cls).load_config(self.source, subfolder=part)
+
+    @cached_property
+    def network_config(self) -> dict[str, Any]:
+        return self.part_config(self.network, self.part)
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        return self.part_config(self.vae, "vae")
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        return self.part_config("FlowMatchEulerDiscreteScheduler", "scheduler")
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a latent pixel, along one side."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.network_config["in_channels"]
+
+    @property
+    def native_size(self) -> int:
+        """Height and width of a latent, where no image size is set."""
+        return self.network_config["sample_size"]
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = [self._side(name) for name in ("height", "width")]
+        return self.channels, *size
+
+    def _side(self, name: str) -> int:
+        pixels, unit = getattr(self.config, name), self.vae_factor * self.patch
+        if pixels is None:
+            return self.native_size
+        if pixels % unit:
+            near = max(1, round(pixels / unit)) * unit
+            raise UserError(
+                f"backbone.{name} is {pixels}, which the model of {self.config.path!r} cannot divide into patches of "
+                f"{unit} pixels; set it to {near}"
+            )
+        return pixels // self.vae_factor
+
+    def sigmas(self, steps: int) -> np.ndarray:
+        return pipeline_sigmas(self.scheduler_config, steps, self.image_tokens, self.equal_levels)
+
+    def load_denoiser(self) -> torch.nn.Module:
+        _ = self.index
+        with self.reading(self.part):
+            model = self.stock(self.network).from_pretrained(self.source, subfolder=self.part, dtype=self.dtype)
+        if self.config.attention:
+            model.set_attention_backend(self.config.attention)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def text_parts(self) -> dict[str, Any]:
+        """Parts of the pipeline that are not to be read from disk while prompts are encoded: by default all others."""
+        others = [name for name in self.index if not name.startswith("_") and name not in self.texts]
+        return dict.fromkeys(others)
+
+    @property
+    def text_device(self) -> torch.device:
+        return self.device if self.config.text == "keep" else torch.device("cpu")
+
+    @cached_property
+    def _text(self) -> Any:
+        """The stock pipeline with its text encoders only."""
+        with self.reading("text_encoder"):
+            pipeline = self.stock(self.pipeline).from_pretrained(self.source, dtype=self.dtype, **self.text_parts())
+        for name in self.texts:
+            part = getattr(pipeline, name, None)
+            if isinstance(part, torch.nn.Module):
+                part.to(self.text_device).requires_grad_(False)
+        return pipeline
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> list[Condition]:
+        conditions = []
+        for text in texts:
+            sequence, pooled = self.embed(self._text, text)
+            arrays = (sequence.float().cpu().numpy(), pooled.float().cpu().numpy())
+            conditions.append(Condition(self.condition_key(text), *arrays))
+        self._release()
+        return conditions
+
+    @abstractmethod
+    def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sequence [T, D], pooled [P]) of one prompt, as the stock pipeline encodes it; P may be 0."""
+
+    def _release(self) -> None:
+        if self.config.text == "free":
+            self.__dict__.pop("_text", None)
+
+    def _identity(self, *parts: str) -> list:
+        """Which files these parts are: name, size and time, or the hub id."""
+        files = sorted(path for part in parts for path in Path(self.source).glob(f"{part}/*"))
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [self.source]
+
+    @cached_property
+    def _text_identity(self) -> list:
+        return self._identity(*self.texts)
+
+    def text_settings(self) -> list:
+        """Settings that an encoding depends on."""
+        return []
+
+    def condition_key(self, text: str) -> str:
+        return address(self._text_identity, *self.text_settings(), str(self.dtype), text)
+
+    @cached_property
+    def _vae(self) -> torch.nn.Module:
+        _ = self.index
+        with self.reading("vae"):
+            vae = self.stock(self.vae).from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+        return vae.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        pixels = self.pixels(latents.to(self.device))
+        images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images fp32 [B, 3, H, W], about -1 to 1, of final latents; with a gradient where one is wanted."""
+        config = self._vae.config
+        z = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        with self.autocast():
+            return self._vae.decode(z.to(self.dtype, memory_format=torch.channels_last)).sample.float()
+
+    def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
+        from align_cluster.backbones.adapters import lora_config
+
+        layers = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
+        self.stock(self.pipeline).save_lora_weights(
+            folder,
+            **{f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": lora_config(self).to_dict()},
+        )
+        return folder / "pytorch_lora_weights.safetensors"
+
+
+class ClipExploration:
+    """Of pipelines whose first text encoder is a CLIP-L, for E2PO: a mixin before PipelineBackbone."""
+
+    explorable: ClassVar[bool] = True
+
+    def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
+        """Learn perturbed encodings of prompts, each independent of the others."""
+        keys = [self.perturbation_key(text, config, seed) for text in texts]
+        found = learn(self._text.text_encoder, self._text.tokenizer, texts, keys, config, seed)
+        self._release()
+        return found
+
+    def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
+        """Content address of a prompt's perturbations: a hash of everything that they depend on."""
+        # rho is phase 2's: it weighs perturbations that are there already.
+        return address(self._clip_identity, str(self.dtype), config.model_dump(exclude={"rho"}), seed, text)
+
+    @cached_property
+    def _clip_identity(self) -> list:
+        return self._identity("text_encoder", "tokenizer")
+
+    @abstractmethod
+    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+        """The condition with its CLIP-L part replaced by variant 1 ... K - 1; variant 0 is the condition itself."""
+
+
+def address(*facts: object) -> str:
+    """A hash of everything that something depends on."""
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()

@@ -5,11 +5,12 @@ import json
 import time
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from align_cluster import __version__
 from align_cluster.rewards import flow_grpo
-from align_cluster.rewards.intake import REFUSALS, Backend, Intake
+from align_cluster.rewards.intake import REFUSALS, Backend, Intake, Refusal
 from align_cluster.rewards.limits import Limits, WireError
 from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, decode_request, encode_answer
 
@@ -82,7 +83,7 @@ def _telling(intake: Intake, described: list[dict[str, object]]) -> APIRouter:
         """200 while the service answers at all."""
         return {"status": "ok"}
 
-    @router.get("/readyz", responses={503: {"description": "some reward cannot be scored with now"}})
+    @router.get("/readyz", responses={503: {"model": Refusal, "description": "some reward is not ready"}})
     async def readyz() -> dict[str, str]:
         """200 while every reward can be scored with."""
         unready = await intake.backend.unready()
@@ -90,7 +91,7 @@ def _telling(intake: Intake, described: list[dict[str, object]]) -> APIRouter:
             raise HTTPException(503, f"not ready: {', '.join(unready)}")
         return {"status": "ready"}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus text."""
         return Response(generate_latest(intake.metrics.registry), media_type=CONTENT_TYPE_LATEST)

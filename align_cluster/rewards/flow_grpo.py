@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import Field
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -58,7 +58,7 @@ class Fields(Section):
 class FlowGrpoRequest(Fields):
     """The JSON of a request: with images, files in base64."""
 
-    images: Annotated[list[str], Field(min_length=1)]
+    images: Annotated[list[Annotated[str, Field(json_schema_extra={"format": "byte"})]], Field(min_length=1)]
 
 
 class FlowGrpoAnswer(Section):
@@ -88,7 +88,9 @@ def router(intake: Intake) -> APIRouter:
         responses={**REFUSALS, 404: {"model": Refusal, "description": "there is no such reward"}},
         openapi_extra={"requestBody": _documented()},
     )
-    async def score(reward: str, request: Request) -> Response:
+    async def score(
+        reward: Annotated[str, Path(json_schema_extra={"enum": list(intake.names)})], request: Request
+    ) -> Response:
         """Score images as flow_grpo's reward servers do, without pickle."""
         async with intake.request():
             if reward not in intake.names:

@@ -16,10 +16,9 @@ from pydantic import ValidationError
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.http import Http
-from align_cluster.rewards.wire import MEDIA_TYPE, Limits, encode_request
+from align_cluster.rewards.limits import Limits
+from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
 from align_cluster.types import Failure, Prompt, Scores, UserError
-
-uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 IMAGES = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
 PROMPTS = [Prompt(i, f"p{i}") for i in range(3)]
@@ -55,21 +54,13 @@ class Backend:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[tuple[str, Backend]]:
+def service(http_server) -> Iterator[tuple[str, Backend]]:
     from align_cluster.rewards.api import create_app
 
     backend = Backend()
     described = [{"name": name, "kind": "test"} for name in Backend.names]
-    app = create_app(LIMITS, described, hashlib.sha256(TOKEN.encode()).digest(), backend)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}", backend
-    server.should_exit = True
-    thread.join()
+    with http_server(create_app(LIMITS, described, hashlib.sha256(TOKEN.encode()).digest(), backend)) as url:
+        yield url, backend
 
 
 def opened(url, length, body=b"", **headers):

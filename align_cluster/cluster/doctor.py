@@ -16,7 +16,13 @@ from typing import Any, Literal
 from align_cluster.types import UserError
 
 REQUIRED = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "pydantic", "safetensors")
-OPTIONAL = ("rapidocr", "onnxruntime", "open_clip_torch")
+OPTIONAL = {  # the extra that brings a package, and what for
+    "rapidocr": ("rewards", "the reward ocr"),
+    "onnxruntime": ("rewards", "the reward ocr"),
+    "open_clip_torch": ("rewards", "the rewards hps and open_clip_score, and geneval's colours in photographs"),
+    "scipy": ("rewards", "geneval's detector mask2former"),
+    "fastapi": ("serve", "reward services"),
+}
 GIB = 2**30
 
 
@@ -48,9 +54,9 @@ def packages() -> Iterator[Finding]:
     for name in REQUIRED:
         version = _version(name)
         yield Finding("ok", name, version) if version else Finding("fail", name, "missing", "pip install align-cluster")
-    for name in OPTIONAL:
+    for name, (extra, purpose) in OPTIONAL.items():
         version = _version(name)
-        remedy = "for the HPS and OCR rewards: pip install 'align-cluster[rewards]'"
+        remedy = f"for {purpose}: pip install 'align-cluster[{extra}]'"
         yield Finding("ok", name, version) if version else Finding("warn", name, "not installed", remedy)
 
 
@@ -97,7 +103,7 @@ def torchvision() -> Finding:
     would break without this package's guard."""
     version = _version("torchvision")
     if not version:
-        return Finding("ok", "torchvision", "not installed, and not needed")
+        return Finding("ok", "torchvision", "not installed, and only open_clip needs it")
     command = [sys.executable, "-c", "import align_cluster, torchvision"]
     if not subprocess.run(command, capture_output=True, text=True).returncode:
         return Finding("ok", "torchvision", f"{version}, importable beside this torch")

@@ -33,6 +33,7 @@ class PipelineBackbone(Backbone):
     network: ClassVar[str]
     part: ClassVar[str] = "transformer"
     vae: ClassVar[str] = "AutoencoderKL"
+    vae_layout: ClassVar[torch.memory_format] = torch.channels_last
     texts: ClassVar[tuple[str, ...]]
     equal_levels: ClassVar[bool] = False
 
@@ -190,7 +191,7 @@ class PipelineBackbone(Backbone):
         _ = self.index
         with self.reading("vae"):
             vae = self.stock(self.vae).from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
-        return vae.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return vae.to(self.device, memory_format=self.vae_layout).eval().requires_grad_(False)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
@@ -240,6 +241,16 @@ class ClipExploration:
     @abstractmethod
     def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
         """The condition with its CLIP-L part replaced by variant 1 ... K - 1; variant 0 is the condition itself."""
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, H, W] as the tokens [B, H/2 W/2, 4C] of networks that make no patches themselves."""
+    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The latents [B, C, height, width] that `pack` made tokens of."""
+    return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
 
 
 def address(*facts: object) -> str:

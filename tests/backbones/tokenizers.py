@@ -30,3 +30,19 @@ def t5_tokenizer() -> object:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
+
+
+def qwen_tokenizer(words: str) -> object:
+    """The real Qwen2 tokenizer class; each of these words is one token, others fall to pieces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([words], trainer)
+    learned = json.loads(core.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(learned["vocab"], [tuple(merge) for merge in learned["merges"]])
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return tokenizer

@@ -1,0 +1,100 @@
+"""FLUX.1-dev and FLUX.1-schnell (Black Forest Labs 2024)."""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from align_cluster.backbones.base import BackboneSection
+from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone, pack, unpack
+from align_cluster.types import Condition, Perturbation
+
+
+class Flux(ClipExploration, PipelineBackbone):
+    """Velocity network with joint attention over packed latents and T5's sequence; of CLIP-L it gets `pooled` alone."""
+
+    class Config(BackboneSection):
+        """Settings of FLUX.1. `embedded_guidance` is the strength that a guidance-distilled network (dev) is told, in
+        rollouts and updates alike; networks without that input (schnell) ignore it. rollout.guidance is true
+        classifier-free guidance, which costs a second forward.
+
+        `max_sequence_length: null` is the stock pipeline's 512, or 256 for schnell.
+        """
+
+        kind: Literal["flux"] = "flux"
+        embedded_guidance: Annotated[float, Field(ge=0)] = 3.5
+        max_sequence_length: Annotated[int, Field(gt=0, le=512)] | None = None
+
+    family = "a FLUX.1"
+    pipeline = "FluxPipeline"
+    pipelines = ("FluxPipeline",)
+    network = "FluxTransformer2DModel"
+    texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    equal_levels = True
+    native_size = 128  # 1024 pixels: the stock pipeline's choice, which no part's config names
+    # Attention and feed-forward layers of the double blocks, attention of the single ones: Flow-GRPO's recipe.
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+
+    @property
+    def channels(self) -> int:
+        return self.network_config["in_channels"] // self.patch**2
+
+    @property
+    def _distilled(self) -> bool:
+        """Whether the network has an input for the strength of guidance."""
+        return self.network_config.get("guidance_embeds", False)
+
+    @property
+    def _sequence_length(self) -> int:
+        return self.config.max_sequence_length or (512 if self._distilled else 256)
+
+    def text_settings(self) -> list:
+        return [self._sequence_length]
+
+    def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        length = self._sequence_length
+        sequence, pooled, _ = pipeline.encode_prompt(text, device=self.text_device, max_sequence_length=length)
+        return sequence[0], pooled[0]
+
+    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+        """FLUX.1 reads CLIP-L's `pooled` and nothing else of it."""
+        if variant == 0:
+            return condition
+        key = f"{condition.key}/{perturbation.key}/{variant}"
+        return Condition(key, condition.sequence, perturbation.pooled[variant - 1])
+
+    def velocity(
+        self,
+        denoiser: torch.nn.Module,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        sequence: torch.Tensor,
+        pooled: torch.Tensor,
+    ) -> torch.Tensor:
+        height, width = x.shape[2:]
+        rows, columns = (torch.arange(side // 2, device=x.device) for side in (height, width))
+        with self.autocast():
+            output = denoiser(
+                hidden_states=pack(x).to(self.dtype),
+                encoder_hidden_states=sequence.to(self.dtype),
+                pooled_projections=pooled.to(self.dtype),
+                timestep=sigma,
+                guidance=torch.full_like(sigma, self.config.embedded_guidance) if self._distilled else None,
+                img_ids=torch.cartesian_prod(rows.new_zeros(1), rows, columns),  # (0, row, column) of each token
+                txt_ids=rows.new_zeros(sequence.shape[1], 3),
+                return_dict=False,
+            )
+        return unpack(output[0].float(), height, width)

@@ -14,7 +14,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Limits(Section):
-    """What a service takes. A request takes up to `body_bytes` and 3 bytes for each of `request_pixels` of memory."""
+    """What a service takes. A request takes up to twice `body_bytes` of memory, with images in base64 three times, and
+    3 bytes for each of `request_pixels`."""
 
     body_bytes: PositiveInt = 128 * 2**20
     json_bytes: PositiveInt = Field(2**20, description="without what base64 takes in flow_grpo's requests")

@@ -24,7 +24,7 @@ LIMITS = Limits(
     prompt_chars=20,
     json_bytes=2000,
     body_bytes=20_000,
-    body_timeout_s=0.3,
+    body_timeout_s=0.8,
     concurrency=4,
 )
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
@@ -367,13 +367,13 @@ HTTP = {
     "another transfer encoding": (http_request(Content_Length=None, Transfer_Encoding="gzip"), *NO_HTTP),
 }
 SLOW = {
-    "half a body": (http_request(b"12345", Content_Length=100), 408, "within 0.3 s"),
+    "half a body": (http_request(b"12345", Content_Length=100), 408, "within 0.8 s"),
     "chunks without an end": (
         http_request(b"5\r\n12345\r\n", Content_Length=None, Transfer_Encoding="chunked"),
         408,
-        "within 0.3 s",
+        "within 0.8 s",
     ),
-    "half a form": (form(("images", PNG), end=b"", Content_Length=1000), 408, "within 0.3 s"),
+    "half a form": (form(("images", PNG), end=b"", Content_Length=1000), 408, "within 0.8 s"),
 }
 BAD = {
     f"{kind}: {name}": case

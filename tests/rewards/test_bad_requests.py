@@ -112,7 +112,9 @@ def test_clients_that_leave_halfway_give_their_places_back(service, end):
             sock.sendall(request(PNG)[:-20])
             time.sleep(0.01)
             sock.shutdown(end)
-    assert scores_right(service[0])
+    before = time.monotonic()
+    while not scores_right(service[0]):
+        assert time.monotonic() - before < LIMITS.body_timeout_s / 2  # after which they would be given back anyway
 
 
 def test_2000_bad_requests_leave_no_memory_behind(service):
@@ -124,5 +126,5 @@ def test_2000_bad_requests_leave_no_memory_behind(service):
     for data in itertools.islice(itertools.cycle(bad), 2000):
         assert ask(port, data)[0] < 500
     grown = (process.memory_info().rss - before) / 2**20
-    assert grown < 8
+    assert grown < 2  # .25 as measured; they carry 16 MiB
     assert scores_right(port)

@@ -1,5 +1,6 @@
 """A service on the session's Ray, asked over HTTP."""
 
+import base64
 import http.client
 import json
 import pickle
@@ -19,6 +20,7 @@ from align_cluster.embedded.render import render
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.http import Http
+from align_cluster.rewards.image_files import encode
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.types import Failure, Prompt, UserError
@@ -132,10 +134,23 @@ def test_refusals_have_their_status_and_a_sentence(url):
         (b"{}", {"Content_Type": "application/json"}, 415, MEDIA_TYPE),
         (good[:-9], {}, 422, "add up to"),
         (b"", {}, 422, "8 bytes"),
+        (good, {"X": "x" * 100_000}, 431, "at most 65536"),
         (encode_request(["hps"], IMAGES, PROMPTS, "png"), {}, 422, "this service has objects, clip"),
     ]:
         found, sentence = score(url, body, **headers)
         assert found == status and words in sentence, (found, sentence)
+
+
+def test_flow_grpos_request_is_answered_as_well_but_never_unpickled(url, worker):
+    here, fields = worker.score(IMAGES, PROMPTS), {"meta_datas": RECORDS, "only_strict": True}
+    data = fields | {"images": [base64.b64encode(encode(image, "png")).decode() for image in IMAGES]}
+    as_json = {"Content_Type": "application/json"}
+    status, text = ask(url, "POST", "/v1/flow_grpo/objects", json.dumps(data).encode(), **as_json)
+    answer = json.loads(text)
+    assert status == 200 and answer["scores"] == here.values["objects"].tolist() and answer["failure"] is None
+    assert answer["group_strict_rewards"]["colors"] == here.details["objects/strict"].tolist()
+    status, text = ask(url, "POST", "/v1/flow_grpo/objects", pickle.dumps(data))
+    assert status == 415 and "unpickling runs whatever code" in text and "multipart/form-data" in text
 
 
 def test_the_service_tells_what_it_has_and_how_it_is(url):

@@ -12,12 +12,12 @@ from align_cluster.backbones.base import Backbone
 
 
 def lora_config(backbone: Backbone) -> LoraConfig:
-    """peft's config of this backbone's adapters: Gaussian A, zero B (so a new adapter changes nothing), no dropout."""
+    """peft's config of this backbone's adapters: random A, zero B (so a new adapter changes nothing), no dropout."""
     settings = backbone.config.lora
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        init_lora_weights="gaussian",
+        init_lora_weights="gaussian" if settings.init == "gaussian" else True,
         target_modules=list(settings.targets or backbone.lora_targets),
     )
 
@@ -68,3 +68,31 @@ def active_adapter(denoiser: torch.nn.Module, name: str | None) -> Iterator[None
         yield
     finally:
         _activate(denoiser, before)
+
+
+class Merged:
+    """One adapter added into the base's own weights: forwards cost what the bare base costs.
+
+    The base's weights are kept on the CPU, so they come back bit by bit, where subtracting would leave rounding errors.
+    In bf16 the sum rounds: what is merged differs a little from base and adapter side by side.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, name: str) -> None:
+        self.denoiser, self.name = denoiser, name
+        self.base = [layer.get_base_layer().weight.detach().cpu().clone() for layer in denoiser.adapted_layers]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Take the adapter's present weights in, in the place of those that were merged before."""
+        for layer, weight in zip(self.denoiser.adapted_layers, self.base, strict=True):
+            merged = layer.get_base_layer().weight
+            delta = layer.get_delta_weight(self.name)
+            merged.copy_(weight.to(delta.device).float() + delta.float())
+        _activate(self.denoiser, None)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """The base as it was, with the adapter beside it."""
+        for layer, weight in zip(self.denoiser.adapted_layers, self.base, strict=True):
+            layer.get_base_layer().weight.copy_(weight)
+        _activate(self.denoiser, self.name)

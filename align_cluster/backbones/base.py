@@ -13,10 +13,12 @@ from align_cluster.types import Condition
 
 
 class LoraSettings(Section):
-    """Rank, scale and targets of the adapters. `targets: null` takes the backbone's published recipe."""
+    """Rank, scale and targets of the adapters. `targets: null` takes the backbone's published recipe. `init` is how A
+    begins: `gaussian` with std 1/rank, as the published recipes do, or `kaiming`, peft's own; B begins at 0."""
 
     rank: PositiveInt = 32
     alpha: PositiveFloat = 64
+    init: Literal["gaussian", "kaiming"] = "gaussian"
     targets: tuple[str, ...] | None = None
 
 
@@ -25,7 +27,8 @@ class BackboneSection(Section):
 
     `precision: bf16` runs the network under autocast (weights bf16 on a GPU, fp32 on a CPU); the LoRA is always fp32.
     `text` is where encoders of prompts live: kept on the device, kept on the `cpu`, or there and freed after each use.
-    `attention` names a backend of diffusers (null: torch's own).
+    `attention` names a backend of diffusers (null: torch's own). `compile` compiles the network's repeated blocks at
+    their first use, in samplers and learners.
     """
 
     path: str = Field(description='"embedded", a local diffusers folder, or a hub id')
@@ -35,6 +38,7 @@ class BackboneSection(Section):
     lora: LoraSettings = LoraSettings()
     text: Literal["keep", "cpu", "free"] = "keep"
     attention: str | None = None
+    compile: bool = False
 
 
 class Backbone(ABC):

@@ -24,13 +24,15 @@ class PipelineBackbone(Backbone):
 
     `pipelines` are the classes that model_index.json may name, `pipeline` the one that reads prompts and writes LoRA
     files; `network` is the denoiser's class and `part` its folder; `texts` are the parts that encode prompts.
-    `family` is what users call it. `equal_levels`: whether the pipeline hands its scheduler equal steps from 1 to 1/N.
+    `blocks` are the classes of its layers that repeat, where the network does not say so itself. `family` is what users
+    call it. `equal_levels`: whether the pipeline hands its scheduler equal steps from 1 to 1/N.
     """
 
     family: ClassVar[str]
     pipeline: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     network: ClassVar[str]
+    blocks: ClassVar[tuple[str, ...]] = ()
     part: ClassVar[str] = "transformer"
     vae: ClassVar[str] = "AutoencoderKL"
     vae_layout: ClassVar[torch.memory_format] = torch.channels_last
@@ -129,8 +131,22 @@ class PipelineBackbone(Backbone):
         with self.reading(self.part):
             model = self.stock(self.network).from_pretrained(self.source, subfolder=self.part, dtype=self.dtype)
         if self.config.attention:
-            model.set_attention_backend(self.config.attention)
+            self._set_attention(model, self.config.attention)
+        if self.config.compile:
+            names = self.blocks or model._repeated_blocks
+            for module in model.modules():
+                if type(module).__name__ in names:
+                    module.compile()
         return model.to(self.device).eval().requires_grad_(False)
+
+    def _set_attention(self, model: torch.nn.Module, backend: str) -> None:
+        try:
+            model.set_attention_backend(backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"backbone.attention is {backend}, which cannot be used here ({reason}); leave it out, or install it"
+            ) from error
 
     def text_parts(self) -> dict[str, Any]:
         """Parts of the pipeline that are not to be read from disk while prompts are encoded: by default all others."""

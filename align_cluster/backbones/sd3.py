@@ -29,6 +29,7 @@ class SD3(ClipExploration, PipelineBackbone):
     pipeline = "StableDiffusion3Pipeline"
     pipelines = ("StableDiffusion3Pipeline",)
     network = "SD3Transformer2DModel"
+    blocks = ("JointTransformerBlock",)
     texts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     # The eight attention projections of the Flow-GRPO and DiffusionNFT recipes.
     lora_targets = (

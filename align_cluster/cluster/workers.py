@@ -14,7 +14,7 @@ def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
     device = "cuda" if plan.sampler_gpus else "cpu"
     shares = {"num_cpus": plan.sampler_cpus, "num_gpus": plan.sampler_gpus}
     actor = ray.remote(Sampler).options(**shares, scheduling_strategy=place)
-    return actor.remote(config.backbone, plan.threads, name, device)
+    return actor.remote(config.backbone, plan.threads, name, device, config.rollout.merge_lora)
 
 
 def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: Any) -> Any:

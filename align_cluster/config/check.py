@@ -101,6 +101,14 @@ def settings_without_effect(config: RunConfig, train: list[Prompt], held_out: li
         yield "exploration.conditions is 1, the original prompt alone: nothing is explored"
 
 
+def merging_rounds(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    if config.rollout.merge_lora and ALGORITHMS[config.algorithm.kind].needs_density:
+        yield (
+            "rollout.merge_lora rounds the base's weights, so the learner's log-probs differ from the rollout's before "
+            "any update; the self-check passes only with a larger learner.ratio_tolerance"
+        )
+
+
 def vanishing_noise(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
     plain = getattr(config.algorithm, "ratio", "guard") == "plain"
     if config.step_kind.kind == "flow_ddim" and plain and config.rollout.schedule.kind in ("native", "sd3"):
@@ -121,7 +129,7 @@ def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: lis
 
 
 PROMPT_RULES = (enough_prompts, held_out_is_held_out, rewards_can_judge, detector_knows_the_objects)
-NOTES = (density_without_use, settings_without_effect, vanishing_noise, prompts_without_reward)
+NOTES = (density_without_use, settings_without_effect, merging_rounds, vanishing_noise, prompts_without_reward)
 
 # Rewards that need more than a prompt's text, and what.
 NEEDS = {

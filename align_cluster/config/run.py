@@ -42,6 +42,7 @@ class RolloutConfig(Section):
     same_noise: bool = False
     guidance: Annotated[float, Field(ge=1)] = 1.0
     chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: group_size")
+    merge_lora: bool = Field(False, description="samplers add the LoRA into the base's weights, which draws faster")
 
 
 class OptimizerConfig(Section):
@@ -64,7 +65,7 @@ class LearnerConfig(Section):
     `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which
     makes the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first
     update. `guidance_gradient` says through which branch of a guided prediction gradients flow (the official Flow-GRPO
-    code: cond_only).
+    code: cond_only). `gradient_checkpointing` computes activations twice instead of keeping them.
     """
 
     updates_per_step: PositiveInt = 1
@@ -73,6 +74,7 @@ class LearnerConfig(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
     ratio_tolerance: PositiveFloat = 1e-5
     guidance_gradient: Literal["cond_only", "both"] = "cond_only"
+    gradient_checkpointing: bool = False
 
 
 class ClusterConfig(Section):

@@ -35,6 +35,8 @@ class Learner:
         self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
         self.backbone = BACKBONES[config.backbone.kind](config.backbone, device)
         self.denoiser = add_adapters(self.backbone, self.backbone.load_denoiser(), self.algorithm.adapters)
+        if config.learner.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
         self.engine = Engine(self.denoiser, config.optimizer, config.learner.zero_stage)
         self.updates = 0
         self.ema = self._read("default") if config.learner.ema else None
@@ -146,7 +148,12 @@ class Learner:
         record, condition = data[2 * piece.source], data[2 * piece.source + 1]
         rows = slice(piece.start, min(piece.stop, piece.start + PROBED))
         policy = self._policy(record, condition, null, rows.stop - rows.start, self.denoiser)
+        checkpointing = self.config.learner.gradient_checkpointing
+        if checkpointing:  # whose graph cannot be differentiated twice
+            self.denoiser.disable_gradient_checkpointing()
         self.probe.begin(policy, record, rows, self.updates // shaping.refresh % turns)
+        if checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
         return True
 
     def _policy(

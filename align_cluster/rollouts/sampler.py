@@ -4,12 +4,13 @@ import hashlib
 import random
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from align_cluster.backbones import BACKBONES
-from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.backbones.adapters import Merged, adapter_parameters, add_adapters
 from align_cluster.backbones.base import BackboneSection
 from align_cluster.conditions.cache import cached
 from align_cluster.conditions.perturb import E2po, gamma
@@ -44,12 +45,19 @@ class DrawRequest:
 class Sampler:
     """Draws images. A plain class: tests construct it directly, the cluster wraps it in an actor.
 
-    Version 0 is the base model: its adapter is zero until the first `adopt`.
+    Version 0 is the base model: its adapter is zero until the first `adopt`. `merge` adds the adapter into the base.
     """
 
-    def __init__(self, config: BackboneSection, threads: int = 1, name: str = "sampler", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: BackboneSection,
+        threads: int = 1,
+        name: str = "sampler",
+        device: str = "cpu",
+        merge: bool = False,
+    ) -> None:
         torch.set_num_threads(threads)
-        self.name, self.version = name, 0
+        self.name, self.version, self.merges = name, 0, merge
         self.backbone = BACKBONES[config.kind](config, device)
         self._denoiser: torch.nn.Module | None = None
 
@@ -59,6 +67,10 @@ class Sampler:
         if self._denoiser is None:
             self._denoiser = add_adapters(self.backbone, self.backbone.load_denoiser(), ("default",)).eval()
         return self._denoiser
+
+    @cached_property
+    def _merged(self) -> Merged:
+        return Merged(self.denoiser, "default")
 
     def encode(self, texts: list[str]) -> list[Condition]:
         """Conditions of prompts, from the disk cache where they are there; the text encoders load only for the
@@ -81,6 +93,8 @@ class Sampler:
         parameters = adapter_parameters(self.denoiser, "default")
         checksum = adopt(manifest, buffer, parameters)
         self.version = manifest.version
+        if self.merges:
+            self._merged.merge()
         return Receipt(self.name, manifest.version, len(parameters), checksum, time.perf_counter() - started)
 
     def draw(

@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 import torch
 
-from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
+from align_cluster.backbones.adapters import Merged, active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.sd3 import SD3
+from align_cluster.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,61 @@ def test_targets_can_be_chosen(settings):
     backbone = SD3(settings.model_copy(update={"lora": lora}))
     parameters = adapter_parameters(add_adapters(backbone, backbone.load_denoiser(), ("default",)), "default")
     assert parameters and all(".attn.to_q." in name for name in parameters)
+
+
+def test_a_merged_adapter_answers_as_beside_the_base_and_the_base_comes_back_exactly(backbone, denoiser, inputs):
+    bare = backbone.velocity(backbone.load_denoiser(), *inputs)
+    merged = Merged(denoiser, "default")
+    for value in (0.02, -0.05):  # the second is merged in the place of the first
+        set_b(denoiser, "default", value)
+        beside = backbone.velocity(denoiser, *inputs)
+        merged.merge()
+        within = backbone.velocity(denoiser, *inputs)
+        assert not torch.equal(within, bare)
+        torch.testing.assert_close(within, beside, rtol=0, atol=1e-5 * float(beside.detach().abs().max()))
+        merged.unmerge()
+        assert torch.equal(backbone.velocity(denoiser, *inputs), beside)
+    with active_adapter(denoiser, None):
+        assert torch.equal(backbone.velocity(denoiser, *inputs), bare)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+def test_adapters_begin_as_the_settings_say(settings, init):
+    wide = SD3(settings.model_copy(update={"lora": settings.lora.model_copy(update={"init": init, "rank": 16})}))
+    parameters = adapter_parameters(add_adapters(wide, wide.load_denoiser(), ("default",)), "default")
+    down = [value for name, value in parameters.items() if "lora_A" in name]
+    assert all(not value.any() for name, value in parameters.items() if "lora_B" in name)
+    for value in down:
+        if init == "gaussian":
+            assert value.std().item() == pytest.approx(1 / 16, rel=0.1)
+        else:  # uniform with bound sqrt(6 / (1 + 5) / fan_in)
+            assert value.abs().max().item() == pytest.approx(value.shape[1] ** -0.5, rel=0.02)
+
+
+def test_an_attention_backend_that_is_not_there_is_one_sentence(settings):
+    with pytest.raises(UserError, match="^backbone.attention is no_such, which cannot be used here .*leave it out"):
+        SD3(settings.model_copy(update={"attention": "no_such"})).load_denoiser()
+
+
+def test_the_native_attention_backend_changes_nothing(backbone, settings, inputs):
+    native = SD3(settings.model_copy(update={"attention": "native"})).load_denoiser()
+    assert torch.equal(backbone.velocity(native, *inputs), backbone.velocity(backbone.load_denoiser(), *inputs))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_answer_as_the_eager_ones(backbone, settings, inputs):
+    compiled = SD3(settings.model_copy(update={"compile": True})).load_denoiser()
+    assert any(block._compiled_call_impl is not None for block in compiled.transformer_blocks)
+    eager = backbone.velocity(backbone.load_denoiser(), *inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.velocity(compiled, *inputs), eager, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["keep", "cpu", "free"])
+def test_text_encoders_stay_or_go_as_the_settings_say(settings, backbone, text):
+    one = SD3(settings.model_copy(update={"text": text}))
+    (condition,) = one.encode(["a red circle"])
+    (expected,) = backbone.encode(["a red circle"])
+    assert condition.sequence.tobytes() == expected.sequence.tobytes()
+    assert ("_text" in one.__dict__) == (text != "free")
+    assert one.encode(["a red circle"])[0].pooled.tobytes() == expected.pooled.tobytes()

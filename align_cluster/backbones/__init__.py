@@ -1,7 +1,8 @@
 """ADD A BACKBONE HERE: one file with a class like SD3, and one line below."""
 
-from align_cluster.backbones.sd1 import SD1
+from align_cluster.backbones.flux import Flux
 from align_cluster.backbones.qwen_image import QwenImage
+from align_cluster.backbones.sd1 import SD1
 from align_cluster.backbones.sd3 import SD3
 
-BACKBONES = {"sd3": SD3, "sd1": SD1}
+BACKBONES = {"sd3": SD3, "flux": Flux, "sd1": SD1, "qwen_image": QwenImage}

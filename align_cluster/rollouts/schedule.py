@@ -98,15 +98,21 @@ def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> np.n
     return np.arange(steps)[::-1] * (train_steps // steps) + offset
 
 
+def diffusion_levels(train_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
+    """Noise levels sqrt(1 - alpha_bar) [train_steps] of all training timesteps under scaled-linear betas, which Stable
+    Diffusion has."""
+    return np.sqrt(1 - np.cumprod(1 - np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2))
+
+
 def ddim_levels(
     steps: int, train_steps: int = 1000, offset: int = 1, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> np.ndarray:
-    """Noise levels sqrt(1 - alpha_bar) [N + 1] of `ddim_timesteps` under Stable Diffusion's scaled-linear betas.
+    """`diffusion_levels` [N + 1] of `ddim_timesteps`.
 
     The last one is that of timestep 0, as in DanceGRPO, not alpha_bar = 1: the last step then has a density too.
     """
-    alpha_bar = np.cumprod(1 - np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2)
-    return np.sqrt(1 - alpha_bar[np.append(ddim_timesteps(steps, train_steps, offset), 0)])
+    levels = diffusion_levels(train_steps, beta_start, beta_end)
+    return levels[np.append(ddim_timesteps(steps, train_steps, offset), 0)]
 
 
 class Schedule(ABC):

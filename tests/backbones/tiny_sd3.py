@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from .tokenizers import clip_tokenizer, t5_tokenizer
 
 
@@ -62,3 +65,26 @@ def build(folder: Path) -> None:
         t5_tokenizer(),
     )
     pipe.save_pretrained(folder)
+
+
+def stock(folder: Path) -> object:
+    from diffusers import StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline.from_pretrained(folder)
+
+
+def encoded(pipe: object, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    sequence, _, pooled, _ = pipe.encode_prompt(
+        text, None, None, do_classifier_free_guidance=False, max_sequence_length=128
+    )
+    return sequence[0], pooled[0]
+
+
+def draw(pipe: object, texts: list[str], noise: torch.Tensor, steps: int, guidance: float, output: str) -> object:
+    height, width = (8 * side for side in noise.shape[2:])
+    arguments = {"guidance_scale": guidance, "height": height, "width": width, "output_type": output}
+    return pipe(texts, latents=noise, num_inference_steps=steps, max_sequence_length=128, **arguments).images
+
+
+def levels(pipe: object) -> np.ndarray:
+    return pipe.scheduler.sigmas.numpy()

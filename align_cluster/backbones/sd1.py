@@ -1,0 +1,103 @@
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv 2112.10752): a UNet that predicts epsilon or, as SD 2 at 768
+pixels, v."""
+
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from align_cluster.backbones.base import BackboneSection
+from align_cluster.backbones.pipeline import PipelineBackbone
+from align_cluster.rollouts.schedule import ddim_levels, diffusion_levels
+from align_cluster.types import UserError
+
+# Settings of a scheduler: what diffusers takes where one is missing, and what is known here.
+_KNOWN = {
+    "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
+    "beta_schedule": ("linear", ("scaled_linear",)),
+    "trained_betas": (None, (None,)),
+    "rescale_betas_zero_snr": (False, (False,)),
+    "timestep_spacing": ("leading", ("leading",)),
+    "thresholding": (False, (False,)),
+}
+
+
+class SD1(PipelineBackbone):
+    """Epsilon or v network with cross-attention to one CLIP text encoding.
+
+    Images are drawn with DDIM whatever scheduler the pipeline names (Stable Diffusion 1.4: PNDM): its settings say how
+    the network was trained, and are read as `DDIMScheduler.from_config` does. As in the stock pipeline `steps_offset`
+    is 1 and x0 is not clipped; the last noise level is that of timestep 0.
+    """
+
+    class Config(BackboneSection):
+        """Settings of Stable Diffusion 1 and 2."""
+
+        kind: Literal["sd1"] = "sd1"
+
+    flow = False
+    patch = 1  # the UNet divides odd sizes too
+    family = "a Stable Diffusion 1 or 2"
+    pipeline = "StableDiffusionPipeline"
+    pipelines = ("StableDiffusionPipeline",)
+    network = "UNet2DConditionModel"
+    part = "unet"
+    texts = ("text_encoder", "tokenizer")
+    # All attentions, as in diffusers' train_text_to_image_lora.py and DDPO.
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        config = self.part_config("DDIMScheduler", "scheduler")
+        for name, (default, known) in _KNOWN.items():
+            if config.get(name, default) not in known:
+                raise UserError(
+                    f"backbone.path: the scheduler of {self.config.path!r} has {name} {config.get(name, default)}, and "
+                    f"backbone.kind {self.config.kind} knows {' and '.join(map(str, known))} only; give another model"
+                )
+        return config
+
+    @property
+    def prediction(self) -> Literal["epsilon", "v"]:
+        return "v" if self.scheduler_config.get("prediction_type") == "v_prediction" else "epsilon"
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """Timesteps and betas of the training."""
+        defaults = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02}
+        steps, start, end = (self.scheduler_config.get(name, value) for name, value in defaults.items())
+        return {"train_steps": steps, "beta_start": start, "beta_end": end}
+
+    def sigmas(self, steps: int) -> np.ndarray:
+        return ddim_levels(steps, **self._training)
+
+    @cached_property
+    def _levels(self) -> torch.Tensor:
+        """Noise levels of all training timesteps, rounded as `Step.level` rounds those of a rollout."""
+        return torch.tensor(diffusion_levels(**self._training), dtype=torch.float32, device=self.device)
+
+    def timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Training timesteps int64 [B] that have the noise levels sigma [B]."""
+        return (self._levels - sigma[:, None]).abs().argmin(1)
+
+    def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        sequence, _ = pipeline.encode_prompt(text, self.text_device, 1, do_classifier_free_guidance=False)
+        return sequence[0], sequence.new_empty(0)
+
+    def velocity(
+        self,
+        denoiser: torch.nn.Module,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        sequence: torch.Tensor,
+        pooled: torch.Tensor,
+    ) -> torch.Tensor:
+        with self.autocast():
+            output = denoiser(
+                x.to(self.dtype),
+                self.timesteps(sigma),
+                encoder_hidden_states=sequence.to(self.dtype),
+                return_dict=False,
+            )
+        return output[0].float()

@@ -1,8 +1,14 @@
 """A random pipeline with every part of Qwen-Image, of a test's size."""
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from .tokenizers import qwen_tokenizer
+
+SETTINGS = {"height": 64, "width": 64, "max_sequence_length": 64}
 
 # What the stock pipeline puts around a prompt, without the marks. It drops 34 tokens, which must be those before it.
 WORDS = """system
@@ -55,3 +61,36 @@ def build(folder: Path) -> None:
     )
     pipe = QwenImagePipeline(scheduler, vae.eval(), encoder.eval(), tokenizer, transformer.eval())
     pipe.save_pretrained(folder)
+
+
+def stock(folder: Path) -> Any:
+    from diffusers import QwenImagePipeline
+
+    return QwenImagePipeline.from_pretrained(folder, dtype=torch.float32)
+
+
+def encoded(pipe: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of no prompt: a blank, as the model's authors have it."""
+    sequence, mask = pipe.encode_prompt(text or " ", max_sequence_length=SETTINGS["max_sequence_length"])
+    assert mask is None
+    return sequence[0], torch.empty(0)
+
+
+def draw(pipe: Any, texts: list[str], noise: torch.Tensor, steps: int, guidance: float, output: str) -> Any:
+    height, width = (8 * side for side in noise.shape[2:])
+    images = pipe(
+        texts,
+        negative_prompt=[" "] * len(texts) if guidance > 1 else None,
+        true_cfg_scale=guidance,
+        max_sequence_length=SETTINGS["max_sequence_length"],
+        latents=pipe._pack_latents(noise, *noise.shape),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        output_type=output,
+    ).images
+    return pipe._unpack_latents(images, height, width, 8)[:, :, 0] if output == "latent" else images
+
+
+def levels(pipe: Any) -> np.ndarray:
+    return pipe.scheduler.sigmas.numpy()

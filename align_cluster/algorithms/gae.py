@@ -1,0 +1,71 @@
+"""Credit for each denoising step: returns and advantages from a critic's values. Pure functions, fp64."""
+
+import numpy as np
+
+
+def gae(values: np.ndarray, rewards: np.ndarray, discount: float = 1.0, decay: float = 0.95) -> np.ndarray:
+    """Generalised advantages (Schulman et al. 2015, arXiv 1506.02438, eq. 16) of rollouts rewarded at their end.
+
+    values [..., N] are of the states x_0 ... x_{N-1}, rewards [...] of what was drawn in the end, whose value is 0: the
+    reward is paid in the last step. Returns [..., N]; advantages + values are the returns that values regress on.
+    decay 1 gives reward - value; decay 0 what the next value is more than this one.
+    """
+    advantages = np.zeros_like(values, dtype=np.float64)
+    following, later = np.zeros_like(rewards, dtype=np.float64), np.zeros_like(rewards, dtype=np.float64)
+    for k in reversed(range(values.shape[-1])):
+        paid = rewards if k == values.shape[-1] - 1 else 0.0
+        later = paid + discount * following - values[..., k] + discount * decay * later
+        advantages[..., k], following = later, values[..., k]
+    return advantages
+
+
+def whiten(advantages: np.ndarray, valid: np.ndarray, clip: float) -> np.ndarray:
+    """Advantages [...] with mean 0 and deviation 1 over all that are `valid` (bool, the same shape), clipped to
+    +- clip; 0 elsewhere, and everywhere if they do not vary."""
+    chosen = advantages[valid]
+    if not chosen.size or (spread := chosen.std()) < 1e-8:
+        return np.zeros_like(advantages)
+    return np.where(valid, np.clip((advantages - chosen.mean()) / spread, -clip, clip), 0.0)
+
+
+def explained_variance(values: np.ndarray, rewards: np.ndarray) -> float:
+    """1 - Var(reward - value) / Var(reward): 1 for a critic that knows, 0 for one that says the mean; NaN where
+    rewards do not vary."""
+    spread = rewards.var()
+    return float(1 - (rewards - values).var() / spread) if spread > 1e-12 else float("nan")
+
+
+class RunningMoments:
+    """Mean and deviation of all rewards that a run has seen, by reward (Chan et al.'s parallel update)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def observe(self, values: np.ndarray) -> None:
+        """Take in values [n]."""
+        if not len(values):
+            return
+        total, gap = self.count + len(values), values.mean() - self.mean
+        self.squares += ((values - values.mean()) ** 2).sum() + gap**2 * self.count * len(values) / total
+        self.mean += gap * len(values) / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """1 until values vary."""
+        spread = (self.squares / self.count) ** 0.5 if self.count else 0.0
+        return spread if spread > 1e-8 else 1.0
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """(values - mean) / deviation."""
+        return (values - self.mean) / self.deviation
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"count": self.count, "mean": float(self.mean), "squares": float(self.squares)}
+
+    @classmethod
+    def restored(cls, state: dict[str, float]) -> "RunningMoments":
+        moments = cls()
+        moments.count, moments.mean, moments.squares = int(state["count"]), state["mean"], state["squares"]
+        return moments

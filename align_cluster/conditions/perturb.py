@@ -32,7 +32,7 @@ class E2po(Section):
     `mu` and `margin` are the ring of cosines to the original that costs nothing, `diversity` weighs the mean cosine
     between variants. `bound: token_l2` holds each token's perturbation within `radius`, `inf` each of its elements,
     `grad_norm` the gradient of a prompt's perturbations. `embedding` says whether cosines are those of the projected
-    embedding or of the hidden state before it.
+    embedding or of the hidden state before it, which is all that a CLIP without a projection has.
     """
 
     kind: Literal["e2po"] = "e2po"
@@ -63,7 +63,7 @@ def learn(
     config: E2po,
     seed: int,
 ) -> list[Perturbation]:
-    """Perturbations of prompts by a frozen CLIPTextModelWithProjection, in fp32; `keys` are their content addresses.
+    """Perturbations of prompts by a frozen CLIP text encoder, in fp32; `keys` are their content addresses.
 
     A prompt's result does not depend on the other prompts of the call; on a CPU with one thread not in a single bit,
     for encoders whose width is a multiple of 32. A prompt without content tokens keeps its original encoding.
@@ -83,7 +83,7 @@ def learn(
 
 
 def tokenize(tokenizer: Callable[..., Any], texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, which of them are content), both [P, S], padded and truncated as the stock SD3 pipeline does.
+    """(ids, which of them are content), both [P, S], padded and truncated as the stock pipelines do.
 
     Content stands before the first end token and is not the begin token. What follows cannot reach the embedding that
     is read at the end token, since attention is causal.
@@ -182,11 +182,14 @@ def perturbed(encoder: torch.nn.Module, deltas: torch.Tensor) -> Iterator[None]:
 def forward(
     encoder: torch.nn.Module, ids: torch.Tensor, config: E2po, hidden_states: bool = False
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """(hidden state [B, S, d] that enters SD3's sequence, projected embedding, embedding whose cosines count)."""
-    output = encoder.text_model(input_ids=ids, output_hidden_states=hidden_states)
-    projected = encoder.text_projection(output.pooler_output)
+    """(hidden state [B, S, d] that enters SD3's sequence, embedding that enters `pooled`, embedding whose cosines
+    count). The second is the projected one; an encoder without a projection (FLUX.1) has the pooled one for both."""
+    model = getattr(encoder, "text_model", encoder)
+    output = model(input_ids=ids, output_hidden_states=hidden_states)
+    pooled = output.pooler_output
+    projected = encoder.text_projection(pooled) if hasattr(encoder, "text_projection") else pooled
     hidden = output.hidden_states[-2] if hidden_states else None
-    return hidden, projected, projected if config.embedding == "projected" else output.pooler_output
+    return hidden, projected, projected if config.embedding == "projected" else pooled
 
 
 @torch.no_grad()

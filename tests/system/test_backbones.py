@@ -1,0 +1,71 @@
+"""Every backbone trains two steps with every algorithm that can train it; the others are refused with the reason.
+
+Both tables are read here, so that a new file is covered by itself.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.backbones import BACKBONES
+from align_cluster.config.check import check
+from align_cluster.evaluate.lora import read_lora
+from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import read_jsonl
+from align_cluster.types import UserError
+
+from ..backbones.contract import Case
+
+SMALL = (
+    *("rewards={clip: {kind: clip_score}}", "rollout.group_size=2", "rollout.steps=3", "rollout.guidance=2"),
+    *("backbone.lora.rank=4", "cluster.samplers=1", "cluster.learners=1", "evaluate.count=2", "evaluate.guidance=2"),
+    *("evaluate.images_per_prompt=1", "evaluate.grid_every=0", "evaluate.grid_columns=1"),
+)
+
+
+def fits(kind: str, algorithm: str) -> bool:
+    return BACKBONES[kind].flow or not ALGORITHMS[algorithm].needs_flow
+
+
+PAIRS = [(kind, algorithm) for kind in BACKBONES for algorithm in ALGORITHMS]
+
+
+@pytest.fixture
+def job(tiny, tiny_pipeline):
+    """Function (backbone, algorithm) -> a run on that backbone's tiny pipeline."""
+
+    def make(kind, algorithm, *overrides):
+        case = Case(kind, tiny_pipeline(kind))
+        settings = {"kind": kind, "path": case.folder, **getattr(case.tiny, "SETTINGS", {})}
+        given = [f"backbone.{name}={value}" for name, value in settings.items()]
+        return tiny(algorithm, f"name={kind}-{algorithm}", *given, *SMALL, *overrides)
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if fits(*pair)])
+def test_a_backbone_takes_two_steps(kind, algorithm, job, train):
+    config = job(kind, algorithm)
+    assert check(config) == []
+    run = train(config)
+    rows = read_jsonl(RunDir(run.path).metrics)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 for row in rows)
+    if ALGORITHMS[algorithm].needs_density:
+        assert run.summary["self_check"] == {"max_abs_log_ratio": 0.0}
+    for when in ("before", "after"):
+        assert math.isfinite(run.summary[when]["overall"]["reward/clip"])
+    lora = read_lora(RunDir(run.path).lora_weights)
+    assert lora.rank == 4
+    assert any(np.abs(value).max() > 0 for name, value in lora.state.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if not fits(*pair)])
+def test_an_algorithm_that_cannot_train_a_backbone_is_refused_with_the_reason(kind, algorithm, job):
+    with pytest.raises(UserError) as caught:
+        check(job(kind, algorithm))
+    (sentence,) = str(caught.value).splitlines()
+    assert sentence.startswith(f"algorithm.kind is {algorithm}, whose loss is on a flow's velocity, and backbone.kind ")
+    assert f"{kind} predicts epsilon or v; set algorithm.kind to grpo" in sentence

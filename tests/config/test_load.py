@@ -93,7 +93,7 @@ MISTAKES = [
     ("  steps: 4", "  guidance: 0.5", ["rollout.guidance is 0.5", "at least 1"]),
     ("path: embedded", "path: embedded\n  height: 500", ["backbone.height is 500", "a multiple of 16"]),
     ("path: embedded", "path: embedded\n  lora: {rank: 0}", ["backbone.lora.rank is 0", "above 0"]),
-    ("kind: sd3", "kind: flux", ["backbone.kind is 'flux'", "'sd3'"]),
+    ("kind: sd3", "kind: sdxl", ["backbone.kind is 'sdxl'", "sd3, flux"]),
     ("tasks: [colors]\nrollout", "tasks: [colours]\nrollout", ["prompts.tasks.0 is 'colours'", "did you mean colors?"]),
     ("tasks: [colors]\nrollout", "tasks: [colors, colors]\nrollout", ["prompts.tasks", "names 'colors' once"]),
     ("tasks: [colors]\nrollout", "tasks: []\nrollout", ["prompts.tasks is []", "at least 1 entry"]),

@@ -234,14 +234,18 @@ class PipelineBackbone(Backbone):
 
 
 class ClipExploration:
-    """Of pipelines whose first text encoder is a CLIP-L, for E2PO: a mixin before PipelineBackbone."""
+    """Of pipelines whose first text encoder is a CLIP, for E2PO: a mixin before PipelineBackbone.
+
+    `layer` is the hidden state that enters a condition's sequence; None: the encoder's normalised output.
+    """
 
     explorable: ClassVar[bool] = True
+    layer: ClassVar[int | None] = -2
 
     def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
         """Learn perturbed encodings of prompts, each independent of the others."""
         keys = [self.perturbation_key(text, config, seed) for text in texts]
-        found = learn(self._text.text_encoder, self._text.tokenizer, texts, keys, config, seed)
+        found = learn(self._text.text_encoder, self._text.tokenizer, texts, keys, config, seed, self.layer)
         self._release()
         return found
 

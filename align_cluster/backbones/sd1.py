@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from align_cluster.backbones.base import BackboneSection
-from align_cluster.backbones.pipeline import PipelineBackbone
+from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone
 from align_cluster.rollouts.schedule import ddim_levels, diffusion_levels
-from align_cluster.types import UserError
+from align_cluster.types import Condition, Perturbation, UserError
 
 # Settings of a scheduler: what diffusers takes where one is missing, and what is known here.
 _KNOWN = {
@@ -23,7 +23,7 @@ _KNOWN = {
 }
 
 
-class SD1(PipelineBackbone):
+class SD1(ClipExploration, PipelineBackbone):
     """Epsilon or v network with cross-attention to one CLIP text encoding.
 
     Images are drawn with DDIM whatever scheduler the pipeline names (Stable Diffusion 1.4: PNDM): its settings say how
@@ -37,6 +37,7 @@ class SD1(PipelineBackbone):
         kind: Literal["sd1"] = "sd1"
 
     flow = False
+    layer = None
     patch = 1  # the UNet divides odd sizes too
     family = "a Stable Diffusion 1 or 2"
     pipeline = "StableDiffusionPipeline"
@@ -84,6 +85,13 @@ class SD1(PipelineBackbone):
     def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         sequence, _ = pipeline.encode_prompt(text, self.text_device, 1, do_classifier_free_guidance=False)
         return sequence[0], sequence.new_empty(0)
+
+    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+        """CLIP's output is all that the UNet sees of a prompt."""
+        if variant == 0:
+            return condition
+        key = f"{condition.key}/{perturbation.key}/{variant}"
+        return Condition(key, perturbation.hidden[variant - 1], condition.pooled)
 
     def velocity(
         self,

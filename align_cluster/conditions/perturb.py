@@ -62,8 +62,10 @@ def learn(
     keys: Sequence[str],
     config: E2po,
     seed: int,
+    layer: int | None = -2,
 ) -> list[Perturbation]:
-    """Perturbations of prompts by a frozen CLIP text encoder, in fp32; `keys` are their content addresses.
+    """Perturbations of prompts by a frozen CLIP text encoder, in fp32; `keys` are their content addresses, `layer` is
+    the hidden state that enters a condition's sequence: SD3's, or None for the encoder's normalised output.
 
     A prompt's result does not depend on the other prompts of the call; on a CPU with one thread not in a single bit,
     for encoders whose width is a multiple of 32. A prompt without content tokens keeps its original encoding.
@@ -79,7 +81,7 @@ def learn(
     for members, length in batches(tokenizer, ids) if count else ():
         part = (members, slice(length))
         deltas[members, :, :length] = optimise(precise, ids[part], content[part], deltas[members, :, :length], config)
-    return [render(encoder, *each, config) for each in zip(keys, ids, deltas, strict=True)]
+    return [render(encoder, *each, config, layer) for each in zip(keys, ids, deltas, strict=True)]
 
 
 def tokenize(tokenizer: Callable[..., Any], texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,20 +182,22 @@ def perturbed(encoder: torch.nn.Module, deltas: torch.Tensor) -> Iterator[None]:
 
 
 def forward(
-    encoder: torch.nn.Module, ids: torch.Tensor, config: E2po, hidden_states: bool = False
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """(hidden state [B, S, d] that enters SD3's sequence, embedding that enters `pooled`, embedding whose cosines
-    count). The second is the projected one; an encoder without a projection (FLUX.1) has the pooled one for both."""
+    encoder: torch.nn.Module, ids: torch.Tensor, config: E2po, layer: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden state [B, S, d] of `layer`, or the normalised output, embedding that enters `pooled`, embedding whose
+    cosines count). The second is the projected one; an encoder without a projection has the pooled one for both."""
     model = getattr(encoder, "text_model", encoder)
-    output = model(input_ids=ids, output_hidden_states=hidden_states)
+    output = model(input_ids=ids, output_hidden_states=layer is not None)
     pooled = output.pooler_output
     projected = encoder.text_projection(pooled) if hasattr(encoder, "text_projection") else pooled
-    hidden = output.hidden_states[-2] if hidden_states else None
+    hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
     return hidden, projected, projected if config.embedding == "projected" else pooled
 
 
 @torch.no_grad()
-def render(encoder: torch.nn.Module, key: str, ids: torch.Tensor, deltas: torch.Tensor, config: E2po) -> Perturbation:
+def render(
+    encoder: torch.nn.Module, key: str, ids: torch.Tensor, deltas: torch.Tensor, config: E2po, layer: int | None = -2
+) -> Perturbation:
     """Encodings of one prompt, ids [S], under deltas [K - 1, S, d].
 
     One forward a variant, as the stock pipeline encodes a prompt: without perturbation the bits are the stock ones.
@@ -201,7 +205,7 @@ def render(encoder: torch.nn.Module, key: str, ids: torch.Tensor, deltas: torch.
     encoded = []
     for delta in (deltas.new_zeros(deltas.shape[1:]), *deltas):
         with perturbed(encoder, delta):
-            encoded.append(forward(encoder, ids[None], config, hidden_states=True))
+            encoded.append(forward(encoder, ids[None], config, layer))
     hidden, pooled, embedding = (torch.cat(parts).float().cpu().numpy() for parts in zip(*encoded, strict=True))
     unit = embedding / np.linalg.norm(embedding.astype(np.float64), axis=1, keepdims=True)
     cosines = unit @ unit.T

@@ -7,6 +7,7 @@ import torch
 
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.sd1 import SD1
+from align_cluster.conditions.perturb import E2po, render, tokenize
 from align_cluster.rollouts.schedule import ddim_timesteps
 from align_cluster.rollouts.steps import Euler
 from align_cluster.types import UserError
@@ -135,3 +136,29 @@ def test_the_lora_file_has_the_unets_prefix_and_is_read_back_for_sampling(folder
     assert (lora.rank, lora.alpha) == (3, 5) and lora.state.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(lora.state[name], value)
+
+
+def test_inserting_an_encoding_without_perturbation_gives_the_condition_bit_for_bit(folder):
+    backbone = backbone_at(folder)
+    clip, config = backbone._text, E2po(conditions=3)
+    (ids,), _ = tokenize(clip.tokenizer, [TEXT])
+    unperturbed = render(clip.text_encoder, "key", ids, torch.zeros(2, len(ids), 32), config, backbone.layer)
+    (condition,) = backbone.encode([TEXT])
+    for variant in (0, 1, 2):
+        same = backbone.insert(condition, unperturbed, variant)
+        assert same.sequence.tobytes() == condition.sequence.tobytes() and same.pooled.shape == (0,)
+    np.testing.assert_allclose(unperturbed.cosines, 1, atol=1e-12)
+
+
+def test_a_perturbation_changes_all_that_the_unet_sees_of_a_prompts_content(folder):
+    backbone = backbone_at(folder)
+    (perturbation,) = backbone.perturb([TEXT], E2po(conditions=3, iterations=5, init=0.05), 0)
+    (condition,) = backbone.encode([TEXT])
+    variants = [backbone.insert(condition, perturbation, variant) for variant in (1, 2)]
+    assert len({one.key for one in (condition, *variants)}) == 3
+    for one in variants:
+        assert one.sequence.shape == condition.sequence.shape and one.sequence.dtype == np.float32
+        # What precedes the first content token cannot know of it: attention is causal.
+        np.testing.assert_array_equal(one.sequence[0], condition.sequence[0])
+        assert (one.sequence != condition.sequence)[1:].mean() > 0.9
+    assert not np.array_equal(variants[0].sequence, variants[1].sequence)

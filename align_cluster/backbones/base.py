@@ -84,7 +84,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def sigmas(self, steps: int) -> np.ndarray:
-        """Noise levels of an N-step rollout, fp64 [N + 1], from 1 to 0."""
+        """Noise levels of an N-step rollout, fp64 [N + 1], falling; those of a flow go from 1 to 0."""
 
     @abstractmethod
     def load_denoiser(self) -> torch.nn.Module:

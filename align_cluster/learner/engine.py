@@ -46,7 +46,11 @@ class Engine:
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": optimizer.max_grad_norm,
                 "steps_per_print": 10**9,
-                "zero_optimization": {"stage": zero_stage},
+                # The default bucket is made for whole models: 2 GB on every rank, whatever the adapter's size.
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    "reduce_bucket_size": sum(p.numel() for p in self.trainable),
+                },
                 "zero_allow_untested_optimizer": True,
             },
         )

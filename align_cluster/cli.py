@@ -92,8 +92,15 @@ def build_parser() -> argparse.ArgumentParser:
         "sample",
         _sample,
         "draw images into a folder, with a LoRA or without",
-        'sample runs/quickstart --prompt "a photo of a red circle" --count 8',
-        *("target", "set", "lora", "base", "seed"),
+        'sample --run runs/quickstart --prompt "a photo of a red circle" --count 8 --compare base',
+        *("set", "lora", "base", "seed"),
+    )
+    sample.add_argument("target", nargs="?", metavar="CONFIG|RUN", help="run file, or the folder of a run")
+    sample.add_argument(
+        *("--run", "--config"),
+        dest="source",
+        metavar="CONFIG|RUN",
+        help="the same, named (default: the run that --lora is of)",
     )
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     sample.add_argument(
@@ -104,7 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="guidance scale, 1 is none (default: the run's evaluation guidance)"
     )
     sample.add_argument("--count", type=int, default=4, help="images a prompt (default 4)")
-    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default ./samples)")
+    sample.add_argument(
+        "--compare", choices=["base"], help="draw the base model too, from the same noise, side by side"
+    )
+    sample.add_argument("--no-score", action="store_true", help="leave the run's rewards out")
+    sample.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: samples, then samples-2 ...)")
     evaluate = add(
         "evaluate",
         _evaluate,
@@ -113,6 +124,22 @@ def build_parser() -> argparse.ArgumentParser:
         *("target", "set", "lora", "base", "json"),
     )
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the scores to this JSON file")
+    export = add(
+        "export",
+        _export,
+        "write a run's result for other tools, with a model card",
+        "export runs/quickstart --to lora --out quickstart-lora",
+        "set",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has finished")
+    export.add_argument(
+        "--to",
+        required=True,
+        metavar="FORM",
+        help="lora (files for diffusers and for ComfyUI), merged (the denoiser) or diffusers (the whole pipeline)",
+    )
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
+    export.add_argument("--precision", help="of merged weights: fp32 (default), bf16 or fp16")
     submit = add(
         "submit",
         _submit,
@@ -206,10 +233,14 @@ def _config(args: argparse.Namespace) -> "RunConfig":
 def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None]:
     """Config and LoRA file that CONFIG|RUN, --lora and --base name."""
     from align_cluster.config.load import load
-    from align_cluster.evaluate.lora import find_lora
+    from align_cluster.evaluate.lora import find_config, find_lora
     from align_cluster.observe.rundir import RunDir
+    from align_cluster.types import UserError
 
-    target = Path(args.target)
+    named, source = args.target, getattr(args, "source", None)
+    if named and source or not (named or source or args.lora):
+        raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
+    target = Path(named or source or find_config(args.lora)).expanduser()
     lora = args.lora or (target if target.is_dir() and not args.base else None)
     config = load(RunDir(target).config if target.is_dir() else target, args.set)
     return config, find_lora(lora) if lora else None
@@ -255,25 +286,28 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from align_cluster.evaluate.sample import sample
-    from align_cluster.prompts.files import JsonlPrompts, TextPrompts
-    from align_cluster.types import Prompt, UserError
+    from itertools import count
 
+    from align_cluster.evaluate.sample import Wanted, read_prompts, sample
+
+    prompts = read_prompts(args.prompt, args.prompts)
     config, lora = _target(args)
-    prompts = [Prompt(index, text) for index, text in enumerate(args.prompt)]
-    if args.prompts:
-        reader = JsonlPrompts if args.prompts.endswith(".jsonl") else TextPrompts
-        prompts += reader(reader.Config(path=args.prompts)).load()
-    if not prompts:
-        raise UserError('sample needs prompts; give --prompt "a photo of a red circle" or --prompts FILE')
-    grid = sample(config, lora, prompts, args.out, args.count, args.seed, *_drawing(args, config))
-    print(f"{len(prompts) * args.count} images in {args.out}, overview in {grid}")
+    wanted = Wanted(args.count, args.seed, args.steps, args.guidance, bool(args.compare), not args.no_score)
+    free = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
+    out = args.out.expanduser() if args.out else next(path for path in free if not path.exists())
+    drawn = sample(config, lora, prompts, out, wanted)
+    print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
+    for model, means in drawn["means"].items():
+        print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
     return 0
 
 
-def _drawing(args: argparse.Namespace, config: "RunConfig") -> tuple[int, float]:
-    steps = args.steps or config.evaluate.steps or config.rollout.steps
-    return steps, config.evaluate.guidance if args.guidance is None else args.guidance
+def _export(args: argparse.Namespace) -> int:
+    from align_cluster.evaluate.export import export
+
+    export(args.run, args.to, args.out.expanduser(), args.precision, args.set)
+    print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ COMMANDS = [
     "plan",
     "sample",
     "evaluate",
+    "export",
     "submit",
     "serve-rewards",
     "score",

@@ -61,6 +61,10 @@ class Flux(ClipExploration, PipelineBackbone):
     def _sequence_length(self) -> int:
         return self.config.max_sequence_length or (512 if self._distilled else 256)
 
+    def call(self, guidance: float) -> dict[str, Any]:
+        arguments = super().call(self.config.embedded_guidance) | {"max_sequence_length": self._sequence_length}
+        return arguments | ({"true_cfg_scale": guidance, "negative_prompt": ""} if guidance > 1 else {})
+
     def text_settings(self) -> list:
         return [self._sequence_length]
 

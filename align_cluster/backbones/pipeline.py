@@ -123,6 +123,11 @@ class PipelineBackbone(Backbone):
             )
         return pixels // self.vae_factor
 
+    def call(self, guidance: float) -> dict[str, Any]:
+        """Arguments, beside prompt and steps, under which the stock pipeline draws what this backbone does."""
+        _, height, width = self.latent_shape
+        return {"guidance_scale": guidance, "height": height * self.vae_factor, "width": width * self.vae_factor}
+
     def sigmas(self, steps: int) -> np.ndarray:
         return pipeline_sigmas(self.scheduler_config, steps, self.image_tokens, self.equal_levels)
 

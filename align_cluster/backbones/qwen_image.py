@@ -52,6 +52,11 @@ class QwenImage(PipelineBackbone):
     def channels(self) -> int:
         return self.network_config["in_channels"] // self.patch**2
 
+    def call(self, guidance: float) -> dict[str, Any]:
+        arguments = super().call(guidance) | {"max_sequence_length": self.config.max_sequence_length}
+        arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+        return arguments | ({"negative_prompt": " "} if guidance > 1 else {})
+
     def text_settings(self) -> list:
         return [self.config.max_sequence_length]
 

@@ -62,6 +62,9 @@ class SD3(ClipExploration, PipelineBackbone):
         length = self.config.max_sequence_length
         return length if length is not None else 0 if self.config.path == "embedded" else 128
 
+    def call(self, guidance: float) -> dict[str, Any]:
+        return super().call(guidance) | {"max_sequence_length": self._sequence_length}
+
     def text_settings(self) -> list:
         return [self.config.t5, self._sequence_length]
 

@@ -1,6 +1,7 @@
 """Sample grids: rows of images under their prompts, as one PNG."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,16 @@ LINE, CAPTION_LINES = 20, 2
 
 
 def save_grid(
-    images: np.ndarray, columns: int, path: Path, captions: list[str] | None = None, min_px: int = 128
+    images: np.ndarray,
+    columns: int,
+    path: Path,
+    captions: list[str] | None = None,
+    min_px: int = 128,
+    titles: Sequence[str] = (),
 ) -> None:
     """Write `images`, uint8 [R * columns, H, W, 3], as R rows with one caption above each.
+
+    `titles` stand at the top, each over its equal share of the columns.
 
     Images whose shorter side is under `min_px` are enlarged by the smallest whole factor that reaches it, with nearest
     neighbour: the pixels of a 48 px model stay honest pixels. Captions wrap to two lines. The file appears whole or
@@ -37,9 +45,12 @@ def save_grid(
     texts = [_wrap(caption, font, total - 2 * MARGIN) for caption in captions] if captions else [[]] * rows
     heads = [len(lines) * LINE + (2 if lines else 0) for lines in texts]
     spacing = MARGIN if captions else GAP
-    canvas = Image.new("RGB", (total, 2 * MARGIN + sum(heads) + rows * height + (rows - 1) * spacing), PAPER)
+    top = MARGIN + (LINE + GAP if titles else 0)
+    canvas = Image.new("RGB", (total, top + MARGIN + sum(heads) + rows * height + (rows - 1) * spacing), PAPER)
     draw = ImageDraw.Draw(canvas)
-    top = MARGIN
+    for index, title in enumerate(titles):
+        left = MARGIN + index * (columns // len(titles)) * (width + GAP)
+        draw.text((left, MARGIN), title, font=font, fill=INK)
     for row, (lines, head) in enumerate(zip(texts, heads, strict=True)):
         for index, line in enumerate(lines):
             draw.text((MARGIN, top + index * LINE), line, font=font, fill=INK)

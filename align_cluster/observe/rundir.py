@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,26 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; a clean exit renames it to `path`, an exception removes it.
+
+    UserError at once where `path` is there already, or cannot be made.
+    """
+    if path.exists():
+        raise UserError(f"--out {path} exists already, and nothing is overwritten; give a folder that is not there yet")
+    staged = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+    try:
+        yield staged
+        os.rename(staged, path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 class RunDir:

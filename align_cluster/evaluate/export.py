@@ -1,0 +1,161 @@
+"""A run's result for other tools: a LoRA file, a merged denoiser or a whole pipeline folder, each with a model card."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align_cluster import __version__
+from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.pipeline import PipelineBackbone
+from align_cluster.config.load import load
+from align_cluster.config.run import RunConfig
+from align_cluster.evaluate.card import write_card
+from align_cluster.evaluate.lora import Lora, bind, check_fits, read_lora
+from align_cluster.observe import rundata
+from align_cluster.observe.rundata import RunData
+from align_cluster.observe.rundir import RunDir, new_folder, write_text
+from align_cluster.rollouts.sampler import Sampler
+from align_cluster.types import UserError
+
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind, and the base model that it is for."""
+
+    run: RunData
+    config: RunConfig
+    backbone: PipelineBackbone
+    lora: Lora
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Where the weights come from, as metadata of a safetensors file."""
+        run, config = self.run, self.config
+        rewards = {side: getattr(run, side).get("overall", {}) for side in ("before", "after")}
+        return {
+            "run": run.name,
+            "base_model": config.backbone.path,
+            "backbone": config.backbone.kind,
+            "algorithm": config.algorithm.kind,
+            "steps": str(config.steps),
+            "rank": str(self.lora.rank),
+            "alpha": f"{self.lora.alpha:g}",
+            "config_hash": run.summary["config_hash"],
+            "headline": str(run.headline),
+            **{f"reward_{side}": json.dumps(scores) for side, scores in rewards.items()},
+            "align_cluster": __version__,
+        }
+
+
+def export(run: Path, form: str, out: Path, precision: str | None = None, overrides: Sequence[str] = ()) -> None:
+    """Write the result of the run folder `run` as `form` (a key of FORMS) into the new folder `out`.
+
+    `precision` is that of merged weights (fp32). `overrides` change settings of the run, such as a backbone.path that
+    has moved. UserError for a run that has not finished, an unknown form, and a LoRA that does not fit the base model.
+    """
+    if form not in FORMS:
+        raise UserError(f"--to {form} is no form of a result; choose {', '.join(FORMS)}")
+    if precision and form == "lora":
+        raise UserError("--precision is of merged weights, and a LoRA file is always fp32; leave it out with --to lora")
+    if precision and precision not in PRECISIONS:
+        raise UserError(f"--precision {precision} is not there; choose {', '.join(PRECISIONS)}")
+    with new_folder(out) as folder:
+        result = finished(run, overrides)
+        FORMS[form](result, folder, precision or "fp32")
+        write_text(RunDir(folder).config, result.run.config_text)
+        write_card(folder, out.name, form, result)
+
+
+def finished(run: Path, overrides: Sequence[str] = ()) -> Result:
+    """Read a run that has ended, and see that its LoRA fits its base model; no weights of the base are read."""
+    files = RunDir(run.expanduser())
+    data = rundata.load(files)
+    if not data.summary:
+        steps = f"{len(data.rows)} of {data.config.get('steps', '?')} steps are there"
+        raise UserError(
+            f"{run} has not finished ({steps}), so it has no LoRA; export it once its summary.json is there"
+        )
+    config = load(files.config, overrides)
+    if not files.lora_weights.is_file():
+        raise UserError(f"{run} has lost its {files.lora_weights.relative_to(files.path)}; give the folder as it was")
+    lora, settings = read_lora(files.lora_weights), config.backbone.lora
+    if (lora.rank, lora.alpha) != (settings.rank, settings.alpha):
+        raise UserError(
+            f"{lora.path} has rank {lora.rank} and alpha {lora.alpha:g}, and the run's config.yaml says rank "
+            f"{settings.rank} and alpha {settings.alpha:g}; give the folder as `train` left it"
+        )
+    plain = {"precision": "fp32", "compile": False, "attention": None}
+    backbone = BACKBONES[config.backbone.kind](config.backbone.model_copy(update=plain))
+    check_fits(backbone, lora)
+    return Result(data, config, backbone, lora)
+
+
+def write_lora(result: Result, folder: Path, precision: str) -> None:
+    """Two files of the same LoRA: diffusers' own, and one for tools that read no alpha from metadata."""
+    from safetensors.numpy import save_file
+
+    lora, facts = result.lora, result.facts
+    ours = {f"{lora.prefix}{name}": value for name, value in lora.state.items()}
+    save_file(ours, folder / "pytorch_lora_weights.safetensors", lora.metadata | facts)
+    facts = facts | {"format": "pt", "alpha": str(lora.rank)}
+    save_file(for_comfyui(lora), folder / f"{result.run.name}_comfyui.safetensors", facts)
+
+
+def for_comfyui(lora: Lora) -> dict[str, np.ndarray]:
+    """The LoRA under the names that ComfyUI looks for, with its scale alpha / rank inside the B matrices.
+
+    ComfyUI takes alpha from tensors, which diffusers refuses for SD3, and 1 for the scale where there are none. Of
+    transformers it knows diffusers' names; of UNets it knows those of kohya's trainer, as most other tools do.
+    """
+    tensors = {}
+    for name, value in lora.state.items():
+        layer, matrix = name.removesuffix(".weight").rsplit(".lora_", 1)
+        scaled = value * np.float32(lora.alpha / lora.rank) if matrix == "B" else value
+        kohya = f"lora_unet_{layer.replace('.', '_')}.lora_{'up' if matrix == 'B' else 'down'}.weight"
+        tensors[kohya if lora.prefix == "unet." else f"{lora.prefix}{name}"] = scaled
+    return tensors
+
+
+def merged(result: Result, precision: str) -> Any:
+    """The base's denoiser with the LoRA added into its weights in fp32, and only then rounded to `precision`."""
+    import torch
+
+    sampler = Sampler(result.backbone.config, os.cpu_count() or 1, "export", "cpu")
+    bind(sampler, result.lora)
+    denoiser = sampler.denoiser
+    denoiser.fuse_lora()
+    denoiser.unload_lora()
+    return denoiser.to(getattr(torch, PRECISIONS[precision]))
+
+
+def write_merged(result: Result, folder: Path, precision: str) -> None:
+    merged(result, precision).save_pretrained(folder)
+
+
+def write_pipeline(result: Result, folder: Path, precision: str) -> None:
+    """The base's pipeline folder with the merged denoiser in the place of its own; the other parts are copied."""
+    backbone = result.backbone
+    base = Path(backbone.source)
+    if not base.is_dir():
+        with backbone.reading("model_index.json"):
+            base = Path(backbone.stock("DiffusionPipeline").download(backbone.source))
+    merged(result, precision).save_pretrained(folder / backbone.part)
+    shutil.copy(base / "model_index.json", folder)
+    for part in backbone.index:
+        if part != backbone.part and (base / part).is_dir():
+            shutil.copytree(base / part, folder / part)
+
+
+FORMS: dict[str, Callable[[Result, Path, str], None]] = {
+    "lora": write_lora,
+    "merged": write_merged,
+    "diffusers": write_pipeline,
+}

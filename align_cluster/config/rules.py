@@ -4,6 +4,7 @@ ADD A RULE HERE: a function that yields one sentence a problem (the path, what i
 its name in RULES.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.config.run import RunConfig
+from align_cluster.embedded import pipeline_path
 from align_cluster.rollouts.steps import STEPS
 
 Problems = Iterator[str]
@@ -210,6 +212,23 @@ def backbone_exists(config: RunConfig) -> Problems:
         )
 
 
+def pipeline_fits_backbone(config: RunConfig) -> Problems:
+    path, kind = config.backbone.path, config.backbone.kind
+    index = (pipeline_path() if path == "embedded" else Path(path).expanduser()) / "model_index.json"
+    if not index.is_file():
+        return
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, LookupError, TypeError):
+        yield f"backbone.path is {path}, whose model_index.json names no pipeline; give it as diffusers wrote it"
+        return
+    taken = BACKBONES[kind].pipelines
+    if name not in taken:
+        able = [other for other, backbone in BACKBONES.items() if name in backbone.pipelines]
+        remedy = f"set backbone.kind to {' or '.join(able)}, or give another path" if able else "give another path"
+        yield f"backbone.path is {path}, a {name}, and backbone.kind {kind} takes a {' or '.join(taken)}; {remedy}"
+
+
 def embedded_knows_its_words(config: RunConfig) -> Problems:
     for where, source in (("prompts", config.prompts), ("evaluate.prompts", config.evaluate.prompts)):
         if config.backbone.path == "embedded" and source.kind == "geneval":
@@ -236,5 +255,6 @@ RULES = (
     timesteps_exist,
     something_is_trained_on,
     backbone_exists,
+    pipeline_fits_backbone,
     embedded_knows_its_words,
 )

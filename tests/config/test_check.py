@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 GENEVAL = ["backbone.path=a/b", "prompts.kind=geneval", "prompts.count=500", "rewards.judge.kind=clip_score"]
 GENEVAL += ["evaluate.prompts.kind=geneval", "evaluate.prompts.split=held_out", "evaluate.prompts.count=300"]
+UNET = ["backbone.kind=sd1", "backbone.path=a/b", "algorithm.kind=grpo"]
 
 PROBLEMS = [
     (["rollout.chunk=5"], ["rollout.chunk is 5", "does not divide rollout.group_size 6", "3 or 6"]),
@@ -31,6 +32,16 @@ PROBLEMS = [
     (["backbone.path=./missing"], ["backbone.path is ./missing", "hub id"]),
     (["backbone.path=embeded"], ["backbone.path is embeded", "embedded"]),
     (["backbone.path=tests"], ["backbone.path is tests", "model_index.json"]),
+    (
+        ["backbone.kind=flux", "backbone.path=embedded"],
+        ["backbone.path is embedded, a StableDiffusion3Pipeline", "takes a FluxPipeline", "set backbone.kind to sd3"],
+    ),
+    (
+        [*UNET, "rollout.step.kind=flow_sde"],
+        ["rollout.step.kind is flow_sde", "sd1 predicts epsilon or v", "one of ddim"],
+    ),
+    ([*UNET, "rollout.schedule.kind=linear"], ["rollout.schedule.kind is linear", "leave rollout.schedule out"]),
+    ([*UNET, "algorithm.kind=nft"], ["algorithm.kind is nft", "set algorithm.kind to grpo, or backbone.kind to sd3"]),
     (["prompts.kind=geneval"], ["prompts.kind is geneval", "embedded model never saw", "set it to embedded"]),
     (["evaluate.count=1000"], ["evaluate.count is 1000", "evaluate.prompts has", "at most"]),
     (["evaluate.grid_prompts=1000"], ["evaluate.grid_prompts is 1000", "at most"]),
@@ -54,6 +65,13 @@ def test_a_combination_that_cannot_work_gives_one_sentence_with_the_remedy(run_c
         check(run_config(*overrides))
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"StableDiffusionPipeline"', "{}"])
+def test_a_folder_whose_index_names_no_pipeline_is_refused(run_config, tmp_path, text):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(UserError, match=f"^backbone.path is {tmp_path}, whose model_index.json names no pipeline; "):
+        check(run_config(f"backbone.path={tmp_path}"))
 
 
 def test_several_problems_are_listed_one_a_line(run_config):

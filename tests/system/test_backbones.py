@@ -3,7 +3,10 @@
 Both tables are read here, so that a new file is covered by itself.
 """
 
+import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.config.check import check
 from align_cluster.evaluate.lora import read_lora
+from align_cluster.evaluate.run import evaluate
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
 from align_cluster.types import UserError
@@ -24,10 +28,17 @@ SMALL = (
     *("evaluate.images_per_prompt=1", "evaluate.grid_every=0", "evaluate.grid_columns=1"),
 )
 
+EXPLORED = (
+    *("exploration={kind: e2po, conditions: 2, iterations: 3}", "algorithm.ratio=guard", "advantage.std=batch"),
+    "advantage.shaping={kind: slas, gamma: adaptive, refresh: 1}",
+)
+
 
 def fits(kind: str, algorithm: str) -> bool:
     return BACKBONES[kind].flow or not ALGORITHMS[algorithm].needs_flow
 
+
+AT_ONCE = {"ppo": ("algorithm.warm_up.updates=0",)}  # so that the actor learns in the first step
 
 PAIRS = [(kind, algorithm) for kind in BACKBONES for algorithm in ALGORITHMS]
 
@@ -40,7 +51,7 @@ def job(tiny, tiny_pipeline):
         case = Case(kind, tiny_pipeline(kind))
         settings = {"kind": kind, "path": case.folder, **getattr(case.tiny, "SETTINGS", {})}
         given = [f"backbone.{name}={value}" for name, value in settings.items()]
-        return tiny(algorithm, f"name={kind}-{algorithm}", *given, *SMALL, *overrides)
+        return tiny(algorithm, f"name={kind}-{algorithm}", *given, *SMALL, *AT_ONCE.get(algorithm, ()), *overrides)
 
     return make
 
@@ -58,7 +69,7 @@ def test_a_backbone_takes_two_steps(kind, algorithm, job, train):
     for when in ("before", "after"):
         assert math.isfinite(run.summary[when]["overall"]["reward/clip"])
     lora = read_lora(RunDir(run.path).lora_weights)
-    assert lora.rank == 4
+    assert lora.rank == 4 and evaluate(config, lora.path)["overall"] == run.summary["after"]["overall"]
     assert any(np.abs(value).max() > 0 for name, value in lora.state.items() if "lora_B" in name)
 
 
@@ -69,3 +80,23 @@ def test_an_algorithm_that_cannot_train_a_backbone_is_refused_with_the_reason(ki
     (sentence,) = str(caught.value).splitlines()
     assert sentence.startswith(f"algorithm.kind is {algorithm}, whose loss is on a flow's velocity, and backbone.kind ")
     assert f"{kind} predicts epsilon or v; set algorithm.kind to grpo" in sentence
+
+
+def predicting_v(folder: Path, place: Path) -> Path:
+    """A copy of a pipeline whose scheduler says that the network predicts v."""
+    file = Path(shutil.copytree(folder, place / "v")) / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    return place / "v"
+
+
+def test_exploration_shaping_and_guarded_ratios_compose_on_a_network_that_predicts_v(
+    job, train, tiny_pipeline, tmp_path
+):
+    folder = predicting_v(tiny_pipeline("sd1"), tmp_path)
+    config = job("sd1", "grpo", *EXPLORED, f"backbone.path={folder}")
+    assert check(config) == [] and BACKBONES["sd1"](config.backbone).prediction == "v"
+    run = train(config)
+    first, second = read_jsonl(RunDir(run.path).metrics)
+    assert run.summary["self_check"] == {"max_abs_log_ratio": 0.0}
+    assert first["explore/anchor_cosine"] < 1 and first["time/explore"] > 0
+    assert first["slas/lambda_max"] > 0 and second["advantage/gamma"] == first["slas/gamma"]

@@ -41,7 +41,7 @@ PROBLEMS = [
         ["rollout.step.kind is flow_sde", "sd1 predicts epsilon or v", "one of ddim"],
     ),
     ([*UNET, "rollout.schedule.kind=linear"], ["rollout.schedule.kind is linear", "leave rollout.schedule out"]),
-    ([*UNET, "algorithm.kind=nft"], ["algorithm.kind is nft", "set algorithm.kind to grpo, or backbone.kind to sd3"]),
+    ([*UNET, "algorithm.kind=nft"], ["algorithm.kind is nft", "sd1 predicts epsilon or v", "backbone.kind to sd3"]),
     (["prompts.kind=geneval"], ["prompts.kind is geneval", "embedded model never saw", "set it to embedded"]),
     (["evaluate.count=1000"], ["evaluate.count is 1000", "evaluate.prompts has", "at most"]),
     (["evaluate.grid_prompts=1000"], ["evaluate.grid_prompts is 1000", "at most"]),

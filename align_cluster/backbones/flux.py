@@ -65,6 +65,10 @@ class Flux(ClipExploration, PipelineBackbone):
         arguments = super().call(self.config.embedded_guidance) | {"max_sequence_length": self._sequence_length}
         return arguments | ({"true_cfg_scale": guidance, "negative_prompt": ""} if guidance > 1 else {})
 
+    @property
+    def text_tokens(self) -> int:
+        return self._sequence_length
+
     def text_settings(self) -> list:
         return [self._sequence_length]
 

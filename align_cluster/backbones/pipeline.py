@@ -65,8 +65,7 @@ class PipelineBackbone(Backbone):
     @cached_property
     def index(self) -> dict[str, Any]:
         """Content of model_index.json. UserError where the pipeline is of another family."""
-        with self.reading("model_index.json"):
-            index = self.stock(self.pipeline).load_config(self.source)
+        index = self.read_config(self.pipeline)
         if index.get("_class_name") not in self.pipelines:
             raise UserError(
                 f"backbone.path: {self.config.path!r} is a {index.get('_class_name')}, and backbone.kind "
@@ -74,10 +73,19 @@ class PipelineBackbone(Backbone):
             )
         return index
 
+    def read_config(self, cls: str, part: str | None = None) -> dict[str, Any]:
+        """Settings of a part, or what parts there are, from the file that diffusers' class `cls` keeps them in."""
+        with self.reading(part or "model_index.json"):
+            return self.stock(cls).load_config(self.source, subfolder=part)
+
     def part_config(self, cls: str, part: str) -> dict[str, Any]:
         _ = self.index
-        with self.reading(part):
-            return self.stock(cls).load_config(self.source, subfolder=part)
+        return self.read_config(cls, part)
+
+    def hollow(self, cls: str, part: str) -> torch.nn.Module:
+        """A part without its weights: on the meta device, and read from its settings alone."""
+        with torch.device("meta"):
+            return self.stock(cls).from_config(self.part_config(cls, part))
 
     @cached_property
     def network_config(self) -> dict[str, Any]:
@@ -152,6 +160,18 @@ class PipelineBackbone(Backbone):
             raise UserError(
                 f"backbone.attention is {backend}, which cannot be used here ({reason}); leave it out, or install it"
             ) from error
+
+    @property
+    def text_tokens(self) -> int:
+        """Rows of the longest prompt's encoding: a CLIP's, unless the family says otherwise."""
+        return self.part_config(self.network, "text_encoder")["max_position_embeddings"]
+
+    @property
+    def text_shape(self) -> tuple[int, int, int]:
+        """(T, D, P) of the longest prompt's encoding: sequence [T, D] and pooled [P]."""
+        config = self.network_config
+        width = config.get("joint_attention_dim") or config["cross_attention_dim"]
+        return self.text_tokens, width, config.get("pooled_projection_dim", 0)
 
     def text_parts(self) -> dict[str, Any]:
         """Parts of the pipeline that are not to be read from disk while prompts are encoded: by default all others."""

@@ -57,6 +57,10 @@ class QwenImage(PipelineBackbone):
         arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
         return arguments | ({"negative_prompt": " "} if guidance > 1 else {})
 
+    @property
+    def text_tokens(self) -> int:
+        return self.config.max_sequence_length
+
     def text_settings(self) -> list:
         return [self.config.max_sequence_length]
 

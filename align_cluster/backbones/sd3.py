@@ -49,12 +49,8 @@ class SD3(ClipExploration, PipelineBackbone):
 
     def text_parts(self) -> dict[str, Any]:
         """The transformer is a shell on the meta device: where T5 is missing, the stock pipeline reads its widths."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():
-            shell = self.stock(self.network).from_config(self.network_config)
         without_t5 = {} if self._has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        return super().text_parts() | {"transformer": shell} | without_t5
+        return super().text_parts() | {"transformer": self.hollow(self.network, self.part)} | without_t5
 
     @property
     def _sequence_length(self) -> int:
@@ -64,6 +60,10 @@ class SD3(ClipExploration, PipelineBackbone):
 
     def call(self, guidance: float) -> dict[str, Any]:
         return super().call(guidance) | {"max_sequence_length": self._sequence_length}
+
+    @property
+    def text_tokens(self) -> int:
+        return super().text_tokens + self._sequence_length
 
     def text_settings(self) -> list:
         return [self.config.t5, self._sequence_length]

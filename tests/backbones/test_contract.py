@@ -41,6 +41,15 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(case, backbone, pipe, te
     np.testing.assert_array_equal(condition.pooled, pooled.numpy())
 
 
+def test_the_shape_of_the_longest_encoding_is_known_without_any_weights(case, backbone, tmp_path):
+    (condition,) = backbone.encode([LONG])
+    bare = case.backbone(case.only(tmp_path / "pipeline"))
+    assert bare.text_shape == (*condition.sequence.shape, *condition.pooled.shape)
+    hollow, denoiser = bare.hollow(bare.network, bare.part), backbone.load_denoiser()
+    assert {n: p.shape for n, p in hollow.named_parameters()} == {n: p.shape for n, p in denoiser.named_parameters()}
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+
+
 def test_a_condition_depends_on_its_own_text_only(backbone):
     together, alone = backbone.encode([LONG, TEXT]), backbone.encode([TEXT])
     assert together[1].sequence.tobytes() == alone[0].sequence.tobytes()

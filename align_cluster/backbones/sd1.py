@@ -52,9 +52,10 @@ class SD1(ClipExploration, PipelineBackbone):
     def scheduler_config(self) -> dict[str, Any]:
         config = self.part_config("DDIMScheduler", "scheduler")
         for name, (default, known) in _KNOWN.items():
-            if config.get(name, default) not in known:
+            value = config.get(name, default)
+            if value not in known:
                 raise UserError(
-                    f"backbone.path: the scheduler of {self.config.path!r} has {name} {config.get(name, default)}, and "
+                    f"backbone.path: the scheduler of {self.config.path!r} has {name} {value!s:.30}, and "
                     f"backbone.kind {self.config.kind} knows {' and '.join(map(str, known))} only; give another model"
                 )
         return config

@@ -86,7 +86,7 @@ def test_other_trainings_are_drawn_as_by_the_stock_pipeline_with_ddim(changed, c
         ("prediction_type", "sample", "epsilon and v_prediction"),
         ("beta_schedule", "linear", "scaled_linear"),
         ("beta_schedule", None, "scaled_linear"),
-        ("trained_betas", [0.1, 0.2], "None"),
+        ("trained_betas", [0.1] * 1000, "None"),
         ("rescale_betas_zero_snr", True, "False"),
         ("timestep_spacing", "trailing", "leading"),
         ("thresholding", True, "False"),
@@ -94,7 +94,7 @@ def test_other_trainings_are_drawn_as_by_the_stock_pipeline_with_ddim(changed, c
 )
 def test_a_training_that_is_not_known_is_one_sentence(changed, setting, value, known):
     backbone = backbone_at(changed("scheduler", {setting: value}))
-    sentence = f"has {setting} .*, and backbone.kind sd1 knows {known} only; give another model$"
+    sentence = f"has {setting} .{{1,30}}, and backbone.kind sd1 knows {known} only; give another model$"
     with pytest.raises(UserError, match=sentence):
         backbone.sigmas(4)
     with pytest.raises(UserError, match=sentence):

@@ -1,5 +1,6 @@
 """The model card of an exported result: README.md as the Hugging Face hub reads it, with its pictures beside it."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from align_cluster.backbones.pipeline import PipelineBackbone
+from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
 from align_cluster.evaluate.table import compare
 from align_cluster.observe import charts
@@ -73,7 +75,7 @@ def write_card(folder: Path, title: str, form: str, result: "Result") -> None:
         code=code(form, title, result),
         note=COMFYUI.format(name=run.name) if form == "lora" else "",
         training=_training(folder, run, config),
-        config=run.config_text.strip(),
+        config=dump(config).strip(),
         licence=_licence_note(config, licence),
     )
     write_text(folder / "README.md", text)
@@ -133,13 +135,13 @@ def code(form: str, title: str, result: "Result") -> str:
     steps = config.evaluate.steps or config.rollout.steps
     arguments = {"num_inference_steps": steps} | backbone.call(config.evaluate.guidance)
     classes = ["DiffusionPipeline", *["DDIMScheduler"] * (not backbone.flow), *[backbone.network] * (form == "merged")]
-    given = [repr(backbone.source) if form != "diffusers" else "folder"]
+    given = [_literal(backbone.source) if form != "diffusers" else "folder"]
     given += [f"{name}=None" for name in backbone.texts if name in backbone.text_parts()]
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted(classes))}",
         "",
-        f"folder = {title!r}  # this one, or its id on the hub",
+        f"folder = {_literal(title)}  # this one, or its id on the hub",
     ]
     if form == "merged":
         lines.append(f"{backbone.part} = {backbone.network}.from_pretrained(folder, dtype=torch.bfloat16)")
@@ -152,12 +154,17 @@ def code(form: str, title: str, result: "Result") -> str:
     lines += [
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         "image = pipe(",
-        f"    {(result.run.grid_prompts or ['a photo of a red circle'])[0]!r},",
-        *(f"    {name}={value!r}," for name, value in arguments.items()),
+        f"    {_literal((result.run.grid_prompts or ['a photo of a red circle'])[0])},",
+        *(f"    {name}={_literal(value)}," for name, value in arguments.items()),
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
     ]
     return "\n".join(lines)
+
+
+def _literal(value: str | float) -> str:
+    """A text or number as Python, with double quotes."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _samples(folder: Path, run: RunData) -> str:

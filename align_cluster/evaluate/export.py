@@ -13,7 +13,7 @@ import numpy as np
 from align_cluster import __version__
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.pipeline import PipelineBackbone
-from align_cluster.config.load import load
+from align_cluster.config.load import dump, load
 from align_cluster.config.run import RunConfig
 from align_cluster.evaluate.card import write_card
 from align_cluster.evaluate.lora import Lora, bind, check_fits, read_lora
@@ -70,7 +70,7 @@ def export(run: Path, form: str, out: Path, precision: str | None = None, overri
     with new_folder(out) as folder:
         result = finished(run, overrides)
         FORMS[form](result, folder, precision or "fp32")
-        write_text(RunDir(folder).config, result.run.config_text)
+        write_text(RunDir(folder).config, dump(result.config))
         write_card(folder, out.name, form, result)
 
 

@@ -172,6 +172,7 @@ def test_a_base_of_the_hub_is_named_by_its_id_and_its_parts_come_from_the_hubs_c
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     export(run.path, "diffusers", tmp_path / "out", overrides=["backbone.path=acme/tiny"])
     assert "base_model: acme/tiny\nbase_model_relation: finetune\n" in (tmp_path / "out" / "README.md").read_text()
+    assert load(tmp_path / "out" / "config.yaml").backbone.path == "acme/tiny"
     part = "vae/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "out" / part).read_bytes() == (run.case.folder / part).read_bytes()
 

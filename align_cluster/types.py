@@ -99,6 +99,7 @@ class Record:
     after        [B, K, C, H, W] latents that they drew
     log_probs    [B, K]          log-density of `after` under the policy and the original condition
     means        [B, K, C, H, W] mean of that density, where the algorithm asks for it
+    slots        which of the K are trained; a whole path holds others too
     """
 
     chunk: Chunk
@@ -110,6 +111,7 @@ class Record:
     after: np.ndarray | None = None
     log_probs: np.ndarray | None = None
     means: np.ndarray | None = None
+    slots: tuple[int, ...] = ()
 
 
 FailureKind = Literal["timeout", "oom", "bad_input", "model_error", "unavailable"]
@@ -143,12 +145,17 @@ class Scores:
 class Credit:
     """Advantages of one step, fp32 [P, G] over groups and members, and what to log about them.
 
-    `valid` [P, G] is False, and the advantage 0, where a sample is masked.
+    `valid` [P, G] is False, and the advantage 0, where a sample is masked. With a critic advantages are [P, G, N], a
+    number a denoising step, and `returns` and `values` [P, G, N, R] are what it regresses on and what it said.
+    `actor` False: only the critic learns in this step.
     """
 
     advantages: np.ndarray
     valid: np.ndarray
     metrics: dict[str, float]
+    returns: np.ndarray | None = None
+    values: np.ndarray | None = None
+    actor: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
+from align_cluster.algorithms.ppo import PPO
 
-ALGORITHMS = {"grpo": GRPO, "nft": NFT}
+ALGORITHMS = {"grpo": GRPO, "nft": NFT, "ppo": PPO}

@@ -26,8 +26,9 @@ class Policy(Protocol):
 class Batch:
     """One micro-batch: b members of one chunk, for the pass number `turn` over them.
 
-    advantages [b]; x0 [b, C, H, W]; sigmas [N + 1]; where recorded: indices [b, K], before, after, means
-    [b, K, C, H, W] and log_probs [b, K].
+    advantages [b], or [b, K] where each step has its own; x0 [b, C, H, W]; sigmas [N + 1]; where recorded: indices
+    [b, K], before, after, means [b, K, C, H, W] and log_probs [b, K]; `slots` are the recorded steps to train. With a
+    critic: returns (NaN where a reward does not judge the sample) and values before the update, [b, K, R].
     `generators` gives each member a fresh random stream for this (step, update, turn), whatever the world size.
     """
 
@@ -41,12 +42,16 @@ class Batch:
     log_probs: torch.Tensor | None
     means: torch.Tensor | None
     generators: Callable[[str], list[torch.Generator]]
+    slots: tuple[int, ...] = ()
+    returns: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
 
 class Algorithm(ABC):
     """A loss over finished rollouts. Pure: state lives in the policy's adapters.
 
     `needs_density` asks for a step kind with log-probs, `needs_flow` for a network that predicts a velocity,
+    `needs_path` for records of every denoising step,
     `default_step` names the step kind that flow models are drawn with, `behaviour` is the adapter that samplers draw
     with, `adapters` are the adapters that the learner keeps.
     """
@@ -54,12 +59,18 @@ class Algorithm(ABC):
     Config: type[Section]
     needs_density: ClassVar[bool]
     needs_flow: ClassVar[bool] = False
+    needs_path: ClassVar[bool] = False
     default_step: ClassVar[str]
     behaviour: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Section) -> None:
         self.config = config
+
+    @property
+    def critic(self) -> Section | None:
+        """Settings of the critic that is trained beside the policy; None: none is."""
+        return None
 
     @property
     def needs_means(self) -> bool:

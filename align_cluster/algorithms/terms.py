@@ -15,6 +15,13 @@ def clipped_surrogate(
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
 
 
+def clipped_value_loss(values: torch.Tensor, before: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
+    """PPO's pessimistic value loss, like values [B, R]: the larger of the squared errors of the value and of the value
+    held within `clip` of what it was before the updates (Schulman et al.'s released code)."""
+    held = before + (values - before).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+
+
 def gaussian_kl(
     mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor, std_t: torch.Tensor, mode: str
 ) -> torch.Tensor:

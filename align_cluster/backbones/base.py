@@ -22,6 +22,21 @@ class LoraSettings(Section):
     targets: tuple[str, ...] | None = None
 
 
+CRITIC = "critic"  # name of the critic's adapter
+
+
+class CriticSection(Section):
+    """What the critic is made of. `features: lora` are the shared base's under an adapter of the critic's own, `frozen`
+    the bare base's, `copy` those of a second copy of the base with that adapter, which costs its memory again.
+
+    The head has `width` channels and `heads` attention heads.
+    """
+
+    features: Literal["lora", "frozen", "copy"] = "lora"
+    width: Annotated[int, Field(gt=0, multiple_of=8)] = 512
+    heads: PositiveInt = 8
+
+
 class BackboneSection(Section):
     """Settings that every backbone shares.
 
@@ -113,6 +128,15 @@ class Backbone(ABC):
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, guidance: float) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
         return v_null + guidance * (v - v_null)
+
+    def taps(self, denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
+        """Layers whose output a critic reads, and their channels: of a transformer the middle and the last block."""
+        blocks = [*denoiser.transformer_blocks, *getattr(denoiser, "single_transformer_blocks", ())]
+        return [(blocks[index], denoiser.inner_dim) for index in sorted({len(blocks) // 2, len(blocks) - 1})]
+
+    def tokens(self, output: object) -> torch.Tensor:
+        """Image tokens [B, L, D] of a tapped layer's output: of a transformer block the part after the text's."""
+        return output[1] if isinstance(output, tuple) else output
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> np.ndarray:

@@ -94,6 +94,14 @@ class SD1(ClipExploration, PipelineBackbone):
         key = f"{condition.key}/{perturbation.key}/{variant}"
         return Condition(key, perturbation.hidden[variant - 1], condition.pooled)
 
+    def taps(self, denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
+        """The middle of the U, and a block on the way up."""
+        up = denoiser.up_blocks[len(denoiser.up_blocks) // 2]
+        return [(denoiser.mid_block, denoiser.config.block_out_channels[-1]), (up, up.resnets[-1].out_channels)]
+
+    def tokens(self, output: torch.Tensor) -> torch.Tensor:
+        return output.flatten(2).transpose(1, 2)
+
     def velocity(
         self,
         denoiser: torch.nn.Module,

@@ -30,6 +30,12 @@ class LearnerRank:
     def publish(self, *args: Any) -> Any:
         return self.learner.publish(*args)
 
+    def values(self, *args: Any) -> Any:
+        return self.learner.values(*args)
+
+    def critic_state(self) -> Any:
+        return self.learner.critic_state()
+
 
 class LearnerGroup:
     """All ranks of one learner. Every call goes to every rank."""
@@ -69,13 +75,21 @@ class LearnerGroup:
         """Wait until every rank has loaded its model and joined the process group."""
         self.wait(self.built)
 
-    def update(self, step: int, shares: list[tuple], totals: dict[int, float], null: Any) -> list[dict]:
+    def update(self, step: int, shares: list[tuple], totals: dict[int, float], null: Any, actor: bool) -> list[dict]:
         """Run one step on all ranks; `shares` has (pieces, data references) for each."""
         refs = [
-            rank.update.remote(step, pieces, totals, null, *data)
+            rank.update.remote(step, pieces, totals, null, actor, *data)
             for rank, (pieces, data) in zip(self.ranks, shares, strict=True)
         ]
         return self.wait(refs)
+
+    def values(self, shares: list[list]) -> list[tuple]:
+        """What the critic says of each rank's share of records and conditions."""
+        return self.wait([rank.values.remote(*data) for rank, data in zip(self.ranks, shares, strict=True)])
+
+    def critic_state(self) -> dict[str, Any]:
+        """The critic's weights, which are the same on all ranks."""
+        return self.wait([self.ranks[0].critic_state.remote()])[0]
 
     def publish(self, source: str, version: int) -> tuple[Any, Any]:
         """(manifest, reference to the flat buffer) of rank 0."""

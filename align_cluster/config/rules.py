@@ -49,7 +49,7 @@ def updates_have_work(config: RunConfig) -> Problems:
 
 
 def groups_can_compare(config: RunConfig) -> Problems:
-    if config.group_members == 1:
+    if config.group_members == 1 and not ALGORITHMS[config.algorithm.kind].needs_path:
         yield (
             "rollout.group_size is 1, and an advantage compares an image with others of its prompt; "
             "set it to 2 or more (12 is usual)"
@@ -113,6 +113,24 @@ def window_fits(config: RunConfig) -> Problems:
         problem = config.window.problem(config.rollout.steps)
         if problem:
             yield problem
+
+
+def critic_fits(config: RunConfig) -> Problems:
+    critic = getattr(config.algorithm, "critic", None)
+    if critic is None:
+        return
+    if config.learner.zero_stage == 3:
+        yield (
+            "learner.zero_stage is 3, which cuts up the base that the critic reads too, outside of the engine; "
+            "set it to 2 or less"
+        )
+    if critic.width % critic.heads:
+        yield f"algorithm.critic.width is {critic.width}, which {critic.heads} heads cannot share; set heads to 8"
+    if getattr(config.rollout.window, "choice", "") == "per_sample":
+        yield (
+            "rollout.window.choice is per_sample, and with a critic all samples of a step train the same denoising "
+            "steps; set it to first or random"
+        )
 
 
 def guard_has_a_density(config: RunConfig) -> Problems:
@@ -247,6 +265,7 @@ RULES = (
     step_fits_backbone,
     algorithm_fits_backbone,
     window_fits,
+    critic_fits,
     guard_has_a_density,
     noise_tells_members_apart,
     exploration_fits_backbone,

@@ -12,7 +12,8 @@ from align_cluster.types import Chunk
 class Piece:
     """One micro-batch: members `start` to `stop` of chunk number `source`, in optimiser update `update` of the step.
 
-    advantages fp32 and weights fp32 (1, or 0 where the sample is masked or the piece is padding), each [stop - start].
+    advantages fp32 and weights fp32 (1, or 0 where the sample is masked or the piece is padding), each [stop - start];
+    with a critic advantages are [stop - start, N], and returns and values [stop - start, N, R].
     """
 
     update: int
@@ -21,6 +22,8 @@ class Piece:
     stop: int
     advantages: np.ndarray
     weights: np.ndarray
+    returns: np.ndarray | None = None
+    values: np.ndarray | None = None
 
 
 def assign(chunks: int, updates: int, seed: int) -> list[tuple[int, int]]:
@@ -37,15 +40,19 @@ def cut(
     updates: int,
     micro_batch: int,
     seed: int,
+    targets: dict[str, list[np.ndarray]] | None = None,
 ) -> list[Piece]:
-    """Pieces of one step, update by update, cut into micro-batches."""
+    """Pieces of one step, update by update, cut into micro-batches. `targets` are the returns and values of each chunk,
+    where there is a critic."""
     pieces = []
     for update, source in assign(len(chunks), updates, seed):
         for start in range(0, len(chunks[source].seeds), micro_batch):
             stop = min(start + micro_batch, len(chunks[source].seeds))
             weights = valid[source][start:stop].astype(np.float32)
-            values = np.where(weights > 0, advantages[source][start:stop], 0).astype(np.float32)
-            pieces.append(Piece(update, source, start, stop, values, weights))
+            given = advantages[source][start:stop]
+            given = np.where(weights.reshape(-1, *[1] * (given.ndim - 1)) > 0, given, 0).astype(np.float32)
+            more = {name: columns[source][start:stop].astype(np.float32) for name, columns in (targets or {}).items()}
+            pieces.append(Piece(update, source, start, stop, given, weights, **more))
     return pieces
 
 

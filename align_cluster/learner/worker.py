@@ -12,10 +12,13 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.base import Batch
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.backbones.critic import Critic
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Piece
+from align_cluster.learner.critic import CriticLearner
 from align_cluster.learner.engine import Engine, join
 from align_cluster.learner.policy import LearnerPolicy
+from align_cluster.learner.sums import add
 from align_cluster.learner.trust_probe import PROBED, TrustProbe
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.rollouts.steps import STEPS
@@ -38,6 +41,7 @@ class Learner:
         if config.learner.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.engine = Engine(self.denoiser, config.optimizer, config.learner.zero_stage)
+        self.critic = self._critic()
         self.updates = 0
         self.ema = self._read("default") if config.learner.ema else None
 
@@ -56,35 +60,51 @@ class Learner:
         pieces: list[Piece],
         totals: dict[int, float],
         null: Condition | None,
+        actor: bool,
         *data: Record | Condition,
     ) -> dict[str, tuple[float, float, float]]:
         """Run one step's updates. `data` alternates records and conditions, in the order of the pieces' `source`.
+        Without `actor` only the critic learns.
 
         Returns, for each metric, (weighted sum, weight, largest magnitude) of this rank; raises FloatingPointError
         where a loss is not finite, before that update changes any weight.
         """
         started = time.perf_counter()
         sums: dict[str, list[float]] = {}
-        turns = self.algorithm.turns(len(data[0].sigmas) - 1, data[0].indices.shape[1])
+        turns = self.algorithm.turns(len(data[0].sigmas) - 1, len(data[0].slots))
         for update, total in sorted(totals.items()):
             mine = [piece for piece in pieces if piece.update == update]
-            scale = self.world / max(total * turns, 1.0)
-            looking = self._look(turns, mine[0], data, null)
-            for turn in range(turns):
-                for number, piece in enumerate(mine):
-                    loss = self._loss(step, turn, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums)
-                    self.engine.backward(loss * scale, last=turn == turns - 1 and number == len(mine) - 1)
-            rate = self.learning_rate()
-            norm = self.engine.step(rate)
-            for name, value in self.probe.finish(norm).items() if looking else ():
-                _add(sums, name, value, 1.0)
-            _add(sums, "grad_norm", norm, 1.0)
-            _add(sums, "lr", rate, 1.0)
+            if actor:
+                self._update_actor(step, mine, self.world / max(total * turns, 1.0), turns, null, data, sums)
+            if self.critic:
+                self.critic.update(self._batches(step, mine, data), self.world / max(total, 1.0), sums)
             self.updates += 1
             self._average()
         self._lag()
-        _add(sums, "seconds", time.perf_counter() - started, 1.0)
+        add(sums, "seconds", time.perf_counter() - started, 1.0)
         return {name: tuple(values) for name, values in sums.items()}
+
+    def _update_actor(
+        self,
+        step: int,
+        mine: list[Piece],
+        scale: float,
+        turns: int,
+        null: Condition | None,
+        data: tuple[Record | Condition, ...],
+        sums: dict[str, list[float]],
+    ) -> None:
+        looking = self._look(turns, mine[0], data, null)
+        for turn in range(turns):
+            for number, piece in enumerate(mine):
+                loss = self._loss(step, turn, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums)
+                self.engine.backward(loss * scale, last=turn == turns - 1 and number == len(mine) - 1)
+        rate = self.learning_rate()
+        norm = self.engine.step(rate)
+        for name, value in self.probe.finish(norm).items() if looking else ():
+            add(sums, name, value, 1.0)
+        add(sums, "grad_norm", norm, 1.0)
+        add(sums, "lr", rate, 1.0)
 
     def _loss(
         self,
@@ -96,6 +116,24 @@ class Learner:
         null: Condition | None,
         sums: dict[str, list[float]],
     ) -> torch.Tensor:
+        batch = self._batch(step, turn, piece, record)
+        policy = self._policy(record, condition, null, len(piece.weights))
+        loss, metrics = self.algorithm.loss(policy, batch)
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(
+                f"step {step}: the loss of group {record.chunk.group} is not finite. "
+                "Lower optimizer.lr, or set backbone.precision: fp32"
+            )
+        weights = torch.from_numpy(piece.weights).to(self.backbone.device)
+        if piece.update == 0 and "log_ratio" in metrics:
+            metrics["first_log_ratio"] = metrics["log_ratio"]  # weights are still those of the rollout: must be 0
+        for name, values in {"loss": loss.detach(), **metrics}.items():
+            add(
+                sums, name, float((values * weights).sum()), float(weights.sum()), float((values * weights).abs().max())
+            )
+        return (loss * weights).sum()
+
+    def _batch(self, step: int, turn: int, piece: Piece, record: Record) -> Batch:
         device, rows = self.backbone.device, slice(piece.start, piece.stop)
 
         def part(array: np.ndarray | None) -> torch.Tensor | None:
@@ -107,7 +145,7 @@ class Learner:
             digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
             return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
 
-        batch = Batch(
+        return Batch(
             turn,
             torch.tensor(piece.advantages, device=device),
             part(record.x0),
@@ -118,22 +156,43 @@ class Learner:
             part(record.log_probs),
             part(record.means),
             generators,
+            record.slots,
+            None if piece.returns is None else torch.tensor(piece.returns, device=device),
+            None if piece.values is None else torch.tensor(piece.values, device=device),
         )
-        policy = self._policy(record, condition, null, len(piece.weights))
-        loss, metrics = self.algorithm.loss(policy, batch)
-        if not torch.isfinite(loss).all():
-            raise FloatingPointError(
-                f"step {step}: the loss of group {record.chunk.group} is not finite. "
-                "Lower optimizer.lr, or set backbone.precision: fp32"
+
+    def _critic(self) -> CriticLearner | None:
+        if not self.algorithm.critic:
+            return None
+        rewards = sum(reward.role == "train" for reward in self.config.rewards.values())
+        critic = Critic(self.backbone, self.denoiser, rewards, self.algorithm.critic)
+        return CriticLearner(critic, self.algorithm, self.config.optimizer, self.world)
+
+    def _batches(
+        self, step: int, mine: list[Piece], data: tuple[Record | Condition, ...]
+    ) -> list[tuple[Batch, TextBatch, torch.Tensor]]:
+        """The critic's micro-batches: with their conditions and weights."""
+        return [
+            (
+                self._batch(step, 0, piece, data[2 * piece.source]),
+                TextBatch.build([data[2 * piece.source + 1]] * len(piece.weights), None, self.backbone.device),
+                torch.from_numpy(piece.weights).to(self.backbone.device),
             )
-        weights = torch.from_numpy(piece.weights).to(device)
-        if piece.update == 0 and "log_ratio" in metrics:
-            metrics["first_log_ratio"] = metrics["log_ratio"]  # weights are still those of the rollout: must be 0
-        for name, values in {"loss": loss.detach(), **metrics}.items():
-            _add(
-                sums, name, float((values * weights).sum()), float(weights.sum()), float((values * weights).abs().max())
-            )
-        return (loss * weights).sum()
+            for piece in mine
+        ]
+
+    def values(self, *data: Record | Condition) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """The critic's values [B, N, R] of every recorded state of each record, and the rollout's noise levels [N + 1].
+        `data` alternates records and conditions; a chunk is always one batch, so results do not depend on the rank."""
+        found = []
+        for record, condition in zip(data[::2], data[1::2], strict=True):
+            text = TextBatch.build([condition] * len(record.x0), None, self.backbone.device)
+            found.append(self.critic.values(record, text))
+        return found, data[0].sigmas if data else None
+
+    def critic_state(self) -> dict[str, np.ndarray]:
+        """The critic's weights by name."""
+        return {name: value.float().cpu().numpy() for name, value in self.critic.critic.state().items()}
 
     @cached_property
     def probe(self) -> TrustProbe:
@@ -213,20 +272,3 @@ class Learner:
         if self.rank:
             return None, None
         return publish({name: value.float().cpu().numpy() for name, value in state.items()}, version)
-
-
-def _add(sums: dict[str, list[float]], name: str, value: float, weight: float, largest: float | None = None) -> None:
-    entry = sums.setdefault(name, [0.0, 0.0, 0.0])
-    entry[0] += value
-    entry[1] += weight
-    entry[2] = max(entry[2], abs(value) if largest is None else largest)
-
-
-def merge(ranks: list[dict[str, tuple[float, float, float]]]) -> dict[str, tuple[float, float]]:
-    """(mean, largest magnitude) of each metric over all ranks."""
-    merged = {}
-    for name in ranks[0]:
-        entries = [rank[name] for rank in ranks]
-        weight = sum(entry[1] for entry in entries)
-        merged[name] = (sum(entry[0] for entry in entries) / max(weight, 1e-9), max(entry[2] for entry in entries))
-    return merged

@@ -21,7 +21,7 @@ class Creditor:
         shaping = config.advantage.shaping
         self.trust = TrustRegion(shaping) if shaping and shaping.gamma == "adaptive" else None
 
-    def assign(self, step: int, drawn: list[Drawn]) -> Credit:
+    def assign(self, step: int, drawn: list[Drawn], values: None = None) -> Credit:
         """Advantages [P, M] of a step from all its scores; groups are the rows."""
         arguments = self._arguments(step, drawn)
         return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)

@@ -18,7 +18,7 @@ from align_cluster.cluster.workers import make_reward_worker, make_sampler
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import cut, share, total_weight
-from align_cluster.learner.worker import merge
+from align_cluster.learner.sums import merge
 from align_cluster.loop.scoring import Scoring
 from align_cluster.rewards.mix import beside
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
@@ -146,6 +146,7 @@ class Crew:
             self.algorithm.needs_means,
             rollout.schedule,
             self.config.exploration.rho if self.config.conditions > 1 else 1.0,
+            self.algorithm.needs_path,
         )
 
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:
@@ -200,28 +201,46 @@ class Crew:
         """Images of drawn chunks, uint8 [N, H, W, 3]."""
         return np.concatenate(ray.get([item.images for item in drawn]))
 
+    def values(self, drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray]:
+        """The critic's values [S, N, R] of all states of all samples of a step, and the noise levels [N + 1]."""
+        shares = [
+            [ref for item in drawn[rank :: self.plan.learners] for ref in (item.record, self._condition(item))]
+            for rank in range(self.plan.learners)
+        ]
+        answers = self.learners.values(shares)
+        found: list[np.ndarray] = [None] * len(drawn)
+        for rank, (values, _) in enumerate(answers):
+            found[rank :: self.plan.learners] = values
+        return np.concatenate(found), answers[0][1]
+
+    def _condition(self, item: Drawn) -> Any:
+        return self.conditions[item.info.chunk.prompt.text]
+
     def update(self, step: int, drawn: list[Drawn], credit: Credit) -> dict[str, tuple[float, float]]:
         """One step of the learner: (mean, largest magnitude) of each of its metrics over all ranks."""
         sizes = np.cumsum([len(item.info.chunk.seeds) for item in drawn])[:-1]
+
+        def by_chunk(table: np.ndarray) -> list[np.ndarray]:
+            return np.split(table.reshape(-1, *table.shape[2:]), sizes)
+
         pieces = cut(
             [item.info.chunk for item in drawn],
-            np.split(credit.advantages.ravel(), sizes),
-            np.split(credit.valid.ravel(), sizes),
+            by_chunk(credit.advantages),
+            by_chunk(credit.valid),
             self.config.learner.updates_per_step,
             self.plan.micro_batch,
-            seed=step_seed(self.config, step),
+            step_seed(self.config, step),
+            {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)} if self.algorithm.critic else None,
         )
         shares = []
         for rank in range(self.plan.learners):
             mine, sources = share(pieces, rank, self.plan.learners)
             data = [
-                reference
-                for source in sources
-                for reference in (drawn[source].record, self.conditions[drawn[source].info.chunk.prompt.text])
+                reference for source in sources for reference in (drawn[source].record, self._condition(drawn[source]))
             ]
             shares.append((mine, data))
         null = self.conditions.get("") if self.config.rollout.guidance > 1 else None
-        return merge(self.learners.update(step, shares, total_weight(pieces), null))
+        return merge(self.learners.update(step, shares, total_weight(pieces), null, credit.actor))
 
     def publish(self, source: str) -> Sync:
         """Send the learner's "behaviour" or "evaluation" adapter to all samplers and prove that it arrived."""

@@ -13,6 +13,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.credit import Creditor
 from align_cluster.loop.crew import Crew
+from align_cluster.loop.critic_credit import CriticCreditor, save_critic
 from align_cluster.loop.evaluation import Evaluation
 from align_cluster.loop.summary import step_metrics, summary
 from align_cluster.observe.progress import Progress, table
@@ -23,6 +24,7 @@ from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import Chunk, Prompt, UserError
 
+CREDITORS = {False: Creditor, True: CriticCreditor}
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
@@ -44,7 +46,7 @@ def train(config: RunConfig, out: Path) -> Path:
                     before = evaluation.first()
                 crew.learners.ready()
                 crew.publish("behaviour")
-                self_check, creditor = None, Creditor(config)
+                self_check, creditor = None, CREDITORS[bool(crew.algorithm.critic)](config)
                 for step in range(config.steps):
                     clock.next_step()
                     chunks = plan_chunks(config, prompts, step, plan)
@@ -56,12 +58,12 @@ def train(config: RunConfig, out: Path) -> Path:
                     for stage, seconds in times.items():
                         clock.add(stage, seconds)
                     with clock.stage("credit"):
-                        learned = creditor.assign(step, drawn)
+                        values = crew.values(drawn) if crew.algorithm.critic else None
+                        learned = creditor.assign(step, drawn, values)
                     with clock.stage("update"):
                         trained = crew.update(step, drawn, learned)
                         explored |= creditor.observe(step, drawn, trained)
-                    if step == 0:
-                        self_check = check_ratio(config, trained)
+                    self_check = self_check or check_ratio(config, trained)
                     with clock.stage("publish"):
                         sync = crew.publish("behaviour")
                     values = explored | crew.scored | step_metrics(config, drawn, learned, trained, clock.step, sync)
@@ -72,6 +74,8 @@ def train(config: RunConfig, out: Path) -> Path:
                             evaluation.between(step + 1)
                 with clock.stage("evaluate"):
                     sync, after = evaluation.last(config.steps)
+                if crew.algorithm.critic:
+                    save_critic(run, config, crew.learners.critic_state(), creditor)
             lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(crew.adapter(sync), run.lora)
             facts = summary(config, evaluation.headline, before, after, crew, clock, sync, lora, self_check)
             write_json(run.summary, facts)

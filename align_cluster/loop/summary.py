@@ -19,6 +19,7 @@ LARGEST = {
     "log_ratio": "train/log_ratio_max",
     "first_log_ratio": "train/first_log_ratio_max",
     "grad_norm": "train/grad_norm",
+    "critic_grad_norm": "train/critic_grad_norm",
 }
 MEAN = {
     "loss": "train/loss",
@@ -26,6 +27,7 @@ MEAN = {
     "clip_high": "train/clip_high",
     "clip_low": "train/clip_low",
     "old_gap": "train/old_gap",
+    "value_loss": "train/value_loss",
     "lr": "lr",
     "seconds": "time/learner",
 }

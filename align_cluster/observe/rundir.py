@@ -61,6 +61,7 @@ class RunDir:
         self.grid_prompts = self.grids / "prompts.json"
         self.tensorboard = self.path / "tensorboard"
         self.lora = self.path / "lora"
+        self.critic = self.path / "critic"
         self.lora_weights = self.lora / "pytorch_lora_weights.safetensors"
         self.report = self.path / "report.html"
 

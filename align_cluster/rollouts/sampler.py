@@ -29,7 +29,8 @@ class DrawRequest:
     """How to draw: the same for all chunks of a step.
 
     `version` names the weights, `window` the denoising steps that are noisy and those to record. `means` asks for the
-    means of the recorded densities. `rho` is E2PO's share of the noise range in which perturbed conditions hold.
+    means of the recorded densities, `path` for records of all steps, trained or not. `rho` is E2PO's share of the noise
+    range in which perturbed conditions hold.
     """
 
     version: int
@@ -40,6 +41,7 @@ class DrawRequest:
     means: bool = False
     schedule: Section = SCHEDULES["native"].Config()
     rho: float = 1.0
+    path: bool = False
 
 
 class Sampler:
@@ -112,7 +114,7 @@ class Sampler:
             )
         started = time.perf_counter()
         step = STEPS[request.step.kind](request.step, self.sigmas(request), self.backbone.prediction)
-        indices = recorded_indices(chunk, request.window)
+        indices, slots = recorded_indices(chunk, request)
         velocity, policy = self._velocities(chunk, condition, null, request, perturbation)
         path = denoise(
             velocity,
@@ -129,7 +131,7 @@ class Sampler:
         images = self.backbone.decode(path.x0)
         kept = (path.before, path.after, path.log_probs, path.means)
         arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in kept]
-        record = Record(chunk, self.version, path.x0.cpu().numpy(), step.sigmas, indices, *arrays)
+        record = Record(chunk, self.version, path.x0.cpu().numpy(), step.sigmas, indices, *arrays, slots)
         info = DrawInfo(
             chunk,
             self.version,
@@ -174,19 +176,25 @@ class Sampler:
         return explore, lambda x, sigma: guided(x, sigma) if weight(sigma) else None
 
 
-def recorded_indices(chunk: Chunk, window: Window | None) -> np.ndarray:
-    """Steps [B, K] that each member of a chunk records: the window's, or a choice of its own of `keep` of them."""
+def recorded_indices(chunk: Chunk, request: DrawRequest) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Steps [B, K] that each member of a chunk records, and which of the K are trained: all of the window's, or of a
+    choice of its own of `keep` of them; with `path` every step of the rollout is recorded."""
+    window, count = request.window, len(chunk.seeds)
     if window is None:
-        return np.empty((len(chunk.seeds), 0), dtype=np.int64)
+        return np.empty((count, 0), dtype=np.int64), ()
+    if request.path:
+        return np.tile(np.arange(request.steps), (count, 1)), window.trained
+    slots = tuple(range(window.keep))
     if window.keep == len(window.trained):
-        return np.tile(np.array(window.trained, dtype=np.int64), (len(chunk.seeds), 1))
+        return np.tile(np.array(window.trained, dtype=np.int64), (count, 1)), slots
     choices = [random.Random(seed).sample(window.trained, window.keep) for seed in chunk.seeds]
-    return np.array(choices, dtype=np.int64)
+    return np.array(choices, dtype=np.int64), slots
 
 
 def fingerprint(chunk: Chunk, request: DrawRequest, condition_key: str, perturbation_key: str | None = None) -> str:
     """Hash of everything that decides a draw; the driver compares the one that comes back with its own."""
     settings = (request.step.model_dump_json(), request.schedule.model_dump_json())
     facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means, request.rho)
+    facts += (request.path,)
     members = (chunk.seeds, chunk.noises, chunk.variants, condition_key, perturbation_key)
     return hashlib.blake2b(repr((facts, members)).encode(), digest_size=8).hexdigest()

@@ -3,7 +3,8 @@ import math
 import pytest
 
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.worker import Learner, merge
+from align_cluster.learner.sums import merge
+from align_cluster.learner.worker import Learner
 
 STEPS = 10
 

@@ -40,7 +40,8 @@ def test_every_embedded_run_file_has_the_full_size_one_beside_it(twin):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_every_embedded_run_file_takes_two_steps(name, train):
-    config = load(CONFIGS / f"{name}.yaml", [f"name={name}", *SMALL])
+    at_once = ["algorithm.warm_up.updates=0"] if name == "embedded_critic" else []  # or the actor would wait
+    config = load(CONFIGS / f"{name}.yaml", [f"name={name}", *SMALL, *at_once])
     run = train(config)
     rows = read_jsonl(RunDir(run.path).metrics)
     assert [row["step"] for row in rows] == [1, 2]

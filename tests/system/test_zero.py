@@ -18,7 +18,7 @@ from align_cluster.algorithms.base import Batch, Policy
 from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.learner.batching import share
-from align_cluster.learner.worker import merge
+from align_cluster.learner.sums import merge
 from align_cluster.rollouts.steps import FlowSde
 from align_cluster.weights import view
 

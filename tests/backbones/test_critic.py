@@ -1,0 +1,127 @@
+"""The critic's values on every backbone: where gradients go, and that nothing of the actor changes."""
+
+import pytest
+import torch
+
+from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.backbones.base import CriticSection
+from align_cluster.backbones.critic import Critic, CriticHead
+
+from .contract import Case
+
+SMALL = {"width": 16, "heads": 2}
+
+
+def inputs(backbone, count=3):
+    generator = torch.Generator().manual_seed(1)
+    (condition,) = backbone.encode(["a photo of a red circle"])
+    x = torch.randn(count, *backbone.latent_shape, generator=generator)
+    sigma = torch.linspace(0.2, 0.9, count)
+    if not backbone.flow:
+        sigma = torch.tensor(backbone.sigmas(count)[:-1], dtype=torch.float32)
+    sequence, pooled = (
+        torch.tensor(part)[None].expand(count, *part.shape) for part in (condition.sequence, condition.pooled)
+    )
+    return x, sigma, sequence, pooled
+
+
+def shake(critic, seed=5):
+    """Random weights everywhere, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in critic.trainable:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="module", params=list(BACKBONES))
+def case(request, tiny_pipeline):
+    made = Case(request.param, tiny_pipeline(request.param))
+    return made.backbone(lora={"rank": 2, "alpha": 4})
+
+
+@pytest.fixture
+def actor(case):
+    return add_adapters(case, case.load_denoiser(), ("default", "critic"))
+
+
+@pytest.mark.parametrize("features", ["lora", "frozen", "copy"])
+def test_a_new_critic_says_zero_and_a_trained_one_tells_latents_levels_and_texts_apart(case, actor, features):
+    critic = Critic(case, actor, 2, CriticSection(features=features, **SMALL))
+    x, sigma, sequence, pooled = inputs(case)
+    assert critic(x, sigma, sequence, pooled).shape == (3, 2) and not critic(x, sigma, sequence, pooled).any()
+    shake(critic)
+    values = critic(x, sigma, sequence, pooled)
+    for other in (
+        critic(x + 1, sigma, sequence, pooled),
+        critic(x, sigma.flip(0), sequence, pooled),
+        critic(x, sigma, sequence + 1, pooled),
+    ):
+        assert (values - other).abs().max() > 1e-5
+    alone = torch.cat([critic(*(part[row : row + 1] for part in (x, sigma, sequence, pooled))) for row in range(3)])
+    torch.testing.assert_close(values, alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", ["lora", "frozen"])
+def test_the_critics_gradient_reaches_no_weight_of_the_actor_and_the_actors_none_of_the_critic(case, actor, features):
+    critic = Critic(case, actor, 1, CriticSection(features=features, **SMALL))
+    shake(critic)
+    x, sigma, sequence, pooled = inputs(case)
+    critic(x, sigma, sequence, pooled).sum().backward()
+    default, own = adapter_parameters(actor, "default"), adapter_parameters(actor, "critic")
+    assert all(parameter.grad is None for parameter in default.values())
+    reached = [parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in own.values()]
+    assert any(reached) == (features == "lora")
+    assert all(parameter.grad is None for name, parameter in actor.named_parameters() if "lora_" not in name)
+    for parameter in actor.parameters():
+        parameter.grad = None
+    case.velocity(actor, x, sigma, sequence, pooled).sum().backward()
+    assert all(parameter.grad is None for parameter in own.values())
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in default.values())
+
+
+def test_the_gradient_to_the_latent_is_that_of_finite_differences(case, actor):
+    critic = Critic(case, actor, 1, CriticSection(**SMALL))
+    shake(critic)
+    x, sigma, sequence, pooled = (part.double() if part.ndim > 1 else part for part in inputs(case, 1))
+    x, sequence, pooled = x.float(), sequence.float(), pooled.float()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    direction /= direction.norm()
+    x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(critic(x, sigma, sequence, pooled).sum(), x)
+    with torch.no_grad():
+        up, down = (critic(x + sign * 0.05 * direction, sigma, sequence, pooled).double() for sign in (1, -1))
+    slope = float((up - down).sum() / 0.1)
+    assert slope == pytest.approx(float((gradient * direction).sum()), rel=0.05, abs=2e-3)
+
+
+def test_the_actors_velocity_is_the_same_with_a_critic_beside_it(case, actor):
+    bare = case.velocity(case.load_denoiser(), *inputs(case))
+    critic = Critic(case, actor, 1, CriticSection(**SMALL))
+    shake(critic)
+    critic(*inputs(case))
+    assert torch.equal(case.velocity(actor, *inputs(case)), bare)
+
+
+def test_a_state_restores_the_values_and_another_critics_is_refused(case, actor):
+    critic = Critic(case, actor, 1, CriticSection(**SMALL))
+    shake(critic)
+    state = {name: value.clone() for name, value in critic.state().items()}
+    values = critic(*inputs(case))
+    shake(critic, 6)
+    critic.restore(state)
+    assert torch.equal(critic(*inputs(case)), values)
+    other = Critic(case, actor, 2, CriticSection(**SMALL))
+    with pytest.raises(ValueError, match="does not match"):
+        other.restore(state)
+
+
+def test_the_head_weighs_tokens_by_what_they_say_and_not_by_where_they_stand():
+    torch.manual_seed(0)
+    head = CriticHead([12, 8], 3, 16, 2)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    layers, sigma = [torch.randn(4, 9, 12), torch.randn(4, 5, 8)], torch.rand(4)
+    order = torch.randperm(9)
+    torch.testing.assert_close(head(layers, sigma), head([layers[0][:, order], layers[1]], sigma), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,121 @@
+"""The critic's own training, on the real tiny network."""
+
+import numpy as np
+import pytest
+import torch
+
+from align_cluster.algorithms.base import Batch
+from align_cluster.algorithms.gae import explained_variance
+from align_cluster.algorithms.ppo import PPO
+from align_cluster.backbones.adapters import add_adapters
+from align_cluster.backbones.base import CriticSection
+from align_cluster.backbones.critic import Critic
+from align_cluster.backbones.sd3 import SD3
+from align_cluster.config.run import OptimizerConfig
+from align_cluster.learner.critic import CriticLearner
+from align_cluster.rollouts.guidance import TextBatch
+from align_cluster.types import Chunk, Prompt, Record
+
+SIGMAS = np.array([1.0, 0.7, 0.3, 0.1, 0.0])
+
+
+@pytest.fixture
+def learner(sd35):
+    torch.manual_seed(0)
+    actor = add_adapters(sd35, sd35.load_denoiser(), ("default", "critic"))
+    algorithm = PPO(PPO.Config(critic_lr=3e-3, value_clip=100))
+    return CriticLearner(Critic(sd35, actor, 1, CriticSection(width=32, heads=4)), algorithm, OptimizerConfig(), 1)
+
+
+@pytest.fixture(scope="module")
+def sd35(tiny_pipeline):
+    return SD3(SD3.Config(path=str(tiny_pipeline("sd3")), precision="fp32", lora={"rank": 4, "alpha": 8}))
+
+
+@pytest.fixture(scope="module")
+def condition(sd35):
+    return sd35.encode(["a photo of a red circle"])[0]
+
+
+def rollouts(condition, count: int, seed: int) -> tuple[Record, TextBatch, np.ndarray]:
+    """Noised latents at every level, and the rewards of what they were made of: the mean of a channel."""
+    rng = np.random.default_rng(seed)
+    x0 = rng.normal(size=(count, 4, 8, 8)).astype(np.float32) + rng.normal(size=(count, 4, 1, 1)).astype(np.float32)
+    noise = rng.normal(size=x0.shape).astype(np.float32)
+    path = np.stack([(1 - s) * x0 + s * noise for s in SIGMAS[:-1]], 1).astype(np.float32)
+    indices = np.tile(np.arange(4), (count, 1))
+    chunk = Chunk(0, 0, 0, Prompt(0, "p"), tuple(range(count)))
+    text = TextBatch.build([condition] * count, None, torch.device("cpu"))
+    rewards = x0[:, 0].mean((1, 2))
+    return Record(chunk, 1, x0, SIGMAS, indices, before=path), text, (rewards - rewards.mean()) / rewards.std()
+
+
+def batch(record: Record, rewards: np.ndarray, values: np.ndarray) -> Batch:
+    returns = torch.tensor(rewards, dtype=torch.float32)[:, None, None].expand(-1, 4, 1)
+    arrays = (torch.zeros(len(rewards), 4), torch.tensor(record.x0), record.sigmas, torch.tensor(record.indices))
+    path = torch.tensor(record.before)
+    return Batch(0, *arrays, path, None, None, None, lambda purpose: [], (), returns, torch.tensor(values))
+
+
+def test_it_learns_a_linear_reward_where_there_is_little_noise(learner, condition):
+    for update in range(60):
+        record, text, rewards = rollouts(condition, 16, update)
+        values = learner.values(record, text)
+        learner.update([(batch(record, rewards, values), text, torch.ones(16))], 1 / 16, {})
+    record, text, rewards = rollouts(condition, 64, 10_000)
+    known = [explained_variance(learner.values(record, text)[:, k, 0], rewards) for k in range(4)]
+    assert known[3] > 0.9 and known[2] > 0.8 and known[0] < 0.2
+    assert known == sorted(known)
+
+
+def test_an_update_is_the_gradient_step_of_the_mean_loss_over_samples_and_steps(learner, condition):
+    """By hand: plain autograd over all states at once, clipping, one step of AdamW."""
+    record, text, rewards = rollouts(condition, 6, 1)
+    values = learner.values(record, text)
+    critic, before = learner.critic, [parameter.detach().clone() for parameter in learner.critic.trainable]
+    weights = torch.tensor([1.0, 1, 0, 1, 1, 1])
+    given = batch(record, rewards, values)
+    losses = []
+    for k in range(4):
+        said = critic(given.before[:, k], torch.full((6,), float(SIGMAS[k])), text.sequence, text.pooled)
+        losses.append((0.5 * (said - given.returns[:, k]) ** 2)[:, 0] * weights)
+    gradients = torch.autograd.grad(torch.stack(losses).sum() / (4 * 5), critic.trainable, allow_unused=True)
+    sums: dict = {}
+    learner.update([(given, text, weights)], 1 / 5, sums)
+    norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+    assert sums["critic_grad_norm"][0] == pytest.approx(float(norm), rel=1e-4)
+    for parameter, old, gradient in zip(critic.trainable, before, gradients, strict=True):
+        clipped = torch.zeros_like(old) if gradient is None else gradient * min(1.0, 1.0 / float(norm))
+        step = clipped / (clipped.abs() + 1e-8)  # AdamW's first
+        expected = old * (1 - 3e-3 * OptimizerConfig().weight_decay) - 3e-3 * step
+        sure = clipped.abs() > 1e-5
+        torch.testing.assert_close(parameter.detach()[sure], expected[sure], rtol=1e-3, atol=1e-5)
+
+
+def test_cut_into_micro_batches_the_update_is_the_same(sd35, condition, learner):
+    record, text, rewards = rollouts(condition, 6, 2)
+    values = learner.values(record, text)
+    learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.1)  # AdamW's first step is all signs
+    start = {name: value.clone() for name, value in learner.critic.state().items()}
+    whole = batch(record, rewards, values)
+    learner.update([(whole, text, torch.ones(6))], 1 / 6, {})
+    together = {name: value.clone() for name, value in learner.critic.state().items()}
+    learner.critic.restore(start)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        piece = Record(record.chunk, 1, record.x0[rows], SIGMAS, record.indices[rows], before=record.before[rows])
+        own = TextBatch.build([condition] * (rows.stop - rows.start), None, torch.device("cpu"))
+        parts.append((batch(piece, rewards[rows], values[rows]), own, torch.ones(rows.stop - rows.start)))
+    learner.update(parts, 1 / 6, {})
+    for name, value in learner.critic.state().items():
+        torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(learner, condition):
+    record, text, rewards = rollouts(condition, 2, 3)
+    values = learner.values(record, text)
+    before = {name: value.clone() for name, value in learner.critic.state().items()}
+    record.before[0, 1] = np.nan
+    with pytest.raises(FloatingPointError, match="lower algorithm.critic_lr"):
+        learner.update([(batch(record, rewards, values), text, torch.ones(2))], 0.5, {})
+    assert all(torch.equal(value, before[name]) for name, value in learner.critic.state().items())

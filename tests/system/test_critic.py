@@ -1,0 +1,89 @@
+"""Actor-critic runs on Ray: one result for any number of workers, the warm-up, and what is left behind."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from align_cluster.config.check import check
+from align_cluster.observe.metrics import describe
+from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import read_jsonl
+from align_cluster.types import UserError
+
+PPO = (
+    *("rewards.geneval.weight=2", "rewards.clip.weight=-1", "rollout.group_size=2", "steps=3"),
+    *(
+        "algorithm.critic.width=32",
+        "algorithm.critic.heads=4",
+        "algorithm.critic_lr=3e-3",
+        "learner.updates_per_step=2",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def job(tiny):
+    return lambda *overrides: tiny("ppo", *PPO, "algorithm.warm_up.updates=2", *overrides)
+
+
+@pytest.fixture(scope="module")
+def done(job, train):
+    return train(job("cluster.learners=1"))
+
+
+def test_one_and_two_samplers_end_in_the_same_lora_and_the_same_critic(job, train, done):
+    other = train(job("cluster.learners=1", "cluster.samplers=1"))
+    assert other.summary["lora_checksum"] == done.summary["lora_checksum"]
+    ours, theirs = (load_file(RunDir(run.path).critic / "critic.safetensors") for run in (done, other))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
+
+
+def test_two_learner_ranks_train_the_same_critic_up_to_rounding(job, train, done):
+    other = train(job("cluster.learners=2"))
+    ours, theirs = (load_file(RunDir(run.path).critic / "critic.safetensors") for run in (done, other))
+    gap = np.sqrt(sum(((ours[name] - theirs[name]) ** 2).sum() for name in ours))
+    assert gap < 0.02 * np.sqrt(sum((value**2).sum() for value in ours.values()))
+
+
+def test_the_actor_waits_for_the_critic_and_begins_with_a_ratio_of_one(done):
+    rows = read_jsonl(RunDir(done.path).metrics)
+    assert [row["value/actor"] for row in rows] == [0, 1, 1]
+    assert "train/loss" not in rows[0] and math.isfinite(rows[1]["train/loss"])
+    assert all(math.isfinite(row["train/value_loss"]) and row["train/critic_grad_norm"] > 0 for row in rows)
+    assert all(describe(name) for row in rows for name in row.keys() - {"step", "seconds"})
+    assert {"value/clip/explained_variance/0.75-1", "value/clip/correlation/3", "advantage/step/0"} <= rows[2].keys()
+    assert done.summary["self_check"] == {"max_abs_log_ratio": 0.0}
+
+
+def test_a_run_leaves_its_critic_and_what_its_values_mean(done):
+    facts = json.loads((RunDir(done.path).critic / "critic.json").read_text())
+    assert facts["rewards"] == ["geneval", "clip"] and facts["critic"]["width"] == 32
+    assert facts["moments"]["clip"]["count"] == 3 * 2 * 2 and facts["warm"]
+    weights = load_file(RunDir(done.path).critic / "critic.safetensors")
+    assert weights["head.last.weight"].shape == (2, 32) and weights["head.last.weight"].any()
+
+
+def test_one_image_a_prompt_is_enough(job, train):
+    config = job(
+        "rollout.group_size=1", "prompts_per_step=4", "learner.updates_per_step=1", "algorithm.warm_up.updates=0"
+    )
+    assert check(config) == []
+    rows = read_jsonl(RunDir(train(config).path).metrics)
+    assert all(row["train/grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("learner.zero_stage=3", "learner.zero_stage is 3.*set it to 2 or less"),
+        ("algorithm.critic.heads=5", "algorithm.critic.width is 32, which 5 heads cannot share"),
+        ("rollout.window={kind: fraction, fraction: 0.5, choice: per_sample}", "rollout.window.choice is per_sample"),
+        ("rollout.step.kind=euler", "rollout.step.kind is euler, which has no density"),
+    ],
+)
+def test_what_a_critic_cannot_do_is_one_sentence(job, override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check(job(override))

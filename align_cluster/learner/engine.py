@@ -50,6 +50,8 @@ class Engine:
                 "zero_optimization": {
                     "stage": zero_stage,
                     "reduce_bucket_size": sum(p.numel() for p in self.trainable),
+                    # Its own linear layer rounds otherwise than torch's under autocast: ratios would not begin at 1.
+                    "memory_efficient_linear": False,
                 },
                 "zero_allow_untested_optimizer": True,
             },

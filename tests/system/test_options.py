@@ -30,3 +30,8 @@ def test_the_trust_region_is_measured_with_checkpointed_activations_too(tiny, tr
     adaptive = ("advantage.shaping.kind=slas", "advantage.shaping.gamma=adaptive", "advantage.shaping.refresh=1")
     one, two = (train(tiny("grpo", *adaptive, *more)) for more in ((), ("learner.gradient_checkpointing=true",)))
     assert one.summary["lora_checksum"] == two.summary["lora_checksum"]
+
+
+def test_a_base_that_is_cut_up_between_ranks_gives_a_ratio_of_one_in_bf16_too(tiny, train):
+    run = train(tiny("grpo", "backbone.precision=bf16", "learner.zero_stage=3", "cluster.learners=2"))
+    assert run.summary["self_check"] == {"max_abs_log_ratio": 0.0}

@@ -27,7 +27,7 @@ SIDE, IMAGES = 512, 32
 BATCH, REQUEST = 16, 4  # images that the model scores at once; images in a request, which share a prompt
 TEXTS = [record["prompt"] for record in scene.prompts("position", "held_out")[: IMAGES // REQUEST]]
 NICENESS = 15  # Ray's worker_niceness, or others on the machine would slow its workers only
-WINDOW_S = 3.0  # of which a p95 is taken while a replica is missing
+WINDOW_S, TICK_S = 3.0, 0.1  # around a kill: a p95 is of the requests of the last 3 s, and is taken ten times a second
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,10 @@ def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
 
 
 def disturbance(asked: list[Asked], killed: float, lost: list[str]) -> dict[str, Any]:
-    """How requests around the moment `killed` differ from those that had their answer before."""
+    """How requests around the moment `killed` differ from those that had their answer before.
+
+    `slow_s` is how long the p95 is above twice its normal value; `recovered` says that it no longer is at the end.
+    """
     before = [answer for answer in asked if answer.due + answer.seconds < killed]
     after = [answer for answer in asked if answer.due + answer.seconds >= killed]
     p50, p95 = np.percentile([answer.seconds for answer in before], (50, 95))
@@ -221,13 +224,14 @@ def disturbance(asked: list[Asked], killed: float, lost: list[str]) -> dict[str,
         "slow_requests": sum(bool(answer.seconds > 2 * p95) for answer in after),
         "slow_s": slow_seconds(asked, 2 * p95, killed - WINDOW_S, end),
         "slow_before_s": slow_seconds(before, 2 * p95, begin, killed),
+        "recovered": not slow_seconds(asked, 2 * p95, end, end + TICK_S),
     }
 
 
 def slow_seconds(asked: list[Asked], limit: float, begin: float, end: float) -> float:
     """For how long the p95 of the requests of the last WINDOW_S is above `limit` seconds."""
-    tick, slow = 0.1, 0
-    for now in np.arange(begin, end, tick):
+    slow = 0
+    for now in np.arange(begin, end, TICK_S):
         recent = [answer.seconds for answer in asked if now - WINDOW_S < answer.due <= now]
         slow += bool(recent) and np.percentile(recent, 95) > limit
-    return tick * slow
+    return TICK_S * slow

@@ -76,6 +76,7 @@ def test_requests_that_were_in_work_when_the_replica_died_are_no_part_of_the_nor
     found = disturbance(asked, 10.2, ["lost one"])
     assert found["normal_p95_ms"] == pytest.approx(100) and found["slow_requests"] == 5 and found["lost"] == 1
     assert found["slow_before_s"] == 0 and found["slow_s"] > 3 and found["slowest_ms"] == pytest.approx(5000)
+    assert found["recovered"] and not disturbance(asked[:110], 10.2, [])["recovered"]
 
 
 @pytest.mark.slow

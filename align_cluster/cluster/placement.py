@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from align_cluster.config.plan import Plan
+from align_cluster.config.plan import HALF, Plan
 from align_cluster.config.run import ClusterConfig
 from align_cluster.types import UserError
 
@@ -51,14 +51,13 @@ def reward_role(pool: str) -> str:
 def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
     """What the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
 
-    Samplers and a learner rank that take turns share a bundle, and with it a GPU. A bundle with a learner holds a whole
-    GPU: Ray would put two half ones on the same device, where NCCL refuses two ranks.
+    Samplers and a learner rank that take turns share a bundle, and with it a GPU, and with them reward workers that ask
+    for a small part of one. A bundle with a learner holds a whole GPU: Ray would put two half ones on the same device,
+    where NCCL refuses two ranks.
     """
-    alone = plan.sampler_gpus == 1
-    together = int(0.5 / plan.sampler_gpus + 1e-6) if 0 < plan.sampler_gpus < 1 else 1
-    first_learner = plan.samplers if alone else 0
+    first_learner = plan.samplers if plan.apart else 0
     places = {
-        "sampler": [index // together for index in range(plan.samplers)],
+        "sampler": [index // plan.together for index in range(plan.samplers)],
         "learner": [first_learner + index for index in range(plan.learners)],
     }
     bundles: list[dict[str, float]] = [{"CPU": 0.0} for _ in range(1 + max(places["sampler"] + places["learner"]))]
@@ -66,12 +65,19 @@ def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
     for role, indices in places.items():
         for index in indices:
             bundles[index]["CPU"] = round(bundles[index]["CPU"] + cpus[role], 4)
-    if plan.learner_gpus:
-        for index in places["sampler"] + places["learner"]:
-            bundles[index]["GPU"] = 1.0 if alone or index in places["learner"] else 0.5
+    if plan.gpus:
+        for index, bundle in enumerate(bundles):
+            bundle["GPU"] = 1.0 if plan.apart or index in places["learner"] else HALF
+    hosts, guests = plan.samplers if plan.apart else len(bundles), 0
     for pool in plan.reward_pools:
-        places[reward_role(pool.name)] = list(range(len(bundles), len(bundles) + pool.workers))
-        bundles += [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {}) for _ in range(pool.workers)]
+        if pool.beside:
+            places[reward_role(pool.name)] = [(guests + index) % hosts for index in range(pool.workers)]
+            guests += pool.workers
+            for index in places[reward_role(pool.name)]:
+                bundles[index]["CPU"] = round(bundles[index]["CPU"] + pool.cpus, 4)
+        else:
+            places[reward_role(pool.name)] = list(range(len(bundles), len(bundles) + pool.workers))
+            bundles += [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {}) for _ in range(pool.workers)]
     return bundles, places
 
 

@@ -14,6 +14,9 @@ from align_cluster.types import UserError
 # In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
 TURN = 0.45
 REST = 1 - 2 * TURN
+# Of a GPU, a learner rank asks for one half; samplers and rewards that ask for less than a half share the other one.
+HALF = 0.5
+LEAST = 0.05  # what must be left of it for samplers
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class RewardPool:
     ordered: bool = True
     pip: tuple[str, ...] = ()
 
+    @property
+    def beside(self) -> bool:
+        """Whether its workers share GPUs with samplers."""
+        return 0 < self.gpus < HALF
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -37,6 +45,7 @@ class Plan:
 
     `micro_batch` is in images; `micro_batches` are those of one learner in one update, each visited `turns` times.
     `rollout_calls` are the forward passes of the denoiser, with a whole chunk each, that a step's images take.
+    `gpus` are those that samplers and learners use; `together` samplers share one, or a learner rank's place.
     `notes` say where a setting could not be followed, or costs speed.
     """
 
@@ -48,6 +57,8 @@ class Plan:
     learner_cpus: float
     sampler_gpus: float
     learner_gpus: float
+    gpus: int
+    together: int
     chunk: int
     micro_batch: int
     images_per_step: int
@@ -63,12 +74,18 @@ class Plan:
         """Of all pools."""
         return sum(pool.workers for pool in self.reward_pools)
 
+    @property
+    def apart(self) -> bool:
+        """Whether a learner rank has its GPU to itself."""
+        return self.learner_gpus == 1
+
 
 def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     """Plan a run on `cores` CPU cores and `gpus` GPUs in all. Counts in `config.cluster` win over derived ones.
 
-    On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does.
-    Raises UserError where stated counts cannot work.
+    On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does. Reward workers
+    that ask for less than half a GPU share one with samplers; the others have GPUs of their own. Raises UserError where
+    stated counts cannot work.
     """
     rollout, cluster, notes = config.rollout, config.cluster, []
     chunk = rollout.chunk or rollout.group_size
@@ -77,13 +94,15 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     updates = config.learner.updates_per_step
     per_update = math.ceil(chunks / updates) * math.ceil(chunk / micro_batch)
 
-    wanted = sum(reward.pool.workers * reward.pool.gpus for reward in config.rewards.values() if reward.pool)
-    if wanted and gpus <= wanted:
+    asked = [reward.pool.gpus for reward in config.rewards.values() if reward.pool for _ in range(reward.pool.workers)]
+    own = math.ceil(sum(share for share in asked if share >= HALF))
+    beside = [share for share in asked if 0 < share < HALF]
+    if gpus <= own and any(asked):
         raise UserError(
-            f"rewards ask for {wanted:g} GPUs in their pools, and there are {gpus}, of which training needs one; "
-            "lower rewards.<name>.pool.gpus"
+            f"rewards ask for {sum(asked):g} GPUs in their pools, and there are {gpus}, of which training needs one; "
+            "lower rewards.<name>.pool.gpus: workers that ask for less than 0.5 share GPUs with training"
         )
-    gpus -= math.ceil(wanted)
+    gpus -= own
     slots = gpus or max(1, cores // cluster.threads)
     samplers = cluster.samplers or min(slots, chunks)
     learners = cluster.learners or min(slots, per_update)
@@ -109,7 +128,15 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     sampler_cpus = _floor(min(share, cores * TURN / samplers))
     learner_cpus = _floor(min(share, cores * TURN / learners))
     left = cores - samplers * sampler_cpus - learners * learner_cpus
-    whole = gpus > 0 and samplers + learners <= gpus and bool(cluster.samplers or cluster.learners)
+    apart = gpus > 0 and samplers + learners <= gpus and bool(cluster.samplers or cluster.learners)
+    together = 1 if apart or not gpus else math.ceil(samplers / gpus)
+    hosts = samplers if apart else max(math.ceil(samplers / together), learners)
+    room, load = 1.0 if apart else HALF, max(sum(beside[host::hosts]) for host in range(hosts))
+    if room - load < LEAST:
+        raise UserError(
+            f"rewards ask for {load:g} of a GPU in their pools, and share it with samplers, to whom a learner leaves "
+            f"{room:g}; lower rewards.<name>.pool.gpus or workers"
+        )
     return Plan(
         samplers=samplers,
         learners=learners,
@@ -117,8 +144,10 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         threads=cluster.threads,
         sampler_cpus=sampler_cpus,
         learner_cpus=learner_cpus,
-        sampler_gpus=0.0 if not gpus else 1.0 if whole else _floor(0.5 / math.ceil(samplers / gpus)),
-        learner_gpus=0.0 if not gpus else 1.0 if whole else 0.5,
+        sampler_gpus=_floor((room - load) / together) if gpus else 0.0,
+        learner_gpus=room if gpus else 0.0,
+        gpus=gpus,
+        together=together,
         chunk=chunk,
         micro_batch=micro_batch,
         images_per_step=config.prompts_per_step * config.group_members,

@@ -27,7 +27,8 @@ class FailurePolicy(Section):
 
 
 class PoolSection(Section):
-    """Workers of a reward's own, each with `cpus` (null: a share of what is left) and `gpus`, fractions allowed.
+    """Workers of a reward's own, each with `cpus` (null: a share of what is left) and `gpus`. Workers that ask for less
+    than 0.5 of a GPU share one with samplers, where there is room; the others have GPUs of their own.
 
     While a backlog grows, up to `max_workers` work, where the cluster has room. `batch` images are scored at a time:
     consecutive chunks of the step with `ordered`, whatever waits with `dynamic`, which never waits for a late chunk,

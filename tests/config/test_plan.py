@@ -1,11 +1,15 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from align_cluster.config.load import load
 from align_cluster.config.plan import derive, table
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import Prompt, UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def total_cpus(plan):
@@ -141,12 +145,41 @@ def test_a_reward_with_a_pool_gets_workers_of_its_own_and_the_others_share(run_c
     assert total_cpus(plan) <= 16
 
 
-def test_gpus_of_reward_pools_are_taken_from_training(run_config):
-    half = ("rewards.judge.pool.workers=2", "rewards.judge.pool.gpus=0.5", "prompts_per_step=48")
-    plan = derive(run_config(*half), 64, 8)
-    assert (plan.samplers, plan.learners) == (7, 7) and plan.reward_pools[0].gpus == 0.5
-    with pytest.raises(UserError, match="rewards ask for 1 GPUs in their pools, and there are 1.*pool.gpus"):
-        derive(run_config(*half), 64, 1)
+def pool(workers, gpus, reward="judge"):
+    return f"rewards.{reward}.pool.workers={workers}", f"rewards.{reward}.pool.gpus={gpus}"
+
+
+def test_reward_workers_that_ask_for_half_a_gpu_or_more_have_gpus_of_their_own(run_config):
+    plan = derive(run_config(*pool(2, 0.5), "prompts_per_step=48"), 64, 8)
+    assert (plan.samplers, plan.learners, plan.gpus) == (7, 7, 7) and not plan.reward_pools[0].beside
+    with pytest.raises(UserError, match="rewards ask for 1 GPUs in their pools, and there are 1.*less than 0.5 share"):
+        derive(run_config(*pool(2, 0.5)), 64, 1)
+    with pytest.raises(UserError, match="rewards ask for 0.2 GPUs in their pools, and there are 0"):
+        derive(run_config(*pool(1, 0.2)), 64, 0)
+    with pytest.raises(UserError, match="rewards ask for 0.5 GPUs in their pools, and there are 1"):
+        derive(run_config(*pool(1, 0.5)), 64, 1)
+
+
+def test_reward_workers_that_ask_for_less_share_the_samplers_half(run_config):
+    plan = derive(run_config(*pool(2, 0.2)), 8, 1)
+    assert (plan.gpus, plan.samplers, plan.learners) == (1, 1, 1) and plan.reward_pools[0].beside
+    assert (plan.sampler_gpus, plan.learner_gpus) == (pytest.approx(0.1), 0.5)
+    plan = derive(run_config(*pool(3, 0.2), "prompts_per_step=48"), 64, 2)
+    assert (plan.gpus, plan.sampler_gpus) == (2, pytest.approx(0.1)), "one of two GPUs has two of the three workers"
+    plan = derive(run_config(*pool(1, 0.4), "cluster.samplers=1", "cluster.learners=1"), 8, 2)
+    assert (plan.sampler_gpus, plan.learner_gpus) == (pytest.approx(0.6), 1)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("sd*.yaml")), ids=lambda path: path.stem)
+def test_the_run_files_of_stable_diffusion_plan_on_one_gpu(path):
+    plan = derive(load(path, []), 16, 1)
+    assert (plan.samplers, plan.learners, plan.gpus) == (1, 1, 1)
+
+
+def test_reward_workers_that_leave_samplers_nothing_of_a_gpu_are_refused(run_config):
+    derive(run_config(*pool(3, 0.15)), 8, 1)
+    with pytest.raises(UserError, match="rewards ask for 0.48 of a GPU.*a learner leaves 0.5; lower.*pool.gpus"):
+        derive(run_config(*pool(3, 0.16)), 8, 1)
 
 
 def test_reward_pools_that_leave_no_cores_are_refused(run_config):

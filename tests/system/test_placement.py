@@ -48,6 +48,20 @@ def reserved(bundles: list[dict], places: dict[str, list[int]], plan: Plan) -> b
         (64, 3, ("prompts_per_step=16", "cluster.samplers=1", "cluster.learners=3")),
         (16, 0, ("rewards.clip.pool.workers=2", "rewards.geneval.pool.cpus=0.5")),
         (64, 3, ("prompts_per_step=16", "rewards.clip.pool.workers=2", "rewards.clip.pool.gpus=0.5")),
+        (8, 1, ("rewards.clip.pool.workers=2", "rewards.clip.pool.gpus=0.2")),
+        (8, 1, ("cluster.samplers=3", "rewards.clip.pool.workers=3", "rewards.clip.pool.gpus=0.1")),
+        (64, 4, ("prompts_per_step=16", "rewards.clip.pool.workers=6", "rewards.clip.pool.gpus=0.2")),
+        (
+            64,
+            3,
+            ("cluster.samplers=1", "cluster.learners=3", "rewards.clip.pool.workers=3", "rewards.clip.pool.gpus=0.3"),
+        ),
+        (
+            64,
+            4,
+            ("cluster.samplers=2", "cluster.learners=2", "rewards.clip.pool.workers=3", "rewards.clip.pool.gpus=0.4"),
+        ),
+        (64, 2, ("rewards.clip.pool.gpus=0.4", "rewards.geneval.pool.gpus=0.3")),
     ],
 )
 def test_every_worker_has_room_and_every_learner_rank_a_gpu_of_its_own(plan, cores, gpus, overrides):
@@ -86,9 +100,9 @@ def test_a_run_on_a_busy_cluster_fails_within_seconds(tiny, plan, local_ray, tmp
         assert len(places["sampler"]) == 2
 
 
-def test_ray_puts_each_learner_rank_on_another_gpu_than_the_next(tmp_path):
+def test_ray_puts_each_learner_rank_on_another_gpu_than_the_next_and_rewards_beside_them(tmp_path):
     done = subprocess.run([sys.executable, "-c", TWO_GPUS], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.stdout.split() == ["[0,", "1]", "[0,", "1]"], done.stderr
+    assert done.stdout.split() == ["[0,", "1]"] * 3, done.stderr
 
 
 ROOT = Path(__file__).parents[2]
@@ -102,10 +116,10 @@ import ray
 with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp", ignore_cleanup_errors=True) as folder:
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder,
              object_store_memory=100_000_000)
-    plan = derive(load("tests/system/tiny.yaml", []), 4, 2)
+    plan = derive(load("tests/system/tiny.yaml", ["rewards.clip.pool.workers=2", "rewards.clip.pool.gpus=0.2"]), 4, 2)
     gpu = ray.remote(lambda: ray.get_gpu_ids()[0])
     with reserve(plan) as places:
-        for role, share in (("sampler", plan.sampler_gpus), ("learner", plan.learner_gpus)):
+        for role, share in (("sampler", plan.sampler_gpus), ("learner", plan.learner_gpus), ("reward clip", 0.2)):
             options = [{"num_cpus": 0.1, "num_gpus": share, "scheduling_strategy": place} for place in places[role]]
             print(ray.get([gpu.options(**each).remote() for each in options]))
     ray.shutdown()

@@ -99,7 +99,7 @@ class Record:
     after        [B, K, C, H, W] latents that they drew
     log_probs    [B, K]          log-density of `after` under the policy and the original condition
     means        [B, K, C, H, W] mean of that density, where the algorithm asks for it
-    slots        which of the K are trained; a whole path holds others too
+    slots        which of the K are trained (left out: all); a whole path holds others too
     """
 
     chunk: Chunk
@@ -111,7 +111,11 @@ class Record:
     after: np.ndarray | None = None
     log_probs: np.ndarray | None = None
     means: np.ndarray | None = None
-    slots: tuple[int, ...] = ()
+    slots: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots is None:
+            object.__setattr__(self, "slots", tuple(range(self.indices.shape[1])))
 
 
 FailureKind = Literal["timeout", "oom", "bad_input", "model_error", "unavailable"]

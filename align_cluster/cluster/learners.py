@@ -78,7 +78,7 @@ class LearnerGroup:
     def update(self, step: int, shares: list[tuple], totals: dict[int, float], null: Any, actor: bool) -> list[dict]:
         """Run one step on all ranks; `shares` has (pieces, data references) for each."""
         refs = [
-            rank.update.remote(step, pieces, totals, null, actor, *data)
+            rank.update.remote(step, pieces, totals, null, *data, actor=actor)
             for rank, (pieces, data) in zip(self.ranks, shares, strict=True)
         ]
         return self.wait(refs)

@@ -60,8 +60,8 @@ class Learner:
         pieces: list[Piece],
         totals: dict[int, float],
         null: Condition | None,
-        actor: bool,
         *data: Record | Condition,
+        actor: bool = True,
     ) -> dict[str, tuple[float, float, float]]:
         """Run one step's updates. `data` alternates records and conditions, in the order of the pieces' `source`.
         Without `actor` only the critic learns.

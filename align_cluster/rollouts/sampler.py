@@ -114,7 +114,9 @@ class Sampler:
             )
         started = time.perf_counter()
         step = STEPS[request.step.kind](request.step, self.sigmas(request), self.backbone.prediction)
-        indices, slots = recorded_indices(chunk, request)
+        indices, slots = recorded_indices(chunk, request.window), None
+        if request.path:
+            indices, slots = np.tile(np.arange(request.steps), (len(chunk.seeds), 1)), request.window.trained
         velocity, policy = self._velocities(chunk, condition, null, request, perturbation)
         path = denoise(
             velocity,
@@ -176,19 +178,14 @@ class Sampler:
         return explore, lambda x, sigma: guided(x, sigma) if weight(sigma) else None
 
 
-def recorded_indices(chunk: Chunk, request: DrawRequest) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Steps [B, K] that each member of a chunk records, and which of the K are trained: all of the window's, or of a
-    choice of its own of `keep` of them; with `path` every step of the rollout is recorded."""
-    window, count = request.window, len(chunk.seeds)
+def recorded_indices(chunk: Chunk, window: Window | None) -> np.ndarray:
+    """Steps [B, K] that each member of a chunk records: the window's, or a choice of its own of `keep` of them."""
     if window is None:
-        return np.empty((count, 0), dtype=np.int64), ()
-    if request.path:
-        return np.tile(np.arange(request.steps), (count, 1)), window.trained
-    slots = tuple(range(window.keep))
+        return np.empty((len(chunk.seeds), 0), dtype=np.int64)
     if window.keep == len(window.trained):
-        return np.tile(np.array(window.trained, dtype=np.int64), (count, 1)), slots
+        return np.tile(np.array(window.trained, dtype=np.int64), (len(chunk.seeds), 1))
     choices = [random.Random(seed).sample(window.trained, window.keep) for seed in chunk.seeds]
-    return np.array(choices, dtype=np.int64), slots
+    return np.array(choices, dtype=np.int64)
 
 
 def fingerprint(chunk: Chunk, request: DrawRequest, condition_key: str, perturbation_key: str | None = None) -> str:

@@ -24,8 +24,8 @@ class LearnerRank:
     def build(self, *args: Any) -> None:
         self.learner = Learner(*args)
 
-    def update(self, *args: Any) -> Any:
-        return self.learner.update(*args)
+    def update(self, *args: Any, **options: Any) -> Any:
+        return self.learner.update(*args, **options)
 
     def publish(self, *args: Any) -> Any:
         return self.learner.publish(*args)

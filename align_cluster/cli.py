@@ -114,6 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--compare", choices=["base"], help="draw the base model too, from the same noise, side by side"
     )
+    sample.add_argument(
+        "--steer",
+        metavar="MODE",
+        help="steer by the run's critic: best_of_n, smc, guidance or guided_best_of_n; settings by --set steer.n=4",
+    )
     sample.add_argument("--no-score", action="store_true", help="leave the run's rewards out")
     sample.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: samples, then samples-2 ...)")
     evaluate = add(
@@ -230,8 +235,8 @@ def _config(args: argparse.Namespace) -> "RunConfig":
     return config
 
 
-def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None]:
-    """Config and LoRA file that CONFIG|RUN, --lora and --base name."""
+def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None, Path]:
+    """Config and LoRA file that CONFIG|RUN, --lora and --base name, and the folder that the config is in."""
     from align_cluster.config.load import load
     from align_cluster.evaluate.lora import find_config, find_lora
     from align_cluster.observe.rundir import RunDir
@@ -242,8 +247,8 @@ def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None]:
         raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
     target = Path(named or source or find_config(args.lora)).expanduser()
     lora = args.lora or (target if target.is_dir() and not args.base else None)
-    config = load(RunDir(target).config if target.is_dir() else target, args.set)
-    return config, find_lora(lora) if lora else None
+    file = RunDir(target).config if target.is_dir() else target
+    return load(file, args.set), find_lora(lora) if lora else None, file.parent
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -289,17 +294,33 @@ def _sample(args: argparse.Namespace) -> int:
     from itertools import count
 
     from align_cluster.evaluate.sample import Wanted, read_prompts, sample
+    from align_cluster.evaluate.steer import spent
 
-    prompts = read_prompts(args.prompt, args.prompts)
-    config, lora = _target(args)
-    wanted = Wanted(args.count, args.seed, args.steps, args.guidance, bool(args.compare), not args.no_score)
+    prompts, steer = read_prompts(args.prompt, args.prompts), _steering(args)
+    config, lora, run = _target(args)
+    scored = not args.no_score
+    wanted = Wanted(args.count, args.seed, args.steps, args.guidance, bool(args.compare), scored, steer, run)
     free = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
     out = args.out.expanduser() if args.out else next(path for path in free if not path.exists())
     drawn = sample(config, lora, prompts, out, wanted)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():
         print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
+    if steer:
+        print(f"{steer.kind}: {spent(drawn['steer']['compute'])}; plain sampling: {spent(drawn['steer']['plain'])}")
     return 0
+
+
+def _steering(args: argparse.Namespace) -> Any:
+    """Settings of --steer and --set steer.x=y, which leave `args.set`; None without them."""
+    from align_cluster.evaluate.steer import read_settings
+    from align_cluster.types import UserError
+
+    own = [override for override in args.set if override.startswith("steer.")]
+    args.set = [override for override in args.set if override not in own]
+    if own and not args.steer:
+        raise UserError(f"--set {own[0]} needs --steer with the name of a mode, such as --steer best_of_n")
+    return read_settings(args.steer, own) if args.steer else None
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -314,7 +335,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from align_cluster.evaluate.run import evaluate
     from align_cluster.observe.rundir import write_json
 
-    config, lora = _target(args)
+    config, lora, _ = _target(args)
     scores = evaluate(config, lora)
     if args.out:
         write_json(args.out, scores)

@@ -1,6 +1,7 @@
 """LoRA adapters on one frozen base: several by name, one active, all fp32. Sampler and learner use the same
 functions."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,9 +26,11 @@ def lora_config(backbone: Backbone) -> LoraConfig:
 def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[str], seed: int = 0) -> torch.nn.Module:
     """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable."""
     state = torch.get_rng_state()
-    for name in names:
-        torch.manual_seed(seed)
-        denoiser.add_adapter(lora_config(backbone), adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+        for name in names:
+            torch.manual_seed(seed)
+            denoiser.add_adapter(lora_config(backbone), adapter_name=name)
     torch.set_rng_state(state)
     for parameter_name, parameter in denoiser.named_parameters():
         if "lora_" in parameter_name:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,6 +11,16 @@ from align_cluster.rollouts.steps import Step
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> output like x
 Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same, or None where it would be equal
+
+
+class Steer(Protocol):
+    """What a loop is asked to change on its way."""
+
+    def select(self, k: int, x: torch.Tensor) -> Sequence[int] | None:
+        """Rows of x [B, C, H, W] that step k goes on with, one or more times each; None for all as they are."""
+
+    def push(self, k: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What step k takes in the place of the network's output, like it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ def denoise(
     policy: Policy | None = None,
     means: bool = False,
     device: torch.device | str = "cpu",
+    steer: Steer | None = None,
 ) -> Path:
     """Draw len(seeds) samples with a step of `rollouts.steps`, over that step's noise levels.
 
@@ -54,18 +66,22 @@ def denoise(
     all, where the kind has a density). `indices` [B, K] are the steps to record, each sample's own; `means` asks
     for their densities' means, too. Where samples are drawn under another condition than the one that is trained,
     `policy` predicts for the trained one: log-densities and means are then the policy's, and what was drawn stays what
-    it is.
+    it is. `steer` changes outputs and chooses rows, where nothing is recorded; copies of a row take turns on its stream
+    of noise, so they part at once.
     """
     starts = [torch.Generator().manual_seed(seed) for seed in (noises if noises is not None else seeds)]
     generators = path_generators(seeds)
     x = initial_noise(starts, shape).to(device)
-    last = len(step.sigmas) - 2
     record = Recorder(indices, x, means) if indices is not None and indices.size else None
-    for k in range(last + 1):
-        steps = torch.full((len(seeds),), k, device=device)
+    for k in range(len(step.sigmas) - 1):
+        if steer and (rows := steer.select(k, x)) is not None:
+            x, generators = x[rows], [generators[row] for row in rows]
+        steps = torch.full((len(x),), k, device=device)
         level = step.level(steps)
         v = velocity(x, level)
-        stochastic = step.has_density and (noisy is None or k in noisy) and (k < last or step.terminal_noise)
+        if steer:
+            v = steer.push(k, x, v)
+        stochastic = step.is_noisy(k) and (noisy is None or k in noisy)
         x_next = step.advance(k, x, v, initial_noise(generators, shape).to(device) if stochastic else None)
         if record is not None and (indices == k).any():
             trained = policy(x, level) if policy is not None else None

@@ -174,6 +174,10 @@ class Step:
         flow = self.prediction == "flow"
         return euler_coefficients(self.sigmas) if flow else ddim_coefficients(self.sigmas, 0.0, self.prediction)
 
+    def is_noisy(self, k: int) -> bool:
+        """Whether a rollout draws noise in step k."""
+        return self.has_density and (self.terminal_noise or k < len(self.sigmas) - 2)
+
     def level(self, k: torch.Tensor) -> torch.Tensor:
         """Noise level fp32 [B] that the network is fed at the steps k, int64 [B]."""
         return torch.tensor(self.sigmas, dtype=torch.float32, device=k.device)[k]  # records may be read-only

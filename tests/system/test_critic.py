@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from align_cluster.cli import main
 from align_cluster.config.check import check
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
@@ -64,6 +66,18 @@ def test_a_run_leaves_its_critic_and_what_its_values_mean(done):
     assert facts["moments"]["clip"]["count"] == 3 * 2 * 2 and facts["warm"]
     weights = load_file(RunDir(done.path).critic / "critic.safetensors")
     assert weights["head.last.weight"].shape == (2, 32) and weights["head.last.weight"].any()
+
+
+@pytest.mark.parametrize("mode", ["best_of_n", "smc", "guidance", "guided_best_of_n"])
+def test_a_runs_folder_is_all_that_steering_needs(done, tmp_path, capsys, mode):
+    folder = shutil.copytree(done.path, tmp_path / "elsewhere")
+    settings = ["--set", "steer.n=2", "steer.prune_at=1"] if "best" in mode else []
+    arguments = ["--prompt", "a photo of a red circle", "--count", "1", "--no-score", "--out", str(tmp_path / "out")]
+    assert main(["sample", "--run", str(folder), *arguments, "--steer", mode, *settings]) == 0
+    printed = capsys.readouterr().out
+    (image,) = json.loads((tmp_path / "out" / "samples.json").read_text())["images"]
+    assert set(image["expected"]) == {"geneval", "clip"} and np.isfinite(list(image["expected"].values())).all()
+    assert f"{mode}: " in printed and "critic passes" in printed and "plain sampling: 4 actor passes" in printed
 
 
 def test_one_image_a_prompt_is_enough(job, train):

@@ -56,6 +56,7 @@ def job(tiny, tiny_pipeline):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if fits(*pair)])
 def test_a_backbone_takes_two_steps(kind, algorithm, job, train):
     config = job(kind, algorithm)
@@ -89,6 +90,7 @@ def predicting_v(folder: Path, place: Path) -> Path:
     return place / "v"
 
 
+@pytest.mark.slow
 def test_exploration_shaping_and_guarded_ratios_compose_on_a_network_that_predicts_v(
     job, train, tiny_pipeline, tmp_path
 ):

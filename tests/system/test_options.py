@@ -1,7 +1,10 @@
 """Settings that change how a run computes and not what."""
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow
 
 
 def weights(run) -> np.ndarray:

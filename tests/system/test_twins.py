@@ -38,6 +38,7 @@ def test_every_embedded_run_file_has_the_full_size_one_beside_it(twin):
     assert type(small.window) is type(large.window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_every_embedded_run_file_takes_two_steps(name, train):
     at_once = ["algorithm.warm_up.updates=0"] if name == "embedded_critic" else []  # or the actor would wait

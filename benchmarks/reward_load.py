@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.limits import Limits
-from align_cluster.rewards.wire import decode_request, encode_request
+from align_cluster.rewards.wire import Encoding, decode_request, encode_request
 from align_cluster.types import Prompt
 
 SIDE, IMAGES = 512, 32
@@ -147,18 +147,22 @@ def steadily(url: str, rate: float, seconds: float) -> list[Asked]:
     return [future.result() for future in asked]
 
 
-def packing() -> dict[str, float]:
-    """Milliseconds an image to write a request with PNGs, and to read it."""
-    times = {"encode_ms": [], "decode_ms": []}
-    for index in range(IMAGES // REQUEST):
-        images, prompts = piece(index, REQUEST)
-        started = time.perf_counter()
-        body = encode_request(["clip"], images, prompts, "png")
-        packed = time.perf_counter()
-        decode_request(body, Limits())
-        times["encode_ms"].append(1000 * (packed - started) / REQUEST)
-        times["decode_ms"].append(1000 * (time.perf_counter() - packed) / REQUEST)
-    return {name: statistics.median(found) for name, found in times.items()} | {"png_kb": len(body) / REQUEST / 1000}
+def packing() -> dict[str, dict[str, float]]:
+    """By encoding the size of an image in a request, and milliseconds to write it there and to read it."""
+    found = {}
+    for encoding in get_args(Encoding):
+        write, read = [], []
+        for index in range(IMAGES // REQUEST):
+            images, prompts = piece(index, REQUEST)
+            started = time.perf_counter()
+            body = encode_request(["clip"], images, prompts, encoding)
+            written = time.perf_counter()
+            decode_request(body, Limits())
+            write.append(1000 * (written - started) / REQUEST)
+            read.append(1000 * (time.perf_counter() - written) / REQUEST)
+        times = {"write_ms": statistics.median(write), "read_ms": statistics.median(read)}
+        found[encoding] = {"kb": len(body) / REQUEST / 1000, **times}
+    return found
 
 
 def wrong(asked: list[Asked], expected: np.ndarray) -> list[str]:

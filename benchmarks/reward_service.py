@@ -154,9 +154,9 @@ def start_pool(path: str) -> Pool:
 
 def in_job(pool: Pool, batches: int) -> tuple[float, np.ndarray]:
     """As `bare`, by the pool. Images go into the object store here; in a job their sampler does that."""
-    work = [piece(index, BATCH) for index in range(batches)]
     started = time.perf_counter()
-    for index, (images, prompts) in enumerate(work):
+    for index in range(batches):
+        images, prompts = piece(index, BATCH)
         pool.submit(index, "score", ray.put(images), prompts)
     values = {done.key: done.value.values["clip"] for done in stream(pool)}
     return time.perf_counter() - started, np.concatenate([values[index] for index in range(batches)])
@@ -251,8 +251,9 @@ def markdown(kept: dict[str, Any]) -> str:
                 f"| {row['clients']} | {row['images']} | {row['requests_per_s']:.2f} | {row['images_per_s']:.2f} "
                 f"| {row['p50_ms']:.0f} ms | {row['p95_ms']:.0f} ms | {row['batch_fill']:.2f} | {row['busy']:.2f} |"
             )
-        size, write, read = (part["packing"][name] for name in ("png_kb", "encode_ms", "decode_ms"))
-        lines += ["", f"PNGs of {size:.0f} kB, written in {write:.1f} ms and read in {read:.1f} ms an image."]
+        lines += ["", "| an image as | kB | written in | read in |", "|---|---|---|---|"]
+        for encoding, cost in part["packing"].items():
+            lines.append(f"| {encoding} | {cost['kb']:.0f} | {cost['write_ms']:.1f} ms | {cost['read_ms']:.1f} ms |")
     if part := kept.get("kill"):
         rows = (
             ("load, requests/s", f"{part['rate']:.1f}"),

@@ -80,14 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
     plan = add(
         "plan",
         _plan,
-        "show pools, batches and resource shares",
-        "plan configs/quickstart.yaml",
+        "show pools, batches, memory, FLOPs, and whether a run fits",
+        "plan configs/sd35_medium_nft.yaml --gpus 8 --gpu-memory 80",
         "config",
         "set",
         "json",
     )
     plan.add_argument("--cores", type=int, help="plan for a cluster with so many CPU cores (default: this machine)")
     plan.add_argument("--gpus", type=int, help="plan for a cluster with so many GPUs (default: this machine)")
+    plan.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of each GPU in GiB (default: this machine's)"
+    )
     sample = add(
         "sample",
         _sample,
@@ -282,11 +285,28 @@ def _plan(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from align_cluster.config.plan import derive, local_resources, table
+    from align_cluster.estimate.report import GIB, estimate, local_gpu, text
+    from align_cluster.types import UserError
 
     config = _config(args)
+    if args.gpu_memory is not None and not 0 < args.gpu_memory < float("inf"):
+        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; give the GiB of one GPU, such as 80")
     cores, gpus = local_resources()
+    name, memory = local_gpu()
+    if args.gpu_memory:
+        gpus, memory = max(gpus, 1), args.gpu_memory * GIB
     plan = derive(config, args.cores or cores, gpus if args.gpus is None else args.gpus)
-    print(json.dumps(asdict(plan), indent=2) if args.json else table(plan))
+    if not args.json:
+        print(table(plan), flush=True)  # what comes next takes a while
+    try:
+        found = estimate(config, plan, memory, name)
+    except UserError as error:
+        print(f"note: memory and FLOPs are not known: {error}", file=sys.stderr)
+        found = None
+    if args.json:
+        print(json.dumps(asdict(plan) | {"estimate": found and asdict(found) | {"fits": found.fits}}, indent=2))
+    elif found:
+        print(f"\n{text(config, plan, found)}")
     return 0
 
 

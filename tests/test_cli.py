@@ -99,8 +99,26 @@ def test_plan_for_another_machine(quickstart, capsys):
     )
     plan = json.loads(capsys.readouterr().out)
     assert (plan["samplers"], plan["learners"], plan["sampler_gpus"]) == (4, 4, 0.5)
+    assert plan["estimate"]["parameters"]["lora"] == 319488 and plan["estimate"]["fits"] is None
     assert main(["plan", quickstart]) == 0
-    assert "samplers" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "samplers" in out and "MiB a worker" in out and "all workers hold" in out
+
+
+def test_plan_says_whether_a_run_fits_and_what_to_change(quickstart, capsys):
+    assert main(["plan", quickstart, "--gpu-memory", "80"]) == 0
+    out = capsys.readouterr().out
+    assert "seconds a step" in out and "of 80 GiB with 0.5 for each process's CUDA: it fits" in out
+    assert main(["plan", quickstart, "--gpu-memory", "1.1"]) == 0
+    out = capsys.readouterr().out
+    assert "it does not fit" in out and "with learner.gradient_checkpointing: true" in out
+
+
+def test_plan_needs_no_model_to_plan_pools(quickstart, capsys):
+    assert main(["plan", quickstart, "--set", "backbone.path=nobody/nothing"]) == 0
+    captured = capsys.readouterr()
+    assert "samplers" in captured.out and "MiB" not in captured.out
+    assert "note: memory and FLOPs are not known: backbone.path: 'nobody/nothing'" in captured.err
 
 
 def test_schema_is_json(capsys):
@@ -122,6 +140,7 @@ def test_resume_is_refused_with_one_sentence(quickstart, capsys):
         (["sample", "configs/quickstart.yaml", "--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
         (["sample", "configs/quickstart.yaml", "--prompt", "x", "--count", "0"], "must be at least 1"),
         (["evaluate", "runs/nowhere"], "runs/nowhere does not exist"),
+        (["plan", "configs/quickstart.yaml", "--gpu-memory", "0"], "--gpu-memory is 0; give the GiB of one GPU"),
         (["submit", "configs/quickstart.yaml", "--address", "http://127.0.0.1:1"], "give --out an absolute path"),
         (["submit", "configs/quickstart.yaml", "--out", "/x"], "give --address"),
         (["submit", "configs/quickstart.yaml", "--out", "/x", "--address", "ray://h:1"], "is no dashboard"),

@@ -68,10 +68,10 @@ def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
     if plan.gpus:
         for index, bundle in enumerate(bundles):
             bundle["GPU"] = 1.0 if plan.apart or index in places["learner"] else HALF
-    hosts, guests = plan.samplers if plan.apart else len(bundles), 0
+    guests = 0
     for pool in plan.reward_pools:
         if pool.beside:
-            places[reward_role(pool.name)] = [(guests + index) % hosts for index in range(pool.workers)]
+            places[reward_role(pool.name)] = [(guests + index) % plan.hosts for index in range(pool.workers)]
             guests += pool.workers
             for index in places[reward_role(pool.name)]:
                 bundles[index]["CPU"] = round(bundles[index]["CPU"] + pool.cpus, 4)

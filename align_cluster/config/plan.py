@@ -45,7 +45,8 @@ class Plan:
 
     `micro_batch` is in images; `micro_batches` are those of one learner in one update, each visited `turns` times.
     `rollout_calls` are the forward passes of the denoiser, with a whole chunk each, that a step's images take.
-    `gpus` are those that samplers and learners use; `together` samplers share one, or a learner rank's place.
+    `gpus` are those that samplers and learners use, `together` samplers share one, and `hosts` are the places where
+    samplers are, which rewards may share.
     `notes` say where a setting could not be followed, or costs speed.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     learner_gpus: float
     gpus: int
     together: int
+    hosts: int
     chunk: int
     micro_batch: int
     images_per_step: int
@@ -148,6 +150,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         learner_gpus=room if gpus else 0.0,
         gpus=gpus,
         together=together,
+        hosts=hosts,
         chunk=chunk,
         micro_batch=micro_batch,
         images_per_step=config.prompts_per_step * config.group_members,

@@ -17,7 +17,7 @@ from align_cluster.observe.blocks import short
 from align_cluster.observe.curves import smoothing
 from align_cluster.observe.rundata import RunData
 from align_cluster.observe.rundir import write_text
-from align_cluster.observe.style import CSS
+from align_cluster.observe.style import standalone
 
 if TYPE_CHECKING:
     from align_cluster.evaluate.export import Result
@@ -228,8 +228,5 @@ def _curves(path: Path, run: RunData, rewards: list[str]) -> bool:
         charts.Series(name, one, "muted" if index else "accent") for index, (name, one) in enumerate(points.items())
     ]
     chart = charts.line_chart("reward", series, "reward", 760, 260, smooth=smoothing(len(run.rows)))
-    head, rest = chart.split(">", 1)  # of its own the picture needs what the report's page gives it
-    ground = '<rect width="100%" height="100%" style="fill: var(--panel)"/>'
-    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
-    write_text(path, f"{head}><style>{CSS}</style>{ground}{rest}\n")
+    write_text(path, standalone(chart))
     return True

@@ -1,17 +1,21 @@
 """Credit for each denoising step, with a critic: rewards normalised over the run, GAE, and the warm-up's end."""
 
 import json
+from collections import deque
 
 import numpy as np
 
 from align_cluster.algorithms.gae import RunningMoments, explained_variance, gae, whiten
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.crew import Drawn
+from align_cluster.observe.charts import Series, scatter_chart
 from align_cluster.observe.rundir import RunDir, write_text
+from align_cluster.observe.style import standalone
 from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
 
 BUCKETS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01))
+SHOWN = 8  # steps whose values and rewards are drawn at the end
 LOW = 0.5  # noise below which the warm-up asks what the critic explains
 
 
@@ -23,6 +27,7 @@ class CriticCreditor:
         self.names = [name for name, reward in config.rewards.items() if reward.role == "train"]
         self.moments = {name: RunningMoments() for name in self.names}
         self.updates, self.warm = 0, config.algorithm.warm_up.updates == 0
+        self.recent: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=SHOWN)
 
     def assign(self, step: int, drawn: list[Drawn], found: tuple[np.ndarray, np.ndarray]) -> Credit:
         """Advantages [P, G, N] of a step; `found` are the critic's values [S, N, R] and the noise levels [N + 1]."""
@@ -41,6 +46,7 @@ class CriticCreditor:
         metrics = self._metrics(values, normal, applies & valid, sigmas) | {
             f"advantage/step/{k}": float(np.abs(total[valid, k]).mean()) for k in range(total.shape[1]) if valid.any()
         }
+        self.recent.append((values, normal, applies & valid))
         self._warm_up(values, normal, applies & valid, sigmas)
         returns = np.where(judged, raw, np.nan).transpose(1, 2, 0) + values
         metrics |= {"group/masked": 1.0 - float(valid.mean()), "value/actor": float(self.warm)}
@@ -107,10 +113,23 @@ class CriticCreditor:
 
 
 def save_critic(run: RunDir, config: RunConfig, state: dict[str, np.ndarray], creditor: CriticCreditor) -> None:
-    """Write the critic's weights, and what its values mean, into the run's folder."""
+    """Write the critic's weights, what its values mean, and pictures of how well it knew, into the run's folder."""
     from safetensors.numpy import save_file
 
     run.critic.mkdir(exist_ok=True)
     save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, run.critic / "critic.safetensors")
     facts = {"rewards": creditor.names, "critic": config.algorithm.critic.model_dump(), **creditor.state()}
     write_text(run.critic / "critic.json", json.dumps(facts, indent=1))
+    for r, name in enumerate(creditor.names):
+        write_text(run.critic / f"{name}.svg", standalone(scatter(name, r, list(creditor.recent))))
+
+
+def scatter(name: str, r: int, recent: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
+    """Values of head `r` against the rewards that came, of the last steps: before the first denoising step and the
+    last."""
+    points: dict[int, list[tuple[float, float]]] = {0: [], -1: []}
+    for values, normal, judged in recent:
+        for k, found in points.items():
+            found += zip(normal[r, judged[r]].tolist(), values[judged[r], k, r].tolist(), strict=True)
+    series = [Series("of noise", points[0], "muted"), Series("before the last step", points[-1], "accent")]
+    return scatter_chart(f"value and reward: {name}", series, f"{name}, normalised", "value", 460, 460)

@@ -190,6 +190,25 @@ def line_chart(
     return frame.svg(name)
 
 
+def scatter_chart(name: str, series: list[Series], x_label: str, y_label: str, width: int, height: int) -> str:
+    """Points without lines, and the diagonal where y is x. Series are told apart by their kind."""
+    known = [(x, y) for one in series for x, y in one.points if y is not None]
+    if not known:
+        return '<p class="note">no finite values</p>'
+    both = span([value for point in known for value in point])
+    frame = Frame(width, height, both, both)
+    frame.axes(x_label, y_label, ticks(*both, max(2, width // 75)))
+    frame.add(f'<path class="line faint" d="{path(frame, [(both[0], both[0]), (both[1], both[1])])}"/>')
+    for one in series:
+        places = ((frame.x(x), frame.y(y)) for x, y in one.points if y is not None)
+        frame.add(*(f'<circle class="dot {one.kind}" cx="{x}" cy="{y}" r="2.2" opacity="0.6"/>' for x, y in places))
+    labels = enumerate(series) if len(series) > 1 else ()
+    for line, one in labels:
+        place = frame.top + 10 + LINE * line
+        frame.add(f'<text class="end {one.kind}" x="{frame.left + 8}" y="{place}">{escape(one.label)}</text>')
+    return frame.svg(name)
+
+
 def step_ticks(xs: Sequence[float], width: int) -> list[float]:
     """Whole-numbered marks for steps, some 70 pixels apart."""
     low, high = min(xs), max(xs)

@@ -87,3 +87,11 @@ footer { color: var(--soft); font-size: 12px; margin-top: 28px; }
 """ + "".join(
     f".stage-{index} {{ fill: var(--stage-{index}); background: var(--stage-{index}); }}\n" for index in range(7)
 )
+
+
+def standalone(chart: str) -> str:
+    """A chart of `charts` as a picture of its own, with what the report's page would give it."""
+    head, rest = chart.split(">", 1)
+    ground = '<rect width="100%" height="100%" style="fill: var(--panel)"/>'
+    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
+    return f"{head}><style>{CSS}</style>{ground}{rest}\n"

@@ -1,4 +1,5 @@
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -70,3 +71,14 @@ def test_stacked_bars_fill_the_height_in_proportion():
 def test_table_bars_start_at_zero_also_for_negative_scores():
     bars = [e for e in ElementTree.fromstring(charts.bars(-1.0, 0.5, (-1.0, 1.0))) if e.tag == "rect"]
     assert [(float(bar.attrib["x"]), float(bar.attrib["width"])) for bar in bars] == [(0, 100), (100, 50)]
+
+
+def test_a_scatter_has_a_dot_a_point_and_equal_axes():
+    series = [Series("noisy", [(0.0, 1.0), (2.0, None)], "muted"), Series("clean", [(2.0, 2.0)], "accent")]
+    picture = charts.scatter_chart("value and reward", series, "reward", "value", 300, 300)
+    dots = re.findall(r'<circle class="dot (\w+)" cx="([\d.]+)" cy="([\d.]+)"', picture)
+    assert [kind for kind, *_ in dots] == ["muted", "accent"]
+    assert ">noisy</text>" in picture and ">clean</text>" in picture
+    frame = charts.Frame(300, 300, charts.span([0.0, 1.0, 2.0, 2.0]), charts.span([0.0, 1.0, 2.0, 2.0]))
+    assert (float(dots[1][1]), float(dots[1][2])) == (frame.x(2.0), frame.y(2.0))
+    assert charts.scatter_chart("nothing", [Series("a", [(0.0, None)])], "x", "y", 9, 9).startswith("<p")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -64,6 +65,9 @@ def test_a_run_leaves_its_critic_and_what_its_values_mean(done):
     facts = json.loads((RunDir(done.path).critic / "critic.json").read_text())
     assert facts["rewards"] == ["geneval", "clip"] and facts["critic"]["width"] == 32
     assert facts["moments"]["clip"]["count"] == 3 * 2 * 2 and facts["warm"]
+    for name in facts["rewards"]:
+        picture = ElementTree.parse(RunDir(done.path).critic / f"{name}.svg")
+        assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * 3 * 2 * 2  # two levels an image
     weights = load_file(RunDir(done.path).critic / "critic.safetensors")
     assert weights["head.last.weight"].shape == (2, 32) and weights["head.last.weight"].any()
 

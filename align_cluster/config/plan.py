@@ -130,15 +130,6 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     sampler_cpus = _floor(min(share, cores * TURN / samplers))
     learner_cpus = _floor(min(share, cores * TURN / learners))
     left = cores - samplers * sampler_cpus - learners * learner_cpus
-    apart = gpus > 0 and samplers + learners <= gpus and bool(cluster.samplers or cluster.learners)
-    together = 1 if apart or not gpus else math.ceil(samplers / gpus)
-    hosts = samplers if apart else max(math.ceil(samplers / together), learners)
-    room, load = 1.0 if apart else HALF, max(sum(beside[host::hosts]) for host in range(hosts))
-    if room - load < LEAST:
-        raise UserError(
-            f"rewards ask for {load:g} of a GPU in their pools, and share it with samplers, to whom a learner leaves "
-            f"{room:g}; lower rewards.<name>.pool.gpus or workers"
-        )
     return Plan(
         samplers=samplers,
         learners=learners,
@@ -146,11 +137,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         threads=cluster.threads,
         sampler_cpus=sampler_cpus,
         learner_cpus=learner_cpus,
-        sampler_gpus=_floor((room - load) / together) if gpus else 0.0,
-        learner_gpus=room if gpus else 0.0,
-        gpus=gpus,
-        together=together,
-        hosts=hosts,
+        **_gpu_shares(beside, samplers, learners, gpus, bool(cluster.samplers or cluster.learners)),
         chunk=chunk,
         micro_batch=micro_batch,
         images_per_step=config.prompts_per_step * config.group_members,
@@ -163,6 +150,21 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )
+
+
+def _gpu_shares(beside: list[float], samplers: int, learners: int, gpus: int, stated: bool) -> dict[str, float]:
+    """How GPUs are shared, by fields of a Plan; `beside` are the parts that reward workers on samplers' GPUs want."""
+    apart = stated and 0 < samplers + learners <= gpus
+    together = 1 if apart or not gpus else math.ceil(samplers / gpus)
+    hosts = samplers if apart else max(math.ceil(samplers / together), learners)
+    room, load = 1.0 if apart else HALF, max(sum(beside[host::hosts]) for host in range(hosts))
+    if room - load < LEAST:
+        raise UserError(
+            f"rewards ask for {load:g} of a GPU in their pools, and share it with samplers, to whom a learner leaves "
+            f"{room:g}; lower rewards.<name>.pool.gpus or workers"
+        )
+    shares = (_floor((room - load) / together), room) if gpus else (0.0, 0.0)
+    return {"sampler_gpus": shares[0], "learner_gpus": shares[1], "gpus": gpus, "together": together, "hosts": hosts}
 
 
 def _reward_pools(config: RunConfig, left: float, most: float) -> tuple[RewardPool, ...]:

@@ -11,7 +11,14 @@ from align_cluster.estimate.rewards import models
 
 FRACTION = 0.4  # of a GPU's peak, which good training code reaches
 # Dense TFLOP/s in bf16 and in fp32, by a part of the device's name (NVIDIA's data sheets).
-PEAKS = {"B200": (2250, 75), "H200": (989, 67), "H100": (989, 67), "A100": (312, 19.5), "L40S": (362, 91.6)}
+PEAKS = {
+    "B200": (2250, 75),
+    "H200": (989, 67),
+    "H100": (989, 67),
+    "A100": (312, 19.5),
+    "L40S": (362, 91.6),
+    "RTX 4090": (165, 82.6),
+}
 CUDA = f"{CONTEXT / GIB:g} for each process's CUDA"
 ASSUMED = "H100"  # where the GPUs that a run is planned for are not here
 
@@ -81,8 +88,8 @@ def local_gpu() -> tuple[str, float | None]:
 def roles(config: RunConfig, plan: Plan, sizes: Sizes) -> dict[str, Role]:
     """The run's own workers, and what the learner would hold with other settings."""
     other, chosen = not config.learner.gradient_checkpointing, config.learner.zero_stage
-    variants = {f"  with ZeRO {stage}": {"zero_stage": stage} for stage in range(4) if stage != chosen}
-    variants[f"  {'with' if other else 'without'} checkpointing"] = {"gradient_checkpointing": other}
+    variants = {f"learner with ZeRO {stage}": {"zero_stage": stage} for stage in range(4) if stage != chosen}
+    variants[f"learner {'with' if other else 'without'} checkpointing"] = {"gradient_checkpointing": other}
     return (
         {"sampler": sampler(config, plan, sizes), f"learner, ZeRO {chosen}": learner(config, plan, sizes)}
         | {name: learner(changed(config, {"learner": values}), plan, sizes) for name, values in variants.items()}

@@ -129,4 +129,4 @@ def test_flops_and_seconds_follow_the_plan():
 def test_roles_name_what_the_run_has_and_what_the_learner_could_have():
     names = list(roles(*planned(), SIZES))
     assert names[:2] == ["sampler", "learner, ZeRO 2"] and names[-1] == "rewards geneval"
-    assert names[2:-1] == ["  with ZeRO 0", "  with ZeRO 1", "  with ZeRO 3", "  with checkpointing"]
+    assert names[2:-1] == [f"learner with {what}" for what in ("ZeRO 0", "ZeRO 1", "ZeRO 3", "checkpointing")]

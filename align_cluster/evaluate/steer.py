@@ -158,8 +158,8 @@ class Steered:
             )
         kinds = [self.config.rewards[name].kind for name in self.saved.names]
         unjudged = (one.text for one in prompts if not (scored and any(judges(kind, one) for kind in kinds)))
-        for problem in self.mode.problems(self.settings, self.sigmas, next(unjudged, None)):
-            raise UserError(problem)
+        if problems := list(self.mode.problems(self.settings, self.sigmas, next(unjudged, None))):
+            raise UserError("\n".join(problems))
 
     @torch.no_grad()
     def draw(

@@ -203,7 +203,7 @@ class Smc(Steering):
 
         kind: Literal["smc"] = "smc"
         n: PositiveInt = 8
-        strength: PositiveFloat = 4.0
+        strength: PositiveFloat = 1.0
         resample_below: Fraction = 0.5
         pick: Literal["best", "sample"] = "best"
 
@@ -255,7 +255,7 @@ class Guidance(Steering):
         noise levels from `low` to `high`. With a noisy `step` it moves that step's mean, else the ODE's direction."""
 
         kind: Literal["guidance"] = "guidance"
-        scale: NonNegativeFloat = 1.0
+        scale: NonNegativeFloat = 4.0
         clip: PositiveFloat = 0.1
         low: Fraction = 0.2
         high: Fraction = 0.95

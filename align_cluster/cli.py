@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(*ARGUMENTS[flag][0], **ARGUMENTS[flag][1])
         return command
 
+    for group in (_add_planning, _add_results, _add_cluster, _add_rest):
+        group(add)
+    return parser
+
+
+def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that take a run file."""
     train = add(
         "train",
         _train,
@@ -91,6 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="memory of each GPU in GiB (default: this machine's)"
     )
+
+
+def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that take what a run left."""
     sample = add(
         "sample",
         _sample,
@@ -148,6 +159,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     export.add_argument("--precision", help="of merged weights: fp32 (default), bf16 or fp16")
+
+
+def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that talk to a cluster or a service."""
     submit = add(
         "submit",
         _submit,
@@ -190,13 +205,15 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--token-env", metavar="NAME", help="environment variable with the service's token")
     score.add_argument("--token-file", metavar="FILE", help="file with the service's token")
     score.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a request (default 60)")
+
+
+def _add_rest(add: Callable[..., argparse.ArgumentParser]) -> None:
     doctor = add("doctor", _doctor, "check versions, resources, Ray and the weight sync", "doctor", "json")
     doctor.add_argument("--address", help="also reach this Ray cluster: a dashboard URL, or auto")
     doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip through a local Ray")
     report = add("report", _report, "write a run's report.html again", "report runs/quickstart")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
     add("schema", _schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
-    return parser
 
 
 # Arguments that several commands share: name -> (flags, settings).

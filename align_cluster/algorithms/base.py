@@ -27,8 +27,9 @@ class Batch:
     """One micro-batch: b members of one chunk, for the pass number `turn` over them.
 
     advantages [b], or [b, K] where each step has its own; x0 [b, C, H, W]; sigmas [N + 1]; where recorded: indices
-    [b, K], before, after, means [b, K, C, H, W] and log_probs [b, K]; `slots` are the recorded steps to train. With a
-    critic: returns (NaN where a reward does not judge the sample) and values before the update, [b, K, R].
+    [b, K], before, after, means [b, K, C, H, W] and log_probs [b, K]; `slots` are the recorded steps to train (left
+    out: all). With a critic: returns (NaN where a reward does not judge the sample) and values before the update,
+    [b, K, R].
     `generators` gives each member a fresh random stream for this (step, update, turn), whatever the world size.
     """
 
@@ -42,9 +43,13 @@ class Batch:
     log_probs: torch.Tensor | None
     means: torch.Tensor | None
     generators: Callable[[str], list[torch.Generator]]
-    slots: tuple[int, ...] = ()
+    slots: tuple[int, ...] | None = None
     returns: torch.Tensor | None = None
     values: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots is None:
+            object.__setattr__(self, "slots", tuple(range(self.indices.shape[1])))
 
 
 class Algorithm(ABC):

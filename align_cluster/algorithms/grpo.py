@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, PositiveFloat
 
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl, guarded_log_ratio
+from align_cluster.algorithms.base import Batch
+from align_cluster.algorithms.policy_gradient import PolicyGradient
+from align_cluster.algorithms.terms import guarded_log_ratio
 from align_cluster.config.base import Section
 
 
-class GRPO(Algorithm):
+class GRPO(PolicyGradient):
     """Every trained denoising step of a sample gets the sample's group advantage."""
 
     class Config(Section):
@@ -32,38 +33,22 @@ class GRPO(Algorithm):
         ratio: Literal["plain", "guard"] = "plain"
         guard_weight: Literal["inverse_dt", "none"] = "inverse_dt"
 
-    needs_density = True
-    default_step = "flow_sde"
-    behaviour = "default"
     adapters = ("default",)
 
     @property
     def needs_means(self) -> bool:
         return self.config.ratio == "guard"
 
-    def turns(self, steps: int, recorded: int) -> int:
-        return recorded
+    def advantage(self, batch: Batch, slot: int) -> torch.Tensor:
+        return batch.advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config, turn = self.config, batch.turn
-        k, x, x_next = batch.indices[:, turn], batch.before[:, turn], batch.after[:, turn]
-        sigma = policy.step.level(k)
-        mean, std, std_t = policy.step.mean(k, x, policy.velocity(x, sigma))
-        log_ratio = policy.step.density(mean, std, x_next) - batch.log_probs[:, turn]
-        metrics = {"log_ratio": log_ratio.detach()}
-        weight = 1.0
-        if config.ratio == "guard":
-            log_ratio = guarded_log_ratio(x_next, mean, batch.means[:, turn], std)
-            if config.guard_weight == "inverse_dt":
-                levels = torch.tensor(batch.sigmas, device=x.device)  # a copy: records may be read-only
-                weight = 1 / (levels[k] - levels[k + 1]).float()
-        advantage = batch.advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        loss, ratio = clipped_surrogate(log_ratio, advantage, config.clip, config.clip_high or config.clip)
-        metrics["clip_high"] = (ratio.detach() > 1 + (config.clip_high or config.clip)).float()
-        metrics["clip_low"] = (ratio.detach() < 1 - config.clip).float()
-        loss = weight * loss
-        if config.kl_beta:
-            reference, _, _ = policy.step.mean(k, x, policy.velocity(x, sigma, None))
-            kl = gaussian_kl(mean, reference, std, std_t, config.kl_mode)
-            loss, metrics["kl"] = loss + config.kl_beta * kl, kl.detach()
-        return loss, metrics
+    def ratio(
+        self, batch: Batch, slot: int, mean: torch.Tensor, std: torch.Tensor, log_ratio: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        if self.config.ratio == "plain":
+            return log_ratio, 1.0
+        log_ratio = guarded_log_ratio(batch.after[:, slot], mean, batch.means[:, slot], std)
+        if self.config.guard_weight == "none":
+            return log_ratio, 1.0
+        k, levels = batch.indices[:, slot], torch.tensor(batch.sigmas, device=mean.device)  # records may be read-only
+        return log_ratio, 1 / (levels[k] - levels[k + 1]).float()

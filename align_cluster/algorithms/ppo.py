@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.terms import clipped_surrogate, clipped_value_loss, gaussian_kl
+from align_cluster.algorithms.base import Batch
+from align_cluster.algorithms.policy_gradient import PolicyGradient
+from align_cluster.algorithms.terms import clipped_value_loss
 from align_cluster.backbones.base import CRITIC, CriticSection
 from align_cluster.config.base import Section
 
@@ -20,7 +21,7 @@ class WarmUp(Section):
     explained_variance: Annotated[float, Field(le=1)] = 0.3
 
 
-class PPO(Algorithm):
+class PPO(PolicyGradient):
     """The clipped surrogate with each step's own advantage, and a critic that regresses on returns."""
 
     class Config(Section):
@@ -45,10 +46,7 @@ class PPO(Algorithm):
         critic_epochs: PositiveInt = 1
         warm_up: WarmUp = WarmUp()
 
-    needs_density = True
     needs_path = True
-    default_step = "flow_sde"
-    behaviour = "default"
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -58,27 +56,8 @@ class PPO(Algorithm):
     def critic(self) -> CriticSection:
         return self.config.critic
 
-    def turns(self, steps: int, recorded: int) -> int:
-        return recorded
-
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config, slot = self.config, batch.slots[batch.turn]
-        k, x, x_next = batch.indices[:, slot], batch.before[:, slot], batch.after[:, slot]
-        sigma = policy.step.level(k)
-        mean, std, std_t = policy.step.mean(k, x, policy.velocity(x, sigma))
-        log_ratio = policy.step.density(mean, std, x_next) - batch.log_probs[:, slot]
-        high = config.clip_high or config.clip
-        loss, ratio = clipped_surrogate(log_ratio, batch.advantages[:, slot], config.clip, high)
-        metrics = {
-            "log_ratio": log_ratio.detach(),
-            "clip_high": (ratio.detach() > 1 + high).float(),
-            "clip_low": (ratio.detach() < 1 - config.clip).float(),
-        }
-        if config.kl_beta:
-            reference, _, _ = policy.step.mean(k, x, policy.velocity(x, sigma, None))
-            kl = gaussian_kl(mean, reference, std, std_t, config.kl_mode)
-            loss, metrics["kl"] = loss + config.kl_beta * kl, kl.detach()
-        return loss, metrics
+    def advantage(self, batch: Batch, slot: int) -> torch.Tensor:
+        return batch.advantages[:, slot]
 
     def value_loss(self, values: torch.Tensor, batch: Batch, slot: int) -> torch.Tensor:
         """Loss [b] of the critic's values [b, R] at step `slot`; heads whose reward does not judge a sample count

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from align_cluster.backbones.base import BackboneSection
-from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone, pack, unpack
-from align_cluster.types import Condition, Perturbation
+from align_cluster.backbones.pipeline import JOINT_ATTENTION, ClipExploration, PipelineBackbone, pack, unpack
+from align_cluster.types import Condition
 
 
 class Flux(ClipExploration, PipelineBackbone):
@@ -31,26 +32,16 @@ class Flux(ClipExploration, PipelineBackbone):
     network = "FluxTransformer2DModel"
     texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     equal_levels = True
+    packed = True
     native_size = 128  # 1024 pixels: the stock pipeline's choice, which no part's config names
     # Attention and feed-forward layers of the double blocks, attention of the single ones: Flow-GRPO's recipe.
     lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",
         "ff_context.net.2",
     )
-
-    @property
-    def channels(self) -> int:
-        return self.network_config["in_channels"] // self.patch**2
 
     @property
     def _distilled(self) -> bool:
@@ -77,12 +68,9 @@ class Flux(ClipExploration, PipelineBackbone):
         sequence, pooled, _ = pipeline.encode_prompt(text, device=self.text_device, max_sequence_length=length)
         return sequence[0], pooled[0]
 
-    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+    def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """FLUX.1 reads CLIP-L's `pooled` and nothing else of it."""
-        if variant == 0:
-            return condition
-        key = f"{condition.key}/{perturbation.key}/{variant}"
-        return Condition(key, condition.sequence, perturbation.pooled[variant - 1])
+        return condition.sequence, pooled
 
     def velocity(
         self,

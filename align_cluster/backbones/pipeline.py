@@ -18,6 +18,12 @@ from align_cluster.embedded import pipeline_path
 from align_cluster.rollouts.schedule import pipeline_sigmas
 from align_cluster.types import Condition, Perturbation, UserError
 
+# Projections of a block in which text and image attend to each other.
+JOINT_ATTENTION = tuple(
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+
 
 class PipelineBackbone(Backbone):
     """A family subclasses this and says what its parts are called, how it embeds a prompt and calls its network.
@@ -25,7 +31,8 @@ class PipelineBackbone(Backbone):
     `pipelines` are the classes that model_index.json may name, `pipeline` the one that reads prompts and writes LoRA
     files; `network` is the denoiser's class and `part` its folder; `texts` are the parts that encode prompts.
     `blocks` are the classes of its layers that repeat, where the network does not say so itself. `family` is what users
-    call it. `equal_levels`: whether the pipeline hands its scheduler equal steps from 1 to 1/N.
+    call it. `equal_levels`: whether the pipeline hands its scheduler equal steps from 1 to 1/N. `packed`: whether the
+    network takes `pack`ed latents.
     """
 
     family: ClassVar[str]
@@ -38,6 +45,7 @@ class PipelineBackbone(Backbone):
     vae_layout: ClassVar[torch.memory_format] = torch.channels_last
     texts: ClassVar[tuple[str, ...]]
     equal_levels: ClassVar[bool] = False
+    packed: ClassVar[bool] = False
 
     @property
     def source(self) -> str:
@@ -107,7 +115,7 @@ class PipelineBackbone(Backbone):
     @property
     def channels(self) -> int:
         """Of a latent."""
-        return self.network_config["in_channels"]
+        return self.network_config["in_channels"] // (self.patch**2 if self.packed else 1)
 
     @property
     def native_size(self) -> int:
@@ -245,7 +253,7 @@ class PipelineBackbone(Backbone):
         config = self._vae.config
         z = latents / config.scaling_factor + (config.shift_factor or 0.0)
         with self.autocast():
-            return self._vae.decode(z.to(self.dtype, memory_format=torch.channels_last)).sample.float()
+            return self._vae.decode(z.to(self.dtype, memory_format=self.vae_layout)).sample.float()
 
     def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
         from align_cluster.backbones.adapters import lora_config
@@ -283,9 +291,16 @@ class ClipExploration:
     def _clip_identity(self) -> list:
         return self._identity("text_encoder", "tokenizer")
 
-    @abstractmethod
     def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
-        """The condition with its CLIP-L part replaced by variant 1 ... K - 1; variant 0 is the condition itself."""
+        """The condition with its CLIP part replaced by variant 1 ... K - 1; variant 0 is the condition itself."""
+        if variant == 0:
+            return condition
+        encoding = self.replaced(condition, perturbation.hidden[variant - 1], perturbation.pooled[variant - 1])
+        return Condition(f"{condition.key}/{perturbation.key}/{variant}", *encoding)
+
+    @abstractmethod
+    def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(sequence, pooled) of the condition with CLIP's hidden states [S, d] and pooled vector in their places."""
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from align_cluster.backbones.base import BackboneSection
-from align_cluster.backbones.pipeline import PipelineBackbone, pack, unpack
+from align_cluster.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone, pack, unpack
 
 
 class QwenImage(PipelineBackbone):
@@ -27,17 +27,11 @@ class QwenImage(PipelineBackbone):
     vae_layout = torch.preserve_format  # its convolutions are 3D
     texts = ("text_encoder", "tokenizer")
     equal_levels = True
+    packed = True
     native_size = 128  # 1024 pixels: the stock pipeline's choice, which no part's config names
     # Attention and feed-forward layers of both streams, as in the Flow-GRPO and verl-omni recipes.
     lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "img_mlp.net.0.proj",
         "img_mlp.net.2",
         "txt_mlp.net.0.proj",
@@ -47,10 +41,6 @@ class QwenImage(PipelineBackbone):
     @property
     def vae_factor(self) -> int:
         return 2 ** len(self.vae_config["temperal_downsample"])
-
-    @property
-    def channels(self) -> int:
-        return self.network_config["in_channels"] // self.patch**2
 
     def call(self, guidance: float) -> dict[str, Any]:
         arguments = super().call(guidance) | {"max_sequence_length": self.config.max_sequence_length}

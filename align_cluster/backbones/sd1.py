@@ -10,7 +10,7 @@ import torch
 from align_cluster.backbones.base import BackboneSection
 from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone
 from align_cluster.rollouts.schedule import ddim_levels, diffusion_levels
-from align_cluster.types import Condition, Perturbation, UserError
+from align_cluster.types import Condition, UserError
 
 # Settings of a scheduler: what diffusers takes where one is missing, and what is known here.
 _KNOWN = {
@@ -87,12 +87,9 @@ class SD1(ClipExploration, PipelineBackbone):
         sequence, _ = pipeline.encode_prompt(text, self.text_device, 1, do_classifier_free_guidance=False)
         return sequence[0], sequence.new_empty(0)
 
-    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+    def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """CLIP's output is all that the UNet sees of a prompt."""
-        if variant == 0:
-            return condition
-        key = f"{condition.key}/{perturbation.key}/{variant}"
-        return Condition(key, perturbation.hidden[variant - 1], condition.pooled)
+        return hidden, condition.pooled
 
     def taps(self, denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
         """The middle of the U, and a block on the way up."""

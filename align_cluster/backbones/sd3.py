@@ -3,12 +3,13 @@ architecture."""
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from align_cluster.backbones.base import BackboneSection
-from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone
-from align_cluster.types import Condition, Perturbation
+from align_cluster.backbones.pipeline import JOINT_ATTENTION, ClipExploration, PipelineBackbone
+from align_cluster.types import Condition
 
 
 class SD3(ClipExploration, PipelineBackbone):
@@ -32,16 +33,7 @@ class SD3(ClipExploration, PipelineBackbone):
     blocks = ("JointTransformerBlock",)
     texts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     # The eight attention projections of the Flow-GRPO and DiffusionNFT recipes.
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     @property
     def _has_t5(self) -> bool:
@@ -75,15 +67,12 @@ class SD3(ClipExploration, PipelineBackbone):
         )
         return sequence[0], pooled[0]
 
-    def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
+    def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """SD3 lays CLIP-L first: in the first channels of the first rows, and in the first part of `pooled`."""
-        if variant == 0:
-            return condition
-        hidden, vector = perturbation.hidden[variant - 1], perturbation.pooled[variant - 1]
-        sequence, pooled = condition.sequence.copy(), condition.pooled.copy()
+        sequence, whole = condition.sequence.copy(), condition.pooled.copy()
         sequence[: hidden.shape[0], : hidden.shape[1]] = hidden
-        pooled[: len(vector)] = vector
-        return Condition(f"{condition.key}/{perturbation.key}/{variant}", sequence, pooled)
+        whole[: len(pooled)] = pooled
+        return sequence, whole
 
     def velocity(
         self,

@@ -119,7 +119,7 @@ def vanishing_noise(config: RunConfig, train: list[Prompt], held_out: list[Promp
 
 
 def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
-    kinds = [reward.kind for reward in config.rewards.values() if reward.role == "train"]
+    kinds = [config.rewards[name].kind for name in config.trained]
     lost = [prompt.text for prompt in train if not any(judges(kind, prompt) for kind in kinds)]
     if lost:
         yield f"{len(lost)} of {len(train)} training prompts have no reward and teach nothing, such as {lost[0]!r}"

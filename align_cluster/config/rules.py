@@ -207,7 +207,7 @@ def timesteps_exist(config: RunConfig) -> Problems:
 
 
 def something_is_trained_on(config: RunConfig) -> Problems:
-    trained = [name for name, reward in config.rewards.items() if reward.role == "train"]
+    trained = config.trained
     first = next(iter(config.rewards))
     if not trained:
         yield f"rewards: all have role monitor, so there is nothing to train on; set rewards.{first}.role to train"

@@ -139,6 +139,11 @@ class RunConfig(Root):
     evaluate: EvaluateConfig
 
     @property
+    def trained(self) -> list[str]:
+        """Names of the rewards that are trained on."""
+        return [name for name, reward in self.rewards.items() if reward.role == "train"]
+
+    @property
     def step_kind(self) -> Section:
         """Settings of the sampler step that training rollouts use."""
         algorithm = ALGORITHMS[self.algorithm.kind]

@@ -69,8 +69,7 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
     parts = {backbone.part: _tensors(denoiser, "lora_"), "vae": _tensors(vae)}
     parts |= {name: _tensors(encoder) for name, encoder in encoders.items()}
     adapter = sum(parameter.numel() for parameter in adapter_parameters(denoiser, "default").values())
-    trained = [reward for reward in config.rewards.values() if reward.role == "train"]
-    critic = Critic(backbone, denoiser, len(trained), algorithm.critic) if algorithm.critic else None
+    critic = Critic(backbone, denoiser, len(config.trained), algorithm.critic) if algorithm.critic else None
     asked = predictions(config, algorithm, backbone)
     guidance, both = config.rollout.guidance, config.learner.guidance_gradient == "both"
     with counting(device) as counter:
@@ -158,10 +157,12 @@ def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackb
     policy = Tally(STEPS[kind.kind](kind, sigmas, backbone.prediction))
     one, flat = torch.zeros(1, 1, 2, 2), torch.zeros(1, steps)
     path, advantages = one[:, None].expand(1, steps, 1, 2, 2), flat if algorithm.critic else flat[:, 0]
-    slots = {"indices": torch.arange(steps)[None], "slots": tuple(range(steps))}
+    indices = torch.arange(steps)[None]
     recorded = {"before": path, "after": path, "log_probs": flat, "means": path}
     streams = {"generators": lambda _: [torch.Generator()]}
-    algorithm.loss(policy, Batch(turn=0, advantages=advantages, x0=one, sigmas=sigmas, **slots, **recorded, **streams))
+    algorithm.loss(
+        policy, Batch(turn=0, advantages=advantages, x0=one, sigmas=sigmas, indices=indices, **recorded, **streams)
+    )
     return policy.adapters
 
 

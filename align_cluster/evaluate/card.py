@@ -204,7 +204,7 @@ def _row(name: str, cell: dict[str, float | None]) -> str:
 
 
 def _training(folder: Path, run: RunData, config: RunConfig) -> str:
-    trained = [name for name, reward in config.rewards.items() if reward.role == "train"]
+    trained = config.trained
     monitored = [name for name in config.rewards if name not in trained]
     facts = {
         "rewards trained on": ", ".join(trained),

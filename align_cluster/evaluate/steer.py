@@ -76,7 +76,7 @@ class SavedCritic:
                 f"--steer needs a critic, and {run} has none; name the folder of a run that has finished and whose "
                 "algorithm.kind is ppo"
             )
-        names = [name for name, reward in config.rewards.items() if reward.role == "train"]
+        names = config.trained
         if facts["rewards"] != names:
             raise UserError(
                 f"the critic of {run} judges {' and '.join(facts['rewards'])}, and the rewards that are trained on are "

@@ -164,8 +164,7 @@ class Learner:
     def _critic(self) -> CriticLearner | None:
         if not self.algorithm.critic:
             return None
-        rewards = sum(reward.role == "train" for reward in self.config.rewards.values())
-        critic = Critic(self.backbone, self.denoiser, rewards, self.algorithm.critic)
+        critic = Critic(self.backbone, self.denoiser, len(self.config.trained), self.algorithm.critic)
         return CriticLearner(critic, self.algorithm, self.config.optimizer, self.world)
 
     def _batches(

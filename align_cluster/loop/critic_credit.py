@@ -24,7 +24,7 @@ class CriticCreditor:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.names = [name for name, reward in config.rewards.items() if reward.role == "train"]
+        self.names = config.trained
         self.moments = {name: RunningMoments() for name in self.names}
         self.updates, self.warm = 0, config.algorithm.warm_up.updates == 0
         self.recent: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=SHOWN)

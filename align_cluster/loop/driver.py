@@ -24,7 +24,6 @@ from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import Chunk, Prompt, UserError
 
-CREDITORS = {False: Creditor, True: CriticCreditor}
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
@@ -46,7 +45,7 @@ def train(config: RunConfig, out: Path) -> Path:
                     before = evaluation.first()
                 crew.learners.ready()
                 crew.publish("behaviour")
-                self_check, creditor = None, CREDITORS[bool(crew.algorithm.critic)](config)
+                self_check, creditor = None, (CriticCreditor if crew.algorithm.critic else Creditor)(config)
                 for step in range(config.steps):
                     clock.next_step()
                     chunks = plan_chunks(config, prompts, step, plan)

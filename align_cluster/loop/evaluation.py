@@ -71,5 +71,5 @@ class Evaluation:
 
 def headline(config: RunConfig) -> str:
     """The score that is shown first: the first trained reward, its graded part where it is a GenEval one."""
-    name, reward = next((name, reward) for name, reward in config.rewards.items() if reward.role == "train")
-    return f"reward/{name}/graded" if reward.kind == "geneval" else f"reward/{name}"
+    name = config.trained[0]
+    return f"reward/{name}/graded" if config.rewards[name].kind == "geneval" else f"reward/{name}"

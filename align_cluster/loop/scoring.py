@@ -8,6 +8,7 @@ import numpy as np
 
 from align_cluster.cluster.pool import DEPTH, Done, GivenUp, Pool
 from align_cluster.config.plan import RewardPool
+from align_cluster.rewards.mix import unscored
 from align_cluster.types import Chunk, Failure, Scores
 
 Id = tuple[int, int, int]
@@ -50,7 +51,8 @@ class Scoring:
         chunks = [self.drawn.pop(key) for key in done.key]
         self.latencies += [time.perf_counter() - since for *_, since in chunks]
         if isinstance(done.value, GivenUp):
-            found = [self._nothing(chunk, done.value) for chunk, *_ in chunks]
+            reason, rewards = done.value, self.settings.rewards
+            found = [unscored(rewards, Failure(reason.kind, reason.message, len(c.seeds))) for c, *_ in chunks]
         else:
             found = done.value
         for scores in found:
@@ -87,14 +89,6 @@ class Scoring:
         if not self.settings.ordered:
             return next(batches(self.waiting.values(), self.batch), []) if self.pool.room else []
         return next((chunks for chunks in self.planned if all(chunk.id in self.waiting for chunk in chunks)), [])
-
-    def _nothing(self, chunk: Chunk, reason: GivenUp) -> Scores:
-        count, rewards = len(chunk.seeds), self.settings.rewards
-        return Scores(
-            {name: np.full(count, np.nan) for name in rewards},
-            {name: np.zeros(count, bool) for name in rewards},
-            {name: Failure(reason.kind, reason.message, count) for name in rewards},
-        )
 
 
 def batches(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from align_cluster.rewards.failure import classify
 from align_cluster.rewards.limits import Limits, WireError
-from align_cluster.rewards.mix import beside
+from align_cluster.rewards.mix import beside, unscored
 from align_cluster.types import Failure, Prompt, Scores
 
 HEADER_BYTES = 2**16
@@ -148,9 +148,9 @@ class Intake:
         try:
             scores = await asyncio.wait_for(self.backend.score(reward, images, prompts), limit)
         except asyncio.TimeoutError:
-            scores = _nothing(reward, Failure("timeout", f"no score in {limit:g} s", count))
+            scores = unscored([reward], Failure("timeout", f"no score in {limit:g} s", count))
         except Exception as error:
-            scores = _nothing(reward, Failure(classify(error), str(error)[:500], count))
+            scores = unscored([reward], Failure(classify(error), str(error)[:500], count))
         self.metrics.reward_seconds.labels(reward).observe(time.perf_counter() - started)
         failed = 0
         if failure := scores.failures.get(reward):
@@ -163,8 +163,3 @@ class Intake:
 def media_type(request: Request) -> str:
     """Of the body, in lower case and without its parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def _nothing(reward: str, failure: Failure) -> Scores:
-    count = failure.images
-    return Scores({reward: np.full(count, np.nan)}, {reward: np.zeros(count, bool)}, {reward: failure})

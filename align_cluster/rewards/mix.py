@@ -12,6 +12,13 @@ from align_cluster.rewards.base import RewardSection
 from align_cluster.types import Failure, Scores, UserError
 
 
+def unscored(rewards: Sequence[str], failure: Failure) -> Scores:
+    """No score of the failure's images by any of the rewards."""
+    count = failure.images
+    values, valid = np.full(count, np.nan), np.zeros(count, bool)
+    return Scores(dict.fromkeys(rewards, values), dict.fromkeys(rewards, valid), dict.fromkeys(rewards, failure))
+
+
 def beside(parts: Sequence[Scores], order: Sequence[str]) -> Scores:
     """Scores of the same images by different workers as one, rewards in `order`, whichever came first."""
     columns = {

@@ -50,20 +50,23 @@ def overrides(domain: str, method: str, seed: int) -> list[str]:
 
 def run(domain: str, method: str, seed: int) -> dict:
     """Train once, in a process of its own; returns the row."""
-    config = Path(__file__).parent.parent / "configs" / f"{METHODS[method][0]}.yaml"
     settings = overrides(domain, method, seed)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "align_cluster.cli", "train", str(config), "--out", folder, "--name", "row"]
-        subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], check=True)
-        out = Path(folder) / "row"
-        summary = json.loads((out / "summary.json").read_text())
-        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+        found = train(METHODS[method][0], settings, Path(folder))
+    return {"domain": domain, "method": method, "seed": seed, **found}
+
+
+def train(config: str, settings: list[str], folder: Path) -> dict:
+    """Train a run file into `folder`/row, in a process of its own; what every row says of its run."""
+    file = Path(__file__).parent.parent / "configs" / f"{config}.yaml"
+    command = [sys.executable, "-m", "align_cluster.cli", "train", str(file), "--out", str(folder), "--name", "row"]
+    subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], check=True)
+    out = folder / "row"
+    summary = json.loads((out / "summary.json").read_text())
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     return {
-        "domain": domain,
-        "method": method,
-        "seed": seed,
-        "config": config.name,
+        "config": file.name,
         "overrides": settings,
         "date": date.today().isoformat(),
         "commit": commit(),

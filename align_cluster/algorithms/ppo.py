@@ -29,7 +29,8 @@ class PPO(PolicyGradient):
         GAE's.
 
         `value_clip` is how far a value may move in a step's updates before its loss stops paying for it, in units of
-        the normalised reward. `critic_epochs` passes over the records train the critic for one of the actor.
+        the normalised reward. `critic_epochs` passes over the records train the critic for one of the actor, each on
+        `critic_states` states of a micro-batch's samples, drawn anew (null: on all of them, which costs the most).
         """
 
         kind: Literal["ppo"] = "ppo"
@@ -44,6 +45,7 @@ class PPO(PolicyGradient):
         critic: CriticSection = CriticSection()
         critic_lr: PositiveFloat = 1e-4
         critic_epochs: PositiveInt = 1
+        critic_states: PositiveInt | None = None
         warm_up: WarmUp = WarmUp()
 
     needs_path = True

@@ -36,23 +36,33 @@ class CriticLearner:
     def update(
         self, batches: list[tuple[Batch, TextBatch, torch.Tensor]], scale: float, sums: dict[str, list[float]]
     ) -> None:
-        """One optimiser update an epoch, over all states of all samples. `scale` is the number of ranks over the
-        samples' total weight; raises FloatingPointError before a loss that is not finite changes any weight."""
-        for _ in range(self.algorithm.config.critic_epochs):
+        """One optimiser update an epoch, over the states of all samples that are to be trained on. `scale` is the
+        number of ranks over the samples' total weight; raises FloatingPointError before a loss that is not finite
+        changes any weight."""
+        for epoch in range(self.algorithm.config.critic_epochs):
             for batch, text, weights in batches:
                 levels = torch.tensor(batch.sigmas, dtype=torch.float32, device=weights.device)
-                slots = batch.indices.shape[1]
-                for slot in range(slots):
+                slots = self._slots(batch, epoch)
+                for slot in slots:
                     values = self.critic(
                         batch.before[:, slot], levels[batch.indices[:, slot]], text.sequence, text.pooled
                     )
                     loss = self.algorithm.value_loss(values, batch, slot)
-                    total = (loss * weights).sum() * scale / slots
+                    total = (loss * weights).sum() * scale / len(slots)
                     if not torch.isfinite(total):
                         raise FloatingPointError("the critic's loss is not finite: lower algorithm.critic_lr")
                     total.backward()
                     add(sums, "value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
             add(sums, "critic_grad_norm", self._step(), 1.0)
+
+    def _slots(self, batch: Batch, epoch: int) -> list[int]:
+        """Which states of a micro-batch are trained on: as its first sample's stream of the moment says, so that ranks
+        make no difference."""
+        count, wanted = batch.indices.shape[1], self.algorithm.config.critic_states
+        if wanted is None or wanted >= count:
+            return list(range(count))
+        stream = batch.generators(f"critic states {epoch}")[0]
+        return sorted(torch.randperm(count, generator=stream)[:wanted].tolist())
 
     def _step(self) -> float:
         parameters = self.critic.trainable

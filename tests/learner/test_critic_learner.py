@@ -1,5 +1,8 @@
 """The critic's own training, on the real tiny network."""
 
+from dataclasses import replace
+from zlib import crc32
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +112,29 @@ def test_cut_into_micro_batches_the_update_is_the_same(sd35, condition, learner)
     learner.update(parts, 1 / 6, {})
     for name, value in learner.critic.state().items():
         torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)
+
+
+def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(learner, condition):
+    record, text, rewards = rollouts(condition, 4, 5)
+    values = learner.values(record, text)
+    streams = {"generators": lambda purpose: [torch.Generator().manual_seed(crc32(purpose.encode()))]}
+    given = replace(batch(record, rewards, values), **streams)
+    assert learner._slots(given, 0) == [0, 1, 2, 3]
+    learner.algorithm = PPO(PPO.Config(critic_states=1, value_clip=100))
+    drawn = [learner._slots(given, epoch) for epoch in range(20)]
+    assert all(len(slots) == 1 for slots in drawn) and len({slot for slots in drawn for slot in slots}) == 4
+    assert drawn == [learner._slots(given, epoch) for epoch in range(20)]
+
+    def gradient(slots: list[int]) -> torch.Tensor:
+        learner._slots = lambda batch, epoch: slots
+        learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.0)
+        found = []
+        learner._step = lambda: found.append([p.grad.clone() for p in learner.critic.head.last.parameters()]) or 0.0
+        learner.optimizer.zero_grad()
+        learner.update([(given, text, torch.ones(4))], 1 / 4, {})
+        return torch.cat([part.flatten() for part in found[0]])
+
+    torch.testing.assert_close(torch.stack([gradient([k]) for k in range(4)]).mean(0), gradient([0, 1, 2, 3]))
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight(learner, condition):

@@ -1,0 +1,199 @@
+"""Does a critic on noisy latents help? Latent actor-critic PPO beside Flow-GRPO at equal drawn images, one reward beside
+two, steering beside plain sampling, and what the critic costs; on the embedded model.
+
+    python benchmarks/critic.py run                       # every row that is missing; stop and go on as you like
+    python benchmarks/critic.py run --arms geneval --seeds 0
+    python benchmarks/critic.py cost                      # memory and time of values on learners and on samplers
+    python benchmarks/critic.py table                     # what there is, as Markdown
+    python benchmarks/critic.py plot                      # results/critic_*.png; needs the extra benchmarks
+
+An arm names the rewards that are trained: the strict 0/1 GenEval rule, the embedded CLIP's preference, or both. Prompts,
+groups, seeds, learning rate and images are those of the rows of Flow-GRPO in results/learning.jsonl, up to the 24th of
+their 48 steps. Each run's critic then steers held-out prompts. A row of results/critic.jsonl is one run.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from learning import COLUMNS, DOMAINS, GROUP, PROMPTS, RESULTS, train
+from learning import ROWS as LEARNING
+
+ROWS, COST = RESULTS / "critic.jsonl", RESULTS / "critic_cost.json"
+STEPS, EVERY, PROMPTS_STEERED, IMAGES_STEERED = 24, 12, 60, 2
+ARMS = {"geneval": ("geneval",), "clip": ("clip",), "both": DOMAINS}
+# name: (mode, its settings, denoising steps). Beside 10 steps of plain sampling, whose passes are the unit.
+STEERED = {
+    "plain": (None, [], 10),
+    "plain, 40 steps": (None, [], 40),
+    "best of 4 by reward": ("best_of_n", ["steer.n=4"], 10),
+    "best of 4 by value, pruned at step 5": ("best_of_n", ["steer.n=4", "steer.prune_at=5"], 10),
+    "best of 4 by value, pruned at step 9": ("best_of_n", ["steer.n=4", "steer.prune_at=9"], 10),
+    "smc of 4": ("smc", ["steer.n=4", "steer.strength=4"], 10),
+    "guidance": ("guidance", [], 10),
+    "guided best of 4": ("guided_best_of_n", ["steer.n=4"], 10),
+}
+
+
+def overrides(arm: str, seed: int) -> list[str]:
+    roles = [f"rewards.{name}.role={'train' if name in ARMS[arm] else 'monitor'}" for name in DOMAINS]
+    return [
+        *(f"steps={STEPS}", f"seed={seed}", f"prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}"),
+        *("rewards.geneval.score=strict", *roles, "optimizer.lr=6e-4", "optimizer.schedule=constant"),
+        *("algorithm.critic_lr=3e-3", "algorithm.critic_states=4", "algorithm.warm_up.updates=8"),
+        *(f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
+    ]
+
+
+def run(arm: str, seed: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        found = train("embedded_critic", overrides(arm, seed), Path(folder))
+        lines = (Path(folder) / "row" / "metrics.jsonl").read_text().splitlines()
+        found["values"] = [
+            {name: value for name, value in json.loads(line).items() if name.startswith(("value/", "advantage/step"))}
+            for line in lines
+        ]
+        steered = {name: steer(Path(folder) / "row", name, seed) for name in STEERED}
+    return {"arm": arm, "seed": seed, **found, "steered": steered}
+
+
+def steer(run_dir: Path, name: str, seed: int) -> dict:
+    """Held-out prompts drawn with a run's LoRA and one mode: mean scores, and passes an image that is kept."""
+    from align_cluster.config.load import load
+    from align_cluster.evaluate.sample import Wanted, sample
+    from align_cluster.evaluate.steer import read_settings
+    from align_cluster.prompts import PROMPTS as SOURCES
+    from align_cluster.prompts.groups import spread
+
+    config = load(run_dir / "config.yaml", ["cluster.threads=1"])
+    prompts = spread(SOURCES["embedded"](config.evaluate.prompts).load(), PROMPTS_STEERED)
+    mode, settings, steps = STEERED[name]
+    wanted = Wanted(IMAGES_STEERED, seed, steps, steer=read_settings(mode, settings) if mode else None, run=run_dir)
+    lora = run_dir / "lora" / "pytorch_lora_weights.safetensors"
+    found = sample(config, lora, prompts, run_dir / f"steered {name}", wanted)
+    images = IMAGES_STEERED * len(prompts)
+    spent = found["steer"]["compute"] if mode else {"actor": steps * images, "images": images}
+    return {
+        "means": found["means"]["steered" if mode else "aligned"],
+        "spent": {kind: count / images for kind, count in spent.items()},
+    }
+
+
+def rows() -> list[dict]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def beside() -> list[dict]:
+    """Rows of Flow-GRPO on the same data, as far as the runs here go."""
+    kept = [json.loads(line) for line in LEARNING.read_text().splitlines()]
+    return [row for row in kept if row["method"] == "flow_grpo"]
+
+
+def learned(row: dict, column: str) -> tuple[float, float]:
+    """Held-out score before, and after STEPS steps."""
+    scores = row["held_out"][column]
+    return scores[0], scores[row["images"].index(STEPS * PROMPTS * GROUP)]
+
+
+def table(kept: list[dict]) -> str:
+    """Means over seeds; +- is half their range."""
+    lines = ["| method | trained on | seeds | accuracy before -> after | clip before -> after | s/step |"]
+    lines.append("|---|---|---|---|---|---|")
+    arms = [("Flow-GRPO", domain, [row for row in beside() if row["domain"] == domain]) for domain in DOMAINS]
+    arms += [("critic PPO", arm, [row for row in kept if row["arm"] == arm]) for arm in ARMS]
+    for method, arm, group in arms:
+        if not group:
+            continue
+        cells = []
+        for column in ("accuracy", "clip"):
+            before, after = np.array([learned(row, column) for row in group]).T
+            cells.append(f"{before.mean():.3f} -> {after.mean():.3f} +- {np.ptp(after) / 2:.3f}")
+        seconds = np.mean([row["steps"]["time/step"][:STEPS] for row in group])
+        lines.append(f"| {method} | {arm} | {len(group)} | {' | '.join(cells)} | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
+def steering_table(kept: list[dict]) -> str:
+    lines = [
+        "| critic of | sampling | seeds | accuracy | clip | actor passes | critic passes (backward) | images decoded |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for arm in ARMS:
+        group = [row["steered"] for row in kept if row["arm"] == arm]
+        for name in STEERED if group else ():
+            means = {
+                column: np.array([row[name]["means"][COLUMNS[column].removeprefix("reward/")] for row in group])
+                for column in ("accuracy", "clip")
+            }
+            cells = [f"{found.mean():.3f} +- {np.ptp(found) / 2:.3f}" for found in means.values()]
+            spent = group[0][name]["spent"]
+            critic = f"{spent.get('critic', 0):.0f} ({spent.get('critic_backward', 0):.0f})"
+            passes = f"{spent['actor']:.0f} | {critic} | {spent['images']:.0f}"
+            lines.append(f"| {arm} | {name} | {len(group)} | {' | '.join(cells)} | {passes} |")
+    return "\n".join(lines)
+
+
+def plot(kept: list[dict]) -> None:
+    """Held-out scores against images, and what the critic explains by noise level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = dict(zip(("Flow-GRPO", *ARMS), plt.cm.tab10.colors, strict=False))
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.2), constrained_layout=True)
+    for axis, domain, column in zip(axes, DOMAINS, ("accuracy", "clip"), strict=False):
+        curves = [("Flow-GRPO", [row for row in beside() if row["domain"] == domain])]
+        curves += [(arm, [row for row in kept if row["arm"] == arm]) for arm in (domain, "both")]
+        for name, group in curves:
+            if group:
+                images = [n for n in group[0]["images"] if n <= STEPS * PROMPTS * GROUP]
+                found = np.array([row["held_out"][column][: len(images)] for row in group])
+                label = name if name == "Flow-GRPO" else f"critic PPO, {name}"
+                axis.plot(images, found.mean(0), color=colors[name], label=f"{label} ({len(group)} seeds)")
+                axis.fill_between(images, found.min(0), found.max(0), color=colors[name], alpha=0.15, lw=0)
+        axis.set(title=f"held-out {column}, trained on {domain}", xlabel="images drawn")
+        axis.legend(fontsize=8)
+    for axis, reward in zip(axes[2:], DOMAINS, strict=True):
+        group = [row for row in kept if row["arm"] == reward]
+        prefix = f"value/{reward}/explained_variance/"
+        for shade, bucket in enumerate(sorted({name for row in group for name in row["values"][-1] if prefix in name})):
+            found = np.array([[step.get(bucket, np.nan) for step in row["values"]] for row in group], dtype=float)
+            axis.plot(np.nanmean(found, 0), color=plt.cm.viridis(shade / 4), label=bucket.removeprefix(prefix))
+        axis.set(title=f"explained variance of {reward}, by noise", xlabel="step", ylim=(-0.6, 1))
+        axis.legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(RESULTS / "critic.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "cost", "table", "plot"])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args = parser.parse_args()
+    if args.command == "run":
+        RESULTS.mkdir(exist_ok=True)
+        for seed in args.seeds:
+            for arm in args.arms:
+                if not any((row["arm"], row["seed"]) == (arm, seed) for row in rows()):
+                    found = run(arm, seed)
+                    with ROWS.open("a") as file:
+                        file.write(json.dumps(found) + "\n")
+    elif args.command == "cost":
+        from critic_cost import cost, cost_table
+
+        COST.write_text(json.dumps(cost(), indent=1) + "\n")
+        print(cost_table(json.loads(COST.read_text())))
+        return
+    elif args.command == "plot":
+        plot(rows())
+    print(table(rows()), steering_table(rows()), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

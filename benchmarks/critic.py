@@ -1,15 +1,15 @@
-"""Does a critic on noisy latents help? Latent actor-critic PPO beside Flow-GRPO at equal drawn images, one reward beside
-two, steering beside plain sampling, and what the critic costs; on the embedded model.
+"""Does a critic on noisy latents help? Latent actor-critic PPO beside Flow-GRPO at equal drawn images, one reward
+beside two, steering beside plain sampling, and what the critic costs; on the embedded model.
 
     python benchmarks/critic.py run                       # every row that is missing; stop and go on as you like
     python benchmarks/critic.py run --arms geneval --seeds 0
-    python benchmarks/critic.py cost                      # memory and time of values on learners and on samplers
+    python benchmarks/critic.py cost                      # values on learners and on samplers; bytes of SD3.5-M
     python benchmarks/critic.py table                     # what there is, as Markdown
     python benchmarks/critic.py plot                      # results/critic_*.png; needs the extra benchmarks
 
-An arm names the rewards that are trained: the strict 0/1 GenEval rule, the embedded CLIP's preference, or both. Prompts,
-groups, seeds, learning rate and images are those of the rows of Flow-GRPO in results/learning.jsonl, up to the 24th of
-their 48 steps. Each run's critic then steers held-out prompts. A row of results/critic.jsonl is one run.
+An arm names the rewards that are trained: the strict 0/1 GenEval rule, the embedded CLIP's preference, or both.
+Prompts, groups, seeds, learning rate and images are those of the rows of Flow-GRPO in results/learning.jsonl, up to
+the 24th of their 48 steps. Each run's critic then steers held-out prompts. A row of results/critic.jsonl is one run.
 """
 
 import argparse

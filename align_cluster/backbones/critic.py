@@ -6,7 +6,7 @@ The head's sizes are engineering choices; the paper names attention over spatial
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -89,13 +89,23 @@ class Critic(nn.Module):
             parameter.requires_grad_(True)
 
     @property
+    def network(self) -> nn.Module:
+        """Whose features it reads: the actor's denoiser, or its own copy."""
+        return self._network[0]
+
+    @property
     def adapter(self) -> dict[str, nn.Parameter]:
         """The critic's own adapter, empty with frozen features."""
-        return {} if self.settings.features == "frozen" else adapter_parameters(self._network[0], CRITIC)
+        return {} if self.settings.features == "frozen" else adapter_parameters(self.network, CRITIC)
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         return [*self.head.parameters(), *self.adapter.values()]
+
+    def active(self) -> AbstractContextManager[None]:
+        """The network as the critic reads it. A backward pass through checkpointed layers belongs inside: they are
+        computed again, under whichever adapter is the active one then."""
+        return active_adapter(self.network, None if self.settings.features == "frozen" else CRITIC)
 
     def forward(
         self, x: torch.Tensor, sigma: torch.Tensor, sequence: torch.Tensor, pooled: torch.Tensor
@@ -104,10 +114,8 @@ class Critic(nn.Module):
 
         Conditions are the text's own, without guidance. Gradient flows to x, the head and the adapter alone.
         """
-        denoiser = self._network[0]
-        name = None if self.settings.features == "frozen" else CRITIC
-        with active_adapter(denoiser, name), captured(self.backbone, denoiser) as layers:
-            self.backbone.velocity(denoiser, x, sigma, sequence, pooled)
+        with self.active(), captured(self.backbone, self.network) as layers:
+            self.backbone.velocity(self.network, x, sigma, sequence, pooled)
         return self.head([layer.float() for layer in layers], sigma)
 
     def state(self) -> dict[str, torch.Tensor]:

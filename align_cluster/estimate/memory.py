@@ -26,8 +26,9 @@ class Sizes:
 
     `text` are the text encoders, `adapter` is one adapter in fp32, of which the learner keeps `adapters`. `draw` is one
     (guided) prediction for a chunk, `decode` makes its images; `update` is all that the loss asks of one micro-batch at
-    one noise level, with its backward, and `checkpointed` the same with gradient checkpointing. `critic` is what a
-    critic adds for one micro-batch and state, and `critic_weights` and `critic_trained` are bytes of what it adds.
+    one noise level, with its backward, and `checkpointed` the same with gradient checkpointing. `values` is what a
+    critic says of one micro-batch's states of one level, `critic` its training on them, `critic_checkpointed` likewise;
+    `critic_weights` and `critic_trained` are bytes of what it adds.
     """
 
     parameters: dict[str, int]
@@ -41,7 +42,9 @@ class Sizes:
     decode: Usage
     update: Usage
     checkpointed: Usage
+    values: Usage = Usage(0, 0)
     critic: Usage = Usage(0, 0)
+    critic_checkpointed: Usage = Usage(0, 0)
     critic_weights: int = 0
     critic_trained: int = 0
 
@@ -73,7 +76,7 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
     asked = predictions(config, algorithm, backbone)
     guidance, both = config.rollout.guidance, config.learner.guidance_gradient == "both"
     with counting(device) as counter:
-        for module in (denoiser, vae, *([critic.head, critic._network[0]] if critic else ())):
+        for module in (denoiser, vae, *([critic.head, critic.network] if critic else ())):
             counter.adopt(module)
 
         def batch(size: int) -> tuple[torch.Tensor, torch.Tensor, TextBatch]:
@@ -96,10 +99,13 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
             torch.autograd.backward(sum(output.square().mean() for output in outputs))
             denoiser.zero_grad()
 
-        def judge() -> None:
-            with torch.no_grad():
-                critic(x, sigma, text.sequence, text.pooled)
-            torch.autograd.backward(critic(x, sigma, text.sequence, text.pooled).square().mean())
+        @torch.no_grad()
+        def judge() -> torch.Tensor:
+            return critic(x, sigma, text.sequence, text.pooled)
+
+        def learn() -> None:
+            with critic.active():
+                torch.autograd.backward(critic(x, sigma, text.sequence, text.pooled).square().mean())
             critic.zero_grad()
 
         x, sigma, text = batch(plan.chunk)
@@ -107,12 +113,15 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
         x, sigma, text = batch(plan.micro_batch)
         used["update"] = counter.measure(update)
         if critic:
-            copy = _tensors(critic._network[0], "lora_") if critic._network[0] is not denoiser else {}
-            used["critic"] = counter.measure(judge)
+            copy = _tensors(critic.network, "lora_") if critic.network is not denoiser else {}
+            used |= {"values": counter.measure(judge), "critic": counter.measure(learn)}
             used["critic_trained"] = 4 * sum(parameter.numel() for parameter in critic.trainable)
             used["critic_weights"] = _bytes(_tensors(critic.head)) + _bytes(copy)
         denoiser.enable_gradient_checkpointing()
         used["checkpointed"] = counter.measure(update)
+        if critic:
+            critic.network.enable_gradient_checkpointing()
+            used["critic_checkpointed"] = counter.measure(learn)
     return Sizes(
         parameters={name: _parameters(part) for name, part in parts.items()} | {"lora": adapter},
         itemsize=backbone.dtype.itemsize,
@@ -182,7 +191,9 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
     """
     stage, ranks, one = config.learner.zero_stage, plan.learners, sizes.adapter
     chunk = config.rollout.chunk or config.rollout.group_size
-    used = sizes.checkpointed if config.learner.gradient_checkpointing else sizes.update
+    used = (sizes.update, sizes.critic)
+    if config.learner.gradient_checkpointing:
+        used = (sizes.checkpointed, sizes.critic_checkpointed)
     cut = min(config.learner.micro_batch or chunk, chunk) / plan.micro_batch
     share = 1 / ranks if stage == 3 else 1
     weights = sizes.denoiser * share
@@ -194,5 +205,5 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
         weights + sizes.critic_weights,
         one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
         moments + gradients + 3 * sizes.critic_trained,
-        max(used.bytes, sizes.critic.bytes) * cut,
+        max(one.bytes for one in used) * cut,
     )

@@ -100,7 +100,12 @@ def roles(config: RunConfig, plan: Plan, sizes: Sizes) -> dict[str, Role]:
 def image_flops(config: RunConfig, plan: Plan, sizes: Sizes) -> dict[str, float]:
     """FLOPs of one image in each stage. Its text's encoding is left out: that is kept."""
     used = sizes.checkpointed if config.learner.gradient_checkpointing else sizes.update
-    critic = config.rollout.steps * config.algorithm.critic_epochs * sizes.critic.flops if sizes.critic.flops else 0
+    critic = 0
+    if sizes.critic.flops:
+        steps, settings = config.rollout.steps, config.algorithm
+        states = settings.critic_epochs * min(settings.critic_states or steps, steps)
+        learn = sizes.critic_checkpointed if config.learner.gradient_checkpointing else sizes.critic
+        critic = steps * sizes.values.flops + states * learn.flops
     return {
         "rollout": (config.rollout.steps * sizes.draw.flops + sizes.decode.flops) / plan.chunk,
         "reward": sum(pool_flops(config, pool) for pool in plan.reward_pools),

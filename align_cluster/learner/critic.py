@@ -51,7 +51,8 @@ class CriticLearner:
                     total = (loss * weights).sum() * scale / len(slots)
                     if not torch.isfinite(total):
                         raise FloatingPointError("the critic's loss is not finite: lower algorithm.critic_lr")
-                    total.backward()
+                    with self.critic.active():
+                        total.backward()
                     add(sums, "value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
             add(sums, "critic_grad_norm", self._step(), 1.0)
 

@@ -165,6 +165,8 @@ class Learner:
         if not self.algorithm.critic:
             return None
         critic = Critic(self.backbone, self.denoiser, len(self.config.trained), self.algorithm.critic)
+        if self.config.learner.gradient_checkpointing:  # of a copy, too
+            critic.network.enable_gradient_checkpointing()
         return CriticLearner(critic, self.algorithm, self.config.optimizer, self.world)
 
     def _batches(

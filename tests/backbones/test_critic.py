@@ -80,6 +80,24 @@ def test_the_critics_gradient_reaches_no_weight_of_the_actor_and_the_actors_none
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in default.values())
 
 
+@pytest.mark.parametrize("features", ["lora", "copy"])
+def test_with_gradient_checkpointing_values_and_gradients_are_the_same(case, actor, features):
+    critic = Critic(case, actor, 1, CriticSection(features=features, **SMALL))
+    shake(critic)
+    found = []
+    for _ in range(2):
+        values = critic(*inputs(case))
+        with critic.active():
+            found.append((values.detach(), torch.autograd.grad(values.sum(), critic.trainable, allow_unused=True)))
+        critic.network.train().enable_gradient_checkpointing()
+    (plain, gradients), (values, again) = found
+    assert torch.equal(plain, values)
+    for one, other in zip(gradients, again, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_the_gradient_to_the_latent_is_that_of_finite_differences(case, actor):
     critic = Critic(case, actor, 1, CriticSection(**SMALL))
     shake(critic)

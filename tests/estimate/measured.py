@@ -58,10 +58,20 @@ def learner(config: RunConfig, rank: int, world: int, port: int, device: str) ->
     rng = np.random.default_rng(0)
     chunks = [Chunk(0, g, 0, Prompt(g, "p"), tuple(range(size * g, size * (g + 1)))) for g in range(2 * world)]
     noise = rng.standard_normal((size, *shape), dtype=np.float32)
-    records = [Record(chunk, 0, noise, np.linspace(1, 0, steps + 1), np.empty((size, 0), np.int64)) for chunk in chunks]
+    path = {"indices": np.empty((size, 0), np.int64)}
+    if made.algorithm.needs_density:
+        states = np.repeat(noise[:, None], steps, 1)
+        path = {"indices": np.tile(np.arange(steps), (size, 1)), "before": states, "after": states}
+        path["log_probs"] = np.zeros((size, steps), np.float32)
+    records = [Record(chunk, 0, noise, np.linspace(1, 0, steps + 1), **path) for chunk in chunks]
     text, null = (condition(key, made.backbone.text_shape) for key in ("text", "null"))
-    advantages = [rng.standard_normal(size).astype(np.float32) for _ in chunks]
-    pieces = cut(chunks, advantages, [np.ones(size, bool)] * len(chunks), 1, config.learner.micro_batch or size, 0)
+    each, targets = (size,), None
+    if made.algorithm.critic:
+        each = (size, steps)
+        targets = {name: [np.zeros((*each, 1), np.float32)] * len(chunks) for name in ("returns", "values")}
+    advantages = [rng.standard_normal(each).astype(np.float32) for _ in chunks]
+    valid = [np.ones(size, bool)] * len(chunks)
+    pieces = cut(chunks, advantages, valid, 1, config.learner.micro_batch or size, 0, targets)
     mine, sources = share(pieces, rank, world)
     data = [item for source in sources for item in (records[source], text)]
 

@@ -38,7 +38,8 @@ def pipeline(tiny: Path, folder: Path, sizes: dict[str, int]) -> Path:
 def run(
     path: Path, stage: int, guidance: float = 1.0, precision: str = "fp32", size: int = 8, **settings: object
 ) -> RunConfig:
-    """DiffusionNFT in groups of `size`, with other settings of the learner."""
+    """DiffusionNFT in groups of `size`, with other settings of the learner; or another `algorithm`."""
+    algorithm = settings.pop("algorithm", {"kind": "nft", "timesteps": 2})
     backbone = {"kind": "sd3", "path": str(path), "text": "free", "lora": {"rank": 64}, "precision": precision}
     changes = {"zero_stage": stage} | settings
     return RunConfig.model_validate(
@@ -50,7 +51,7 @@ def run(
             "prompts": {"kind": "embedded"},
             "rollout": {"group_size": size, "steps": 2, "guidance": guidance},
             "rewards": {"geneval": {"kind": "geneval"}},
-            "algorithm": {"kind": "nft", "timesteps": 2},
+            "algorithm": algorithm,
             "learner": changes,
             "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}},
         }
@@ -98,6 +99,15 @@ def test_real_workers_hold_what_was_predicted(folder, tmp_path):
     found = held(configs, 1, tmp_path / "held.json")
     for config, real in zip(configs, found, strict=True):
         assert predicted(config, 1) == pytest.approx(real, rel=0.05), config.learner
+
+
+def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
+    kinds = [{"kind": "ppo", "critic": {"features": name, "width": 64, "heads": 4}} for name in ("lora", "copy")]
+    configs = [run(folder, 2, algorithm=kind) for kind in ({"kind": "grpo"}, *kinds)]
+    actor, *both = (one["learner"] for one in held(configs, 1, tmp_path / "held.json"))
+    foreseen, *more = (predicted(config, 1)["learner"] for config in configs)
+    assert [foreseen, *more] == pytest.approx([actor, *both], rel=0.05)
+    assert [one - foreseen for one in more] == pytest.approx([one - actor for one in both], abs=0.03 * actor)
 
 
 def test_two_ranks_share_what_was_predicted(folder, tmp_path):

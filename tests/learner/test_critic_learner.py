@@ -114,6 +114,24 @@ def test_cut_into_micro_batches_the_update_is_the_same(sd35, condition, learner)
         torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)
 
 
+def test_with_gradient_checkpointing_the_update_is_the_same(sd35, condition, learner):
+    record, text, rewards = rollouts(condition, 4, 4)
+    given = batch(record, rewards, learner.values(record, text))
+    learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.1)
+    with torch.no_grad():
+        for parameter in learner.critic.trainable:  # an adapter that begins at zero has no gradient in its other half
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    start = {name: value.clone() for name, value in learner.critic.state().items()}
+    learner.update([(given, text, torch.ones(4))], 1 / 4, {})
+    plain = {name: value.clone() for name, value in learner.critic.state().items()}
+    learner.critic.restore(start)
+    learner.critic.network.train().enable_gradient_checkpointing()
+    learner.update([(given, text, torch.ones(4))], 1 / 4, {})
+    assert any(name.startswith("adapter") and not torch.equal(plain[name], start[name]) for name in start)
+    for name, value in learner.critic.state().items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-6)
+
+
 def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(learner, condition):
     record, text, rewards = rollouts(condition, 4, 5)
     values = learner.values(record, text)

@@ -38,6 +38,14 @@ def test_every_embedded_run_file_has_the_full_size_one_beside_it(twin):
     assert type(small.window) is type(large.window)
 
 
+@pytest.mark.parametrize("name", ["sd15_critic", "sd35_medium_critic"])
+@pytest.mark.parametrize("trained", [["geneval"], ["hps"], ["clip"], ["geneval", "hps", "clip"]])
+def test_the_critics_run_files_train_each_reward_alone_and_all_together(name, trained):
+    roles = [f"rewards.{one}.role=monitor" for one in ("geneval", "hps", "clip") if one not in trained]
+    config = load(CONFIGS / f"{name}.yaml", roles)
+    assert check(config) == [] and config.trained == trained and config.rollout.group_size == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_every_embedded_run_file_takes_two_steps(name, train):

@@ -99,6 +99,10 @@ class Crew:
         for group in (self.samplers, *self.rewards, self.learners):
             group.shutdown()
 
+    @property
+    def workers_lost(self) -> int:
+        return self.samplers.lost + sum(pool.lost for pool in self.rewards) + self.learners.lost
+
     def encode(self, prompts: list[Prompt]) -> None:
         """Encode every text that is new, and the empty prompt where guidance needs it; conditions go to the object
         store."""

@@ -1,4 +1,4 @@
-"""The learner's ranks as actors: rendezvous, calls to all ranks at once, one deadline, and a new start where one is lost.
+"""The learner's ranks as actors: rendezvous, calls to all at once, one deadline, and a new start where one is lost.
 
 A call is a function of the state after the last update, which the driver holds, and of its arguments. So when a rank is
 lost all of them are started anew, take up that state, and the call is made again: the same bits come out.
@@ -98,7 +98,9 @@ class LearnerGroup:
                 self.shutdown()
                 self.lost, self.lost_in_a_row = self.lost + 1, self.lost_in_a_row + 1
                 if self.lost_in_a_row >= LOSSES:
-                    raise RuntimeError(f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}") from error
+                    raise RuntimeError(
+                        f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}"
+                    ) from error
                 since = "as it began" if self.snapshot is None else f"from update {self.snapshot.counts['updates']}"
                 logging.getLogger(__name__).warning("%s; the learner starts again %s", error, since)
                 time.sleep(2.0 ** (self.lost_in_a_row - 1) - 1)
@@ -169,9 +171,7 @@ class LearnerGroup:
 
     def values(self, shares: list[list]) -> list[tuple]:
         """What the critic says of each rank's share of records and conditions."""
-        return self._call(
-            lambda: [rank.values.remote(*data) for rank, data in zip(self.ranks, shares, strict=True)]
-        )
+        return self._call(lambda: [rank.values.remote(*data) for rank, data in zip(self.ranks, shares, strict=True)])
 
     def critic_state(self) -> dict[str, Any]:
         """The critic's weights, which are the same on all ranks."""

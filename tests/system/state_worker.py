@@ -41,7 +41,6 @@ class Job:
         data = [item for source in sources for item in (self.drawn[source], self.texts[source])]
         return self.learner.update(step, mine, total_weight(pieces), None, *data)
 
-
     def cut(self, step: int) -> list:
         if not self.learner.critic:
             return ZERO["cut_step"](self.config, self.drawn, step)

@@ -87,7 +87,7 @@ class Crew:
         self.perturbations: dict[str, Explored] = {}
         self.keys: dict[str, str] = {}
         self.version = 0
-        self.images_drawn = 0
+        self.images_drawn = self.lost_before = 0
         self.scored: dict[str, float] = {}
 
     def __enter__(self) -> "Crew":
@@ -98,6 +98,11 @@ class Crew:
     ) -> None:
         for group in (self.samplers, *self.rewards, self.learners):
             group.shutdown()
+
+    @property
+    def workers_lost(self) -> int:
+        """Of all kinds, since the run began."""
+        return self.lost_before + self.samplers.lost + sum(pool.lost for pool in self.rewards) + self.learners.lost
 
     def encode(self, prompts: list[Prompt]) -> None:
         """Encode every text that is new, and the empty prompt where guidance needs it; conditions go to the object

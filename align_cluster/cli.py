@@ -36,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        from align_cluster.config.base import masked
         from align_cluster.types import UserError
 
         if not isinstance(error, UserError):
             raise
-        for line in str(error).splitlines():
+        for line in masked(str(error)).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
 

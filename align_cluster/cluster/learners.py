@@ -1,11 +1,13 @@
 """The learner's ranks as actors: rendezvous, calls to all ranks at once, one deadline."""
 
+import time
+from collections import deque
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from align_cluster.cluster.pool import LOST, cause_of
+from align_cluster.cluster.pool import LOST, Doing, cause_of
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.worker import Learner
@@ -42,6 +44,10 @@ class LearnerGroup:
 
     def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
         self.timeout_s = config.cluster.timeout_s
+        self.asked: list[Any] = []
+        self.left: list[Any] = []
+        self.since = time.monotonic()
+        self.troubles: deque[tuple[float, str]] = deque(maxlen=20)  # with the time of day
         actor, shares = ray.remote(LearnerRank), {"num_cpus": plan.learner_cpus, "num_gpus": plan.learner_gpus}
         self.ranks = [actor.options(**shares, scheduling_strategy=place).remote() for place in places]
         address, port = self.wait([self.ranks[0].address.remote()])[0]
@@ -54,10 +60,12 @@ class LearnerGroup:
     def wait(self, refs: list) -> list[Any]:
         """Results of one call on every rank; names the rank that is lost or late."""
         left = list(refs)
+        self.asked, self.left, self.since = refs, left, time.monotonic()
         try:
             while left:
                 # Any rank's error must surface at once: the others would wait for it in a collective.
                 ready, left = ray.wait(left, num_returns=1, timeout=self.timeout_s)
+                self.left = left
                 if not ready:
                     raise TimeoutError(
                         f"learner ranks did not finish within {self.timeout_s:g} s: {len(left)} are late"
@@ -96,6 +104,13 @@ class LearnerGroup:
         pairs = [rank.publish.options(num_returns=2).remote(source, version) for rank in self.ranks]
         manifest, *_ = self.wait([manifest for manifest, _ in pairs])
         return manifest, pairs[0][1]
+
+    def roster(self) -> list[Doing]:
+        """Which ranks have not yet answered. Another thread may ask."""
+        left, count = self.left, max(1, len(self.ranks))
+        late = {index % count for index, ref in enumerate(self.asked) if ref in left}
+        phases = ["at work" if rank in late else "idle" for rank in range(count)]
+        return [Doing(f"learner-{rank}", "", phase, self.since, rank in late) for rank, phase in enumerate(phases)]
 
     def shutdown(self) -> None:
         for rank in self.ranks:

@@ -131,7 +131,7 @@ class DitTrainer:
     def run(self, latents: torch.Tensor, owners: torch.Tensor, save_every: int = 500) -> None:
         state = self.out / "dit.pt"
         if state.exists():
-            self.load(torch.load(state))
+            self.load(torch.load(state, weights_only=True))
         torch.manual_seed(3 + self.rank + 1000 * self.step)
         started, losses = time.time(), []
         while self.step < self.steps:

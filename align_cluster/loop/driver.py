@@ -16,6 +16,7 @@ from align_cluster.loop.crew import Crew
 from align_cluster.loop.critic_credit import CriticCreditor, save_critic
 from align_cluster.loop.evaluation import Evaluation
 from align_cluster.loop.summary import step_metrics, summary
+from align_cluster.loop.watch import Watch
 from align_cluster.observe.progress import Progress, table
 from align_cluster.observe.report import write_report
 from align_cluster.observe.rundir import RunDir, write_json, write_text
@@ -39,7 +40,7 @@ def train(config: RunConfig, out: Path) -> Path:
             write_text(run.config, dump(config))
             pools = f"{plan.samplers} samplers, {plan.reward_workers} reward workers, {plan.learners} learner ranks"
             bars.note(f"{pools} -> {run.path}")
-            with MetricWriter(run.path) as metrics:
+            with MetricWriter(run.path) as metrics, Watch(run.path, config, clock, crew):
                 evaluation = Evaluation(config, held_out, crew, run, metrics)
                 with clock.stage("evaluate"):
                     before = evaluation.first()
@@ -47,13 +48,14 @@ def train(config: RunConfig, out: Path) -> Path:
                 crew.publish("behaviour")
                 self_check, creditor = None, (CriticCreditor if crew.algorithm.critic else Creditor)(config)
                 for step in range(config.steps):
-                    clock.next_step()
+                    clock.next_step(step + 1)
                     chunks = plan_chunks(config, prompts, step, plan)
                     explored = {}
                     if config.exploration:
                         with clock.stage("explore"):
                             explored = crew.explore([chunk.prompt for chunk in chunks])
-                    drawn, times = crew.draw(chunks, crew.request(step))
+                    with clock.at("draw"):
+                        drawn, times = crew.draw(chunks, crew.request(step))
                     for stage, seconds in times.items():
                         clock.add(stage, seconds)
                     with clock.stage("credit"):

@@ -121,6 +121,7 @@ def test_a_backlog_calls_more_workers(local_ray, by_value):
     actor = local_ray.remote(Moody).options(num_cpus=0)
     pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, Patience(60, 2))
     scoring = Scoring(pool, RewardPool("a", ("a",), 1, 2, 0.0))
+    pool.assemble()
     quick = [replace(chunk, prompt=replace(chunk.prompt, id=0)) for chunk in CHUNKS]
     scoring.begin(quick)
     for chunk, workers in zip(quick, (1, 1, 1, 1, 2, 2), strict=True):

@@ -13,6 +13,7 @@ from align_cluster.config.plan import HALF, Plan
 from align_cluster.config.run import ClusterConfig
 from align_cluster.types import UserError
 
+FULL = ("OutOfDiskError", "ObjectStoreFullError")  # of Ray, whose own text may be inside of another error's
 PATIENCE_S = 5.0  # a run that has just ended gives its resources back within about a second
 
 
@@ -33,6 +34,14 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             raise UserError(f"cluster.address: {where} ({reason}); `align-cluster doctor` shows more") from error
     try:
         yield
+    except Exception as error:
+        if any(name in f"{type(error).__name__} {error}" for name in FULL):
+            raise UserError(
+                "Ray's object store is full, and so is the disk that it spills to: free space where Ray's session "
+                "folder is (/tmp/ray unless set), start the nodes with more --object-store-memory, or draw less at a "
+                "time (prompts_per_step, rollout.group_size)"
+            ) from error
+        raise
     finally:
         if not joined:
             ray.shutdown()

@@ -15,9 +15,8 @@ from align_cluster.cluster.pool import Doing
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.crew import Crew
-from align_cluster.observe.rundir import write_json
+from align_cluster.observe.rundir import RunDir, write_json
 
-STATE = "state.json"
 BEAT_S = 2.0
 log = logging.getLogger(__name__)
 
@@ -27,8 +26,9 @@ class Watch:
     what a worker does, and since when, is what it was last given to do."""
 
     def __init__(self, path: Path, config: RunConfig, clock: Clock, crew: Crew) -> None:
-        self.file, self.config, self.clock, self.crew = path / STATE, config, clock, crew
+        self.file, self.config, self.clock, self.crew = RunDir(path).state, config, clock, crew
         self.told: dict[tuple[str, str], float] = {}
+        self.mute: set[str | None] = set()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -55,8 +55,8 @@ class Watch:
         try:
             write_json(self.file, state)
         except OSError as error:
-            if not self.told.setdefault((STATE, error.strerror), 0.0):
-                self.told[STATE, error.strerror] = 1.0
+            if error.strerror not in self.mute:
+                self.mute.add(error.strerror)
                 log.warning("%s cannot be written (%s); `doctor` shows an old state", self.file, error.strerror)
 
     def state(self) -> dict[str, Any]:

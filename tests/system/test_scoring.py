@@ -47,6 +47,7 @@ def pool(local_ray, tiny):
     plan = derive(config, 2, 0)
     settings = replace(plan.reward_pools[1], cpus=0.01)
     pool = Pool("clip", lambda name, index: make_reward_worker(config, plan, settings, None), 2, 120)
+    pool.assemble()
     yield pool, settings, RewardWorker({"clip": config.rewards["clip"]})
     pool.shutdown()
 

@@ -1,16 +1,32 @@
-"""The learner's ranks as actors: rendezvous, calls to all ranks at once, one deadline."""
+"""The learner's ranks as actors: rendezvous, calls to all ranks at once, one deadline, a new start where one is lost.
 
+A call is a function of the state after the last update, which the driver holds, and of its arguments. So when a rank is
+lost all of them are started anew, take up that state, and the call is made again: the same bits come out.
+"""
+
+import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from align_cluster.cluster.pool import LOST, Doing, cause_of
+from align_cluster.cluster.pool import LOST, Doing, cause_of, reason, whereabouts
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
+from align_cluster.learner.state import Snapshot
 from align_cluster.learner.worker import Learner
+from align_cluster.types import UserError
+
+LOSSES = 4  # in a row, without an update in between, that end the run
+log = logging.getLogger(__name__)
+GRACE_S = 10.0  # after a rank's error: is it only that another one is gone?
+
+
+class RankLost(RuntimeError):
+    """A rank is gone, or did not answer in time."""
 
 
 class LearnerRank:
@@ -26,8 +42,11 @@ class LearnerRank:
     def build(self, *args: Any) -> None:
         self.learner = Learner(*args)
 
-    def update(self, *args: Any, **options: Any) -> Any:
-        return self.learner.update(*args, **options)
+    def restore(self, snapshot: Snapshot) -> None:
+        self.learner.restore(snapshot)
+
+    def update(self, *args: Any, **options: Any) -> tuple[Any, Snapshot | None]:
+        return self.learner.update(*args, **options), self.learner.state()
 
     def publish(self, *args: Any) -> Any:
         return self.learner.publish(*args)
@@ -40,25 +59,65 @@ class LearnerRank:
 
 
 class LearnerGroup:
-    """All ranks of one learner. Every call goes to every rank."""
+    """All ranks of one learner. Every call goes to every rank.
+
+    `snapshot` is the state after the last update (None: none has been made). The driver holds it as a view of its own
+    node's object store, so it outlives the node that made it. `lost` counts lost ranks.
+    """
 
     def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
-        self.timeout_s = config.cluster.timeout_s
-        self.asked: list[Any] = []
+        self.config, self.plan, self.places, self.timeout_s = config, plan, places, config.cluster.timeout_s
+        self.ranks: list[Any] = []
+        self.homes: list[str] = []
+        self.asked: list[Any] = []  # by whom is waited for, and who of them is left, since when
         self.left: list[Any] = []
         self.since = time.monotonic()
         self.troubles: deque[tuple[float, str]] = deque(maxlen=20)  # with the time of day
+        self.built: list[Any] = []
+        self.snapshot: Snapshot | None = None
+        self.lost = self.lost_in_a_row = 0
+        self._survive(self._start)
+
+    def _start(self) -> None:
+        """Start all ranks, without waiting until they have loaded their models."""
+        self.shutdown()
+        plan = self.plan
         actor, shares = ray.remote(LearnerRank), {"num_cpus": plan.learner_cpus, "num_gpus": plan.learner_gpus}
-        self.ranks = [actor.options(**shares, scheduling_strategy=place).remote() for place in places]
-        address, port = self.wait([self.ranks[0].address.remote()])[0]
+        self.ranks = [actor.options(**shares, scheduling_strategy=place).remote() for place in self.places]
+        self.homes = self._wait([rank.__ray_call__.remote(whereabouts) for rank in self.ranks])
+        address, port = self._wait([self.ranks[0].address.remote()])[0]
         device = "cuda" if plan.learner_gpus else "cpu"
         self.built = [
-            rank.build.remote(config, index, plan.learners, address, port, plan.threads, device)
+            rank.build.remote(self.config, index, plan.learners, address, port, plan.threads, device)
             for index, rank in enumerate(self.ranks)
         ]
+        if self.snapshot:
+            state = ray.put(self.snapshot)
+            self.built += [rank.restore.remote(state) for rank in self.ranks]
 
-    def wait(self, refs: list) -> list[Any]:
-        """Results of one call on every rank; names the rank that is lost or late."""
+    def _survive(self, call: Callable[[], Any]) -> Any:
+        """The result of a call; where a rank is lost on the way, all are started anew and the call is made again."""
+        while True:
+            try:
+                if not self.ranks:
+                    self._start()
+                return call()
+            except RankLost as error:
+                self.shutdown()
+                self.lost, self.lost_in_a_row = self.lost + 1, self.lost_in_a_row + 1
+                if self.lost_in_a_row >= LOSSES:
+                    count = self.lost_in_a_row
+                    raise RuntimeError(f"{count} learner ranks lost in a row, the last: {error}") from error
+                since = "as it began" if self.snapshot is None else f"from update {self.snapshot.counts['updates']}"
+                self.troubles.append((time.time(), f"{error}; the learner starts again {since}"))
+                log.warning("%s", self.troubles[-1][1])
+                time.sleep(2.0 ** (self.lost_in_a_row - 1) - 1)
+
+    def _call(self, ask: Callable[[], list[Any]]) -> list[Any]:
+        return self._survive(lambda: (self._wait(self.built), self._wait(ask()))[1])
+
+    def _wait(self, refs: list) -> list[Any]:
+        """Results of one call on every rank. RankLost where one is lost or late."""
         left = list(refs)
         self.asked, self.left, self.since = refs, left, time.monotonic()
         try:
@@ -67,51 +126,90 @@ class LearnerGroup:
                 ready, left = ray.wait(left, num_returns=1, timeout=self.timeout_s)
                 self.left = left
                 if not ready:
-                    raise TimeoutError(
-                        f"learner ranks did not finish within {self.timeout_s:g} s: {len(left)} are late"
-                    )
+                    raise RankLost(f"learner ranks did not finish within {self.timeout_s:g} s: {len(left)} are late")
                 ray.get(ready)
-            return ray.get(refs)
+            return ray.get(refs, timeout=self.timeout_s)
         except RayTaskError as error:
-            raise cause_of(error) from error
+            cause = cause_of(error)
+            if not isinstance(cause, UserError):
+                self._blame(left, error)
+            raise cause from error
         except LOST as error:
-            raise RuntimeError(f"a learner rank was lost: {error}") from error
+            raise RankLost(f"a learner rank was lost: {reason(error)}") from error
         except GetTimeoutError as error:
-            raise TimeoutError("a learner rank's result did not arrive") from error
+            raise RankLost("a learner rank's result did not arrive") from error
+
+    def _blame(self, left: list, error: Exception) -> None:
+        """RankLost if an error of one rank comes of another's death, which breaks their collective; Ray may tell of the
+        death a little later."""
+        until = time.monotonic() + GRACE_S
+        while left and time.monotonic() < until:
+            ready, left = ray.wait(left, num_returns=1, timeout=until - time.monotonic())
+            try:
+                ray.get(ready)
+            except LOST as lost:
+                raise RankLost(f"a learner rank was lost: {reason(lost)}") from error
+            except RayTaskError:
+                continue
 
     def ready(self) -> None:
         """Wait until every rank has loaded its model and joined the process group."""
-        self.wait(self.built)
+        self._call(list)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a state: of a checkpoint, or an earlier one of this run."""
+        self.snapshot = snapshot
+
+        def ask() -> list[Any]:
+            state = ray.put(snapshot)
+            return [rank.restore.remote(state) for rank in self.ranks]
+
+        self._call(ask)
 
     def update(self, step: int, shares: list[tuple], totals: dict[int, float], null: Any, actor: bool) -> list[dict]:
         """Run one step on all ranks; `shares` has (pieces, data references) for each."""
-        refs = [
-            rank.update.remote(step, pieces, totals, null, *data, actor=actor)
-            for rank, (pieces, data) in zip(self.ranks, shares, strict=True)
-        ]
-        return self.wait(refs)
+
+        def ask() -> list[Any]:
+            return [
+                rank.update.remote(step, pieces, totals, null, *data, actor=actor)
+                for rank, (pieces, data) in zip(self.ranks, shares, strict=True)
+            ]
+
+        answers = self._call(ask)
+        self.snapshot, self.lost_in_a_row = answers[0][1], 0
+        return [metrics for metrics, _ in answers]
 
     def values(self, shares: list[list]) -> list[tuple]:
         """What the critic says of each rank's share of records and conditions."""
-        return self.wait([rank.values.remote(*data) for rank, data in zip(self.ranks, shares, strict=True)])
+        return self._call(lambda: [rank.values.remote(*data) for rank, data in zip(self.ranks, shares, strict=True)])
 
     def critic_state(self) -> dict[str, Any]:
         """The critic's weights, which are the same on all ranks."""
-        return self.wait([self.ranks[0].critic_state.remote()])[0]
+        return self._call(lambda: [self.ranks[0].critic_state.remote()])[0]
 
     def publish(self, source: str, version: int) -> tuple[Any, Any]:
         """(manifest, reference to the flat buffer) of rank 0."""
-        pairs = [rank.publish.options(num_returns=2).remote(source, version) for rank in self.ranks]
-        manifest, *_ = self.wait([manifest for manifest, _ in pairs])
-        return manifest, pairs[0][1]
+        buffers = []
+
+        def ask() -> list[Any]:
+            pairs = [rank.publish.options(num_returns=2).remote(source, version) for rank in self.ranks]
+            buffers.append(pairs[0][1])
+            return [manifest for manifest, _ in pairs]
+
+        return self._call(ask)[0], buffers[-1]
 
     def roster(self) -> list[Doing]:
         """Which ranks have not yet answered. Another thread may ask."""
         left, count = self.left, max(1, len(self.ranks))
         late = {index % count for index, ref in enumerate(self.asked) if ref in left}
         phases = ["at work" if rank in late else "idle" for rank in range(count)]
-        return [Doing(f"learner-{rank}", "", phase, self.since, rank in late) for rank, phase in enumerate(phases)]
+        return [
+            Doing(f"learner-{rank}", home, phase, self.since, rank in late)
+            for rank, (home, phase) in enumerate(zip(self.homes, phases, strict=False))
+        ]
 
     def shutdown(self) -> None:
+        """End all ranks."""
         for rank in self.ranks:
             ray.kill(rank)
+        self.ranks = []

@@ -7,6 +7,7 @@ from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.backbones.critic import Critic
 from align_cluster.config.run import OptimizerConfig
+from align_cluster.learner.engine import MOMENTS, agree
 from align_cluster.learner.sums import add
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Record
@@ -37,8 +38,9 @@ class CriticLearner:
         self, batches: list[tuple[Batch, TextBatch, torch.Tensor]], scale: float, sums: dict[str, list[float]]
     ) -> None:
         """One optimiser update an epoch, over all states of all samples. `scale` is the number of ranks over the
-        samples' total weight; raises FloatingPointError before a loss that is not finite changes any weight."""
+        samples' total weight. Where a loss or the gradient is not finite on any rank the weights stay as they are."""
         for _ in range(self.algorithm.config.critic_epochs):
+            sound = True
             for batch, text, weights in batches:
                 levels = torch.tensor(batch.sigmas, dtype=torch.float32, device=weights.device)
                 slots = batch.indices.shape[1]
@@ -48,13 +50,15 @@ class CriticLearner:
                     )
                     loss = self.algorithm.value_loss(values, batch, slot)
                     total = (loss * weights).sum() * scale / slots
-                    if not torch.isfinite(total):
-                        raise FloatingPointError("the critic's loss is not finite: lower algorithm.critic_lr")
+                    sound = sound and bool(torch.isfinite(total))
                     total.backward()
                     add(sums, "value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
-            add(sums, "critic_grad_norm", self._step(), 1.0)
+            norm = self._step(sound)
+            add(sums, "critic_skipped", float(norm is None), 1.0)
+            if norm is not None:
+                add(sums, "critic_grad_norm", norm, 1.0)
 
-    def _step(self) -> float:
+    def _step(self, sound: bool) -> float | None:
         parameters = self.critic.trainable
         for parameter in parameters:
             if parameter.grad is None:
@@ -62,7 +66,36 @@ class CriticLearner:
             if self.world > 1:
                 torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= self.world
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, error_if_nonfinite=True)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        fine = agree(sound, norm.device) and bool(torch.isfinite(norm))
+        if fine:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return float(norm) if fine else None
+
+    def state(self) -> tuple[int, dict[str, torch.Tensor]]:
+        """Steps of its AdamW, and weights by name with the moments under "<moment>/<name>"."""
+        found, steps = self.critic.state(), 0
+        for name, state in self._moments().items():
+            found |= {f"{key}/{name}": state[key] for key in MOMENTS}
+            steps = int(state["step"])
+        return steps, found
+
+    def restore(self, steps: int, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave."""
+        own = self._moments()
+        for name, moments in own.items():
+            moments["step"].fill_(steps)
+            for key in MOMENTS:
+                moments[key].copy_(state[f"{key}/{name}"])
+        self.critic.restore({name: value for name, value in state.items() if not name.startswith(MOMENTS)})
+
+    def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """AdamW's state of each trained weight by its name in the critic's; made here where no step has made it."""
+        named = {f"head.{name}": value for name, value in self.critic.head.named_parameters()}
+        named |= {f"adapter.{name}": value for name, value in self.critic.adapter.items()}
+        for parameter in named.values():
+            if not self.optimizer.state[parameter]:
+                zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
+                self.optimizer.state[parameter].update(step=torch.zeros((), dtype=torch.float32), **zeros)
+        return {name: self.optimizer.state[parameter] for name, parameter in named.items()}

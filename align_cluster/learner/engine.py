@@ -8,6 +8,8 @@ import torch
 
 from align_cluster.config.run import OptimizerConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
+
 
 def join(rank: int, world: int, address: str, port: int, device: str) -> None:
     """Join the learner's process group; once per process, before an Engine is built."""
@@ -23,6 +25,15 @@ def join(rank: int, world: int, address: str, port: int, device: str) -> None:
     deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
 
 
+def agree(sound: bool, device: torch.device) -> bool:
+    """Whether all ranks say yes; all of them must ask."""
+    if torch.distributed.get_world_size() == 1:
+        return sound
+    answer = torch.tensor(float(sound), device=device)
+    torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN)
+    return bool(answer)
+
+
 class Engine:
     """Gradient accumulation, clipping and AdamW over a module's trainable parameters.
 
@@ -34,13 +45,13 @@ class Engine:
 
         self.trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.stage = zero_stage
-        client = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             self.trainable, optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             model_parameters=self.trainable,
-            optimizer=client,
+            optimizer=self.adamw,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -62,21 +73,84 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, sound: bool = True) -> float | None:
         """Apply the accumulated gradient; returns its global norm before clipping.
 
-        Raises FloatingPointError on every rank, and changes nothing, where the gradient is not finite.
+        None, on every rank, where the gradient is not finite or any rank says that its losses were not `sound`: the
+        gradient is dropped then, and nothing changes.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        # Stage 0 keeps whole gradients in place, reports no norm and would apply any gradient; the others skip a step.
-        gradients = [parameter.grad for parameter in self.trainable if self.stage == 0 and parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if torch.isfinite(norm):
-            self.deepspeed.step()
-        if not torch.isfinite(norm) or not self.deepspeed.was_step_applied():
-            raise FloatingPointError("the gradient is not finite: lower optimizer.lr, or set backbone.precision: fp32")
-        return float(norm if self.stage == 0 else self.deepspeed.get_global_grad_norm())
+        sound = agree(sound, self.trainable[0].device)
+        if self.stage == 0:
+            # Whole gradients in place; DeepSpeed would report no norm and apply any of them.
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+            if sound and torch.isfinite(norm):
+                self.deepspeed.step()
+                return float(norm)
+            self.adamw.zero_grad()
+            return None
+        if not sound:  # DeepSpeed drops a gradient that is not finite, and all that it keeps with it
+            for partition in self.deepspeed.optimizer.averaged_gradients.values():
+                for gradient in partition:
+                    gradient.fill_(torch.nan)
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else None
+
+    def moments(self) -> tuple[int, dict[str, list[torch.Tensor]]]:
+        """AdamW's steps so far, and its moments by name: a whole fp32 tensor for each trainable parameter. All ranks
+        must enter."""
+        steps = {int(state["step"]) for state in self._states()}
+        return max(steps), {key: [self._whole(p, key) for p in self.trainable] for key in MOMENTS}
+
+    def restore(
+        self, weights: list[torch.Tensor], steps: int, moments: dict[str, list[torch.Tensor]]
+    ) -> None:
+        """Take over whole tensors, as `moments` gives them, of any number of ranks and any stage."""
+        import deepspeed
+
+        with self.gathered(self.trainable, write=True):
+            for parameter, value in zip(self.trainable, weights, strict=True):
+                if parameter.numel():
+                    parameter.copy_(value)
+        # What a step starts from are masters of DeepSpeed's own, but for stage 0.
+        if self.stage in (1, 2):
+            self.deepspeed.optimizer.refresh_fp32_params()
+        elif self.stage == 3:
+            for parameter, value in zip(self.trainable, weights, strict=True):
+                deepspeed.utils.safe_set_local_fp32_param(parameter, _own_part(parameter, value))
+        for state in self._states():
+            state["step"].fill_(steps)
+        for key, values in moments.items():
+            for parameter, value in zip(self.trainable, values, strict=True):
+                if self.stage == 0:
+                    self.adamw.state[parameter][key].copy_(value)
+                elif self.stage == 3:
+                    deepspeed.utils.safe_set_local_optimizer_state(parameter, _own_part(parameter, value), key)
+                else:
+                    deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def _states(self) -> list[dict[str, torch.Tensor]]:
+        """State of each tensor that AdamW really steps: a parameter, or this rank's flat part of all of them. Made here
+        where no step has made it yet, as torch would."""
+        optimizer = self.deepspeed.optimizer
+        flat = self.trainable
+        if self.stage:
+            flat = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        for tensor in flat:
+            if not self.adamw.state[tensor]:
+                zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}
+                self.adamw.state[tensor].update(step=torch.zeros((), dtype=torch.float32), **zeros)
+        if self.stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()  # lets the public functions find the state
+        return [self.adamw.state[tensor] for tensor in flat]
+
+    def _whole(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        import deepspeed
+
+        if self.stage == 0:
+            return self.adamw.state[parameter][key].detach()
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
 
     @contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter], write: bool = False) -> Iterator[None]:
@@ -90,3 +164,11 @@ class Engine:
             context = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
         with context, torch.no_grad():
             yield
+
+
+def _own_part(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor under stage 3, which fills the last part up."""
+    size = parameter.ds_tensor.ds_numel
+    flat = value.flatten()
+    padded = torch.nn.functional.pad(flat, (0, size * torch.distributed.get_world_size() - len(flat)))
+    return padded[size * torch.distributed.get_rank() :][:size].to(parameter.ds_tensor.device)

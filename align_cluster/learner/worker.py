@@ -18,6 +18,7 @@ from align_cluster.learner.batching import Piece
 from align_cluster.learner.critic import CriticLearner
 from align_cluster.learner.engine import Engine, join
 from align_cluster.learner.policy import LearnerPolicy
+from align_cluster.learner.state import Snapshot, capture, restore
 from align_cluster.learner.sums import add
 from align_cluster.learner.trust_probe import PROBED, TrustProbe
 from align_cluster.rollouts.guidance import TextBatch
@@ -66,20 +67,25 @@ class Learner:
         """Run one step's updates. `data` alternates records and conditions, in the order of the pieces' `source`.
         Without `actor` only the critic learns.
 
-        Returns, for each metric, (weighted sum, weight, largest magnitude) of this rank; raises FloatingPointError
-        where a loss is not finite, before that update changes any weight.
+        Returns, for each metric, (weighted sum, weight, largest magnitude) of this rank. An update whose loss or
+        gradient is not finite on any rank changes nothing and counts as "skipped", one whose samples are all masked as
+        "empty".
         """
         started = time.perf_counter()
         sums: dict[str, list[float]] = {}
         turns = self.algorithm.turns(len(data[0].sigmas) - 1, len(data[0].slots))
         for update, total in sorted(totals.items()):
             mine = [piece for piece in pieces if piece.update == update]
-            if actor:
-                self._update_actor(step, mine, self.world / max(total * turns, 1.0), turns, null, data, sums)
-            if self.critic:
-                self.critic.update(self._batches(step, mine, data), self.world / max(total, 1.0), sums)
+            add(sums, "empty", float(total == 0), 1.0)
+            changed = bool(total) and actor
+            if changed:
+                changed = self._update_actor(step, mine, self.world / (total * turns), turns, null, data, sums)
+                add(sums, "skipped", float(not changed), 1.0)
+            if self.critic and total:
+                self.critic.update(self._batches(step, mine, data), self.world / total, sums)
             self.updates += 1
-            self._average()
+            if changed:
+                self._average()
         self._lag()
         add(sums, "seconds", time.perf_counter() - started, 1.0)
         return {name: tuple(values) for name, values in sums.items()}
@@ -93,18 +99,24 @@ class Learner:
         null: Condition | None,
         data: tuple[Record | Condition, ...],
         sums: dict[str, list[float]],
-    ) -> None:
-        looking = self._look(turns, mine[0], data, null)
+    ) -> bool:
+        """One update; whether it changed anything."""
+        looking, sound = self._look(turns, mine[0], data, null), True
         for turn in range(turns):
             for number, piece in enumerate(mine):
                 loss = self._loss(step, turn, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums)
+                sound = sound and bool(torch.isfinite(loss))
+                # Also where it is not finite: the other ranks take part in what a backward pass exchanges.
                 self.engine.backward(loss * scale, last=turn == turns - 1 and number == len(mine) - 1)
         rate = self.learning_rate()
-        norm = self.engine.step(rate)
+        norm = self.engine.step(rate, sound)
+        add(sums, "lr", rate, 1.0)
+        if norm is None:
+            return False
         for name, value in self.probe.finish(norm).items() if looking else ():
             add(sums, name, value, 1.0)
         add(sums, "grad_norm", norm, 1.0)
-        add(sums, "lr", rate, 1.0)
+        return True
 
     def _loss(
         self,
@@ -119,11 +131,6 @@ class Learner:
         batch = self._batch(step, turn, piece, record)
         policy = self._policy(record, condition, null, len(piece.weights))
         loss, metrics = self.algorithm.loss(policy, batch)
-        if not torch.isfinite(loss).all():
-            raise FloatingPointError(
-                f"step {step}: the loss of group {record.chunk.group} is not finite. "
-                "Lower optimizer.lr, or set backbone.precision: fp32"
-            )
         weights = torch.from_numpy(piece.weights).to(self.backbone.device)
         if piece.update == 0 and "log_ratio" in metrics:
             metrics["first_log_ratio"] = metrics["log_ratio"]  # weights are still those of the rollout: must be 0
@@ -192,6 +199,14 @@ class Learner:
     def critic_state(self) -> dict[str, np.ndarray]:
         """The critic's weights by name."""
         return {name: value.float().cpu().numpy() for name, value in self.critic.critic.state().items()}
+
+    def state(self) -> Snapshot | None:
+        """All that an update changes, on rank 0. All ranks must call it."""
+        return capture(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a state, of any number of ranks and any ZeRO stage. All ranks must call it."""
+        restore(self, snapshot)
 
     @cached_property
     def probe(self) -> TrustProbe:

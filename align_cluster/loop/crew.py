@@ -27,6 +27,7 @@ from align_cluster.rollouts.steps import Euler
 from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Receipt, Scores
 from align_cluster.weights import check, view
 
+RECORD_LOSSES = 3  # of one step, until the run ends
 Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -111,6 +112,10 @@ class Crew:
     ) -> None:
         for group in self.groups:
             group.shutdown()
+
+    @property
+    def workers_lost(self) -> int:
+        return self.samplers.lost + sum(pool.lost for pool in self.rewards) + self.learners.lost
 
     def encode(self, prompts: list[Prompt]) -> None:
         """Encode every text that is new, and the empty prompt where guidance needs it; conditions go to the object
@@ -250,23 +255,36 @@ class Crew:
 
     def values(self, drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray]:
         """The critic's values [S, N, R] of all states of all samples of a step, and the noise levels [N + 1]."""
-        self.mend(drawn)
-        shares = [
-            [ref for item in drawn[rank :: self.plan.learners] for ref in (item.record, self._condition(item))]
-            for rank in range(self.plan.learners)
-        ]
-        answers = self.learners.values(shares)
+
+        def ask() -> list[tuple]:
+            shares = [
+                [ref for item in drawn[rank :: self.plan.learners] for ref in (item.record, self._condition(item))]
+                for rank in range(self.plan.learners)
+            ]
+            return self.learners.values(shares)
+
+        answers = self._with_records(drawn, ask)
         found: list[np.ndarray] = [None] * len(drawn)
         for rank, (values, _) in enumerate(answers):
             found[rank :: self.plan.learners] = values
         return np.concatenate(found), answers[0][1]
+
+    def _with_records(self, drawn: list[Drawn], ask: Callable[[], Any]) -> Any:
+        """The learner's answer to a call with records, those of which that went down with their node are drawn again."""
+        for attempt in range(RECORD_LOSSES):
+            self.mend(drawn)
+            try:
+                return ask()
+            except ObjectLostError:
+                if attempt == RECORD_LOSSES - 1:
+                    raise
+                self.learners.shutdown()  # ranks that have theirs wait for the others: all start anew
 
     def _condition(self, item: Drawn) -> Any:
         return self.conditions[item.info.chunk.prompt.text]
 
     def update(self, step: int, drawn: list[Drawn], credit: Credit) -> dict[str, tuple[float, float]]:
         """One step of the learner: (mean, largest magnitude) of each of its metrics over all ranks."""
-        self.mend(drawn)
         sizes = np.cumsum([len(item.info.chunk.seeds) for item in drawn])[:-1]
 
         def by_chunk(table: np.ndarray) -> list[np.ndarray]:
@@ -281,15 +299,17 @@ class Crew:
             step_seed(self.config, step),
             {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)} if self.algorithm.critic else None,
         )
-        shares = []
-        for rank in range(self.plan.learners):
-            mine, sources = share(pieces, rank, self.plan.learners)
-            data = [
-                reference for source in sources for reference in (drawn[source].record, self._condition(drawn[source]))
-            ]
-            shares.append((mine, data))
         null = self.conditions.get("") if self.config.rollout.guidance > 1 else None
-        return merge(self.learners.update(step, shares, total_weight(pieces), null, credit.actor))
+
+        def ask() -> list[dict]:
+            shares = []
+            for rank in range(self.plan.learners):
+                mine, sources = share(pieces, rank, self.plan.learners)
+                data = [ref for source in sources for ref in (drawn[source].record, self._condition(drawn[source]))]
+                shares.append((mine, data))
+            return self.learners.update(step, shares, total_weight(pieces), null, credit.actor)
+
+        return merge(self._with_records(drawn, ask))
 
     def publish(self, source: str) -> Sync:
         """Send the learner's "behaviour" or "evaluation" adapter to all samplers and prove that it arrived."""

@@ -102,7 +102,7 @@ def summary(
         "stage_seconds": {**clock.total, "start and rest": wall - sum(clock.total.values())},
         "lora_path": str(lora),
         "lora_checksum": sync.manifest.checksum,
-        "workers_lost": crew.samplers.lost + sum(pool.lost for pool in crew.rewards),
+        "workers_lost": crew.workers_lost,
         "self_check": self_check,
         "config_hash": config_hash(config),
         "versions": software(),

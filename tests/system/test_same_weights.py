@@ -76,14 +76,3 @@ def test_a_worker_killed_in_the_middle_changes_nothing(runs, tiny, train, pid_of
     assert len(killed) == 1 and run.summary["workers_lost"] == 1
     for key in ("lora_checksum", "after", "images_drawn"):
         assert run.summary[key] == runs[kind].summary[key]
-
-
-def test_a_lost_learner_rank_ends_the_run_at_once_and_says_so(tiny, train, pid_of, monkeypatch):
-    class NoLearner(Crew):
-        def update(self, *args):
-            os.kill(pid_of(self.learners.ranks[-1]), signal.SIGKILL)
-            return super().update(*args)
-
-    monkeypatch.setattr(driver, "Crew", NoLearner)
-    with pytest.raises(RuntimeError, match="a learner rank was lost"):
-        train(tiny("nft", "evaluate.images_per_prompt=1"))

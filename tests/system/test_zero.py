@@ -224,15 +224,17 @@ def test_before_the_first_update_the_ratio_is_one_and_after_it_is_not(left, worl
 
 
 @pytest.mark.parametrize(("case", "world"), CASES)
-def test_a_loss_or_a_gradient_that_is_not_finite_raises_and_changes_no_weight(left, case, world):
+def test_a_loss_or_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_next_update_is_sound(left, case, world):
     for rank in left[case, world]:
-        _, before, loss, gradient = rank
-        assert loss["error"].startswith("step 2: the loss of group") and "is not finite" in loss["error"]
-        assert gradient["error"].startswith("the gradient is not finite")
+        _, before, loss, gradient, sound = rank
         for after in (loss, gradient):
+            assert after["metrics"]["skipped"][:2] == (2.0, 2.0) and "grad_norm" not in after["metrics"]
             for name, value in before["default"].items():
                 np.testing.assert_array_equal(after["default"][name], value)
-    _, before, *refused = left[case, world][0]
-    for after in refused:
+        assert sound["metrics"]["skipped"][0] == 0 and np.isfinite(sound["metrics"]["grad_norm"][0])
+        assert all(np.isfinite(value).all() for value in sound["default"].values())
+        assert any((sound["default"][name] != value).any() for name, value in before["default"].items())
+    _, before, *skipped, _ = left[case, world][0]
+    for after in skipped:
         for source in ("behaviour", "evaluation"):
             np.testing.assert_array_equal(before["published"][source][1], after["published"][source][1])

@@ -116,20 +116,21 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
         pieces = cut_step(config, drawn, step)
         mine, sources = share(pieces, rank, world)
         data = [item for source in sources for item in (drawn[source], texts[source])]
-        metrics = learner.update(step, mine, total_weight(pieces), None, *data)
+        totals = total_weight(pieces)
+        metrics = learner.update(step, mine, totals, None, *data)
         left.append({"metrics": metrics, "default": state("default"), "published": publish(step + 1)})
 
-    # First a loss that is not a number, then a finite one without a finite gradient.
+    # First a loss that is not a number, then a finite one without a finite gradient, and then a sound one again.
     spoiled = [
         Record(**(vars(record) | {"x0": record.x0 * np.nan, "before": record.before * np.nan})) for record in drawn
     ]
-    for refused, loss in ((spoiled, learner.algorithm.loss), (drawn, root_of_zero)):
-        data = [item for source in sources for item in (refused[source], texts[source])]
+    sound = learner.algorithm.loss
+    for given, loss in ((spoiled, sound), (drawn, root_of_zero), (drawn, sound)):
+        data = [item for source in sources for item in (given[source], texts[source])]
         learner.algorithm.loss = loss
-        try:
-            learner.update(STEPS, mine, total_weight(pieces), None, *data)
-        except FloatingPointError as error:
-            left.append({"error": str(error), "default": state("default"), "published": publish(STEPS)})
+        learner.algorithm.old_decay = lambda updates: None
+        metrics = learner.update(STEPS, mine, totals, None, *data)
+        left.append({"metrics": metrics, "default": state("default"), "published": publish(STEPS)})
     return left
 
 

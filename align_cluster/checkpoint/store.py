@@ -1,0 +1,175 @@
+"""Folders of files that are all there and unharmed, or are not taken for a checkpoint.
+
+    step_000120/manifest.json      sizes and SHA-256 of the others, and what to choose by: step, score, whether it is sound
+    step_000120/...                the files
+
+On a local disk a folder is written under a temporary name, synced, and renamed. Elsewhere the manifest comes last: a
+folder without it does not count. A reader checks every byte and takes the one before where something is wrong.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align_cluster.types import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class Damaged(Exception):
+    """A checkpoint that is torn, truncated or changed: what is wrong with it."""
+
+
+class Store:
+    """Checkpoints in the folder `path`, local or of any file system that fsspec knows. Making a Store touches nothing.
+
+    UserError where the file system's package is missing.
+    """
+
+    def __init__(self, path: str) -> None:
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"checkpoint.path {path} cannot be used ({error})") from None
+        self.path, self.local = path, isinstance(self.files, LocalFileSystem)
+
+    def folder(self, step: int) -> str:
+        return f"{self.root}/step_{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are complete (not yet of those that are unharmed), ascending."""
+        self.files.invalidate_cache()
+        try:
+            names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.root, detail=False)]
+        except FileNotFoundError:
+            return []
+        found = [int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit()]
+        return sorted(step for step in found if self.files.exists(f"{self.folder(step)}/{MANIFEST}"))
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What `write` was told beside the files. Damaged where that cannot be read."""
+        return self._manifest(step)["about"]
+
+    def write(self, step: int, files: dict[str, bytes], about: dict[str, Any]) -> None:
+        """Write one checkpoint, in the place of one of that step; OSError, and nothing left behind, where it cannot."""
+        sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+        manifest = {"format": FORMAT, "step": step, "about": about, "files": sums}
+        content = files | {MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()}
+        (self._write_local if self.local else self._write_remote)(self.folder(step), content)
+
+    def _write_local(self, folder: str, content: dict[str, bytes]) -> None:
+        root, unique = Path(self.root), uuid.uuid4().hex
+        root.mkdir(parents=True, exist_ok=True)
+        staged, old = root / f".{unique}.partial", root / f".{unique}.old"
+        try:
+            staged.mkdir()
+            for name, data in content.items():
+                with open(staged / name, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            _sync_folder(staged)
+            if Path(folder).exists():
+                os.rename(folder, old)
+            os.rename(staged, folder)
+            _sync_folder(root)
+        finally:
+            for leftover in (staged, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _write_remote(self, folder: str, content: dict[str, bytes]) -> None:
+        if self.files.exists(folder):
+            self.delete(int(folder[-6:]))
+        self.files.makedirs(folder, exist_ok=True)
+        for name, data in content.items():  # the manifest is the last one
+            self.files.pipe_file(f"{folder}/{name}", data)
+
+    def read(self, step: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """(files, about) of a checkpoint, every byte checked. Damaged where one is not as it was written."""
+        manifest = self._manifest(step)
+        files = {}
+        for name, expected in manifest["files"].items():
+            try:
+                data = self.files.cat_file(f"{self.folder(step)}/{name}")
+            except OSError as error:
+                raise Damaged(f"{name} cannot be read ({type(error).__name__})") from None
+            if len(data) != expected["bytes"]:
+                raise Damaged(f"{name} has {len(data)} bytes instead of {expected['bytes']}")
+            if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                raise Damaged(f"the checksum of {name} is wrong")
+            files[name] = data
+        return files, manifest["about"]
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        try:
+            manifest = json.loads(self.files.cat_file(f"{self.folder(step)}/{MANIFEST}"))
+            if manifest["format"] != FORMAT:
+                raise Damaged(f"its format is {manifest['format']}, and this version reads {FORMAT}")
+            if manifest["step"] != step or not manifest["files"] or not isinstance(manifest["about"], dict):
+                raise Damaged(f"{MANIFEST} is of another checkpoint")
+            return manifest
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
+
+    def newest(
+        self, note: Callable[[str], None], wanted: Callable[[dict[str, Any]], bool] = lambda about: True
+    ) -> tuple[int, dict[str, bytes]] | None:
+        """(step, files) of the newest checkpoint that is unharmed and whose `about` is wanted; each one that is harmed
+        is told of. None where there is no such checkpoint."""
+        for step in reversed(self.steps()):
+            try:
+                if wanted(self.about(step)):
+                    return step, self.read(step)[0]
+            except Damaged as error:
+                note(f"checkpoint {self.folder(step)} is damaged: {error}; the one before it is taken")
+        return None
+
+    def prune(self, keep: int, keep_best: bool) -> None:
+        """Delete all but the newest `keep` and, with `keep_best`, the one with the highest score."""
+        steps = self.steps()
+        kept = set(steps[-keep:])
+        if keep_best:
+            kept |= {step for step in [self._best(steps)] if step is not None}
+        for step in steps:
+            if step not in kept:
+                self.delete(step)
+
+    def _best(self, steps: list[int]) -> int | None:
+        scores = {}
+        for step in steps:
+            try:
+                score = self.about(step).get("score")
+            except Damaged:
+                continue
+            if score is not None:
+                scores[step] = score
+        return max(scores, key=lambda step: (scores[step], step), default=None)
+
+    def delete(self, step: int) -> None:
+        """The manifest goes first: what is left of an interrupted deletion is no checkpoint."""
+        self.files.rm_file(f"{self.folder(step)}/{MANIFEST}")
+        self.files.rm(self.folder(step), recursive=True)
+
+    def clean(self) -> None:
+        """Remove what writers that were killed have left."""
+        if self.local and os.path.isdir(self.root):
+            for leftover in Path(self.root).glob(".*"):
+                if leftover.suffix in (".partial", ".old"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

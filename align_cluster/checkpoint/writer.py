@@ -1,0 +1,57 @@
+"""Writes checkpoints in a thread of its own, while training goes on."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from align_cluster.checkpoint import CheckpointConfig
+from align_cluster.checkpoint.store import Damaged, Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to write: `files` makes their content, in the writer's thread; `about` is what to choose by."""
+
+    step: int
+    files: Callable[[], dict[str, bytes]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Writer:
+    """One write at a time; `save` waits for the one before, `wait` for the last one.
+
+    A checkpoint that cannot be written costs no training: `note` says so, and the one before stays. `saved` is the step
+    of the last one that was written, None before the first.
+    """
+
+    def __init__(self, store: Store, config: CheckpointConfig, note: Callable[[str], None]) -> None:
+        self.store, self.config, self.note = store, config, note
+        self.saved: int | None = None
+        self.thread: threading.Thread | None = None
+
+    def save(self, job: Job) -> None:
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(job,), name=f"checkpoint of step {job.step}")
+        self.thread.start()
+
+    def wait(self) -> None:
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, job: Job) -> None:
+        try:
+            self.store.write(job.step, job.files(), job.about)
+            self.saved = job.step
+            self.store.prune(self.config.keep, self.config.keep_best)
+        except (OSError, Damaged) as error:
+            before = "there is none before it" if self.saved is None else f"the last one is of step {self.saved}"
+            reason = getattr(error, "strerror", None) or error
+            if self.saved == job.step:
+                self.note(f"old checkpoints in {self.store.path} could not be removed ({reason})")
+            else:
+                self.note(
+                    f"the checkpoint of step {job.step} could not be written to {self.store.path} ({reason}); training "
+                    f"goes on, {before}; make room there, or give another checkpoint.path and --resume"
+                )

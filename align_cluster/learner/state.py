@@ -1,0 +1,108 @@
+"""A learner's whole state in one record: what a checkpoint keeps, and what a lost rank is rebuilt from.
+
+Random streams are functions of (seed, step) and are no state; neither is anything that the engine derives from weights,
+moments and counts. Tensors are whole and fp32, so ranks and ZeRO stage may differ where the state is taken up again.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from align_cluster.backbones.adapters import adapter_parameters
+from align_cluster.backbones.base import CRITIC
+from align_cluster.learner.engine import MOMENTS
+from align_cluster.types import Manifest
+from align_cluster.weights import checksum, publish, view
+
+if TYPE_CHECKING:
+    from align_cluster.learner.worker import Learner
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after an update: counts by name, and tensors in one buffer.
+
+    adapter/<adapter>/<parameter>, ema/<parameter>, <moment>/<parameter> of the default adapter; where there is a critic
+    critic/<parameter> and critic/<moment>/<parameter>; probe/vector where SLAS has estimated a Fisher matrix.
+    """
+
+    counts: dict[str, int]
+    manifest: Manifest
+    buffer: np.ndarray
+
+    @classmethod
+    def of(cls, counts: dict[str, int], tensors: dict[str, np.ndarray]) -> "Snapshot":
+        return cls(counts, *publish(tensors, counts["updates"]))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Views of the buffer by name."""
+        return {tensor.name: view(self.buffer, tensor) for tensor in self.manifest.tensors}
+
+
+def capture(learner: "Learner") -> Snapshot | None:
+    """The state, on rank 0; None on the others. All ranks must call it together."""
+    steps, moments = learner.engine.moments()
+    counts, found = {"updates": learner.updates, "steps": steps}, {}
+    names = list(adapter_parameters(learner.denoiser, "default"))
+    for key, values in moments.items():
+        found |= {f"{key}/{name}": value for name, value in zip(names, values, strict=True)}
+    for adapter in learner.algorithm.adapters:
+        if adapter != CRITIC:
+            parameters = adapter_parameters(learner.denoiser, adapter)
+            with learner.engine.gathered(list(parameters.values())):
+                found |= {f"adapter/{adapter}/{name}": value.detach().clone() for name, value in parameters.items()}
+    if learner.rank:
+        return None
+    found |= {f"ema/{name}": value for name, value in (learner.ema or {}).items()}
+    if learner.critic:
+        counts["critic_steps"], critic = learner.critic.state()
+        found |= {f"critic/{name}": value for name, value in critic.items()}
+    if "probe" in vars(learner):
+        found["probe/vector"] = learner.probe.fisher.vector
+    return Snapshot.of(counts, {name: value.detach().float().cpu().numpy() for name, value in found.items()})
+
+
+def restore(learner: "Learner", snapshot: Snapshot) -> None:
+    """Bring a learner to the state of a snapshot, whatever it did before; all ranks must call it together.
+
+    ValueError where the snapshot is damaged, or of another kind of learner.
+    """
+    if checksum(snapshot.buffer) != snapshot.manifest.checksum:
+        raise ValueError("the learner's state was damaged on its way here")
+    # The buffer is read-only shared memory, which torch.from_numpy would warn about.
+    state = {name: torch.from_numpy(array.copy()) for name, array in snapshot.tensors().items()}
+    counts, names = snapshot.counts, list(adapter_parameters(learner.denoiser, "default"))
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+
+    critic = part("critic/")
+    vector = state.pop("probe/vector", None)
+    average = part("ema/")
+    moments = {key: part(f"{key}/") for key in MOMENTS}
+    adapters = {name: part(f"adapter/{name}/") for name in learner.algorithm.adapters if name != CRITIC}
+    if state or bool(critic) != bool(learner.critic) or any(set(names) != set(a) for a in adapters.values()):
+        raise ValueError("the learner's state is of another algorithm, backbone or LoRA")
+    default = adapters.pop("default")
+    learner.engine.restore(
+        [default[name] for name in names],
+        counts["steps"],
+        {key: [values[name] for name in names] for key, values in moments.items()},
+    )
+    for adapter, values in adapters.items():
+        parameters = adapter_parameters(learner.denoiser, adapter)
+        with learner.engine.gathered(list(parameters.values()), write=True):
+            for name, parameter in parameters.items():
+                if parameter.numel():
+                    parameter.copy_(values[name])
+    device = learner.backbone.device
+    learner.updates = counts["updates"]
+    if learner.ema is not None:  # a run whose average begins here starts it from the weights
+        learner.ema = {name: value.to(device) for name, value in (average or default).items()}
+    if learner.critic:
+        learner.critic.restore(counts["critic_steps"], critic)
+    vars(learner).pop("probe", None)
+    if vector is not None:
+        learner.probe.fisher.vector = vector.to(device)

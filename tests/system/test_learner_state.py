@@ -1,0 +1,106 @@
+"""The state of the real DeepSpeed learner, Adam's moments and all, goes from any ranks and ZeRO stage to any others."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from align_cluster.learner.state import Snapshot
+
+SCRIPT = Path(__file__).with_name("state_worker.py")
+SAVED = ["2-2-nft", "2-1-ppo"]
+MOVES = [("2-2-nft", 2, 2), ("2-2-nft", 0, 1), ("2-2-nft", 3, 2), ("2-1-ppo", 2, 2)]
+MORE = [
+    ("0-1-nft", 2, 2),
+    ("2-2-nft", 1, 1),
+    ("3-2-nft", 3, 2),
+    ("3-2-nft", 2, 1),
+    ("2-1-ppo", 2, 1),
+    ("2-2-nft", 2, 4),
+    ("3-2-nft", 3, 4),
+]
+CASES = MOVES + [pytest.param(*move, marks=pytest.mark.slow) for move in MORE]
+
+
+def label(saved: str, stage: int, world: int) -> str:
+    return f"{stage}-{world}-{saved[4:]}-from-{saved}"
+
+
+def run(folder: Path, jobs: dict[int, list[str]]) -> None:
+    """Run the jobs of each number of ranks, all at once."""
+    processes = []
+    for world, names in jobs.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
+        for rank in range(world):
+            command = [sys.executable, "-W", "ignore", str(SCRIPT), str(rank), str(world), port, str(folder), *names]
+            processes.append(subprocess.Popen(command, env=environment))
+    try:
+        assert not any(process.wait(timeout=600) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def load_jobs(moves: list[tuple[str, int, int]]) -> dict[int, list[str]]:
+    jobs: dict[int, list[str]] = {}
+    for saved, stage, world in moves:
+        jobs.setdefault(world, []).append(f"load:{stage}:{saved[4:]}:{saved}")
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, request) -> Path:
+    """Where the states of all selected cases are."""
+    folder = tmp_path_factory.mktemp("states")
+    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
+    run(folder, {1: ["save:2:ppo", *["save:0:nft"] * slow], 2: ["save:2:nft", *["save:3:nft"] * slow]})
+    for world, jobs in load_jobs(MOVES + MORE * slow).items():
+        run(folder, {world: jobs})
+    return folder
+
+
+def states(folder: Path, name: str) -> tuple[Snapshot, Snapshot]:
+    return pickle.loads((folder / name).read_bytes())
+
+
+def assert_same(first: Snapshot, second: Snapshot) -> None:
+    assert first.counts == second.counts
+    assert [tensor.name for tensor in first.manifest.tensors] == [tensor.name for tensor in second.manifest.tensors]
+    for name, value in first.tensors().items():
+        np.testing.assert_array_equal(value, second.tensors()[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_state_holds_adapters_average_and_moments_that_moved(folder, name):
+    before, after = states(folder, name)
+    assert before.counts["updates"] == before.counts["steps"] == 4
+    assert after.counts["updates"] == after.counts["steps"] == 6
+    kinds = {tensor.name.split("/")[0] for tensor in before.manifest.tensors}
+    assert kinds == {"adapter", "ema", "exp_avg", "exp_avg_sq"} | ({"critic"} if "ppo" in name else set())
+    for kind in kinds:
+        values = [value for key, value in before.tensors().items() if key.startswith(f"{kind}/")]
+        assert any(np.abs(value).sum() > 0 for value in values)
+
+
+@pytest.mark.parametrize(("saved", "stage", "world"), CASES)
+def test_what_is_restored_is_what_was_saved_to_the_last_bit(folder, saved, stage, world):
+    assert_same(states(folder, saved)[0], states(folder, label(saved, stage, world))[0])
+
+
+@pytest.mark.parametrize(("saved", "stage", "world"), CASES)
+def test_the_next_step_is_the_one_that_would_have_come(folder, saved, stage, world):
+    """Bit by bit with the same ranks and stage; else up to the rounding of other sums."""
+    uninterrupted, resumed = states(folder, saved)[1], states(folder, label(saved, stage, world))[1]
+    if (str(stage), str(world)) == (saved[0], saved[2]):
+        assert_same(uninterrupted, resumed)
+    assert uninterrupted.counts == resumed.counts
+    for name, value in uninterrupted.tensors().items():
+        np.testing.assert_allclose(value, resumed.tensors()[name], rtol=0, atol=1e-5, err_msg=name)

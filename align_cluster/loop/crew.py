@@ -270,7 +270,7 @@ class Crew:
         return np.concatenate(found), answers[0][1]
 
     def _with_records(self, drawn: list[Drawn], ask: Callable[[], Any]) -> Any:
-        """The learner's answer to a call with records, those of which that went down with their node are drawn again."""
+        """The learner's answer to a call with records; those that went down with their node are drawn again."""
         for attempt in range(RECORD_LOSSES):
             self.mend(drawn)
             try:

@@ -21,12 +21,19 @@ start here:
 
 Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
 
+RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command again will do
+RESUME = (
+    "go on with the newest run of this name that has a checkpoint, or begin one (auto); or with a run directory; or "
+    "branch off from a checkpoint's folder"
+)
+
 # Libraries say much that users need not read; Ray's workers inherit these.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake the user can mend, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a mistake the user can mend, 75 when a run was told to end by
+    SIGTERM and should be started again, 130 when interrupted."""
     args = build_parser().parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -37,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         from align_cluster.config.base import masked
-        from align_cluster.types import UserError
+        from align_cluster.types import Preempted, UserError
 
+        if isinstance(error, Preempted):
+            print("ended by SIGTERM; start again with --resume auto", file=sys.stderr)
+            return RETRY
         if not isinstance(error, UserError):
             raise
         for line in masked(str(error)).splitlines():
@@ -80,7 +90,7 @@ def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
         "train configs/quickstart.yaml --set steps=20 --name short",
         *("config", "set", "name", "out"),
     )
-    train.add_argument("--resume", metavar="RUN", help="reserved for continuing a run; not there yet")
+    train.add_argument("--resume", metavar="auto|PATH", help=RESUME)
     validate = add(
         "validate", _validate, "check a run file in seconds", "validate configs/quickstart.yaml", "config", "set"
     )
@@ -175,6 +185,7 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument(
         "--out", help="folder for runs on the cluster, an absolute path on storage that outlives the job"
     )
+    submit.add_argument("--resume", metavar="auto|PATH", help=RESUME)
     submit.add_argument(
         "--file", action="append", default=[], type=Path, help="another file that the job needs; repeatable"
     )
@@ -284,14 +295,10 @@ def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None, Path]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from align_cluster.types import UserError
-
-    if args.resume:
-        raise UserError("--resume is reserved and not there yet; start a new run, which never overwrites an old one")
     config = _config(args)
     from align_cluster.loop.driver import train
 
-    train(config, Path(config.out).expanduser())
+    train(config, Path(config.out).expanduser(), args.resume)
     return 0
 
 
@@ -402,7 +409,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace) -> int:
     from align_cluster.cluster.submit import submit
 
-    return submit(_config(args), args.address, args.file, not args.no_wait, args.python)
+    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume)
 
 
 def _serve_rewards(args: argparse.Namespace) -> int:

@@ -13,6 +13,10 @@ class UserError(Exception):
     """Something the user can mend: one sentence that says what is wrong, where, and what to do."""
 
 
+class Preempted(Exception):
+    """The machine is taken away: what was done is saved, and the same command with --resume auto goes on."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt. `metadata` holds what rewards read: GenEval's tag/include/exclude, or `text` for OCR."""
@@ -80,12 +84,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class DrawInfo:
-    """What the driver keeps of a drawn chunk; images and the record stay in the object store."""
+    """What the driver keeps of a drawn chunk; images and the record stay in the object store.
+
+    `contrast` is the deviation of an image's pixels (of 0 to 1), mean over images, and `diversity` that of a pixel
+    between images, mean over pixels.
+    """
 
     chunk: Chunk
     version: int
     fingerprint: str
     seconds: float
+    contrast: float = 0.0
+    diversity: float = 0.0
 
 
 @dataclass(frozen=True)

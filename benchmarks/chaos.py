@@ -45,6 +45,7 @@ OVERRIDES = (
     "rollout.group_size=4",
     "rollout.steps=4",
     "learner.updates_per_step=1",
+    "checkpoint.every=1",
     "cluster.samplers=2",
     "cluster.learners=2",
     "cluster.reward_workers=2",
@@ -162,7 +163,7 @@ def saboteur(folder: Path) -> type[Crew]:
             self.strike("in publish", 0.01)
             sync = super().publish(source)
             self.strike("after publish")
-            if source == "behaviour":
+            if source == "behaviour" and self.step:
                 append_jsonl(folder / "published.jsonl", {"step": self.step, "at": time.time()})
             return sync
 
@@ -181,7 +182,7 @@ def config_of(steps: int) -> RunConfig:
 def drive(folder: Path, steps: int) -> None:
     """One life of the driver: from the start, or from where the one before was killed."""
     driver.Crew = saboteur(folder)
-    driver.train(config_of(steps), folder)
+    driver.train(config_of(steps), folder, "auto")
 
 
 def lives(folder: Path, steps: int) -> tuple[dict[str, Any], int, float]:

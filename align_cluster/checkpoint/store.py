@@ -1,6 +1,6 @@
 """Folders of files that are all there and unharmed, or are not taken for a checkpoint.
 
-    step_000120/manifest.json      sizes and SHA-256 of the others, and what to choose by: step, score, whether it is sound
+    step_000120/manifest.json      sizes and SHA-256 of the others and of itself; what to choose by, such as a score
     step_000120/...                the files
 
 On a local disk a folder is written under a temporary name, synced, and renamed. Elsewhere the manifest comes last: a
@@ -47,13 +47,16 @@ class Store:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are complete (not yet of those that are unharmed), ascending."""
+        found = [int(name[5:]) for name in self.folders() if name.startswith("step_") and name[5:].isdigit()]
+        return sorted(step for step in found if self.files.exists(f"{self.folder(step)}/{MANIFEST}"))
+
+    def folders(self) -> set[str]:
+        """Names of all that is in the store's folder."""
         self.files.invalidate_cache()
         try:
-            names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.root, detail=False)]
+            return {entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.root, detail=False)}
         except FileNotFoundError:
-            return []
-        found = [int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit()]
-        return sorted(step for step in found if self.files.exists(f"{self.folder(step)}/{MANIFEST}"))
+            return set()
 
     def about(self, step: int) -> dict[str, Any]:
         """What `write` was told beside the files. Damaged where that cannot be read."""
@@ -63,7 +66,7 @@ class Store:
         """Write one checkpoint, in the place of one of that step; OSError, and nothing left behind, where it cannot."""
         sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
         manifest = {"format": FORMAT, "step": step, "about": about, "files": sums}
-        content = files | {MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()}
+        content = files | {MANIFEST: (json.dumps(manifest | {"sha256": _sum(manifest)}, indent=1) + "\n").encode()}
         (self._write_local if self.local else self._write_remote)(self.folder(step), content)
 
     def _write_local(self, folder: str, content: dict[str, bytes]) -> None:
@@ -112,13 +115,16 @@ class Store:
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
             manifest = json.loads(self.files.cat_file(f"{self.folder(step)}/{MANIFEST}"))
-            if manifest["format"] != FORMAT:
-                raise Damaged(f"its format is {manifest['format']}, and this version reads {FORMAT}")
-            if manifest["step"] != step or not manifest["files"] or not isinstance(manifest["about"], dict):
-                raise Damaged(f"{MANIFEST} is of another checkpoint")
-            return manifest
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            own = manifest.pop("sha256")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
+        if _sum(manifest) != own:
+            raise Damaged(f"the checksum of {MANIFEST} is wrong")
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"its format is {manifest['format']}, and this version reads {FORMAT}")
+        if manifest["step"] != step:
+            raise Damaged(f"{MANIFEST} is of step {manifest['step']}")
+        return manifest
 
     def newest(
         self, note: Callable[[str], None], wanted: Callable[[dict[str, Any]], bool] = lambda about: True
@@ -165,6 +171,10 @@ class Store:
             for leftover in Path(self.root).glob(".*"):
                 if leftover.suffix in (".partial", ".old"):
                     shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The learner's ranks as actors: rendezvous, calls to all ranks at once, one deadline, a new start where one is lost.
+"""The learner's ranks as actors: rendezvous, calls to all at once, one deadline, and a new start where one is lost.
 
 A call is a function of the state after the last update, which the driver holds, and of its arguments. So when a rank is
 lost all of them are started anew, take up that state, and the call is made again: the same bits come out.
@@ -106,8 +106,9 @@ class LearnerGroup:
                 self.shutdown()
                 self.lost, self.lost_in_a_row = self.lost + 1, self.lost_in_a_row + 1
                 if self.lost_in_a_row >= LOSSES:
-                    count = self.lost_in_a_row
-                    raise RuntimeError(f"{count} learner ranks lost in a row, the last: {error}") from error
+                    raise RuntimeError(
+                        f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}"
+                    ) from error
                 since = "as it began" if self.snapshot is None else f"from update {self.snapshot.counts['updates']}"
                 self.troubles.append((time.time(), f"{error}; the learner starts again {since}"))
                 log.warning("%s", self.troubles[-1][1])

@@ -9,6 +9,7 @@ from typing import Any
 from align_cluster.cluster.finding import Finding
 from align_cluster.observe.rundir import RunDir, read_json
 
+GO_ON = "`align-cluster train CONFIG --resume auto` goes on from its last checkpoint"
 OLD_S = 30.0  # a run writes its state every 2 s
 
 
@@ -34,7 +35,7 @@ def _progress(state: dict[str, Any]) -> Finding:
     if state["phase"] == "done":
         return Finding("ok", "run", f"{where}: done")
     if state["phase"] == "failed":
-        return Finding("fail", "run", f"{where}: {state['error']}", "mend that, and start again")
+        return Finding("fail", "run", f"{where}: {state['error']}", f"when that is mended, {GO_ON}")
     counts = [f"{stage} {done} of {total}" for stage, (done, total) in state["progress"].items() if done < total]
     text = ", ".join([f"{where}: {state['phase']} since {state['seconds']:.0f} s", *counts])
     return Finding("ok" if state["seconds"] < 10 * state["late_s"] else "warn", "run", text)
@@ -45,7 +46,7 @@ def _driver(state: dict[str, Any]) -> Finding:
     if state["phase"] in ("done", "failed"):
         return Finding("ok", "driver", f"{who} has ended")
     if state["host"] == platform.node() and not _alive(state["pid"]):
-        return Finding("fail", "driver", f"{who} is gone since {age:.0f} s", "`align-cluster train` starts it again")
+        return Finding("fail", "driver", f"{who} is gone since {age:.0f} s", GO_ON)
     if abs(age) > OLD_S:
         remedy = "look whether its machine is up, stopped, or has another clock"
         return Finding("fail", "driver", f"{who} gave no sign of life for {age:.0f} s", remedy)

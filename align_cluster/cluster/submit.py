@@ -23,8 +23,10 @@ def submit(
     files: Sequence[Path] = (),
     wait: bool = True,
     python: str = "python",
+    resume: str | None = None,
 ) -> int:
-    """Start the run as a job on the cluster whose dashboard is at `address`; returns 0 if it succeeded, 1 if not.
+    """Start the run as a job on the cluster whose dashboard is at `address`; returns 0 if it succeeded, 75 if it was
+    told to end and should be submitted again, 1 if it failed. `resume` is `train`'s.
 
     The job's working directory holds the resolved config, the prompt files that it names, and `files`, nothing else:
     align_cluster itself must be installed on the cluster, for `python` there. With `wait` the log is shown as it is
@@ -41,6 +43,7 @@ def submit(
         env = {"RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
         try:
             entrypoint = f"{shlex.quote(python)} -m align_cluster.cli train config.yaml"
+            entrypoint += f" --resume {shlex.quote(resume)}" if resume else ""
             job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder, "env_vars": env})
         except RuntimeError as error:
             raise UserError(f"{client.get_address()} refused the job ({_first_line(error)})") from error
@@ -54,6 +57,8 @@ def submit(
     print(f"job {job}: {status.lower()}", flush=True)
     if status == "FAILED" and "No module named" in client.get_job_logs(job):
         print(f"`{python}` on the cluster lacks align_cluster or its packages; give --python, the one that has them")
+    if client.get_job_info(job).driver_exit_code == 75:
+        return 75
     return 0 if status == "SUCCEEDED" else 1
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,13 @@ from align_cluster.config.run import RunConfig
 from align_cluster.types import UserError
 
 Settings = TypeVar("Settings", bound=Root)
-_NO_RESULT_DEPENDS_ON = ("name", "out", "cluster")
+_NO_RESULT_DEPENDS_ON = ("name", "out", "cluster", "checkpoint")
+# What may change where a run is resumed, besides: how long it goes on, what is looked at, and how the learner works.
+_MAY_CHANGE = (
+    *_NO_RESULT_DEPENDS_ON,
+    *("steps", "guard", "evaluate.every", "evaluate.grid_every", "evaluate.grid_prompts", "evaluate.grid_columns"),
+    *("learner.zero_stage", "learner.gradient_checkpointing"),
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -138,6 +145,27 @@ def config_hash(config: RunConfig) -> str:
     for reward in data["rewards"].values():
         reward["pool"] = reward["pool"] and reward["pool"]["batch"]  # what is scored together may matter in a last bit
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: dict[str, Any], new: RunConfig) -> list[str]:
+    """Settings that a resumed run must have as it began, and has not: "path: old there, new here" for each."""
+    with suppress(ValidationError):  # else of a version that had other settings: they differ
+        old = RunConfig.model_validate(old).model_dump(mode="json")  # with the defaults of settings that are new
+    found = []
+
+    def compare(path: str, there: Any, here: Any) -> None:
+        if path in _MAY_CHANGE:
+            return
+        if re.fullmatch(r"rewards\.[^.]+\.pool", path):  # where and how many, but for what is scored together
+            path, there, here = f"{path}.batch", (there or {}).get("batch"), (here or {}).get("batch")
+        if isinstance(there, dict) and isinstance(here, dict):
+            for key in dict.fromkeys([*there, *here]):
+                compare(f"{path}.{key}".lstrip("."), there.get(key), here.get(key))
+        elif there != here:
+            found.append(f"{path}: {json.dumps(there)} there, {json.dumps(here)} here")
+
+    compare("", old, new.model_dump(mode="json"))
+    return found
 
 
 def json_schema() -> dict[str, Any]:

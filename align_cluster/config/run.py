@@ -7,8 +7,10 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, Validati
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.backbones import BACKBONES
+from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.conditions.perturb import E2po
 from align_cluster.config.base import Root, Section
+from align_cluster.observe.guards import GuardConfig
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
@@ -148,6 +150,8 @@ class RunConfig(Root):
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig
 
     @property

@@ -103,9 +103,7 @@ class Engine:
         steps = {int(state["step"]) for state in self._states()}
         return max(steps), {key: [self._whole(p, key) for p in self.trainable] for key in MOMENTS}
 
-    def restore(
-        self, weights: list[torch.Tensor], steps: int, moments: dict[str, list[torch.Tensor]]
-    ) -> None:
+    def restore(self, weights: list[torch.Tensor], steps: int, moments: dict[str, list[torch.Tensor]]) -> None:
         """Take over whole tensors, as `moments` gives them, of any number of ranks and any stage."""
         import deepspeed
 
@@ -136,7 +134,9 @@ class Engine:
         optimizer = self.deepspeed.optimizer
         flat = self.trainable
         if self.stage:
-            flat = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+            flat = (
+                optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+            )
         for tensor in flat:
             if not self.adamw.state[tensor]:
                 zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}

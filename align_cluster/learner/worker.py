@@ -74,19 +74,22 @@ class Learner:
         started = time.perf_counter()
         sums: dict[str, list[float]] = {}
         turns = self.algorithm.turns(len(data[0].sigmas) - 1, len(data[0].slots))
+        skipped = empty = 0
         for update, total in sorted(totals.items()):
             mine = [piece for piece in pieces if piece.update == update]
-            add(sums, "empty", float(total == 0), 1.0)
             changed = bool(total) and actor
+            empty += not total
             if changed:
                 changed = self._update_actor(step, mine, self.world / (total * turns), turns, null, data, sums)
-                add(sums, "skipped", float(not changed), 1.0)
+                skipped += not changed
             if self.critic and total:
                 self.critic.update(self._batches(step, mine, data), self.world / total, sums)
             self.updates += 1
             if changed:
                 self._average()
         self._lag()
+        add(sums, "skipped", skipped, 1.0)
+        add(sums, "empty", empty, 1.0)
         add(sums, "seconds", time.perf_counter() - started, 1.0)
         return {name: tuple(values) for name, values in sums.items()}
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Clock:
@@ -37,6 +38,16 @@ class Clock:
 
     def next_step(self, number: int) -> None:
         self.step, self.number = {}, number
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"wall": self.wall(), "total": dict(self.total)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Count on from `state()` of an earlier run; the time in between is nobody's."""
+        self.began -= state["wall"]
+        for stage, seconds in state["total"].items():
+            self.total[stage] = self.total.get(stage, 0.0) + seconds
 
     def wall(self) -> float:
         """Seconds since the clock was made."""

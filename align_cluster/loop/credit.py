@@ -1,5 +1,7 @@
 """From a step's scores to its advantages, and the one piece of state that credit keeps: SLAS's adaptive exponent."""
 
+from typing import Any
+
 import numpy as np
 
 from align_cluster.algorithms.advantage import credit, linear
@@ -34,6 +36,19 @@ class Creditor:
         u = linear(values, applies, valid, weights, settings, batches)
         estimates = {name: trained[name][1] for name in LARGEST} | {"step_kl": trained["step_kl"][0]}
         return self.trust.observe(estimates, u[valid])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"trust": self.trust.state()} if self.trust else {}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Arrays that a checkpoint keeps."""
+        return {}
+
+    def restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Go on from the state of an earlier run."""
+        if self.trust:
+            self.trust.restore(state["trust"])
 
     def _arguments(self, step: int, drawn: list[Drawn]) -> tuple:
         shape = (self.config.prompts_per_step, self.config.group_members)

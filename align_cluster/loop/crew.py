@@ -92,7 +92,7 @@ class Crew:
         self.perturbations: dict[str, Explored] = {}
         self.keys: dict[str, str] = {}
         self.version = 0
-        self.images_drawn = 0
+        self.images_drawn = self.lost_before = 0
         self.scored: dict[str, float] = {}
 
     def __enter__(self) -> "Crew":
@@ -115,7 +115,8 @@ class Crew:
 
     @property
     def workers_lost(self) -> int:
-        return self.samplers.lost + sum(pool.lost for pool in self.rewards) + self.learners.lost
+        """Of all kinds, since the run began."""
+        return self.lost_before + self.samplers.lost + sum(pool.lost for pool in self.rewards) + self.learners.lost
 
     def encode(self, prompts: list[Prompt]) -> None:
         """Encode every text that is new, and the empty prompt where guidance needs it; conditions go to the object

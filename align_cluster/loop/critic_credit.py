@@ -73,6 +73,18 @@ class CriticCreditor:
         moments = {name: moments.state() for name, moments in self.moments.items()}
         return {"moments": moments, "updates": self.updates, "warm": self.warm}
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Arrays that a checkpoint keeps: what the pictures at the end are drawn of."""
+        return {f"{i:02d}/{j}": array for i, item in enumerate(self.recent) for j, array in enumerate(item)}
+
+    def restore(self, state: dict, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from the state of an earlier run."""
+        self.moments = {name: RunningMoments.restored(state["moments"][name]) for name in self.names}
+        self.updates, self.warm = state["updates"], state["warm"]
+        self.recent.clear()
+        for i in sorted({name.split("/")[0] for name in arrays}):
+            self.recent.append(tuple(arrays[f"{i}/{j}"] for j in range(3)))
+
     def _normalised(self, rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
         """Rewards [R, S] by the moments of all that the run has seen, these included; 0 where there is none."""
         normal = np.zeros_like(rewards)

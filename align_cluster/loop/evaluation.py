@@ -1,7 +1,7 @@
 """Held-out evaluation and sample grids inside a run, with the run's own workers."""
 
 from align_cluster.config.run import RunConfig
-from align_cluster.evaluate.table import rows, summarise
+from align_cluster.evaluate.table import headline_column, rows, summarise
 from align_cluster.loop.crew import Crew, Sync
 from align_cluster.observe.grids import save_grid
 from align_cluster.observe.rundir import RunDir, write_json
@@ -38,16 +38,19 @@ class Evaluation:
         self.grid(0)
         return scores
 
-    def between(self, step: int) -> None:
-        """What is due after `step` steps; the samplers get the evaluation weights for it, and then their own again."""
+    def between(self, step: int) -> float | None:
+        """What is due after `step` steps, and the headline score if it was taken; the samplers get the evaluation
+        weights for it, and then their own again."""
+        scores = None
         self.crew.report("evaluate", 0, 1)
         self.crew.publish("evaluation")
         if self.settings.every and step % self.settings.every == 0:
-            self.score(step)
+            scores = self.score(step)
         if self.settings.grid_every and step % self.settings.grid_every == 0:
             self.grid(step)
         self.crew.publish("behaviour")
         self.crew.report("evaluate", 1, 1)
+        return scores["overall"].get(headline_column(self.headline, list(scores["overall"]))) if scores else None
 
     def last(self, step: int) -> tuple[Sync, dict]:
         """The weights that are kept, with their scores and grid."""

@@ -29,6 +29,9 @@ MEAN = {
     "old_gap": "train/old_gap",
     "value_loss": "train/value_loss",
     "lr": "lr",
+    "skipped": "train/skipped",
+    "empty": "train/empty",
+    "critic_skipped": "train/critic_skipped",
     "seconds": "time/learner",
 }
 
@@ -49,12 +52,15 @@ def step_metrics(
         valid, reward = scores.valid[name], scores.values[name]
         if valid.any():
             values[f"reward/{name}/mean"] = float(reward[valid].mean())
+            values[f"reward/{name}/std"] = float(reward[valid].std())
             for task in sorted(set(tasks[valid])):
                 values[f"reward/{name}/{task}"] = float(reward[valid & (tasks == task)].mean())
     for name, failure in (item for one in drawn for item in one.scores.failures.items()):
         for key in (f"reward/{name}/failed", f"reward/{name}/failed/{failure.kind}"):
             values[key] = values.get(key, 0.0) + failure.images
     values |= correlations(scores)
+    for name in ("contrast", "diversity"):
+        values[f"images/{name}"] = float(np.mean([getattr(item.info, name) for item in drawn]))
     values |= {LARGEST[name]: largest for name, (_, largest) in trained.items() if name in LARGEST}
     values |= {MEAN[name]: mean for name, (mean, _) in trained.items() if name in MEAN}
     values |= {f"time/{stage}": seconds for stage, seconds in times.items()}
@@ -86,6 +92,7 @@ def summary(
     sync: Sync,
     lora: Path,
     self_check: dict[str, float] | None,
+    resumed: int = 0,
 ) -> dict:
     """Content of summary.json: what the run did, how long it took, and what it ended with."""
     wall = clock.wall()
@@ -100,6 +107,7 @@ def summary(
         "images_per_s": crew.images_drawn / wall,
         "wall_seconds": wall,
         "stage_seconds": {**clock.total, "start and rest": wall - sum(clock.total.values())},
+        "resumed": resumed,
         "lora_path": str(lora),
         "lora_checksum": sync.manifest.checksum,
         "workers_lost": crew.workers_lost,

@@ -41,7 +41,8 @@ class Watch:
     ) -> None:
         self.ended.set()
         self.thread.join(timeout=10)
-        why = f"{kind.__name__}: {error}".splitlines()[0] if kind else None
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        why = "interrupted" if interrupted else f"{kind.__name__}: {error}".splitlines()[0] if kind else None
         self._write(self.state() | {"phase": "failed" if kind else "done", "error": why, "workers": []})
 
     def _run(self) -> None:

@@ -20,6 +20,7 @@ class Metric:
 
 METRICS = (
     Metric("reward/<name>/mean", "score", "mean over the step's training images with a valid score"),
+    Metric("reward/<name>/std", "score", "deviation over the step's training images with a valid score"),
     Metric("reward/<name>/failed", "images", "training images of the step that scoring failed on"),
     Metric("reward/<name>/failed/<kind>", "images", "those of one kind of failure"),
     Metric("reward/correlation/<name>/<other>", "", "correlation of two rewards over the step's training images"),
@@ -34,6 +35,8 @@ METRICS = (
     Metric("group/perturbed_mean", "score", "mean reward of images drawn under perturbed conditions"),
     Metric("group/zero_std_ratio", "fraction", "share of groups whose members all score the same: they teach nothing"),
     Metric("group/masked", "fraction", "share of images left out of the group statistics because a score failed"),
+    Metric("images/contrast", "", "deviation of an image's pixels, of 0 to 1, mean over images"),
+    Metric("images/diversity", "", "deviation of a pixel between a chunk's images, of 0 to 1, mean over pixels"),
     Metric("advantage/abs_mean", "", "mean magnitude of the advantages, after shaping"),
     Metric("advantage/gamma", "", "SLAS's exponent less 1 that shaped this step's advantages"),
     Metric("advantage/sum", "", "sum of a group's advantages, mean magnitude: 0 unless they are shaped"),
@@ -53,6 +56,11 @@ METRICS = (
     Metric("time/step", "s", "wall time of the step: its stages together"),
     Metric("time/learner", "s", "part of the update that the learner ranks spent computing"),
     Metric("time/<stage>", "s", "wall time that the step spent in this stage"),
+    Metric("train/skipped", "updates", "updates that changed nothing because loss or gradient was not finite"),
+    Metric("train/empty", "updates", "updates that changed nothing because all their samples are masked"),
+    Metric(
+        "train/critic_skipped", "fraction", "share of the critic's updates that were not finite and changed nothing"
+    ),
     Metric("train/loss", "", "loss, mean over the step's images and denoising steps"),
     Metric("train/kl", "", "distance from the base model: KL a dimension; NFT: squared velocity gap"),
     Metric("train/grad_norm", "", "gradient norm before clipping, largest of the step"),

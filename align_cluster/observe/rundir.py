@@ -1,8 +1,13 @@
 """The run directory: what each file is called; no run overwrites another, and no file is ever half written."""
 
+import errno
+import fcntl
+import getpass
 import json
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from align_cluster.types import UserError
+
+# What a disk says that is full, over its quota or read-only: nothing that a program did wrong.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+@contextmanager
+def storage(run: "RunDir") -> Iterator[None]:
+    """A disk that is full or read-only becomes a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE[:4]:
+            raise
+        raise UserError(
+            f"{error.filename or run.path} cannot be written ({error.strerror}); make room, or let it be written, and "
+            "go on with --resume auto"
+        ) from error
 
 
 @contextmanager
@@ -65,6 +87,8 @@ class RunDir:
         self.critic = self.path / "critic"
         self.lora_weights = self.lora / "pytorch_lora_weights.safetensors"
         self.report = self.path / "report.html"
+        self.checkpoints = self.path / "checkpoints"
+        self.lock_file = self.path / "lock"
 
     @classmethod
     def create(cls, out: Path | str, name: str) -> "RunDir":
@@ -74,12 +98,11 @@ class RunDir:
         and fails on any other, so of two runs that start at once exactly one gets each name.
         """
         out = Path(out)
+        staged = out / f".{uuid.uuid4().hex}"
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            (staged / "grids").mkdir(parents=True)
         except OSError as error:
             raise UserError(f"out: {out} cannot hold runs ({error.strerror}); give --out another folder") from error
-        staged = out / f".{uuid.uuid4().hex}"
-        (staged / "grids").mkdir(parents=True)
         number = 1
         while True:
             target = out / (name if number == 1 else f"{name}-{number}")
@@ -92,6 +115,45 @@ class RunDir:
             else:
                 return cls(target)
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Own the directory until the context is left or the process ends, however it ends.
+
+        The lock is the system's; the file's content only names the owner. UserError where another process has it, or
+        the directory cannot be written.
+        """
+        try:
+            file = self.lock_file.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); make it writable, or give another --out"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise UserError(
+                    f"{self.path} is in use by {owner}; wait for it or stop it, or start another run without --resume"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(
+                f"process {os.getpid()} of {_user()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n"
+            )
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def discard_unused(self) -> None:
+        """Remove a directory in which nothing has been measured or drawn."""
+        if not (self.metrics.exists() or self.evaluations.exists() or self.grid_steps()):
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def grid(self, step: int) -> Path:
         """Sample grid of the weights after `step` steps; step 0 is the base model."""
         return self.grids / f"step_{step:06d}.png"
@@ -99,6 +161,13 @@ class RunDir:
     def grid_steps(self) -> list[int]:
         """Steps that have a grid, ascending."""
         return sorted(int(path.stem.removeprefix("step_")) for path in self.grids.glob("step_*.png"))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,11 +3,12 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from align_cluster.observe.metrics import describe
-from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.rundir import STORAGE, RunDir
 
 
 class MetricWriter:
@@ -15,34 +16,88 @@ class MetricWriter:
 
     Every name must be declared in `metrics.py`. A number that is not finite is written as null (JSON has no NaN; a
     diverged run must stay visible, and must not die in its logger) and is left out of TensorBoard.
+
+    `done: n` goes on after n steps of a run that was interrupted, whose files hold no later rows: seconds count on, and
+    TensorBoard forgets what it has of later steps. Lines that the disk has no room for are held and tried again with
+    the next ones; `note` says so once.
     """
 
-    def __init__(self, run_dir: Path | str):
+    def __init__(self, run_dir: Path | str, done: int | None = None, note: Callable[[str], None] = print):
+        self.files, self.note = RunDir(run_dir), note
+        self.files.path.mkdir(parents=True, exist_ok=True)
+        rows = read_jsonl(self.files.metrics) if done else []
+        self.start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+        self.held: list[tuple[Path, dict[str, Any]]] = []
+        fresh = done is None or not any(self.files.tensorboard.glob("events.*"))
+        self.board = self._open_board(None if fresh else done + 1)
+        if fresh:
+            self._replay(rows, read_jsonl(self.files.evaluations) if done is not None else [])
+
+    def _open_board(self, purge: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.files = RunDir(run_dir)
-        self.files.path.mkdir(parents=True, exist_ok=True)
-        self.start = time.monotonic()
-        self.board = SummaryWriter(str(self.files.tensorboard), flush_secs=10)
+        return SummaryWriter(str(self.files.tensorboard), flush_secs=10, purge_step=purge)
+
+    def _replay(self, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+        for row in rows:
+            for name in row.keys() - {"step", "seconds"}:
+                if row[name] is not None:
+                    self.board.add_scalar(name, row[name], row["step"])
+        for record in evaluations:
+            for column, value in record["overall"].items():
+                self.board.add_scalar(f"held_out/{column}", value, record["step"])
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line {"step", "seconds" since the writer began, name: number ...} and the same to TensorBoard."""
+        """Append one line {"step", "seconds" since the run began, name: number ...} and the same to TensorBoard."""
         for name in values:
             describe(name)
         record = {"step": step, "seconds": round(time.monotonic() - self.start, 3)}
-        append_jsonl(self.files.metrics, record | {name: float(value) for name, value in values.items()})
-        for name, value in values.items():
-            if math.isfinite(value):
-                self.board.add_scalar(name, value, step)
+        self._append(self.files.metrics, record | {name: float(value) for name, value in values.items()})
+        self._scalars(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def evaluation(self, step: int, version: int, adapter: str, scores: dict[str, Any]) -> None:
         """Append one held-out evaluation: `scores` is what `evaluate.table.summarise` returns."""
-        append_jsonl(self.files.evaluations, {"step": step, "version": version, "adapter": adapter, **scores})
-        for column, value in scores["overall"].items():
-            self.board.add_scalar(f"held_out/{column}", value, step)
+        self._append(self.files.evaluations, {"step": step, "version": version, "adapter": adapter, **scores})
+        self._scalars(step, {f"held_out/{column}": value for column, value in scores["overall"].items()})
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        told = bool(self.held)
+        self.held.append((path, record))
+        try:
+            while self.held:
+                append_jsonl(*self.held[0])
+                del self.held[0]
+        except OSError as error:
+            if error.errno not in STORAGE:
+                raise
+            if not told:
+                self.note(
+                    f"{path} cannot be written ({error.strerror}); its lines are held in memory and written once there "
+                    "is room: make some"
+                )
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        try:
+            self.board = self.board or self._open_board()
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        except OSError:  # of an earlier write: TensorBoard writes in a thread, which has ended with it
+            self.board = None
+
+    def mark(self) -> Callable[[], dict[str, bytes]]:
+        """Where the files stand now; the function returns their content up to here, whenever it is called."""
+        marks = {}
+        for path in (self.files.metrics, self.files.evaluations):
+            held = "".join(_line(record) for at, record in self.held if at == path)
+            marks[path] = (path.stat().st_size if path.exists() else 0, held.encode())
+        return lambda: {path.name: _start_of(path, size) + held for path, (size, held) in marks.items()}
 
     def close(self) -> None:
-        self.board.close()
+        try:
+            if self.board:
+                self.board.close()
+        except OSError as error:
+            self.note(f"{self.files.tensorboard} is not complete ({error.strerror}); metrics.jsonl is what counts")
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -56,7 +111,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
     A torn last line, which a killed run leaves behind, is cut off first.
     """
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+    line = _line(record)
     with path.open("ab+") as file:
         file.seek(0)
         content = file.read() if not _ends_clean(file) else b""
@@ -74,6 +129,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _torn = path.read_bytes().split(b"\n")
     return [json.loads(line) for line in lines if line.strip()]
+
+
+def _start_of(path: Path, size: int) -> bytes:
+    """The whole lines among the first `size` bytes."""
+    if not size:
+        return b""
+    with path.open("rb") as file:
+        content = file.read(size)
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _ends_clean(file: Any) -> bool:

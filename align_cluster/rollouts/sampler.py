@@ -139,6 +139,8 @@ class Sampler:
             self.version,
             fingerprint(chunk, request, condition.key, perturbation.key if perturbation else None),
             time.perf_counter() - started,
+            float(images.std((1, 2, 3)).mean()) / 255,
+            float(images.std(0).mean()) / 255,
         )
         return info, images, record
 

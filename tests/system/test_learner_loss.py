@@ -56,6 +56,7 @@ def test_a_rank_killed_at_any_moment_changes_nothing(runs, tiny, train, pid_of, 
         assert run.summary[key] == runs[kind].summary[key]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_again_and_again_ends_the_run_and_says_why(tiny, train, pid_of, monkeypatch):
     class NoLearner(Crew):
         def update(self, *args):

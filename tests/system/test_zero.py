@@ -228,7 +228,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_
     for rank in left[case, world]:
         _, before, loss, gradient, sound = rank
         for after in (loss, gradient):
-            assert after["metrics"]["skipped"][:2] == (2.0, 2.0) and "grad_norm" not in after["metrics"]
+            assert after["metrics"]["skipped"][0] == 2 and "grad_norm" not in after["metrics"]
             for name, value in before["default"].items():
                 np.testing.assert_array_equal(after["default"][name], value)
         assert sound["metrics"]["skipped"][0] == 0 and np.isfinite(sound["metrics"]["grad_norm"][0])

@@ -1,0 +1,134 @@
+"""Which directory a run works in, and what it goes on from."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from align_cluster.checkpoint.store import Damaged, Store
+from align_cluster.config.load import differences
+from align_cluster.config.run import RunConfig
+from align_cluster.loop.keeper import State
+from align_cluster.loop.summary import software
+from align_cluster.observe.rundir import RunDir, read_json, write_text
+from align_cluster.types import UserError
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run directory that is ours, where its checkpoints are, and the state to go on from (None: a new run)."""
+
+    run: RunDir
+    store: Store
+    state: State | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps that are done."""
+        return self.state.step if self.state else 0
+
+    def finished(self, config: RunConfig) -> bool:
+        """Whether nothing is left to do: the run has its summary, and as many steps as are asked for."""
+        return self.steps >= config.steps and (read_json(self.run.summary) or {}).get("steps", 0) >= config.steps
+
+
+@contextmanager
+def place(config: RunConfig, out: Path, resume: str | None, note: Note) -> Iterator[Place]:
+    """The run's directory, locked. `resume` is None for a new one, "auto" for the newest run of that name that has a
+    checkpoint (or a new one), a run directory, or one checkpoint's folder, from which a new directory branches off.
+
+    UserError where another process works there, or the checkpoint belongs to a run of other settings.
+    """
+    run = _newest(config, out) if resume == "auto" else None
+    branch = None
+    if resume == "auto":
+        note(f"{run.path} goes on" if run else f"no checkpoint of {config.name} under {out}: a new run begins")
+    elif resume:
+        given = Path(resume).expanduser()
+        branch = re.fullmatch(r"step_(\d+)", given.name)
+        if not branch and not RunDir(given).config.is_file():
+            raise UserError(
+                f"--resume {resume} is neither a run directory, such as runs/quickstart, nor a checkpoint in one, such "
+                "as runs/quickstart/checkpoints/step_000010; or write --resume auto"
+            )
+        run = None if branch else RunDir(given)
+    if run:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with run.lock():
+            store = _store(config, run)
+            found = store.newest(note)
+            if found is None:
+                raise UserError(f"{store.path} holds no checkpoint that can be read; start again without --resume")
+            state = _fitting(config, State.of(*found), note)
+            store.clean()
+            _write_back(run, state)
+            yield Place(run, store, state)
+        return
+    state = _branch(config, resume, int(branch[1]), note) if branch else None
+    run = RunDir.create(out, config.name)
+    with run.lock():
+        try:
+            store = _store(config, run)
+            if store.steps():
+                raise UserError(
+                    f"checkpoint.path: {store.path} holds checkpoints of another run; go on with it by --resume auto, "
+                    "or give another name or checkpoint.path"
+                )
+            if state:
+                _write_back(run, state)
+            yield Place(run, store, state)
+        except BaseException:
+            run.discard_unused()
+            raise
+
+
+def _store(config: RunConfig, run: RunDir) -> Store:
+    path = config.checkpoint.path
+    return Store(f"{path.rstrip('/')}/{run.path.resolve().name}" if path else str(run.checkpoints))
+
+
+def _newest(config: RunConfig, out: Path) -> RunDir | None:
+    """Of name, name-2, name-3 ... the last one that has a checkpoint."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if config.checkpoint.path:
+        names |= Store(config.checkpoint.path).folders()
+    numbers = [match for name in names if (match := re.fullmatch(rf"{re.escape(config.name)}(?:-(\d+))?", name))]
+    for match in sorted(numbers, key=lambda match: int(match[1] or 1), reverse=True):
+        run = RunDir(out / match[0])
+        if _store(config, run).steps():
+            return run
+    return None
+
+
+def _branch(config: RunConfig, folder: str, step: int, note: Note) -> State:
+    store = Store(str(Path(folder).expanduser().parent))
+    try:
+        state = State.of(step, store.read(step)[0])
+    except Damaged as error:
+        raise UserError(f"--resume {folder} cannot be used: {error}; give another checkpoint") from None
+    return _fitting(config, state, note)
+
+
+def _fitting(config: RunConfig, state: State, note: Note) -> State:
+    odd = differences(state.facts["config"], config)
+    if odd:
+        raise UserError(
+            "--resume: the run began with other settings, and would be another run with these: "
+            f"{'; '.join(odd)}. Set them back, or start a new run without --resume"
+        )
+    if state.step > config.steps:
+        raise UserError(f"--resume: {state.step} steps are done, and steps is {config.steps}; set steps to more")
+    there, here = state.facts["versions"], software()
+    changed = [f"{name} {there.get(name)} -> {here.get(name)}" for name in here if there.get(name) != here[name]]
+    if changed:
+        note(f"resumed with other versions, so results may differ in their last bits: {', '.join(changed)}")
+    return state
+
+
+def _write_back(run: RunDir, state: State) -> None:
+    """The line files as they were: rows of later steps are made again."""
+    for name, content in state.texts().items():
+        write_text(run.path / name, content.decode())

@@ -1,0 +1,272 @@
+"""A run that is ended at any moment and goes on later leaves what a run leaves that nobody disturbed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from align_cluster.loop import driver
+from align_cluster.loop.crew import Crew
+from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import read_jsonl
+from align_cluster.types import Preempted, UserError
+
+STEPS = (
+    "steps=4",
+    "checkpoint.every=2",
+    "evaluate.every=3",
+    "evaluate.images_per_prompt=1",
+    "optimizer.schedule=linear",
+)
+JOBS = {
+    "nft": STEPS,
+    "grpo": (
+        *STEPS,
+        *("learner.updates_per_step=2", "advantage.std=batch", "advantage.shaping.kind=slas"),
+        *("advantage.shaping.gamma=adaptive", "advantage.shaping.refresh=2"),
+    ),
+    "ppo": (
+        *STEPS,
+        *("learner.updates_per_step=2", "rollout.group_size=2", "algorithm.critic_lr=3e-3"),
+        *("algorithm.critic.width=32", "algorithm.critic.heads=4", "algorithm.warm_up.updates=2"),
+    ),
+}
+# What is measured in seconds, or is a matter of who was free.
+TIMES = ("seconds", "time/", "throughput/", "scoring/", "weights/adopt_s")
+
+
+def preempting(moment: str, at: int) -> type[Crew]:
+    """A Crew whose driver is sent SIGTERM at its `at`-th step (from 0), before or after the thing called `moment`."""
+
+    class Preempted(Crew):
+        sent = False
+
+        def send(self, now: str) -> None:
+            if now == moment and getattr(self, "now", None) == at and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def draw(self, chunks, request):
+            if chunks[0].step >= 0:
+                self.now = chunks[0].step
+            inner = self.report
+
+            def report(stage, done, total):
+                inner(stage, done, total)
+                if done:
+                    self.send(stage)
+
+            self.report = report
+            try:
+                return super().draw(chunks, request)
+            finally:
+                self.report = inner
+
+        def update(self, *args):
+            self.send("before update")
+            trained = super().update(*args)
+            self.send("after update")
+            return trained
+
+        def publish(self, source):
+            self.send(f"publish {source}")
+            return super().publish(source)
+
+    return Preempted
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, train):
+    """By job, each made at first use."""
+
+    class Runs(dict):
+        def __missing__(self, kind):
+            self[kind] = train(tiny(kind, *JOBS[kind]))
+            return self[kind]
+
+    return Runs()
+
+
+@pytest.fixture
+def sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def rows(path: Path) -> list[dict]:
+    def kept(name: str) -> bool:
+        return not name.startswith(TIMES) and not name.endswith("images_per_s")
+
+    return [{name: row[name] for name in row if kept(name)} for row in read_jsonl(RunDir(path).metrics)]
+
+
+def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(RunDir(path).tensorboard)).Reload()
+    names = board.Tags()["scalars"]
+    return {name: [(event.step, event.value) for event in board.Scalars(name)] for name in names if kept_tag(name)}
+
+
+def kept_tag(name: str) -> bool:
+    return not name.startswith(TIMES) and not name.endswith("images_per_s")
+
+
+def assert_no_seam(resumed: Path, whole: Path) -> None:
+    """Everything but times is the same: LoRA, numbers, evaluations, TensorBoard, grids, critic."""
+    first, second = (json.loads(RunDir(path).summary.read_text()) for path in (resumed, whole))
+    for key in ("lora_checksum", "before", "after", "images_drawn", "config_hash", "self_check", "steps"):
+        assert first[key] == second[key], key
+    assert rows(resumed) == rows(whole)
+    seconds = [row["seconds"] for row in read_jsonl(RunDir(resumed).metrics)]
+    assert seconds == sorted(seconds)
+    assert RunDir(resumed).evaluations.read_bytes() == RunDir(whole).evaluations.read_bytes()
+    assert scalars(resumed) == scalars(whole)
+    for folder, pattern in (("grids", "*.png"), ("lora", "*.safetensors"), ("critic", "*.safetensors")):
+        names = [sorted(file.name for file in (path / folder).glob(pattern)) for path in (resumed, whole)]
+        assert names[0] == names[1]
+        for name in names[0]:
+            assert (resumed / folder / name).read_bytes() == (whole / folder / name).read_bytes(), name
+
+
+CASES = [("nft", "reward", 2), ("ppo", "before update", 3)]
+MORE = [
+    ("nft", "rollout", 1),
+    ("nft", "before update", 2),
+    ("nft", "after update", 2),
+    ("nft", "publish behaviour", 3),
+    ("nft", "publish evaluation", 2),
+    ("grpo", "after update", 1),
+    ("grpo", "publish behaviour", 2),
+    ("grpo", "reward", 3),
+    ("ppo", "after update", 1),
+    ("ppo", "publish evaluation", 3),
+]
+
+
+@pytest.mark.parametrize(("kind", "moment", "at"), CASES + [pytest.param(*m, marks=pytest.mark.slow) for m in MORE])
+def test_sigterm_at_any_moment_saves_and_the_resumed_run_has_no_seam(
+    undisturbed, tiny, tmp_path, monkeypatch, sigterm, kind, moment, at
+):
+    config = tiny(kind, *JOBS[kind])
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "Crew", preempting(moment, at))
+        with pytest.raises(Preempted):
+            driver.train(config, tmp_path)
+    path = driver.train(config, tmp_path, "auto")
+    assert json.loads(RunDir(path).summary.read_text())["resumed"] == 1
+    assert_no_seam(path, undisturbed[kind].path)
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_ends_in_the_same_weights(
+    undisturbed, tiny, tmp_path, capsys
+):
+    whole = undisturbed["nft"].path
+    run = tmp_path / "nft"
+    subprocess.run(["cp", "-r", whole, run], check=True)
+    RunDir(run).summary.unlink()
+    state = run / "checkpoints" / "step_000004" / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    driver.train(tiny("nft", *JOBS["nft"]), tmp_path, str(run))
+    assert "step_000004 is damaged: the checksum of state.safetensors is wrong" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert_no_seam(run, whole)
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_extend_it(undisturbed, tiny, tmp_path, capsys):
+    run = tmp_path / "nft"
+    subprocess.run(["cp", "-r", undisturbed["nft"].path, run], check=True)
+    summary = RunDir(run).summary.read_bytes()
+    assert driver.train(tiny("nft", *JOBS["nft"]), tmp_path, "auto") == run
+    assert "has finished its 4 steps" in capsys.readouterr().out and RunDir(run).summary.read_bytes() == summary
+    driver.train(tiny("nft", *JOBS["nft"], "steps=5"), tmp_path, "auto")
+    assert [row["step"] for row in read_jsonl(RunDir(run).metrics)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_branches_off_into_a_directory_of_its_own(undisturbed, tiny, tmp_path):
+    whole = undisturbed["nft"].path
+    path = driver.train(tiny("nft", *JOBS["nft"], "name=branch"), tmp_path, str(whole / "checkpoints" / "step_000003"))
+    assert path == tmp_path / "branch"
+    assert_no_seam_but_grids = (rows(path), scalars(path))
+    assert assert_no_seam_but_grids == (rows(whole), scalars(whole))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("optimizer.lr=1e-3", "seed=3"), ["seed: 0 there, 3 here", "optimizer.lr: 0.005 there, 0.001 here"]),
+        (("algorithm.kind=grpo",), ["algorithm.kind"]),
+        (("steps=3",), ["4 steps are done, and steps is 3"]),
+    ],
+)
+def test_another_runs_settings_are_refused_with_the_keys_that_differ(undisturbed, tiny, overrides, words):
+    with pytest.raises(UserError) as refused:
+        driver.train(tiny("nft", *JOBS["nft"], *overrides), Path("unused"), str(undisturbed["nft"].path))
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_two_runs_in_one_directory_are_refused_with_the_owners_name(undisturbed, tiny):
+    run = undisturbed["nft"].path
+    hold = "from align_cluster.observe.rundir import RunDir; import sys\nwith RunDir(sys.argv[1]).lock():\n"
+    hold += "    print('locked', flush=True); sys.stdin.read()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", hold, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert owner.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"is in use by process {owner.pid} of "):
+            driver.train(tiny("nft", *JOBS["nft"]), run.parent, str(run))
+        os.kill(owner.pid, signal.SIGKILL)  # the lock goes with its owner
+        owner.wait()
+        assert driver.train(tiny("nft", *JOBS["nft"]), run.parent, str(run)) == run
+    finally:
+        owner.kill()
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    """`train` of the nft job as a user starts it, in a process group of its own."""
+    command = [sys.executable, "-m", "align_cluster.cli", "train", str(Path(__file__).with_name("tiny.yaml"))]
+    command += ["--set", "algorithm.kind=nft", *JOBS["nft"], "--name", "nft", "--out", str(folder), *arguments]
+    log = (folder / "log").open("a")
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everybody", [False, True])
+def test_the_command_ends_with_75_on_sigterm_and_with_resume_auto_goes_on(undisturbed, tmp_path, everybody):
+    """SIGTERM to the command, or as batch systems do to all that it started."""
+    process = start(tmp_path, "--resume", "auto")
+    try:
+        while not (tmp_path / "nft" / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        (os.killpg if everybody else os.kill)(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 75
+        assert start(tmp_path, "--resume", "auto").wait(300) == 0
+    finally:
+        process.kill()
+    assert_no_seam(tmp_path / "nft", undisturbed["nft"].path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_driver_that_is_killed_goes_on_from_its_last_checkpoint(undisturbed, tmp_path, step):
+    process = start(tmp_path)
+    try:
+        while len(read_jsonl(tmp_path / "nft" / "metrics.jsonl")) < step:
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path, "--resume", "auto").wait(300) == 0
+    name = "nft" if (tmp_path / "nft" / "summary.json").exists() else "nft-2"  # killed before the first checkpoint
+    assert_no_seam(tmp_path / name, undisturbed["nft"].path)

@@ -50,6 +50,7 @@ def nodes() -> Iterator[Finding]:
     for node in alive:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked[node["NodeID"]] = task.options(scheduling_strategy=place).remote()
+    asked_at = time.time()
     here, until = software() | {"python": platform.python_version()}, time.monotonic() + PATIENCE_S
     for index, node in enumerate(alive):
         name = f"node {index} ({node['NodeManagerAddress']})"
@@ -63,7 +64,8 @@ def nodes() -> Iterator[Finding]:
             remedy = "install align_cluster there as here, or take the node out"
             yield Finding("fail", name, f"cannot run align_cluster: {reason(error)}", remedy)
         else:
-            yield from _judge(name, node, facts, here)
+            skew = facts["time"] - min(max(facts["time"], asked_at), time.time())  # it read its clock in between
+            yield from _judge(name, node, facts | {"skew": skew}, here)
 
 
 def _judge(name: str, node: dict[str, Any], facts: dict[str, Any], here: dict[str, str]) -> Iterator[Finding]:
@@ -82,8 +84,10 @@ def _judge(name: str, node: dict[str, Any], facts: dict[str, Any], here: dict[st
     if used > FULLEST_DISK:
         remedy = "Ray spills no objects above 95 %: free some, or start that node with another --temp-dir"
         yield Finding("warn", name, f"disk of Ray's folder is {100 * used:.0f} % full", remedy)
-    if abs(skew := facts["time"] - time.time()) > PATIENCE_S + SKEW_S:
-        yield Finding("warn", name, f"its clock is {skew:+.0f} s off", "logs will be hard to read: set it by NTP")
+    if abs(facts["skew"]) > SKEW_S:
+        yield Finding(
+            "warn", name, f"its clock is {facts['skew']:+.0f} s off", "set it by NTP, or logs are hard to read"
+        )
 
 
 def fit(config: RunConfig) -> Finding:

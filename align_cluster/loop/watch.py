@@ -85,8 +85,9 @@ class Watch:
         limit = self.config.cluster.late_s
         for worker in state["workers"]:
             name, phase, seconds = worker["name"], worker["phase"], worker["seconds"]
-            due = self.told.get((name, phase), limit)
-            if worker["waiting"] and seconds >= due:
+            if seconds < limit:
+                self.told.pop((name, phase), None)  # it has answered since
+            elif worker["waiting"] and seconds >= self.told.get((name, phase), limit):
                 self.told[name, phase] = 2 * seconds
                 where = f" ({worker['place']})" if worker["place"] else ""
                 yield (

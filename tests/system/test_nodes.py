@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-# How soon Ray takes a node for lost: about 2 s, instead of 15.
+# How soon Ray takes a node for lost that refuses connections: about 3 s. One that is only slow has more time.
 SOON = {
     "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
 }
 

@@ -139,11 +139,11 @@ def saboteur(folder: Path) -> type[Crew]:
         def draw(self, chunks, request):
             self.step = chunks[0].step + 1  # of an evaluation, a number that no kill has
             self.strike("before rollout")
-            drawn = super().draw(chunks, request)
+            drawn, times = super().draw(chunks, request)
             if self.step > 0:
                 ids = [list(item.info.chunk.id) for item in drawn]
                 append_jsonl(folder / "drawn.jsonl", {"step": self.step, "chunks": ids})
-            return drawn
+            return drawn, times
 
         def report(self, stage, done, total):
             super().report(stage, done, total)

@@ -128,7 +128,7 @@ class LearnerGroup:
                 self.left = left
                 if not ready:
                     raise RankLost(f"learner ranks did not finish within {self.timeout_s:g} s: {len(left)} are late")
-                ray.get(ready)
+                ray.get(ready, timeout=self.timeout_s)
             return ray.get(refs, timeout=self.timeout_s)
         except RayTaskError as error:
             cause = cause_of(error)
@@ -147,7 +147,7 @@ class LearnerGroup:
         while left and time.monotonic() < until:
             ready, left = ray.wait(left, num_returns=1, timeout=until - time.monotonic())
             try:
-                ray.get(ready)
+                ray.get(ready, timeout=self.timeout_s)
             except LOST as lost:
                 raise RankLost(f"a learner rank was lost: {reason(lost)}") from error
             except RayTaskError:

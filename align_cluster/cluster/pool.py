@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
@@ -352,8 +353,11 @@ class Pool:
             return []  # its worker has been replaced meanwhile
         value: Any
         try:
-            value = ray.get(ref)
+            value = ray.get(ref, timeout=self.timeout_s)
         except LOST as error:
+            return self._replace(worker, error)
+        except GetTimeoutError:
+            error = TimeoutError(f"the answer of {worker.name} did not come within {self.timeout_s:g} s")
             return self._replace(worker, error)
         except RayTaskError as error:
             if not isinstance(cause_of(error), ObjectLostError):

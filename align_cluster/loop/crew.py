@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.learners import LearnerGroup
@@ -252,7 +252,15 @@ class Crew:
     def images(self, drawn: list[Drawn]) -> np.ndarray:
         """Images of drawn chunks, uint8 [N, H, W, 3]."""
         self.mend(drawn, "images")
-        return np.concatenate(ray.get([item.images for item in drawn]))
+        return np.concatenate(self._fetch([item.images for item in drawn]))
+
+    def _fetch(self, references: Any) -> Any:
+        """What references refer to. TimeoutError where it does not come."""
+        wait = self.config.cluster.timeout_s
+        try:
+            return ray.get(references, timeout=wait)
+        except GetTimeoutError as error:
+            raise TimeoutError(f"the object store did not bring what is there within {wait:g} s") from error
 
     def values(self, drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray]:
         """The critic's values [S, N, R] of all states of all samples of a step, and the noise levels [N + 1]."""
@@ -319,7 +327,7 @@ class Crew:
             manifest, buffer = self.learners.publish(source, self.version)
             started = time.perf_counter()
             try:
-                buffer = ray.put(ray.get(buffer))  # so that samplers that come later do not depend on its node
+                buffer = ray.put(self._fetch(buffer))  # so that samplers that come later do not depend on its node
                 break
             except ObjectLostError:  # went down with the learner's node, which starts anew
                 continue
@@ -334,7 +342,7 @@ class Crew:
 
     def adapter(self, sync: Sync) -> dict[str, np.ndarray]:
         """Published weights by name."""
-        buffer = ray.get(sync.buffer)
+        buffer = self._fetch(sync.buffer)
         return {tensor.name: view(buffer, tensor) for tensor in sync.manifest.tensors}
 
 

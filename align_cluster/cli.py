@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        from align_cluster.config.base import masked
         from align_cluster.types import Preempted, UserError
 
         if isinstance(error, Preempted):
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return RETRY
         if not isinstance(error, UserError):
             raise
-        for line in str(error).splitlines():
+        for line in masked(str(error)).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
 
@@ -219,9 +220,20 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_rest(add: Callable[..., argparse.ArgumentParser]) -> None:
-    doctor = add("doctor", _doctor, "check versions, resources, Ray and the weight sync", "doctor", "json")
-    doctor.add_argument("--address", help="also reach this Ray cluster: a dashboard URL, or auto")
-    doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip through a local Ray")
+    doctor = add(
+        "doctor",
+        _doctor,
+        "check this machine, a cluster before a run, or a run while it works",
+        "doctor --address auto --config configs/sd35_medium_nft.yaml\n  align-cluster doctor runs/quickstart",
+        "json",
+        "set",
+    )
+    doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run: say what it is doing")
+    doctor.add_argument("--address", help="also check this Ray cluster: auto, an address, or a dashboard's URL")
+    doctor.add_argument(
+        "--config", metavar="CONFIG", help="also try whether this run would get its share of the cluster"
+    )
+    doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip")
     report = add("report", _report, "write a run's report.html again", "report runs/quickstart")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
     add("schema", _schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
@@ -447,9 +459,17 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from align_cluster.cluster.doctor import examine, render
+    from align_cluster.cluster.doctor import examine
+    from align_cluster.cluster.finding import render
+    from align_cluster.cluster.live import examine_run
+    from align_cluster.types import UserError
 
-    findings = examine(args.address, quick=args.quick)
+    if args.config and not args.address:
+        raise UserError("--config is tried on a cluster; add --address auto, or ask `plan` about this machine")
+    if args.run:
+        findings = examine_run(args.run)
+    else:
+        findings = examine(args.address, args.quick, _config(args) if args.config else None)
     print(render(findings, as_json=args.json))
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 

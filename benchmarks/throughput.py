@@ -198,13 +198,14 @@ def bench_sync(rounds: int) -> dict[str, dict[str, float]]:
             receiver = ray.remote(Receiver).options(num_cpus=0)
             for count in (1, 2, 4):
                 pool = Pool("sampler", lambda name, _, r=receiver, n=named: r.remote(name, n), count, timeout_s=120)
+                pool.assemble()
                 times = []
                 for version in range(rounds + 2):
                     started = time.perf_counter()
                     manifest, buffer = publisher.publish.options(num_returns=2).remote(version)
                     manifest = ray.get(manifest)
                     published = time.perf_counter()
-                    receipts = pool.broadcast("adopt", manifest, buffer, sticky=True)
+                    receipts = pool.broadcast("adopt", manifest, buffer)
                     check(manifest, receipts, count)
                     ended = time.perf_counter()
                     times.append((published - started, ended - published, max(r.seconds for r in receipts)))

@@ -1,7 +1,6 @@
 """`align-cluster doctor`: is this machine ready, and if not, what to do."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -9,11 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from align_cluster.cluster.finding import Finding, size
 from align_cluster.types import UserError
+
+if TYPE_CHECKING:
+    from align_cluster.config.run import RunConfig
 
 REQUIRED = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "pydantic", "safetensors")
 OPTIONAL = {  # the extra that brings a package, and what for
@@ -23,26 +25,22 @@ OPTIONAL = {  # the extra that brings a package, and what for
     "scipy": ("rewards", "geneval's detector mask2former"),
     "fastapi": ("serve", "reward services"),
 }
-GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. `fail` makes the command exit with 1; `remedy` says what to do."""
+def examine(address: str | None = None, quick: bool = False, config: "RunConfig | None" = None) -> list[Finding]:
+    """All checks; the slow ones (a cluster's answer, a weight sync) come last.
 
-    state: Literal["ok", "warn", "fail"]
-    name: str
-    value: str
-    remedy: str = ""
-
-
-def examine(address: str | None = None, quick: bool = False) -> list[Finding]:
-    """All checks; the slow ones (a cluster's answer, a weight sync through a local Ray) come last."""
+    With `address` they are made of that cluster too: its nodes, whether a run with `config` would get its share of it,
+    and a weight sync to a sampler on every node instead of one through a Ray of this machine.
+    """
     findings = [*packages(), *machine(), ray_settings(), torchvision(), pipeline()]
-    if address:
-        findings.append(reach(address))
-    if not quick:
-        findings.append(sync())
+    joined = address if address and not address.startswith(("http://", "https://")) else None
+    if address and not joined:
+        findings.append(dashboard(address))
+    if joined:
+        findings += reach(joined, config)
+    if not quick and all(finding.state != "fail" for finding in findings if finding.name.startswith("cluster")):
+        findings.append(sync(joined))
     return findings
 
 
@@ -72,12 +70,12 @@ def machine() -> Iterator[Finding]:
 
     yield Finding("ok", "cores", str(os.cpu_count()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield _size("memory", memory, 4, "samplers and learners of the embedded model need about 1 GiB each")
+    yield size("memory", memory, 4, "samplers and learners of the embedded model need about 1 GiB each")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("ok", "GPUs", ", ".join(names) or "none, everything runs on the CPU")
-    yield _size("free disk", shutil.disk_usage(Path.cwd()).free, 2, "runs and Ray's logs need room")
+    yield size("free disk", shutil.disk_usage(Path.cwd()).free, 2, "runs and Ray's logs need room")
     if Path("/dev/shm").exists():
-        yield _size(
+        yield size(
             "/dev/shm",
             shutil.disk_usage("/dev/shm").free,
             0.5,
@@ -85,13 +83,11 @@ def machine() -> Iterator[Finding]:
         )
 
 
-def _size(name: str, count: float, least: float, remedy: str) -> Finding:
-    enough = count >= least * GIB
-    return Finding("ok" if enough else "warn", name, f"{count / GIB:.1f} GiB", "" if enough else remedy)
-
-
 def ray_settings() -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE")
+    if mode == "disabled":
+        remedy = "whoever reaches a Ray's ports can run code in it: use token, or keep it on 127.0.0.1"
+        return Finding("warn", "RAY_AUTH_MODE", mode, remedy)
     token = "there" if (Path.home() / ".ray" / "auth_token").exists() else "not there yet"
     return Finding(
         "ok", "RAY_AUTH_MODE", f"{mode or 'not set (a private Ray uses tokens)'}, ~/.ray/auth_token is {token}"
@@ -123,44 +119,57 @@ def pipeline() -> Finding:
     return Finding("ok", "embedded model", f"{size / 1e6:.1f} MB in {path}")
 
 
-def reach(address: str) -> Finding:
-    """Whether a cluster answers: a dashboard URL is asked for its jobs, another address is joined."""
-    from align_cluster.cluster.placement import cluster, resources
+def dashboard(address: str) -> Finding:
+    """Whether a dashboard answers, which jobs are submitted to."""
     from align_cluster.cluster.submit import connect
-    from align_cluster.config.run import ClusterConfig
 
     try:
-        if address.startswith(("http://", "https://")):
-            return Finding("ok", f"cluster {address}", f"answers, {len(connect(address).list_jobs())} jobs so far")
-        with cluster(ClusterConfig(address=address)):
-            cores, gpus = resources()
-        return Finding("ok", f"cluster {address}", f"{cores} cores, {gpus} GPUs")
+        return Finding("ok", f"cluster {address}", f"answers, {len(connect(address).list_jobs())} jobs so far")
     except UserError as error:
         return Finding("fail", f"cluster {address}", str(error), "correct --address")
 
 
-def sync() -> Finding:
+def reach(address: str, config: "RunConfig | None" = None) -> list[Finding]:
+    """The cluster at `address` and its nodes."""
+    from align_cluster.cluster.nodes import fit, nodes
+    from align_cluster.cluster.placement import cluster, resources
+    from align_cluster.config.run import ClusterConfig
+
     try:
-        result = sync_round_trip()
+        with cluster(ClusterConfig(address=address)):
+            cores, gpus = resources()
+            found = [Finding("ok", f"cluster {address}", f"{cores} cores, {gpus} GPUs"), *nodes()]
+            return [*found, fit(config)] if config else found
+    except UserError as error:
+        return [Finding("fail", f"cluster {address}", str(error), "correct --address")]
+
+
+def sync(address: str | None = None) -> Finding:
+    try:
+        result = sync_round_trip(address)
     except Exception as error:  # whatever is wrong with Ray here is what the user wants to read
         return Finding(
             "fail", "weight sync", f"{type(error).__name__}: {error}", "start with Ray's own log in /tmp/ray"
         )
+    nodes = "1 node" if result["samplers"] == 1 else f"{result['samplers']} nodes"
     return Finding(
         "ok",
         "weight sync",
-        f"{result['bytes'] / 1e6:.1f} MB to a sampler in {1000 * result['seconds']:.0f} ms, "
+        f"{result['bytes'] / 1e6:.1f} MB to samplers on {nodes} in {1000 * result['seconds']:.0f} ms, "
         f"{result['tensors']} tensors bound, checksum {result['checksum'][:8]} proven",
     )
 
 
-def sync_round_trip() -> dict[str, Any]:
-    """Publish a random LoRA of the embedded model to a sampler actor in a Ray of its own, and prove that it arrived.
+def sync_round_trip(address: str | None = None) -> dict[str, Any]:
+    """Publish a random LoRA of the embedded model to a sampler actor on every node of the cluster at `address`, or in a
+    Ray of its own, and prove that it arrived.
 
-    Returns bytes, tensors, seconds (buffer to receipt) and checksum. RuntimeError where the proof fails.
+    Returns samplers, bytes, tensors, seconds (buffer to the last receipt) and checksum. RuntimeError where the proof
+    fails.
     """
     import numpy as np
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from align_cluster.backbones.adapters import adapter_parameters
     from align_cluster.backbones.sd3 import SD3
@@ -173,27 +182,24 @@ def sync_round_trip() -> dict[str, Any]:
     parameters = adapter_parameters(Sampler(config).denoiser, "default")
     state = {name: rng.standard_normal(tuple(p.shape), dtype=np.float32) for name, p in parameters.items()}
     manifest, buffer = publish(state, version=1)
-    with cluster(ClusterConfig()):
-        sampler = ray.remote(Sampler).options(num_cpus=1).remote(config)
-        ray.get(sampler.adopt.remote(manifest, ray.put(buffer)), timeout=120)  # loads the model
-        started = time.perf_counter()
-        receipt = ray.get(sampler.adopt.remote(manifest, ray.put(buffer)), timeout=60)
-        seconds = time.perf_counter() - started
-        check(manifest, [receipt], expected=1)
-        ray.kill(sampler)
-    return {"bytes": manifest.nbytes, "tensors": receipt.bound, "seconds": seconds, "checksum": receipt.checksum}
-
-
-def render(findings: list[Finding], as_json: bool = False) -> str:
-    """The report as text, one finding a line with its remedy below, or as JSON."""
-    if as_json:
-        return json.dumps([asdict(finding) for finding in findings], indent=2)
-    width = max(len(finding.name) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.state:<5} {finding.name:<{width}}  {finding.value}")
-        if finding.remedy:
-            lines.append(f"{'':<5} {'':<{width}}  -> {finding.remedy}")
-    failed = sum(finding.state == "fail" for finding in findings)
-    lines.append(f"{failed} problems" if failed else "ready")
-    return "\n".join(lines)
+    with cluster(ClusterConfig(address=address)):
+        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+        actor = ray.remote(Sampler).options(num_cpus=0)
+        samplers = [actor.options(scheduling_strategy=place).remote(config) for place in places]
+        seconds = 0.0
+        for _ in range(2):  # the first time, they load the model
+            started = time.perf_counter()
+            reference = ray.put(buffer)
+            receipts = ray.get([one.adopt.remote(manifest, reference) for one in samplers], timeout=120)
+            seconds = time.perf_counter() - started
+        check(manifest, receipts, expected=len(samplers))
+        for one in samplers:
+            ray.kill(one)
+    first = receipts[0]
+    return {
+        "samplers": len(samplers),
+        "bytes": manifest.nbytes,
+        "tensors": first.bound,
+        "seconds": seconds,
+        "checksum": first.checksum,
+    }

@@ -6,13 +6,14 @@ lost all of them are started anew, take up that state, and the call is made agai
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from align_cluster.cluster.pool import LOST, cause_of
+from align_cluster.cluster.pool import LOST, Doing, cause_of, reason, whereabouts
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.state import Snapshot
@@ -20,6 +21,7 @@ from align_cluster.learner.worker import Learner
 from align_cluster.types import UserError
 
 LOSSES = 4  # in a row, without an update in between, that end the run
+log = logging.getLogger(__name__)
 GRACE_S = 10.0  # after a rank's error: is it only that another one is gone?
 
 
@@ -66,6 +68,11 @@ class LearnerGroup:
     def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
         self.config, self.plan, self.places, self.timeout_s = config, plan, places, config.cluster.timeout_s
         self.ranks: list[Any] = []
+        self.homes: list[str] = []
+        self.asked: list[Any] = []  # by whom is waited for, and who of them is left, since when
+        self.left: list[Any] = []
+        self.since = time.monotonic()
+        self.troubles: deque[tuple[float, str]] = deque(maxlen=20)  # with the time of day
         self.built: list[Any] = []
         self.snapshot: Snapshot | None = None
         self.lost = self.lost_in_a_row = 0
@@ -77,6 +84,7 @@ class LearnerGroup:
         plan = self.plan
         actor, shares = ray.remote(LearnerRank), {"num_cpus": plan.learner_cpus, "num_gpus": plan.learner_gpus}
         self.ranks = [actor.options(**shares, scheduling_strategy=place).remote() for place in self.places]
+        self.homes = self._wait([rank.__ray_call__.remote(whereabouts) for rank in self.ranks])
         address, port = self._wait([self.ranks[0].address.remote()])[0]
         device = "cuda" if plan.learner_gpus else "cpu"
         self.built = [
@@ -102,7 +110,8 @@ class LearnerGroup:
                         f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}"
                     ) from error
                 since = "as it began" if self.snapshot is None else f"from update {self.snapshot.counts['updates']}"
-                logging.getLogger(__name__).warning("%s; the learner starts again %s", error, since)
+                self.troubles.append((time.time(), f"{error}; the learner starts again {since}"))
+                log.warning("%s", self.troubles[-1][1])
                 time.sleep(2.0 ** (self.lost_in_a_row - 1) - 1)
 
     def _call(self, ask: Callable[[], list[Any]]) -> list[Any]:
@@ -111,13 +120,15 @@ class LearnerGroup:
     def _wait(self, refs: list) -> list[Any]:
         """Results of one call on every rank. RankLost where one is lost or late."""
         left = list(refs)
+        self.asked, self.left, self.since = refs, left, time.monotonic()
         try:
             while left:
                 # Any rank's error must surface at once: the others would wait for it in a collective.
                 ready, left = ray.wait(left, num_returns=1, timeout=self.timeout_s)
+                self.left = left
                 if not ready:
                     raise RankLost(f"learner ranks did not finish within {self.timeout_s:g} s: {len(left)} are late")
-                ray.get(ready)
+                ray.get(ready, timeout=self.timeout_s)
             return ray.get(refs, timeout=self.timeout_s)
         except RayTaskError as error:
             cause = cause_of(error)
@@ -125,7 +136,7 @@ class LearnerGroup:
                 self._blame(left, error)
             raise cause from error
         except LOST as error:
-            raise RankLost(f"a learner rank was lost: {_first_line(error)}") from error
+            raise RankLost(f"a learner rank was lost: {reason(error)}") from error
         except GetTimeoutError as error:
             raise RankLost("a learner rank's result did not arrive") from error
 
@@ -136,9 +147,9 @@ class LearnerGroup:
         while left and time.monotonic() < until:
             ready, left = ray.wait(left, num_returns=1, timeout=until - time.monotonic())
             try:
-                ray.get(ready)
+                ray.get(ready, timeout=self.timeout_s)
             except LOST as lost:
-                raise RankLost(f"a learner rank was lost: {_first_line(lost)}") from error
+                raise RankLost(f"a learner rank was lost: {reason(lost)}") from error
             except RayTaskError:
                 continue
 
@@ -188,12 +199,18 @@ class LearnerGroup:
 
         return self._call(ask)[0], buffers[-1]
 
+    def roster(self) -> list[Doing]:
+        """Which ranks have not yet answered. Another thread may ask."""
+        left, count = self.left, max(1, len(self.ranks))
+        late = {index % count for index, ref in enumerate(self.asked) if ref in left}
+        phases = ["at work" if rank in late else "idle" for rank in range(count)]
+        return [
+            Doing(f"learner-{rank}", home, phase, self.since, rank in late)
+            for rank, (home, phase) in enumerate(zip(self.homes, phases, strict=False))
+        ]
+
     def shutdown(self) -> None:
         """End all ranks."""
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,8 +1,9 @@
 """Joining Ray, and refusing at once what the cluster cannot hold."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -12,6 +13,7 @@ from align_cluster.config.plan import HALF, Plan
 from align_cluster.config.run import ClusterConfig
 from align_cluster.types import UserError
 
+FULL = ("OutOfDiskError", "ObjectStoreFullError")  # of Ray, whose own text may be inside of another error's
 PATIENCE_S = 5.0  # a run that has just ended gives its resources back within about a second
 
 
@@ -32,6 +34,14 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             raise UserError(f"cluster.address: {where} ({reason}); `align-cluster doctor` shows more") from error
     try:
         yield
+    except Exception as error:
+        if any(name in f"{type(error).__name__} {error}" for name in FULL):
+            raise UserError(
+                "Ray's object store is full, and so is the disk that it spills to: free space where Ray's session "
+                "folder is (/tmp/ray unless set), start the nodes with more --object-store-memory, or draw less at a "
+                "time (prompts_per_step, rollout.group_size)"
+            ) from error
+        raise
     finally:
         if not joined:
             ray.shutdown()
@@ -41,6 +51,14 @@ def resources() -> tuple[int, int]:
     """(CPU cores, GPUs) of the whole cluster."""
     total = ray.cluster_resources()
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+
+
+def gone(references: Sequence[Any]) -> list[bool]:
+    """Which objects were on nodes that are lost. Small ones are with the driver, and are not."""
+    nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    where = ray.experimental.get_object_locations(list(references)) if references else {}
+    held = [where[reference]["node_ids"] for reference in references]
+    return [bool(on) and nodes.isdisjoint(on) for on in held]
 
 
 def reward_role(pool: str) -> str:

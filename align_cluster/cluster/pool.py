@@ -1,15 +1,18 @@
-"""A supervised pool of identical workers: what a worker that is lost or hangs had to do goes to its successor."""
+"""A supervised pool of identical workers: what a worker that is lost or hangs had to do goes to another one."""
 
 import logging
+import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayError,
@@ -23,34 +26,89 @@ from align_cluster.types import FailureKind, UserError
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, RuntimeEnvSetupError)
 DEPTH = 2  # calls queued on a worker: the next one is there when the first ends
 TRIES = 4  # of a call whose worker is lost
+LATE_TRIES = 2  # of a call that is not answered in time
+BACKOFF_S = 0.5  # before the third worker of a seat; twice as long before each later one
+STRIKES = 5  # workers lost in a row on one seat, until it is left alone
+REST_S = 300.0  # for which it is
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Call:
-    """One unit of work: which method, with what; `returns` splits the result into that many objects."""
+    """One unit of work: which method, with what; `returns` splits the result into that many objects. `seats` are
+    those whose worker was lost with it."""
 
     key: Hashable
     method: str
     args: tuple
     returns: int = 1
     losses: int = 0
+    seats: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Seat:
+    """A place for a worker: `strikes` count those lost there since one of them finished a call, `error` is the last
+    one's, and the next may come at `due` (monotonic seconds)."""
+
+    index: int
+    strikes: int = 0
+    due: float = 0.0
+    error: str = ""
+
+    @property
+    def quarantined(self) -> bool:
+        return self.strikes >= STRIKES
 
 
 @dataclass
 class Worker:
     """One actor and the calls queued on it, by the reference that is waited for; the first is the one in work.
 
-    `started` is a reference to its start, None once it has come up. `since` is when the call in work began. `spare`
-    workers came for a backlog: they get calls when they have come up, and `used` tells whether they got any.
+    `arrival` and `state` are references to its start and to its answer to the pool's broadcast, None once they have
+    come: then it gets calls. `place` is its node and process, `since` when it began what it does now. `spare` workers
+    came for a backlog; `used` tells whether they were of use.
     """
 
     name: str
     actor: Any
-    started: Any
-    spare: bool = False
+    seat: Seat
+    spare: bool
+    arrival: Any
+    state: Any = None
+    answer: Any = None
+    place: str = ""
     used: bool = False
-    since: float | None = None
+    since: float = field(default_factory=time.monotonic)
     calls: dict = field(default_factory=dict)
+
+    @property
+    def up(self) -> bool:
+        return self.arrival is None and self.state is None
+
+    @property
+    def refs(self) -> tuple:
+        return tuple(ref for ref in (self.arrival, self.state, *self.calls) if ref is not None)
+
+    @property
+    def phase(self) -> str:
+        if self.arrival is not None:
+            return "starting"
+        if self.state is not None:
+            return "taking over the weights"
+        call = next((call for call, _ in list(self.calls.values())), None)
+        return f"{call.method} {call.key}" if call else "idle"
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What one worker does, and since when (monotonic seconds). `waiting` tells whether somebody waits for it."""
+
+    worker: str
+    place: str
+    phase: str
+    since: float
+    waiting: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +130,13 @@ class GivenUp:
 
 
 @dataclass(frozen=True)
+class InputLost:
+    """In the place of a result: something that the call was given went down with its node."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Patience:
     """With work that may hang or kill its workers: after `deadline_s` of one call its worker is replaced, and after
     `tries` workers the call's result is a GivenUp."""
@@ -83,8 +148,10 @@ class Patience:
 class Pool:
     """`size` actors, number i made by `make(name, i)`. A call whose worker was lost goes to another one, up to 3 times.
 
-    Errors that the work itself raises are not retried: they rise to the caller as they are. `grow` hires up to `most`
-    workers where the cluster has room for them; those have an index of `size` or more.
+    A lost worker's successor comes at once, the next ones with growing pauses; after STRIKES in a row its seat is
+    quarantined for REST_S, and the others do the work. Errors that the work itself raises are not retried: they rise to
+    the caller as they are. `grow` hires up to `most` workers where the cluster has room for them; their index is `size`
+    or more. `prove` raises where an answer to a broadcast is not what it must be.
     """
 
     def __init__(
@@ -95,23 +162,29 @@ class Pool:
         timeout_s: float,
         most: int | None = None,
         patience: Patience | None = None,
+        prove: Callable[[Any], None] = lambda answer: None,
     ) -> None:
         self.name, self.make, self.size, self.timeout_s = name, make, size, timeout_s
-        self.most, self.patience = most or size, patience
+        self.most, self.patience, self.prove = most or size, patience, prove
         self.waiting: deque[Call] = deque()
-        self.sticky: tuple[str, tuple] | None = None
-        self.born = self.lost = self.lost_in_a_row = 0
-        self.workers = [self._hire(index) for index in range(size)]
+        self.news: tuple[str, tuple] | None = None
+        self.born = self.lost = 0
+        self.came_up = False
+        self.troubles: deque[tuple[float, str]] = deque(maxlen=20)  # with the time of day
+        self.seats = [Seat(index) for index in range(size)]
+        self.workers: list[Worker] = []
+        for seat in self.seats:
+            self._hire(seat)
 
-    def _hire(self, index: int) -> Worker:
+    def _hire(self, seat: Seat) -> None:
         name = f"{self.name}-{self.born}"
         self.born += 1
-        actor = self.make(name, index)
-        worker = Worker(name, actor, actor.__ray_ready__.remote(), spare=index >= self.size)
-        if self.sticky:
-            method, args = self.sticky
-            getattr(worker.actor, method).remote(*args)  # actors run calls in order: state first, then work
-        return worker
+        actor = self.make(name, seat.index)
+        worker = Worker(name, actor, seat, seat.index >= self.size, actor.__ray_call__.remote(whereabouts))
+        if self.news:
+            method, args = self.news
+            worker.state = getattr(actor, method).remote(*args)
+        self.workers = sorted([*self.workers, worker], key=lambda w: w.seat.index)
 
     @property
     def busy(self) -> bool:
@@ -120,23 +193,30 @@ class Pool:
     @property
     def staff(self) -> list[Worker]:
         """Workers that calls may go to."""
-        return [worker for worker in self.workers if not (worker.spare and worker.started)]
+        return [worker for worker in self.workers if worker.up]
 
     @property
     def room(self) -> bool:
-        """Whether a call would go to a worker at once."""
-        return not self.waiting and any(len(worker.calls) < DEPTH for worker in self.staff)
+        """Whether a call would go to a worker at once, or to the first one that comes."""
+        return not self.waiting and (not self.staff or any(len(worker.calls) < DEPTH for worker in self.staff))
+
+    @property
+    def vacant(self) -> list[Seat]:
+        """Seats without a worker."""
+        taken = [worker.seat for worker in self.workers]
+        return [seat for seat in self.seats if seat not in taken]
 
     def grow(self) -> None:
-        """Hire one worker more, unless `most` are there or one is still coming."""
-        if len(self.workers) < self.most and all(worker in self.staff for worker in self.workers):
-            self.workers.append(self._hire(len(self.workers)))
+        """Hire one worker more, unless `most` are there, or one is still coming or missing."""
+        if len(self.workers) < self.most and all(worker.up for worker in self.workers) and not self.vacant:
+            used = {worker.seat.index for worker in self.workers}
+            self._hire(Seat(next(index for index in range(self.size, self.most) if index not in used)))
 
     def trim(self) -> None:
         """Let those go that `grow` hired and that had nothing to do since the last `trim`."""
         for worker in [worker for worker in self.staff if worker.spare and not (worker.used or worker.calls)]:
             self._drop(worker)
-        for worker in self.workers:
+        for worker in self.staff:
             worker.used = False
 
     def _drop(self, worker: Worker) -> None:
@@ -149,114 +229,184 @@ class Pool:
         self._feed()
 
     def _feed(self) -> None:
-        while self.waiting:
-            worker = min(self.staff, key=lambda w: len(w.calls))
-            if len(worker.calls) >= DEPTH:
-                return
-            call = self.waiting.popleft()
+        """Hand out calls, the first ones first, and none to a seat that it was lost on while there is another one."""
+        for call in list(self.waiting):
+            able = [w for w in self.staff if w.seat.index not in call.seats] or self.staff
+            worker = min(able, key=lambda w: len(w.calls), default=None)
+            if worker is None or len(worker.calls) >= DEPTH:
+                if all(len(w.calls) >= DEPTH for w in self.staff):
+                    return
+                continue
+            self.waiting.remove(call)
             worker.used = True
-            if not worker.calls and not worker.started:
+            if not worker.calls:
                 worker.since = time.monotonic()
             refs = getattr(worker.actor, call.method).options(num_returns=call.returns).remote(*call.args)
             refs = [refs] if call.returns == 1 else refs
             worker.calls[refs[0]] = (call, tuple(refs[1:]))
 
-    def broadcast(self, method: str, *args: Any, sticky: bool = False) -> list[Any]:
-        """Call every worker once and return all results. A `sticky` call is repeated on every later replacement."""
-        if sticky:
-            self.sticky = (method, args)
-        results = []
-        for index, worker in enumerate(list(self.workers)):
-            results.append((index, getattr(worker.actor, method).remote(*args)))
-        return [self._result_of(index, ref, method, args) for index, ref in results]
+    def broadcast(self, method: str, *args: Any) -> list[Any]:
+        """Give this state to every worker and to all that come later, before any work. Returns the answers of those
+        that are up, one at least; who is late is replaced."""
+        self.news = (method, args)
+        asked = [worker for worker in self.workers if worker.up]
+        for worker in self.workers:
+            worker.state, worker.since = getattr(worker.actor, method).remote(*args), time.monotonic()
+        self._until(lambda: self.staff and not any(worker in self.workers and not worker.up for worker in asked))
+        return [worker.answer for worker in self.staff]
 
-    def _result_of(self, index: int, ref: Any, method: str, args: tuple) -> Any:
-        for _ in range(3):
-            try:
-                return ray.get(ref, timeout=self.timeout_s)
-            except LOST as error:
-                self._replace(self.workers[index], error)
-                ref = getattr(self.workers[index].actor, method).remote(*args)
-            except ray.exceptions.GetTimeoutError as error:
-                name = self.workers[index].name
-                raise TimeoutError(f"{name} did not answer {method}() within {self.timeout_s:g} s") from error
-            except RayTaskError as error:
-                raise cause_of(error) from error
-        raise RuntimeError(f"{self.name}: three workers in a row were lost during {method}()")
+    def assemble(self) -> None:
+        """Wait until all workers are up."""
+        self._until(lambda: not self.vacant and all(worker.up for worker in self.workers))
+
+    def _until(self, there: Callable[[], bool]) -> None:
+        """Take in who comes up until `there` holds."""
+        began = time.monotonic()
+        while not there():
+            refs = [ref for worker in self.workers for ref in (worker.arrival, worker.state) if ref is not None]
+            for ref in _wait(refs, [self], 1.0):
+                self.collect(ref)
+            self.tend()
+            waited = time.monotonic() - began
+            if waited > LATE_TRIES * self.timeout_s and not there():
+                raise TimeoutError(f"{self.name} is not ready after {waited:.0f} s: {self.missing()}")
+
+    def missing(self) -> str:
+        """Who is not there, for messages."""
+        states = [(f"{worker.name} is {worker.phase}", worker.seat) for worker in self.workers if not worker.up]
+        states += [(f"nobody is on seat {seat.index}", seat) for seat in self.vacant]
+        return "; ".join(state + (f", after: {seat.error}" if seat.error else "") for state, seat in states)
 
     def _replace(self, worker: Worker, error: Exception) -> list[Done]:
-        """Hire a successor and put the lost worker's calls at the head of the queue, in their order; returns what is
-        given up. Only the call in work may be to blame."""
+        """Let the worker go and put its calls at the head of the queue, in their order; returns what is given up. Only
+        the call in work may be to blame."""
         if worker not in self.workers:
             return []
         never_up = isinstance(error, RuntimeEnvSetupError) or getattr(error, "actor_init_failed", False)
-        if never_up and not worker.spare:
+        if never_up and not worker.spare and not self.came_up:
             raise start_error(worker.name, error) from error
-        calls = [call for call, _ in worker.calls.values()]
-        if never_up:
-            self.most = self.size
-            logging.getLogger(__name__).warning("%s does not grow: %s", self.name, start_error(worker.name, error))
-        else:
-            self.lost, self.lost_in_a_row = self.lost + 1, self.lost_in_a_row + 1
-        if self.lost_in_a_row > 3 * self.size + 10:
-            raise RuntimeError(
-                f"{self.name}: {self.lost_in_a_row} workers lost in a row, the last with: {error}"
-            ) from error
-        given_up = self._give_up(calls, error)
-        self.waiting.extendleft(reversed(calls))
-        index = self.workers.index(worker)
+        calls, seat = [call for call, _ in worker.calls.values()], worker.seat
         self._drop(worker)
-        if not worker.spare:
-            self.workers.insert(index, self._hire(index))
-        self._feed()
+        if never_up and worker.spare:
+            self.most = self.size
+            self._note(f"{self.name} does not grow: {start_error(worker.name, error)}")
+            return []
+        self.lost += 1
+        seat.strikes, seat.error = seat.strikes + 1, reason(error)
+        given_up = self._give_up(calls, seat, error)
+        self.waiting.extendleft(reversed(calls))
+        pause = REST_S if seat.quarantined else BACKOFF_S * 2 ** (seat.strikes - 2) if seat.strikes > 1 else 0.0
+        seat.due = time.monotonic() + pause
+        self._note(self._obituary(worker, calls, pause))
+        for spare in [other for other in self.workers if other.spare and not other.up and not worker.spare]:
+            self._drop(spare)  # it might take the room that the successor needs
+        if all(seat.quarantined for seat in self.vacant) and not self.workers:
+            raise RuntimeError(f"{self.name}: no worker lives long enough to do anything, the last with: {seat.error}")
+        self._fill()
         return given_up
 
-    def _give_up(self, calls: list[Call], error: Exception) -> list[Done]:
+    def _fill(self) -> None:
+        """Hire the successors whose time has come."""
+        for seat in self.vacant:
+            if time.monotonic() >= seat.due:
+                self._hire(seat)
+
+    def _obituary(self, worker: Worker, calls: list[Call], pause: float) -> str:
+        where, seat = f" ({worker.place})" if worker.place else "", worker.seat
+        work = f"{len(calls)} calls go to others" if calls else "it had no work"
+        if worker.spare:
+            after = "it was a spare one"
+        elif seat.quarantined:
+            after = f"seat {seat.index} is quarantined for {pause:g} s after {seat.strikes} workers in a row"
+        else:
+            after = f"a successor comes in {pause:g} s" if pause else "a successor comes"
+        return f"{worker.name}{where} was lost: {seat.error}; {work}; {after}"
+
+    def _note(self, text: str) -> None:
+        self.troubles.append((time.time(), text))
+        log.warning("%s", text)
+
+    def _give_up(self, calls: list[Call], seat: Seat, error: Exception) -> list[Done]:
         """Take the call in work away where it has lost too many workers."""
         if not calls:
             return []
-        calls[0].losses += 1
-        if calls[0].losses < (self.patience.tries if self.patience else TRIES):
+        call, late = calls[0], isinstance(error, TimeoutError)
+        call.losses += 1
+        call.seats.add(seat.index)
+        if call.losses < (self.patience.tries if self.patience else LATE_TRIES if late else TRIES):
             return []
-        call = calls.pop(0)
+        del calls[0]
+        if not self.patience and late:
+            raise error
         if not self.patience:
             raise RuntimeError(
-                f"{self.name}: {call.method}({call.key}) lost its worker {call.losses} times: {error}"
+                f"{self.name}: {call.method}({call.key}) lost its worker {call.losses} times: {seat.error}"
             ) from error
-        kind = "timeout" if isinstance(error, TimeoutError) else "unavailable"
-        message = f"{self.name} lost {call.losses} workers: {str(error).strip().splitlines()[0]}"
-        return [Done(self, call.key, GivenUp(kind, message), ())]
+        message = f"{self.name} lost {call.losses} workers: {seat.error}"
+        seat.strikes = 0  # it is the call's fault
+        return [Done(self, call.key, GivenUp("timeout" if late else "unavailable", message), ())]
 
     def collect(self, ref: Any) -> list[Done]:
         """What has come of a reference that is ready."""
-        worker = next((w for w in self.workers if ref in w.calls or ref == w.started), None)
+        worker = next((w for w in self.workers if ref in w.refs), None)
         if worker is None:
             return []  # its worker has been replaced meanwhile
+        value: Any
         try:
-            value = ray.get(ref)
+            value = ray.get(ref, timeout=self.timeout_s)
         except LOST as error:
             return self._replace(worker, error)
+        except GetTimeoutError:
+            error = TimeoutError(f"the answer of {worker.name} did not come within {self.timeout_s:g} s")
+            return self._replace(worker, error)
         except RayTaskError as error:
-            raise cause_of(error) from error
+            if not isinstance(cause_of(error), ObjectLostError):
+                raise cause_of(error) from error
+            value = InputLost(reason(cause_of(error)))
+        except ObjectLostError as error:  # the result went down with its node, and soon the worker is known to have
+            return self._replace(worker, error)
         worker.since = time.monotonic()
-        if ref == worker.started:
-            worker.started = None
-            self._feed()
-            return []
+        if ref not in worker.calls:
+            return self._arrived(worker, ref, value)
         call, refs = worker.calls.pop(ref)
-        self.lost_in_a_row = 0
+        worker.seat.strikes = 0
         self._feed()
         return [Done(self, call.key, value, refs)]
 
-    def expire(self) -> list[Done]:
-        """Replace workers that are over the deadline with the call in work."""
-        given_up = []
-        for worker in list(self.workers) if self.patience else []:
-            late = bool(worker.calls) and worker.since and time.monotonic() - worker.since > self.patience.deadline_s
-            if late:
-                error = TimeoutError(f"{worker.name} gave no answer in {self.patience.deadline_s:g} s")
+    def _arrived(self, worker: Worker, ref: Any, value: Any) -> list[Done]:
+        if ref == worker.arrival:
+            worker.arrival, worker.place = None, value
+        elif isinstance(value, InputLost):
+            return self._replace(worker, RuntimeError(value.message))
+        else:
+            self.prove(value)
+            worker.state, worker.answer = None, value
+        if worker.up:
+            self.came_up = worker.used = True
+            self._feed()
+        return []
+
+    def tend(self) -> list[Done]:
+        """Hire successors whose time has come, and replace workers that are over the deadline with what they do."""
+        self._fill()
+        now, given_up = time.monotonic(), []
+        for worker in list(self.workers):
+            limit = self.patience.deadline_s if self.patience and worker.calls else self.timeout_s
+            works = worker.arrival is None and (worker.calls or worker.state is not None)
+            if works and now - worker.since > limit:
+                error = TimeoutError(f"{worker.name} gave no answer to {worker.phase} in {limit:g} s")
                 given_up += self._replace(worker, error)
         return given_up
+
+    def roster(self) -> list[Doing]:
+        """What every worker does, and what has become of the seats that are empty. Another thread may ask."""
+        now = time.monotonic()
+        found = [Doing(w.name, w.place, w.phase, w.since, w.phase != "idle") for w in list(self.workers)]
+        for seat in self.vacant:
+            state = "quarantined" if seat.quarantined else "lost"
+            text = f"{state}, next try in {max(0.0, seat.due - now):.0f} s; last error: {seat.error}"
+            found.append(Doing(f"{self.name} seat {seat.index}", "", text, now))
+        return found
 
     def shutdown(self) -> None:
         for worker in self.workers:
@@ -264,9 +414,22 @@ class Pool:
         self.workers = []
 
 
+def whereabouts(actor: Any) -> str:
+    """Node and process of the actor that this runs in."""
+    return f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
+
+
 def cause_of(error: RayTaskError) -> BaseException:
     """The exception that the remote code raised, of its own type where it has one."""
     return getattr(error, "cause", None) or error
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why a worker or an object was lost; Ray's own text is a page."""
+    text = str(error).strip() or type(error).__name__
+    told = re.search(r"Worker exit detail: *(.+)", text) or re.search(r"The actor (?:is dead|died) because *(.+)", text)
+    line = (told[1] if told else text.splitlines()[0]).split(" Some common causes include")[0]
+    return line.strip().rstrip(".")[:300]
 
 
 def start_error(name: str, error: RayError) -> Exception:
@@ -284,29 +447,29 @@ def start_error(name: str, error: RayError) -> Exception:
 def stream(*pools: Pool) -> Iterator[Done]:
     """Results of all pools as they come, until nothing is queued or running; new work may be submitted in between.
 
-    Raises TimeoutError, naming who is waited for, when nothing at all has come for the pools' deadline.
+    Raises TimeoutError, naming who is waited for, when work waits for workers that do not come for the pools' deadline.
     """
     deadline = max(pool.timeout_s for pool in pools)
-    tick = min(5.0, deadline, *(pool.patience.deadline_s / 4 for pool in pools if pool.patience))
+    tick = min(5.0, deadline / 4, *(pool.patience.deadline_s / 4 for pool in pools if pool.patience))
     heard = time.monotonic()
     while any(pool.busy for pool in pools):
-        refs = {
-            ref: pool
-            for pool in pools
-            for worker in pool.workers
-            for ref in (*worker.calls, *([worker.started] if worker.started else []))
-        }
-        ready, _ = ray.wait(list(refs), num_returns=1, timeout=tick)
+        refs = {ref: pool for pool in pools for worker in pool.workers for ref in worker.refs}
+        ready = _wait(list(refs), pools, tick)
         found = [done for ref in ready for done in refs[ref].collect(ref)]
-        found += [done for pool in pools for done in pool.expire()]
-        if ready or found:
+        found += [done for pool in pools for done in pool.tend()]
+        if ready or found or any(worker.calls for pool in pools for worker in pool.workers):
             heard = time.monotonic()
         yield from found
         if time.monotonic() - heard > deadline:
-            late = [
-                f"{worker.name}: {call.method}{call.key}"
-                for pool in pools
-                for worker in pool.workers
-                for call, _ in worker.calls.values()
-            ]
-            raise TimeoutError(f"nothing finished for {deadline:g} s; waiting for {', '.join(late)}")
+            missing = "; ".join(pool.missing() for pool in pools if pool.busy)
+            raise TimeoutError(f"no worker came for {deadline:g} s: {missing}")
+
+
+def _wait(refs: list, pools: Sequence[Pool], seconds: float) -> list:
+    """The references that are ready, at most one, after so many seconds or when a successor is to be hired."""
+    due = [seat.due - time.monotonic() for pool in pools for seat in pool.vacant]
+    seconds = max(0.0, min([seconds, *due]))
+    if not refs:
+        time.sleep(seconds)
+        return []
+    return ray.wait(refs, num_returns=1, timeout=seconds)[0]

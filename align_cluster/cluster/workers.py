@@ -11,9 +11,10 @@ from align_cluster.rollouts.sampler import Sampler
 
 
 def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
+    """`place: None` is wherever the cluster has room."""
     device = "cuda" if plan.sampler_gpus else "cpu"
     shares = {"num_cpus": plan.sampler_cpus, "num_gpus": plan.sampler_gpus}
-    actor = ray.remote(Sampler).options(**shares, scheduling_strategy=place)
+    actor = ray.remote(Sampler).options(**shares, scheduling_strategy=place or "DEFAULT")
     return actor.remote(config.backbone, plan.threads, name, device, config.rollout.merge_lora)
 
 

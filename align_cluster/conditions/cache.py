@@ -31,7 +31,7 @@ class Cache(Generic[Record]):
 
     def get(self, key: str) -> Record | None:
         try:
-            with np.load(self._path(key)) as data:
+            with np.load(self._path(key), allow_pickle=False) as data:
                 values = {name: data[name] for name in data.files}
             return self.kind(key, **{name: value if value.ndim else value.item() for name, value in values.items()})
         except Exception:  # a damaged zip file fails in a dozen ways; whatever cannot be read is made again

@@ -1,14 +1,25 @@
 """Base class of every settings block."""
 
-from typing import ClassVar
+import re
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+_CREDENTIALS = re.compile(r"(?<=://)(?!git@)[^/\s@]+(?=@)")
 
 
 class Section(BaseModel):
-    """Frozen settings that refuse unknown keys and undefined numbers."""
+    """Frozen settings that refuse unknown keys, undefined numbers, and passwords, which would go into a run's files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def holds_no_password(cls, value: Any) -> Any:
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and _CREDENTIALS.search(text):
+                raise ValueError("without a user or password in the address: put them into ~/.netrc or a variable")
+        return value
 
 
 class Root(Section):
@@ -16,3 +27,8 @@ class Root(Section):
 
     what: ClassVar[str]
     sample: ClassVar[str]
+
+
+def masked(text: str) -> str:
+    """The text with *** in the place of users and passwords of addresses."""
+    return _CREDENTIALS.sub("***", text)

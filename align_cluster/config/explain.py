@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from align_cluster.config.base import masked
 from align_cluster.config.run import RunConfig
 
 # What is allowed, by pydantic's error type; a field of the error's context may fill a bracket.
@@ -166,6 +167,8 @@ def no_mapping(path: str, annotation: Any, value: Any) -> str:
     if value in kinds:
         return f"{path} is {short(value)}; write it as {path}.kind: {value}"
     keys = "kind" if kinds else next(iter(models[0].model_fields))
+    if path.split(".")[-1] == "token":
+        return f"{path} must not stand in a file; say where it is: {path}.env (a variable) or {path}.file (a path)"
     return f"{path} is {short(value)}; it must be a mapping of settings such as {path}.{keys}"
 
 
@@ -183,5 +186,5 @@ def allowed(item: dict[str, Any]) -> str:
 
 
 def short(value: Any, length: int = 60) -> str:
-    text = " ".join(YAML_WORDS.get(repr(value), repr(value)).split())
+    text = masked(" ".join(YAML_WORDS.get(repr(value), repr(value)).split()))
     return text if len(text) <= length else text[: length - 3] + "..."

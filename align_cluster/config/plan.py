@@ -51,6 +51,7 @@ class Plan:
     """
 
     samplers: int
+    most_samplers: int
     learners: int
     reward_pools: tuple[RewardPool, ...]
     threads: int
@@ -113,6 +114,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
             f"cluster.learners is {learners}, but an update has {per_update} micro-batches: {per_update} learners start"
         )
         learners = per_update
+    most = max(samplers, min(cluster.max_samplers or samplers, chunks))
     if samplers > chunks:
         notes.append(
             f"cluster.samplers is {samplers}, but a step has {chunks} chunks: {samplers - chunks} samplers idle"
@@ -132,6 +134,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     left = cores - samplers * sampler_cpus - learners * learner_cpus
     return Plan(
         samplers=samplers,
+        most_samplers=most,
         learners=learners,
         reward_pools=_reward_pools(config, left, 1.0 if gpus else REST * cluster.threads),
         threads=cluster.threads,
@@ -211,10 +214,10 @@ def local_resources() -> tuple[int, int]:
 def table(plan: Plan) -> str:
     """The plan as text: one line a decision."""
     rows = [
-        ("samplers", f"{plan.samplers} x {_share(plan.sampler_cpus, plan.sampler_gpus)}"),
+        ("samplers", f"{_span(plan.samplers, plan.most_samplers)} x {_share(plan.sampler_cpus, plan.sampler_gpus)}"),
         ("learners", f"{plan.learners} x {_share(plan.learner_cpus, plan.learner_gpus)}"),
         *(
-            (f"rewards {', '.join(pool.rewards)}", f"{pool.workers} x {_share(pool.cpus, pool.gpus)}")
+            (f"rewards {', '.join(pool.rewards)}", f"{_span(pool.workers, pool.most)} x {_share(pool.cpus, pool.gpus)}")
             for pool in plan.reward_pools
         ),
         ("threads a worker", f"{plan.threads}"),
@@ -229,6 +232,10 @@ def table(plan: Plan) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _span(least: int, most: int) -> str:
+    return f"{least}" if most == least else f"{least} to {most}"
 
 
 def _share(cpus: float, gpus: float) -> str:

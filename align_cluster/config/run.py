@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
@@ -82,15 +82,27 @@ class LearnerConfig(Section):
 class ClusterConfig(Section):
     """Where workers run. null counts are derived from the cores or GPUs of the cluster.
 
-    `address: null` starts a Ray of its own on this machine; "auto" joins the running one.
+    `address: null` starts a Ray of its own on this machine; "auto" joins the running one. A run begins with `samplers`;
+    while chunks wait, up to `max_samplers` draw, where the cluster has room or gets it later. After `late_s`
+    without an answer the log says who is waited for, after `timeout_s` the worker is replaced, and where nothing helps
+    the run ends.
     """
 
     address: str | None = None
     samplers: PositiveInt | None = None
+    max_samplers: PositiveInt | None = Field(None, description="null: as samplers")
     reward_workers: PositiveInt = 1
     learners: PositiveInt | None = None
     threads: PositiveInt = 1
     timeout_s: PositiveFloat = 600.0
+    late_s: PositiveFloat = 60.0
+
+    @field_validator("max_samplers")
+    @classmethod
+    def not_below_the_minimum(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and count < (info.data.get("samplers") or 1):
+            raise ValueError(f"at least samplers, {info.data['samplers']}")
+        return count
 
 
 class EvaluateConfig(Section):

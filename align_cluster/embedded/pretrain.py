@@ -58,7 +58,7 @@ def data_set(out: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
             images.append(render(records, seed=start))
             owners += [index[record["prompt"]] for record in records]
         save((torch.cat(images), torch.tensor(owners)), path)
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 def train_clip(out: Path, images: torch.Tensor, owners: torch.Tensor, steps: int, batch: int = 192) -> None:
@@ -135,7 +135,7 @@ def encode_latents(out: Path, images: torch.Tensor) -> torch.Tensor:
                 mean = vae.encode(pixels(part)).latent_dist.mean.float()
             parts.append(((mean - shift) * scale).half())
         save(torch.cat(parts), path)
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 def train_dit(rank: int, args: argparse.Namespace) -> None:

@@ -131,9 +131,9 @@ class DitTrainer:
     def run(self, latents: torch.Tensor, owners: torch.Tensor, save_every: int = 500) -> None:
         state = self.out / "dit.pt"
         if state.exists():
-            self.load(torch.load(state))
+            self.load(torch.load(state, weights_only=True))
         torch.manual_seed(3 + self.rank + 1000 * self.step)
-        started, losses = time.time(), []
+        started, losses = time.monotonic(), []
         while self.step < self.steps:
             chosen = torch.randint(len(latents), (self.batch,))
             losses.append(self.update(latents[chosen].float(), owners[chosen]))
@@ -141,7 +141,7 @@ class DitTrainer:
                 continue
             if self.step % 100 == 0:
                 mean, losses = sum(losses) / len(losses), []
-                print(f"dit {self.step}/{self.steps} loss {mean:.4f} {time.time() - started:.0f}s", flush=True)
+                print(f"dit {self.step}/{self.steps} loss {mean:.4f} {time.monotonic() - started:.0f}s", flush=True)
             if self.step % save_every == 0 or self.step == self.steps:
                 save(self.state(), state)
                 self.export()

@@ -1,4 +1,4 @@
-"""Wall time by stage."""
+"""Wall time by stage, and which stage it is."""
 
 import time
 from collections.abc import Iterator
@@ -7,10 +7,13 @@ from typing import Any
 
 
 class Clock:
-    """Seconds by stage: of the current step (`step`) and since the start (`total`)."""
+    """Seconds by stage: of the current step (`step`) and since the start (`total`). `number` is the step at work, from
+    1, and `doing` the stage with the time that it began (monotonic)."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
+        self.number = 0
+        self.doing = ("start", time.monotonic())
         self.step: dict[str, float] = {}
         self.total: dict[str, float] = {}
 
@@ -19,14 +22,22 @@ class Clock:
             table[stage] = table.get(stage, 0.0) + seconds
 
     @contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """The time inside is stage `name`; nothing is counted."""
+        outer, self.doing = self.doing, (name, time.monotonic())
+        yield
+        self.doing = outer
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time inside as stage `name`."""
         started = time.perf_counter()
-        yield
+        with self.at(name):
+            yield
         self.add(name, time.perf_counter() - started)
 
-    def next_step(self) -> None:
-        self.step = {}
+    def next_step(self, number: int) -> None:
+        self.step, self.number = {}, number
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

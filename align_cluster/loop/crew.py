@@ -3,17 +3,18 @@ references."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.placement import reward_role
-from align_cluster.cluster.pool import Patience, Pool, stream
+from align_cluster.cluster.placement import gone, reward_role
+from align_cluster.cluster.pool import InputLost, Patience, Pool, stream
 from align_cluster.cluster.workers import make_reward_worker, make_sampler
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
@@ -23,9 +24,10 @@ from align_cluster.loop.scoring import Scoring
 from align_cluster.rewards.mix import beside
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
 from align_cluster.rollouts.steps import Euler
-from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Scores
+from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Receipt, Scores
 from align_cluster.weights import check, view
 
+RECORD_LOSSES = 3  # of one step, until the run ends
 Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -40,12 +42,13 @@ class Sync:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One chunk that was drawn and scored: images and record are references."""
+    """One chunk that was drawn, as `request` wants, and scored: images and record are references."""
 
     info: DrawInfo
     images: Any
     record: Any
     scores: Scores
+    request: DrawRequest
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,14 @@ class Crew:
     """Samplers, reward workers and learner ranks of one run. Leaving the context stops them all."""
 
     def __init__(self, config: RunConfig, plan: Plan, places: dict[str, list[Any]], report: Report) -> None:
-        self.config, self.plan, self.report = config, plan, report
+        self.config, self.plan, self.show = config, plan, report
+        self.progress: dict[str, tuple[int, int]] = {}
         self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
         wait = config.cluster.timeout_s
 
         def sampler(name: str, index: int) -> Any:
-            return make_sampler(config, plan, places["sampler"][index], name)
+            place = places["sampler"][index] if index < plan.samplers else None
+            return make_sampler(config, plan, place, name)
 
         def reward_pool(pool: RewardPool) -> Pool:
             def worker(name: str, index: int) -> Any:
@@ -79,7 +84,7 @@ class Crew:
             patience = Patience(sum(p.timeout_s for p in policies), 1 + max(p.retries for p in policies))
             return Pool(f"reward {pool.name}", worker, pool.workers, wait, pool.most, patience)
 
-        self.samplers = Pool("sampler", sampler, plan.samplers, wait)
+        self.samplers = Pool("sampler", sampler, plan.samplers, wait, plan.most_samplers, prove=self._prove)
         self.rewards = [reward_pool(pool) for pool in plan.reward_pools]
         self.scoring = [Scoring(*pair) for pair in zip(self.rewards, plan.reward_pools, strict=True)]
         self.learners = LearnerGroup(config, plan, places["learner"])
@@ -93,10 +98,19 @@ class Crew:
     def __enter__(self) -> "Crew":
         return self
 
+    @property
+    def groups(self) -> list[Pool | LearnerGroup]:
+        """All that have workers."""
+        return [self.samplers, *self.rewards, self.learners]
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        self.progress[stage] = (done, total)
+        self.show(stage, done, total)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for group in (self.samplers, *self.rewards, self.learners):
+        for group in self.groups:
             group.shutdown()
 
     @property
@@ -162,11 +176,8 @@ class Crew:
         """
         self.encode([chunk.prompt for chunk in chunks])
         started = last_drawn = time.perf_counter()
-        null = self.conditions.get("") if request.guidance > 1 else None
         for chunk in chunks:
-            own = self.conditions[chunk.prompt.text]
-            explored = self.perturbations[chunk.prompt.text].reference if any(chunk.variants) else None
-            self.samplers.submit(chunk.id, "draw", chunk, own, null, request, explored, returns=3)
+            self._submit(chunk, request)
         by_id = {chunk.id: chunk for chunk in chunks}
         drawn: dict[tuple, tuple] = {}
         parts: dict[tuple, list[Scores]] = {chunk.id: [] for chunk in chunks}
@@ -177,7 +188,9 @@ class Crew:
         for scoring in self.scoring:
             scoring.begin(chunks)
         for done in stream(self.samplers, *self.rewards):
-            if done.pool is self.samplers:
+            if isinstance(done.value, InputLost):
+                self._draw_again(by_pool[done.pool].withdraw(done), drawn, request)
+            elif done.pool is self.samplers:
                 chunk = by_id[done.key]
                 self._verify(done.value, chunk, request)
                 drawn[done.key] = (done.value, *done.refs)
@@ -190,11 +203,45 @@ class Crew:
                     parts[key].append(scores)
                     scored += len(parts[key]) == len(self.rewards)
                 self.report("reward", scored, len(chunks))
+            if self.samplers.waiting:
+                self.samplers.grow()
         self.scored = {name: value for scoring in self.scoring for name, value in scoring.end().items()}
+        if len(chunks) >= len(self.samplers.workers):  # fewer do not tell how many samplers are needed
+            self.samplers.trim()
         self.images_drawn += sum(len(chunk.seeds) for chunk in chunks)
         times = {"rollout": last_drawn - started, "reward": time.perf_counter() - last_drawn}
         order = list(self.config.rewards)
-        return [Drawn(*drawn[chunk.id], beside(parts[chunk.id], order)) for chunk in chunks], times
+        return [Drawn(*drawn[chunk.id], beside(parts[chunk.id], order), request) for chunk in chunks], times
+
+    def _submit(self, chunk: Chunk, request: DrawRequest) -> None:
+        null = self.conditions.get("") if request.guidance > 1 else None
+        explored = self.perturbations[chunk.prompt.text].reference if any(chunk.variants) else None
+        own = self.conditions[chunk.prompt.text]
+        self.samplers.submit(chunk.id, "draw", chunk, own, null, request, explored, returns=3)
+
+    def _draw_again(self, chunks: list[Chunk], drawn: dict[tuple, tuple], request: DrawRequest) -> None:
+        """Images went down with their node before they were scored; the same ones are drawn again."""
+        known = [chunk for chunk in chunks if chunk.id in drawn]  # the others are being drawn already
+        lost = gone([drawn[chunk.id][1] for chunk in known])
+        for chunk, missing in zip(known, lost, strict=True):
+            if missing or not any(lost):
+                del drawn[chunk.id]
+                self._submit(chunk, request)
+            else:  # it was only scored together with one that is lost
+                for scoring in self.scoring:
+                    scoring.add(chunk, drawn[chunk.id][1])
+
+    def mend(self, drawn: list[Drawn], part: Literal["images", "record"] = "record") -> None:
+        """Draw those chunks again, in their places, whose images or record went down with their node."""
+        lost = gone([getattr(item, part) for item in drawn])
+        places = {item.info.chunk.id: index for index, item in enumerate(drawn) if lost[index]}
+        for index in places.values():
+            self._submit(drawn[index].info.chunk, drawn[index].request)
+        for done in stream(self.samplers):
+            item = drawn[places[done.key]]
+            self._verify(done.value, item.info.chunk, item.request)
+            images, record = done.refs
+            drawn[places[done.key]] = replace(item, info=done.value, images=images, record=record)
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
         """A chunk must have been drawn with exactly the levels, seeds, weights and condition that were asked for."""
@@ -204,19 +251,43 @@ class Crew:
 
     def images(self, drawn: list[Drawn]) -> np.ndarray:
         """Images of drawn chunks, uint8 [N, H, W, 3]."""
-        return np.concatenate(ray.get([item.images for item in drawn]))
+        self.mend(drawn, "images")
+        return np.concatenate(self._fetch([item.images for item in drawn]))
+
+    def _fetch(self, references: Any) -> Any:
+        """What references refer to. TimeoutError where it does not come."""
+        wait = self.config.cluster.timeout_s
+        try:
+            return ray.get(references, timeout=wait)
+        except GetTimeoutError as error:
+            raise TimeoutError(f"the object store did not bring what is there within {wait:g} s") from error
 
     def values(self, drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray]:
         """The critic's values [S, N, R] of all states of all samples of a step, and the noise levels [N + 1]."""
-        shares = [
-            [ref for item in drawn[rank :: self.plan.learners] for ref in (item.record, self._condition(item))]
-            for rank in range(self.plan.learners)
-        ]
-        answers = self.learners.values(shares)
+
+        def ask() -> list[tuple]:
+            shares = [
+                [ref for item in drawn[rank :: self.plan.learners] for ref in (item.record, self._condition(item))]
+                for rank in range(self.plan.learners)
+            ]
+            return self.learners.values(shares)
+
+        answers = self._with_records(drawn, ask)
         found: list[np.ndarray] = [None] * len(drawn)
         for rank, (values, _) in enumerate(answers):
             found[rank :: self.plan.learners] = values
         return np.concatenate(found), answers[0][1]
+
+    def _with_records(self, drawn: list[Drawn], ask: Callable[[], Any]) -> Any:
+        """The learner's answer to a call with records; those that went down with their node are drawn again."""
+        for attempt in range(RECORD_LOSSES):
+            self.mend(drawn)
+            try:
+                return ask()
+            except ObjectLostError:
+                if attempt == RECORD_LOSSES - 1:
+                    raise
+                self.learners.shutdown()  # ranks that have theirs wait for the others: all start anew
 
     def _condition(self, item: Drawn) -> Any:
         return self.conditions[item.info.chunk.prompt.text]
@@ -237,28 +308,41 @@ class Crew:
             step_seed(self.config, step),
             {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)} if self.algorithm.critic else None,
         )
-        shares = []
-        for rank in range(self.plan.learners):
-            mine, sources = share(pieces, rank, self.plan.learners)
-            data = [
-                reference for source in sources for reference in (drawn[source].record, self._condition(drawn[source]))
-            ]
-            shares.append((mine, data))
         null = self.conditions.get("") if self.config.rollout.guidance > 1 else None
-        return merge(self.learners.update(step, shares, total_weight(pieces), null, credit.actor))
+
+        def ask() -> list[dict]:
+            shares = []
+            for rank in range(self.plan.learners):
+                mine, sources = share(pieces, rank, self.plan.learners)
+                data = [ref for source in sources for ref in (drawn[source].record, self._condition(drawn[source]))]
+                shares.append((mine, data))
+            return self.learners.update(step, shares, total_weight(pieces), null, credit.actor)
+
+        return merge(self._with_records(drawn, ask))
 
     def publish(self, source: str) -> Sync:
         """Send the learner's "behaviour" or "evaluation" adapter to all samplers and prove that it arrived."""
         self.version += 1
-        manifest, buffer = self.learners.publish(source, self.version)
-        started = time.perf_counter()
-        receipts = self.samplers.broadcast("adopt", manifest, buffer, sticky=True)
-        check(manifest, receipts, self.plan.samplers)
+        while True:
+            manifest, buffer = self.learners.publish(source, self.version)
+            started = time.perf_counter()
+            try:
+                buffer = ray.put(self._fetch(buffer))  # so that samplers that come later do not depend on its node
+                break
+            except ObjectLostError:  # went down with the learner's node, which starts anew
+                continue
+        receipts = self.samplers.broadcast("adopt", manifest, buffer)
+        check(manifest, receipts, len(self.samplers.staff))
         return Sync(manifest, buffer, time.perf_counter() - started)
+
+    def _prove(self, receipt: Receipt) -> None:
+        """A sampler that comes later must hold the published weights, too."""
+        manifest, _ = self.samplers.news[1]
+        check(manifest, [receipt], 1)
 
     def adapter(self, sync: Sync) -> dict[str, np.ndarray]:
         """Published weights by name."""
-        buffer = ray.get(sync.buffer)
+        buffer = self._fetch(sync.buffer)
         return {tensor.name: view(buffer, tensor) for tensor in sync.manifest.tensors}
 
 

@@ -19,6 +19,7 @@ from align_cluster.loop.keeper import Keeper
 from align_cluster.loop.preempt import preemptible
 from align_cluster.loop.resume import place
 from align_cluster.loop.summary import step_metrics, summary
+from align_cluster.loop.watch import Watch
 from align_cluster.observe.progress import Progress, table
 from align_cluster.observe.report import write_report
 from align_cluster.observe.rundir import storage, write_json, write_text
@@ -49,7 +50,8 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> Path:
                 bars.note(f"{pools} -> {run.path}")
                 creditor = (CriticCreditor if crew.algorithm.critic else Creditor)(config)
                 keeper = Keeper(config, begun.store, crew, creditor, clock, bars.note)
-                with MetricWriter(run.path, begun.state and begun.steps, bars.note) as metrics, keeper:
+                watch = Watch(run.path, config, clock, crew)
+                with MetricWriter(run.path, begun.state and begun.steps, bars.note) as metrics, keeper, watch:
                     evaluation = Evaluation(config, held_out, crew, run, metrics)
                     before, self_check = keeper.restore(begun.state) if begun.state else (None, None)
                     if before is None:
@@ -58,13 +60,14 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> Path:
                         crew.learners.ready()
                     crew.publish("behaviour")
                     for step in range(begun.steps, config.steps):
-                        clock.next_step()
+                        clock.next_step(step + 1)
                         chunks = plan_chunks(config, prompts, step, plan)
                         explored = {}
                         if config.exploration:
                             with clock.stage("explore"):
                                 explored = crew.explore([chunk.prompt for chunk in chunks])
-                        drawn, times = crew.draw(chunks, crew.request(step))
+                        with clock.at("draw"):
+                            drawn, times = crew.draw(chunks, crew.request(step))
                         for stage, seconds in times.items():
                             clock.add(stage, seconds)
                         with clock.stage("credit"):

@@ -31,13 +31,17 @@ class Scoring:
         self.drawn: dict[Id, tuple[Chunk, Any, float]] = {}  # with the images, and since when they wait
         self.waiting: dict[Id, Chunk] = {}
         self.planned = list(batches(chunks, self.batch)) if self.settings.ordered else []
+        self.scored: set[Id] = set()
         self.latencies: list[float] = []
         self.fills: list[float] = []
         self.images = self.deepest = 0
         self.seconds: dict[str, float] = {}
 
     def add(self, chunk: Chunk, images: Any) -> None:
-        """A chunk is drawn; `images` is a reference."""
+        """A chunk is drawn; `images` is a reference. One that is scored, or with a worker, may be drawn again for
+        others."""
+        if chunk.id in self.scored or (chunk.id in self.drawn and chunk.id not in self.waiting):
+            return
         self.drawn[chunk.id] = (chunk, images, time.perf_counter())
         self.waiting[chunk.id] = chunk
         depth = sum(len(waiting.seeds) for waiting, *_ in self.drawn.values())
@@ -59,8 +63,13 @@ class Scoring:
             self.images += len(next(iter(scores.valid.values())))
             for name, seconds in scores.seconds.items():
                 self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.scored.update(done.key)
         self._submit()
         return dict(zip(done.key, found, strict=True))
+
+    def withdraw(self, done: Done) -> list[Chunk]:
+        """Chunks of a call that found images missing: `add` has to bring them again."""
+        return [self.drawn.pop(key)[0] for key in done.key]
 
     def end(self) -> dict[str, float]:
         """What to log of the draw; workers that were not needed go."""

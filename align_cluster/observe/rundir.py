@@ -79,6 +79,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.summary = self.path / "summary.json"
+        self.state = self.path / "state.json"
         self.grids = self.path / "grids"
         self.grid_prompts = self.grids / "prompts.json"
         self.tensorboard = self.path / "tensorboard"

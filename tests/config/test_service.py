@@ -31,7 +31,7 @@ MISTAKES = [
     ("port: 8000", "limits: {imagez: 3}", ["limits.imagez is no setting", "did you mean limits.images?"]),
     ("port: 8000", "images: 3", ["images is no setting", "did you mean limits.images?"]),
     ("port: 8000", "limits: {images: 0}", ["limits.images is 0", "above 0"]),
-    ("port: 8000", "token: abc", ["token is 'abc'", "a mapping of settings such as token.env"]),
+    ("port: 8000", "token: abc", ["token must not stand in a file", "token.env"]),
     ("port: 8000", "token: {}", ["token is {}", "either env"]),
     ("port: 8000", "token: {env: A, file: b}", ["token is", "either env"]),
     ("port: 8000", "host: 0.0.0.0", ["token is null", "host 0.0.0.0 lets other machines in"]),

@@ -52,7 +52,7 @@ def drawn(
         members = range(chunk.first, chunk.first + len(chunk.seeds))
         ok = np.array([(chunk.group, member) not in failing for member in members])
         scores = Scores({"clip": rewards[chunk.group, members]}, {"clip": ok}, {} if ok.all() else {"clip": "failed"})
-        items.append(Drawn(DrawInfo(chunk, 1, "", 0.0), None, None, scores))
+        items.append(Drawn(DrawInfo(chunk, 1, "", 0.0), None, None, scores, None))
     return items, rewards
 
 

@@ -100,6 +100,14 @@ def test_a_run_on_a_busy_cluster_fails_within_seconds(tiny, plan, local_ray, tmp
         assert len(places["sampler"]) == 2
 
 
+def test_samplers_that_may_come_later_are_not_asked_for_at_the_start(plan, local_ray):
+    made = plan(2, 0, "prompts_per_step=8", "cluster.samplers=1", "cluster.max_samplers=6")
+    assert (made.samplers, made.most_samplers) == (1, 6)
+    with reserve(made) as places:
+        assert len(places["sampler"]) == 1
+    assert plan(2, 0, "cluster.max_samplers=6").most_samplers == 2  # a step has no more chunks
+
+
 def test_ray_puts_each_learner_rank_on_another_gpu_than_the_next_and_rewards_beside_them(tmp_path):
     done = subprocess.run([sys.executable, "-c", TWO_GPUS], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.split() == ["[0,", "1]"] * 3, done.stderr

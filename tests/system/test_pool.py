@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from align_cluster.cluster import pool as pool_module
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.pool import DEPTH, GivenUp, Patience, Pool, stream
+from align_cluster.cluster.pool import DEPTH, STRIKES, GivenUp, Patience, Pool, stream
 from align_cluster.cluster.workers import make_reward_worker
 from align_cluster.config.plan import derive
 from align_cluster.types import UserError
@@ -26,19 +27,29 @@ class Sleeper:
         return number
 
 
+class Stillborn:
+    """Dies while it starts."""
+
+    def __init__(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Adder:
     """Adds to its offset; every method that misbehaves does so on request."""
 
-    def __init__(self, name: str = "adder", mistake: Exception | None = None) -> None:
+    def __init__(self, name: str = "adder", mistake: Exception | None = None, cursed: bool = False) -> None:
         if mistake:
             raise mistake
-        self.name, self.offset, self.calls = name, 0, []
+        self.name, self.offset, self.cursed = name, 0, cursed
 
-    def set_offset(self, offset: int) -> int:
+    def set_offset(self, offset: int, seconds: float = 0.0) -> int:
+        time.sleep(seconds)
         self.offset = offset
         return offset
 
     def add(self, number: int, seconds: float = 0.0) -> int:
+        if self.cursed:
+            self.die()
         time.sleep(seconds)
         return number + self.offset
 
@@ -57,14 +68,26 @@ def make_pool(local_ray, by_value):
     """Function (size, timeout_s, *constructor arguments) -> Pool of Adders; closed after the test."""
     pools = []
 
-    def make(size: int, timeout_s: float = 60.0, *args, **settings) -> Pool:
+    def make(size: int, timeout_s: float = 60.0, mistake=None, cursed=(), **settings) -> Pool:
         actor = local_ray.remote(Adder).options(num_cpus=0)
-        pools.append(Pool("adder", lambda name, index: actor.remote(name, *args), size, timeout_s, **settings))
+
+        def hire(name: str, index: int):
+            return actor.remote(name, mistake, index in cursed)
+
+        pools.append(Pool("adder", hire, size, timeout_s, **settings))
         return pools[-1]
 
     yield make
     for pool in pools:
         pool.shutdown()
+
+
+def bring_up(pool: Pool) -> Pool:
+    """The pool with all of its workers up."""
+    timeout, pool.timeout_s = pool.timeout_s, 60.0
+    pool.assemble()
+    pool.timeout_s = timeout
+    return pool
 
 
 def test_every_call_comes_back_once_under_its_key(make_pool):
@@ -78,10 +101,13 @@ def test_every_call_comes_back_once_under_its_key(make_pool):
 
 def test_a_worker_has_at_most_two_calls_queued_and_calls_start_in_order(make_pool):
     pool = make_pool(1)
+    pool.submit(-1, "add", 0)
+    assert not pool.workers[0].calls  # it is still coming, and another one may come first
+    bring_up(pool)
     for number in range(5):
         pool.submit(number, "add", number)
     assert len(pool.workers[0].calls) == DEPTH == 2
-    assert [done.key for done in stream(pool)] == [0, 1, 2, 3, 4]
+    assert [done.key for done in stream(pool)] == [-1, 0, 1, 2, 3, 4]
 
 
 def test_work_may_be_submitted_to_another_pool_while_results_stream(make_pool):
@@ -99,8 +125,8 @@ def test_work_may_be_submitted_to_another_pool_while_results_stream(make_pool):
 
 
 def test_a_killed_workers_calls_are_reissued_and_its_successor_has_the_current_state(make_pool, pid_of):
-    pool = make_pool(2)
-    assert pool.broadcast("set_offset", 100, sticky=True) == [100, 100]
+    pool = bring_up(make_pool(2))
+    assert pool.broadcast("set_offset", 100) == [100, 100]
     victim = pool.workers[0]
     pid = pid_of(victim.actor)
     for number in range(6):
@@ -113,10 +139,28 @@ def test_a_killed_workers_calls_are_reissued_and_its_successor_has_the_current_s
 
 
 def test_a_broadcast_reaches_the_successor_of_a_dead_worker(make_pool, pid_of):
-    pool = make_pool(2)
+    proofs = []
+    pool = bring_up(make_pool(2, prove=proofs.append))
     os.kill(pid_of(pool.workers[1].actor), signal.SIGKILL)
-    assert pool.broadcast("set_offset", 5, sticky=True) == [5, 5]
-    assert pool.lost == 1
+    assert pool.broadcast("set_offset", 5)[0] == 5 and pool.lost == 1  # who is up does not wait for who is coming
+    for number in range(4):
+        pool.submit(number, "add", number, 3.0)
+    assert {done.value for done in stream(pool)} == {5, 6, 7, 8}
+    assert proofs == [5, 5] and [worker.answer for worker in pool.workers] == [5, 5]
+
+
+def test_a_broadcast_waits_for_the_first_worker_that_comes(make_pool):
+    assert make_pool(2).broadcast("set_offset", 7)[0] == 7
+
+
+def test_a_state_that_is_not_what_it_must_be_is_an_error_for_late_comers_too(make_pool, pid_of):
+    def prove(answer: int) -> None:
+        if answer != 5:
+            raise RuntimeError("offset 5 was lost on the way")
+
+    pool = make_pool(1, prove=prove)
+    with pytest.raises(RuntimeError, match="offset 5 was lost on the way"):
+        pool.broadcast("set_offset", 6)
 
 
 def test_a_call_that_kills_every_worker_fails_after_four_attempts(make_pool):
@@ -139,29 +183,76 @@ def test_an_error_of_the_work_rises_as_it_is_and_at_once(make_pool):
 
 
 def test_a_constructor_that_refuses_is_not_hired_again(make_pool):
-    pool = make_pool(1, 60.0, UserError("rewards.clip.path: there is no such folder; give one"))
+    pool = make_pool(1, mistake=UserError("rewards.clip.path: there is no such folder; give one"))
     pool.submit(0, "add", 1)
     with pytest.raises(UserError, match=r"^rewards.clip.path: there is no such folder; give one$"):
         list(stream(pool))
     assert pool.born == 1
-    pool = make_pool(1, 60.0, KeyError("weights"))
+    pool = make_pool(1, mistake=KeyError("weights"))
     with pytest.raises(RuntimeError, match="(?s)adder-0 could not start.*weights"):
         pool.broadcast("set_offset", 1)
 
 
-def test_a_worker_that_is_late_is_named(make_pool, pid_of):
-    pool = make_pool(1, 1.0)
-    pid_of(pool.workers[0].actor)  # started, which may take longer than a second
-    pool.submit((3, 0, 4), "add", 1, 30.0)
-    with pytest.raises(TimeoutError, match=r"nothing finished for 1 s; waiting for adder-0: add\(3, 0, 4\)"):
+def test_a_worker_that_is_late_is_replaced_once_and_then_named(make_pool):
+    pool = bring_up(make_pool(1, 8.0))
+    pool.submit((3, 0, 4), "add", 1, 60.0)
+    with pytest.raises(TimeoutError, match=r"adder-1 gave no answer to add \(3, 0, 4\) in 8 s"):
         list(stream(pool))
+    assert pool.lost == 2 and "adder-0 gave no answer" in pool.troubles[0][1]
 
 
-def test_a_late_broadcast_is_named(make_pool, pid_of):
-    pool = make_pool(1, 1.0)
-    pid_of(pool.workers[0].actor)
-    with pytest.raises(TimeoutError, match=r"adder-0 did not answer add\(\) within 1 s"):
-        pool.broadcast("add", 1, 30.0)
+def test_work_of_a_worker_that_hangs_is_done_by_another(make_pool, pid_of):
+    pool = bring_up(make_pool(2, 3.0))
+    os.kill(pid_of(pool.workers[0].actor), signal.SIGSTOP)
+    for number in range(4):
+        pool.submit(number, "add", number)
+    assert sorted(done.value for done in stream(pool)) == [0, 1, 2, 3] and pool.lost == 1
+
+
+def test_who_is_late_for_a_broadcast_is_replaced_and_named_where_nobody_answers(make_pool, pid_of):
+    pool = bring_up(make_pool(2, 3.0))
+    os.kill(pid_of(pool.workers[0].actor), signal.SIGSTOP)
+    assert pool.broadcast("set_offset", 1)[0] == 1 and pool.lost == 1
+    pool = bring_up(make_pool(1, 2.0))
+    with pytest.raises(TimeoutError, match=r"adder is not ready after \d+ s: adder-. is .*, after: adder-."):
+        pool.broadcast("set_offset", 1, 30.0)
+
+
+def test_a_seat_whose_workers_die_again_and_again_is_quarantined_and_the_others_do_the_work(make_pool, monkeypatch):
+    monkeypatch.setattr(pool_module, "BACKOFF_S", 0.1)
+    pool = bring_up(make_pool(2, cursed={1}))
+    while pool.lost < STRIKES:
+        for number in range(2):
+            pool.submit(number, "add", number, 0.05)
+        assert sorted(done.value for done in stream(pool)) == [0, 1]
+    (seat,) = pool.vacant
+    assert seat.index == 1 and seat.quarantined and 200 < seat.due - time.monotonic() <= 300
+    (doing,) = [doing for doing in pool.roster() if "seat 1" in doing.worker]
+    assert doing.phase.startswith("quarantined, next try in") and seat.error in doing.phase
+    assert "seat 1 is quarantined for 300 s after 5 workers in a row" in pool.troubles[-1][1]
+    seat.due, make = time.monotonic(), pool.make  # time goes by, and the node was mended
+    pool.make = lambda name, index: make(name, 0)
+    while seat.strikes:
+        for number in range(2):
+            pool.submit(number, "add", number, 0.05)
+        list(stream(pool))
+    assert len(pool.workers) == 2 and not pool.vacant and pool.lost == STRIKES
+
+
+def test_workers_that_die_while_they_start_come_with_growing_pauses_and_end_the_run_in_the_end(local_ray, by_value):
+    actor, born = local_ray.remote(Stillborn).options(num_cpus=0), []
+
+    def hire(name: str, index: int):
+        born.append(time.monotonic())
+        return actor.remote()
+
+    pool = Pool("stillborn", hire, 1, 60.0)
+    pool.submit(0, "add", 1)
+    with pytest.raises(RuntimeError, match="stillborn: no worker lives long enough to do anything, the last with: .+"):
+        list(stream(pool))
+    assert len(born) == pool.lost == STRIKES
+    pauses = [later - earlier for earlier, later in zip(born, born[1:], strict=False)]
+    assert all(pause > least for pause, least in zip(pauses, (0, 0.5, 1, 2), strict=True))
 
 
 def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of):
@@ -177,7 +268,7 @@ def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of):
 
 
 def test_a_pool_grows_while_there_is_a_backlog_and_lets_idle_hands_go(make_pool):
-    pool = make_pool(1, most=3)
+    pool = bring_up(make_pool(1, most=3))
     for number in range(16):
         pool.submit(number, "add", number, 0.2)
         pool.grow()
@@ -195,7 +286,7 @@ def test_a_pool_grows_while_there_is_a_backlog_and_lets_idle_hands_go(make_pool)
 
 
 def test_a_lost_spare_hands_its_calls_back_and_is_not_replaced(make_pool, pid_of):
-    pool = make_pool(1, most=2)
+    pool = bring_up(make_pool(1, most=2))
     pool.grow()
     pid = pid_of(pool.workers[1].actor)
     for number in range(2):
@@ -218,7 +309,8 @@ def test_a_call_that_hangs_loses_its_workers_and_is_given_up_and_the_others_are_
         pool.submit(number, "add", number)
     results = {done.key: done.value for done in stream(pool)}
     assert {number: results[number] for number in range(3)} == {0: 0, 1: 1, 2: 2}
-    assert results["slow"] == GivenUp("timeout", "adder lost 2 workers: adder-1 gave no answer in 2 s")
+    message = "adder lost 2 workers: adder-1 gave no answer to add slow in 2 s"
+    assert results["slow"] == GivenUp("timeout", message)
     assert pool.lost == 2
 
 

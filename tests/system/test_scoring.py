@@ -47,6 +47,7 @@ def pool(local_ray, tiny):
     plan = derive(config, 2, 0)
     settings = replace(plan.reward_pools[1], cpus=0.01)
     pool = Pool("clip", lambda name, index: make_reward_worker(config, plan, settings, None), 2, 120)
+    pool.assemble()
     yield pool, settings, RewardWorker({"clip": config.rewards["clip"]})
     pool.shutdown()
 
@@ -121,6 +122,7 @@ def test_a_backlog_calls_more_workers(local_ray, by_value):
     actor = local_ray.remote(Moody).options(num_cpus=0)
     pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, Patience(60, 2))
     scoring = Scoring(pool, RewardPool("a", ("a",), 1, 2, 0.0))
+    pool.assemble()
     quick = [replace(chunk, prompt=replace(chunk.prompt, id=0)) for chunk in CHUNKS]
     scoring.begin(quick)
     for chunk, workers in zip(quick, (1, 1, 1, 1, 2, 2), strict=True):

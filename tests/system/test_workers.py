@@ -32,7 +32,8 @@ def pool(local_ray, tiny):
     shapes = {name: p.shape for name, p in adapter_parameters(Sampler(backbone).denoiser, "default").items()}
     state = {name: 0.1 * rng.standard_normal(tuple(shape), dtype=np.float32) for name, shape in shapes.items()}
     pool.manifest, buffer = publish(state, version=1)
-    check(pool.manifest, pool.broadcast("adopt", pool.manifest, local_ray.put(buffer), sticky=True), expected=2)
+    pool.assemble()
+    check(pool.manifest, pool.broadcast("adopt", pool.manifest, local_ray.put(buffer)), expected=2)
     yield pool
     pool.shutdown()
 
@@ -73,9 +74,11 @@ def test_stale_weights_are_refused_at_once_with_the_samplers_own_error(pool, con
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(local_ray, pool):
+    good = pool.news[1]
     manifest, buffer = publish({"blocks.9.lora_A.weight": np.ones((2, 2), np.float32)}, version=2)
     with pytest.raises(RuntimeError, match=r"weights 2 do not fit: .*blocks\.9\.lora_A\.weight"):
         pool.broadcast("adopt", manifest, local_ray.put(buffer))
+    pool.broadcast("adopt", *good)
 
 
 def test_the_successor_of_a_killed_sampler_draws_with_the_current_weights(local_ray, pool, conditions, pid_of):
@@ -90,6 +93,7 @@ def test_the_successor_of_a_killed_sampler_draws_with_the_current_weights(local_
     for item in done:
         assert item.value.version == 1
         np.testing.assert_array_equal(local_ray.get(item.refs[0]), images)
-    receipts = pool.broadcast("adopt", *pool.sticky[1])
+    pool.assemble()
+    receipts = pool.broadcast("adopt", *pool.news[1])
     check(pool.manifest, receipts, expected=2)
     assert {receipt.worker for receipt in receipts} == {"sampler-2", "sampler-1"}

@@ -1,0 +1,130 @@
+"""Runs on a Ray of several nodes: quiet, with nodes that go down on the way while others join, and with one that joins
+while a run waits for room. And what the doctor says of the nodes. Prints one JSON line.
+
+Needs a Ray of its own, and Ray reads how soon a node counts as lost from the environment: test_nodes.py starts it.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from align_cluster.cluster import doctor
+from align_cluster.cluster.placement import gone
+from align_cluster.config.load import load
+from align_cluster.loop import driver
+from align_cluster.loop.crew import Crew
+
+NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
+OVERRIDES = (
+    "name=nodes",
+    "algorithm.kind=grpo",
+    "steps=3",
+    "prompts_per_step=3",
+    "rollout.group_size=16",  # images and records of a chunk are then too large to travel beside the answer
+    "rollout.steps=4",
+    "cluster.learners=1",
+    "evaluate.count=1",
+    "evaluate.images_per_prompt=1",
+    "evaluate.grid_every=0",
+    "evaluate.grid_prompts=1",
+    "evaluate.grid_columns=1",
+)
+
+
+class Observer(Crew):
+    """Says what happens to nodes, at which moments of the run."""
+
+    facts: dict = {"lost_images": 0, "lost_records": 0, "samplers": []}
+
+    def draw(self, chunks, request):
+        answer = super().draw(chunks, request)
+        self.facts["samplers"].append(len(self.samplers.staff))
+        return answer
+
+    def mend(self, drawn, part="record"):
+        self.facts["lost_records"] += sum(gone([getattr(item, part) for item in drawn]))
+        super().mend(drawn, part)
+
+    def _draw_again(self, chunks, drawn, request):
+        self.facts["lost_images"] += len(chunks)
+        super()._draw_again(chunks, drawn, request)
+
+
+def saboteur(cluster: Cluster, extra: object) -> type[Crew]:
+    class Saboteur(Observer):
+        node = extra
+
+        def other_node(self) -> None:
+            cluster.remove_node(self.node, allow_graceful=False)
+            type(self).node = cluster.add_node(**NODE)
+
+        def draw(self, chunks, request):
+            self.armed = chunks[0].step == 1
+            return super().draw(chunks, request)
+
+        def report(self, stage, done, total):
+            super().report(stage, done, total)
+            if self.armed and stage == "rollout" and done == total:  # the last images are not scored yet
+                self.armed = False
+                self.other_node()
+
+        def update(self, step, drawn, credit):
+            if step == 2:
+                self.other_node()
+                time.sleep(5)  # until Ray knows; an update that is quicker finds the records still there
+            return super().update(step, drawn, credit)
+
+    return Saboteur
+
+
+def newcomer(cluster: Cluster) -> type[Crew]:
+    """A Crew for whom a node joins after the first step, which has asked for a sampler more than there is room for."""
+
+    class Newcomer(Observer):
+        def draw(self, chunks, request):
+            if chunks[0].step == 1:
+                cluster.add_node(**NODE)
+                self.samplers.assemble()
+            return super().draw(chunks, request)
+
+    return Newcomer
+
+
+def run(folder: Path, crew: type[Crew], overrides: tuple[str, ...]) -> dict:
+    """One run, and what was seen of it."""
+    Observer.facts = {"lost_images": 0, "lost_records": 0, "samplers": []}
+    driver.Crew = crew
+    path = driver.train(load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *overrides]), folder)
+    summary = json.loads((path / "summary.json").read_text())
+    kept = {key: summary[key] for key in ("lora_checksum", "after", "images_drawn", "workers_lost")}
+    return Observer.facts | kept
+
+
+def main(what: str, folder: Path) -> None:
+    head = NODE | {"include_dashboard": False, "temp_dir": f"{folder}/ray"}
+    cluster, found = Cluster(initialize_head=True, head_node_args=head), {}
+    if what == "loss":
+        extra = cluster.add_node(**NODE)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    if what == "loss":
+        for name, crew in (("quiet", Observer), ("stormy", saboteur(cluster, extra))):
+            found[name] = run(folder / name, crew, ("cluster.samplers=2",))
+    else:
+        one = ("cluster.samplers=1", "cluster.max_samplers=2", "steps=4")
+        found["elastic"] = run(folder / "elastic", newcomer(cluster), one)
+        config = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *one])
+        too_large = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, "cluster.samplers=9", "cluster.learners=3"])
+        findings = [*doctor.reach(cluster.address, config), *doctor.reach(cluster.address, too_large)[-1:]]
+        found["doctor"] = [asdict(finding) for finding in [*findings, doctor.sync(cluster.address)]]
+    ray.shutdown()
+    cluster.shutdown()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

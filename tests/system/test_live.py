@@ -1,0 +1,107 @@
+"""What `doctor RUN` says of a run: from a real one's state, and from states of runs that are in trouble."""
+
+import json
+import logging
+import os
+import time
+
+import pytest
+
+from align_cluster.cli import main
+from align_cluster.cluster.live import examine_run
+from align_cluster.cluster.pool import stream
+from align_cluster.loop import driver
+from align_cluster.loop.crew import Crew
+from align_cluster.loop.watch import Watch
+from align_cluster.observe.rundir import RunDir, write_json, write_text
+
+WORKER = {"name": "sampler-0", "place": "10.0.0.2 pid 77", "phase": "draw (1, 0, 0)", "seconds": 3.0, "waiting": True}
+STATE = {
+    "host": os.uname().nodename,
+    "pid": os.getpid(),
+    "step": 2,
+    "steps": 9,
+    "phase": "draw",
+    "seconds": 4.0,
+    "progress": {"rollout": [1, 8], "reward": [8, 8]},
+    "late_s": 60.0,
+    "workers": [WORKER],
+    "troubles": [],
+    "error": None,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Function (changes to STATE) -> the findings by name of a run in that state."""
+
+    def examine(**changes):
+        write_text(RunDir(tmp_path).config, "name: run\n")
+        write_json(RunDir(tmp_path).state, STATE | {"beat": time.time()} | changes)
+        return {finding.name: finding for finding in examine_run(tmp_path)}
+
+    return examine
+
+
+def test_a_run_that_works_is_ok_with_its_step_phase_and_workers(run):
+    found = run()
+    assert {finding.state for finding in found.values()} == {"ok"}
+    assert found["run"].value == "step 2 of 9: draw since 4 s, rollout 1 of 8"
+    assert found["sampler-0"].value == "draw (1, 0, 0) since 3 s (10.0.0.2 pid 77)"
+
+
+def test_a_worker_that_is_late_or_quarantined_is_pointed_at(run):
+    late = WORKER | {"seconds": 61.0}
+    lost = WORKER | {"name": "sampler seat 1", "phase": "quarantined, next try in 9 s; last error: boom"}
+    found = run(workers=[late, lost, WORKER | {"name": "idle", "seconds": 999.0, "waiting": False}])
+    assert found["sampler-0"].state == found["sampler seat 1"].state == "warn" and found["idle"].state == "ok"
+    assert "last error: boom" in found["sampler seat 1"].value
+    assert run(troubles=[{"at": time.time(), "what": "sampler-0 was lost"}]).popitem()[1].value == "sampler-0 was lost"
+
+
+def test_a_driver_that_is_gone_or_silent_is_a_failure(run):
+    assert "is gone since" in run(pid=2**22 + 1)["driver"].value
+    assert run(pid=2**22 + 1)["driver"].state == "fail"
+    silent = run(beat=time.time() - 100, host="elsewhere")["driver"]
+    assert silent.state == "fail" and "no sign of life for 100 s" in silent.value
+    assert run(pid=2**22 + 1, phase="done", workers=[])["driver"].state == "ok"
+    assert run(phase="failed", error="UserError: no")["run"].value == "step 2 of 9: UserError: no"
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "is no run directory" in capsys.readouterr().out
+
+
+def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, train, monkeypatch, caplog):
+    """The second step's draw hangs for a while; a look from outside then sees the phase and the worker."""
+    seen = []
+
+    class Slow(Crew):
+        def draw(self, chunks, request):
+            if chunks[0].step == 1:
+                self.samplers.submit("nap", "__ray_call__", lambda sampler: time.sleep(9))
+                for _ in stream(self.samplers):
+                    seen.append(json.loads(watches[0].file.read_text()))
+            return super().draw(chunks, request)
+
+    watches = []
+
+    class Seen(Watch):
+        def __enter__(self):
+            watches.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(driver, "Crew", Slow)
+    monkeypatch.setattr(driver, "Watch", Seen)
+    with caplog.at_level(logging.WARNING):
+        done = train(tiny("nft", "cluster.late_s=3", "evaluate.grid_every=0"))
+    (state,) = seen
+    assert (state["step"], state["phase"], state["pid"]) == (2, "draw", os.getpid())
+    assert state["seconds"] > 4
+    (napping,) = [worker for worker in state["workers"] if worker["phase"] == "__ray_call__ nap"]
+    assert napping["waiting"] and napping["seconds"] > 4 and " pid " in napping["place"]
+    said = [record.getMessage() for record in caplog.records if "waits for" in record.getMessage()]
+    assert any(f"waits for {napping['name']} ({napping['place']}): __ray_call__ nap since" in line for line in said)
+    found = {finding.name: finding for finding in examine_run(done.path)}
+    assert found["run"].value == "step 2 of 2: done" and found["driver"].state == "ok"

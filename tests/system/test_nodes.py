@@ -1,0 +1,52 @@
+"""A node that is lost with all that is on it, and one that joins later, do not show in the weights."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# How soon Ray takes a node for lost that refuses connections: about 3 s. One that is only slow has more time.
+SOON = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+def nodes(what: str) -> dict:
+    """What node_loss.py found."""
+    with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | SOON
+        command = [sys.executable, str(Path(__file__).parent / "node_loss.py"), what, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow  # two runs, on nodes that come and go
+def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records():
+    found = nodes("loss")
+    quiet, stormy = found["quiet"], found["stormy"]
+    assert stormy["workers_lost"] >= 2 and quiet["workers_lost"] == 0
+    assert stormy["lost_images"] + stormy["lost_records"] > 0
+    for key in ("lora_checksum", "after", "images_drawn"):
+        assert stormy[key] == quiet[key]
+
+
+def test_a_node_that_joins_is_used_and_the_doctor_knows_the_nodes():
+    """A spare sampler stays only if it has work: it waits for room in step 1, comes, and is there after step 4."""
+    found = nodes("join")
+    assert found["elastic"]["samplers"][3:6] == [2, 2, 2] and found["elastic"]["samplers"][0] == 1
+    by_name = {finding["name"].split(" (")[0]: finding for finding in reversed(found["doctor"])}
+    assert by_name["node 0"]["state"] == by_name["node 1"]["state"] == "ok"
+    assert "1 CPU, 0 GPU, object store 0.09 GiB" in by_name["node 1"]["value"]
+    assert any(finding["value"] == "object store of 0.09 GiB" for finding in found["doctor"])
+    fits, lacks = (finding for finding in found["doctor"] if finding["name"] == "run nodes")
+    assert fits["value"] == "fits: 1 samplers (up to 2), 1 learners, 1 reward workers"
+    assert lacks["state"] == "fail" and "the cluster lacks" in lacks["value"]
+    assert by_name["weight sync"]["state"] == "ok" and "to samplers on 2 nodes" in by_name["weight sync"]["value"]

@@ -49,7 +49,8 @@ def updates_have_work(config: RunConfig) -> Problems:
 
 
 def groups_can_compare(config: RunConfig) -> Problems:
-    if config.group_members == 1 and not ALGORITHMS[config.algorithm.kind].needs_path:
+    algorithm = ALGORITHMS[config.algorithm.kind]
+    if config.group_members == 1 and not (algorithm.needs_path or algorithm.direct):
         yield (
             "rollout.group_size is 1, and an advantage compares an image with others of its prompt; "
             "set it to 2 or more (12 is usual)"
@@ -67,7 +68,8 @@ def exploration_fits_backbone(config: RunConfig) -> Problems:
 
 def noise_tells_members_apart(config: RunConfig) -> Problems:
     kind, algorithm = config.step_kind.kind, ALGORITHMS[config.algorithm.kind]
-    if config.rollout.same_noise and not STEPS[kind].has_density and not algorithm.needs_density:
+    several = config.rollout.group_size > 1
+    if config.rollout.same_noise and several and not STEPS[kind].has_density and not algorithm.needs_density:
         yield (
             f"rollout.same_noise starts a whole group from one noise, and rollout.step.kind {kind} adds none, so its "
             "images would repeat one another; set rollout.same_noise to false"

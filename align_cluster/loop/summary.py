@@ -28,6 +28,10 @@ MEAN = {
     "clip_low": "train/clip_low",
     "old_gap": "train/old_gap",
     "value_loss": "train/value_loss",
+    "reward": "train/reward",
+    "satisfied": "train/satisfied",
+    "preference": "train/preference",
+    "recovery": "train/recovery",
     "lr": "lr",
     "seconds": "time/learner",
 }

@@ -136,7 +136,7 @@ class SRPO(Algorithm):
         """The texts of optimiser update number `update`: the prompt with a positive word, and with a negative one."""
         words = (self.config.positive, self.config.negative)
         chosen = (options[update % len(options)] for options in words)
-        return [self.config.template.replace("{prompt}", prompt).replace("{word}", word) for word in chosen]
+        return [self.config.template.replace("{word}", word).replace("{prompt}", prompt) for word in chosen]
 
     def scores(self, policy: Policy, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
         """Rewards [b, 2], of what is wanted and of what is not, or [b, 1] of the image alone."""

@@ -39,6 +39,8 @@ def models(reward: RewardSection) -> list[Model | None]:
         if reward.detector.kind == "embedded":
             return [NOTHING]
         return [_find(reward.detector.path), CLIP_L if reward.color_clip is None else _find(reward.color_clip)]
+    if reward.kind == "sgp":
+        return models(reward.of)
     if reward.kind == "aesthetic":
         return [_find(reward.encoder or VERSIONS[reward.version].encoder)]
     source = reward.model if reward.kind == "hps" else getattr(reward, "path", None)

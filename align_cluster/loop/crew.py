@@ -149,6 +149,8 @@ class Crew:
             rollout.schedule,
             self.config.exploration.rho if self.config.conditions > 1 else 1.0,
             self.algorithm.needs_path,
+            rollout.embedded_guidance,
+            rollout.offline,
         )
 
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:

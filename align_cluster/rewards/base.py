@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -109,7 +109,12 @@ class Reward(ABC):
 
 
 class DifferentiableReward(Reward):
-    """A reward with a gradient to the pixels. It judges every prompt, and its score is that same computation."""
+    """A reward with a gradient to the pixels. It judges every prompt, and its score is that same computation.
+
+    `reads_text`: whether the prompt plays a part.
+    """
+
+    reads_text: ClassVar[bool] = True
 
     @torch.no_grad()
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
@@ -135,7 +140,7 @@ class EmbeddingReward(DifferentiableReward):
     """
 
     factor: float = 1.0
-    kept: int = 4096
+    kept: ClassVar[int] = 4096
 
     @abstractmethod
     def see(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,4 @@
-"""ReFL (Xu et al. 2023, arXiv 2304.05977, algorithm 1): the gradient of a reward through one denoising step near the end
-of a rollout."""
+"""ReFL (Xu et al. 2023, arXiv 2304.05977, algorithm 1): the gradient of a reward through one late denoising step."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +17,7 @@ class ReFL(Algorithm):
     class Config(Section):
         """`steps` are the first and the last step (counted from 0, the noisiest) that a sample's is drawn from; as
         published, of 40. Gradients stop at rewards of `margin`, which belongs to ImageReward (null: never).
-        `grad_scale` multiplies the loss, against which AdamW does nothing but compare it with its eps and the clip norm.
+        `grad_scale` multiplies the loss; AdamW undoes it, short of the clip norm and its eps.
         """
 
         kind: Literal["refl"] = "refl"

@@ -33,13 +33,13 @@ class SRPO(Algorithm):
         noise (for rewards that read no text; `blur` is its level), `none` is plain Direct-Align on the reward itself.
 
         `form` weighs the two scores r+ and r-: `difference` r+ - r- (paper, eq. 10), `cfg` k r+ + (1 - k) r- (paper,
-        eq. 11; `strength` is k > 1), `released` (1 + k) r+ - r- with k from `discount_denoise` and `discount_inversion`,
-        which the authors found more stable. In a step that inverts r+ and r- change places.
+        eq. 11; `strength` is k > 1), `released` (1 + k) r+ - r-, which the authors found more stable, with k from
+        `discount_denoise` and `discount_inversion`. In a step that inverts r+ and r- change places.
 
         `positive` and `negative` words are gone through in turn, one pair an optimiser update; `template` puts them
-        before the prompt. `levels` are the noisiest and the cleanest noise level; a level is drawn between them for each
+        before the prompt. `levels` are the noisiest and the cleanest noise level. One between them is drawn for each
         sample, and the model steps over at most `gap` thousandths of the range. The discounts are linear from the clean
-        end to the noisy end, and so is `late`, the weight lambda(t) of a level's loss (eq. 6; the published code has 1).
+        end to the noisy end, and so is `late`, the weight lambda(t) of a level's loss (eq. 6; the official code: 1).
         `injections` noise the same x0 at so many consecutive levels, one step apart. Gradients stop at rewards of
         `margin` (null: never). `truncate_timesteps` feeds a flow network with int(1000 sigma) / 1000.
         """

@@ -16,8 +16,8 @@ class Flux(ClipExploration, PipelineBackbone):
 
     class Config(BackboneSection):
         """Settings of FLUX.1. `embedded_guidance` is the strength that a guidance-distilled network (dev) is told, in
-        rollouts and updates alike unless rollout.embedded_guidance says otherwise; networks without that input (schnell) ignore it. rollout.guidance is true
-        classifier-free guidance, which costs a second forward.
+        rollouts and updates alike unless rollout.embedded_guidance says otherwise; networks without that input
+        (schnell) ignore it. rollout.guidance is true classifier-free guidance, which costs a second forward.
 
         `max_sequence_length: null` is the stock pipeline's 512, or 256 for schnell.
         """

@@ -98,5 +98,7 @@ class QwenImage(PipelineBackbone):
         video = (2 * images - 1)[:, :, None].to(self.device, self.dtype)  # of one frame
         with self.autocast():
             z = self._vae.encode(video).latent_dist.mode()[:, :, 0].float()
-        mean, std = (z.new_tensor(getattr(self._vae.config, name))[:, None, None] for name in ("latents_mean", "latents_std"))
+        mean, std = (
+            z.new_tensor(getattr(self._vae.config, name))[:, None, None] for name in ("latents_mean", "latents_std")
+        )
         return (z - mean) / std

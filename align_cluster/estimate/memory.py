@@ -12,6 +12,7 @@ from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.estimate.count import Usage, counting
+from align_cluster.estimate.rewards import models
 from align_cluster.estimate.shell import shell, text_encoders
 from align_cluster.learner.policy import LearnerPolicy
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
@@ -27,7 +28,10 @@ class Sizes:
     `text` are the text encoders, `adapter` is one adapter in fp32, of which the learner keeps `adapters`. `draw` is one
     (guided) prediction for a chunk, `decode` makes its images; `update` is all that the loss asks of one micro-batch at
     one noise level, with its backward, and `checkpointed` the same with gradient checkpointing. `critic` is what a
-    critic adds for one micro-batch and state, and `critic_weights` and `critic_trained` are bytes of what it adds.
+    critic adds for one micro-batch and state, and `critic_weights` and `critic_trained` are bytes of what it adds. Where
+    the learner follows rewards' gradients, `judge` is decoding a micro-batch with its backward, `frugal` decoding one
+    image with the VAE's blocks computed again, and `rewards` and `seen` are bytes of the rewards' weights and of what
+    they keep of one image.
     """
 
     parameters: dict[str, int]
@@ -44,6 +48,10 @@ class Sizes:
     critic: Usage = Usage(0, 0)
     critic_weights: int = 0
     critic_trained: int = 0
+    judge: Usage = Usage(0, 0)
+    frugal: Usage = Usage(0, 0)
+    rewards: float = 0
+    seen: float = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
             torch.autograd.backward(sum(output.square().mean() for output in outputs))
             denoiser.zero_grad()
 
-        def judge() -> None:
+        def criticise() -> None:
             with torch.no_grad():
                 critic(x, sigma, text.sequence, text.pooled)
             torch.autograd.backward(critic(x, sigma, text.sequence, text.pooled).square().mean())
@@ -108,11 +116,24 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
         used["update"] = counter.measure(update)
         if critic:
             copy = _tensors(critic._network[0], "lora_") if critic._network[0] is not denoiser else {}
-            used["critic"] = counter.measure(judge)
+            used["critic"] = counter.measure(criticise)
             used["critic_trained"] = 4 * sum(parameter.numel() for parameter in critic.trainable)
             used["critic_weights"] = _bytes(_tensors(critic.head)) + _bytes(copy)
         denoiser.enable_gradient_checkpointing()
         used["checkpointed"] = counter.measure(update)
+        if algorithm.direct:
+
+            def decoded() -> None:
+                torch.autograd.backward(backbone.pixels(x.requires_grad_()).square().mean())
+                x.grad = None
+
+            used["judge"] = counter.measure(decoded)
+            x, _, _ = batch(1)
+            backbone.checkpoint_decoder()
+            used["frugal"] = counter.measure(decoded)
+            known = [model for name in config.trained for model in models(config.rewards[name]) if model]
+            used["rewards"] = 4 * sum(model.parameters for model in known)
+            used["seen"] = sum(model.activations or 0 for model in known)
     return Sizes(
         parameters={name: _parameters(part) for name, part in parts.items()} | {"lora": adapter},
         itemsize=backbone.dtype.itemsize,
@@ -149,6 +170,9 @@ class Tally(Policy):
         self.adapters.append(adapter)
         return torch.zeros_like(x, requires_grad=adapter == "default")
 
+    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return latents.flatten(1).sum(1, keepdim=True).expand(-1, len(texts))
+
 
 def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackbone) -> list[str | None]:
     """The adapters under which a loss asks for a prediction of each sample and noise level, in its order."""
@@ -159,7 +183,7 @@ def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackb
     path, advantages = one[:, None].expand(1, steps, 1, 2, 2), flat if algorithm.critic else flat[:, 0]
     indices = torch.arange(steps)[None]
     recorded = {"before": path, "after": path, "log_probs": flat, "means": path}
-    streams = {"generators": lambda _: [torch.Generator()]}
+    streams = {"generators": lambda _: [torch.Generator()], "noises": (0,)}
     algorithm.loss(
         policy, Batch(turn=0, advantages=advantages, x0=one, sigmas=sigmas, indices=indices, **recorded, **streams)
     )
@@ -182,7 +206,8 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
     """
     stage, ranks, one = config.learner.zero_stage, plan.learners, sizes.adapter
     chunk = config.rollout.chunk or config.rollout.group_size
-    used = sizes.checkpointed if config.learner.gradient_checkpointing else sizes.update
+    frugal = config.learner.gradient_checkpointing
+    used = sizes.checkpointed if frugal else sizes.update
     cut = min(config.learner.micro_batch or chunk, chunk) / plan.micro_batch
     share = 1 / ranks if stage == 3 else 1
     weights = sizes.denoiser * share
@@ -190,9 +215,11 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
         weights += min(sizes.denoiser - weights, GATHERED * sizes.itemsize)
     moments = 2 * one if stage == 0 else 3 * one / ranks
     gradients = (one, 2 * one, one + one / ranks, one + one / ranks)[stage]
+    direct = sizes.judge.flops > 0
+    judging = sizes.frugal.bytes + sizes.seen if frugal else (sizes.judge.bytes + plan.micro_batch * sizes.seen) * cut
     return Role(
-        weights + sizes.critic_weights,
+        weights + sizes.critic_weights + direct * (sizes.vae + sizes.rewards),
         one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
         moments + gradients + 3 * sizes.critic_trained,
-        max(used.bytes, sizes.critic.bytes) * cut,
+        max(used.bytes, sizes.critic.bytes) * cut + direct * judging,
     )

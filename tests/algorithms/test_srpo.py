@@ -164,9 +164,7 @@ def test_each_branch_reads_its_discount_where_the_official_code_does():
         policy = Linear()
         _, metrics = algorithm.loss(policy, batch(turn))
         k = torch.linspace(0, 1, LEVELS)[place]
-        torch.testing.assert_close(
-            metrics["reward"], k * policy.rewards(X0, ["x. a cat"])[:, 0], rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(metrics["reward"], k * policy.rewards(X0, ["x. a cat"])[:, 0], rtol=1e-3, atol=1e-3)
 
 
 def test_gradients_stop_at_the_margin_and_nowhere_else():

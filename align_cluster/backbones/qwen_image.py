@@ -98,7 +98,6 @@ class QwenImage(PipelineBackbone):
         video = (2 * images - 1)[:, :, None].to(self.device, self.dtype)  # of one frame
         with self.autocast():
             z = self._vae.encode(video).latent_dist.mode()[:, :, 0].float()
-        mean, std = (
-            z.new_tensor(getattr(self._vae.config, name))[:, None, None] for name in ("latents_mean", "latents_std")
-        )
+        config = self._vae.config
+        mean, std = (z.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
         return (z - mean) / std

@@ -28,10 +28,10 @@ class Sizes:
     `text` are the text encoders, `adapter` is one adapter in fp32, of which the learner keeps `adapters`. `draw` is one
     (guided) prediction for a chunk, `decode` makes its images; `update` is all that the loss asks of one micro-batch at
     one noise level, with its backward, and `checkpointed` the same with gradient checkpointing. `critic` is what a
-    critic adds for one micro-batch and state, and `critic_weights` and `critic_trained` are bytes of what it adds. Where
-    the learner follows rewards' gradients, `judge` is decoding a micro-batch with its backward, `frugal` decoding one
-    image with the VAE's blocks computed again, and `rewards` and `seen` are bytes of the rewards' weights and of what
-    they keep of one image.
+    critic adds for one micro-batch and state, and `critic_weights` and `critic_trained` are bytes of what it adds.
+    Where the learner follows rewards' gradients, `judge` is decoding a micro-batch with its backward, `frugal` decoding
+    one image with the VAE's blocks computed again, and `rewards` and `seen` are bytes of the rewards' weights and of
+    what they keep of one image.
     """
 
     parameters: dict[str, int]

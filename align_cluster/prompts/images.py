@@ -22,7 +22,7 @@ CAPTIONS = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder holds: (image, caption) pairs in the order of the files' names, and the images that are left out."""
+    """What a folder holds: (image, caption) pairs in the order of the files' names, and images that are left out."""
 
     pairs: tuple[tuple[Path, str], ...]
     uncaptioned: tuple[Path, ...]
@@ -71,7 +71,7 @@ def left_out(folder: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def survey(folder: str) -> Survey:
-    """Look through a folder, once a process: every image is decoded, since a header does not say that a file is whole."""
+    """Look through a folder, once a process. Every image is decoded: a header does not say that a file is whole."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"prompts.folder is {folder}, which is no folder here; give one with images and captions")

@@ -41,8 +41,7 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
 
 
 def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
-    """The initial noise that rollouts with these seeds begin with, on the CPU: it never travels, for anybody can make it
-    again."""
+    """The noise that rollouts with these seeds begin with, on the CPU. It never travels: anybody can make it again."""
     return initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], shape)
 
 

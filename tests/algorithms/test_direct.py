@@ -1,4 +1,4 @@
-"""Direct-Align's recovery: exact with a perfect network, at any level and in both directions; wrong in known ways else."""
+"""Direct-Align's recovery: exact with a perfect network, at any level and in both directions."""
 
 import pytest
 import torch

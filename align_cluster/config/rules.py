@@ -118,12 +118,12 @@ def rewards_have_gradients(config: RunConfig) -> Problems:
         if kind not in able:
             yield (
                 f"rewards.{name} is of kind {kind}, which has no gradient, and algorithm.kind {config.algorithm.kind} "
-                f"follows gradients of rewards; set its role to monitor and train on {', '.join(able[:-1])} or {able[-1]}"
+                f"follows gradients of rewards; train on {', '.join(able[:-1])} or {able[-1]}"
             )
         elif not REWARDS[kind].reads_text and getattr(config.algorithm, "relative", "") == "words":
             yield (
-                f"rewards.{name} is of kind {kind}, which reads no text, and algorithm.relative words compares an image "
-                "under two texts; set algorithm.relative to noise or none"
+                f"rewards.{name} is of kind {kind}, which reads no text, and algorithm.relative words compares an "
+                "image under two texts; set algorithm.relative to noise or none"
             )
     margin = getattr(config.algorithm, "margin", None)
     typical = sum(config.rewards[name].weight * USUAL.get(_scale(config.rewards[name]), 0) for name in config.trained)

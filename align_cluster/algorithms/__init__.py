@@ -1,7 +1,10 @@
 """ADD AN ALGORITHM HERE: one file with a class like GRPO, and one line below."""
 
+from align_cluster.algorithms.draft import DRaFT
 from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
 from align_cluster.algorithms.ppo import PPO
+from align_cluster.algorithms.refl import ReFL
+from align_cluster.algorithms.srpo import SRPO
 
-ALGORITHMS = {"grpo": GRPO, "nft": NFT, "ppo": PPO}
+ALGORITHMS = {"grpo": GRPO, "nft": NFT, "ppo": PPO, "srpo": SRPO, "refl": ReFL, "draft": DRaFT}

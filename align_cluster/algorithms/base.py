@@ -10,6 +10,7 @@ import torch
 
 from align_cluster.config.base import Section
 from align_cluster.rollouts.steps import Step
+from align_cluster.rollouts.windows import Window
 
 
 class Policy(Protocol):
@@ -21,6 +22,10 @@ class Policy(Protocol):
         """Network output fp32 like x under an adapter (None: the bare base), guided as the rollout was. Only the
         default adapter carries gradient."""
 
+    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """For `direct` algorithms: weighted sums [b, J] of the trained rewards of the images of latents fp32
+        [b, C, H, W], each under J texts, with a gradient to the latents."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -31,6 +36,8 @@ class Batch:
     out: all). With a critic: returns (NaN where a reward does not judge the sample) and values before the update,
     [b, K, R].
     `generators` gives each member a fresh random stream for this (step, update, turn), whatever the world size.
+    `prompt` is the members' text, `noises` are the seeds of their initial noises, `update` counts the run's optimiser
+    updates so far.
     """
 
     turn: int
@@ -46,6 +53,9 @@ class Batch:
     slots: tuple[int, ...] | None = None
     returns: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    prompt: str = ""
+    noises: tuple[int, ...] = ()
+    update: int = 0
 
     def __post_init__(self) -> None:
         if self.slots is None:
@@ -56,7 +66,8 @@ class Algorithm(ABC):
     """A loss over finished rollouts. Pure: state lives in the policy's adapters.
 
     `needs_density` asks for a step kind with log-probs, `needs_flow` for a network that predicts a velocity,
-    `needs_path` for records of every denoising step,
+    `needs_path` for records of every denoising step. `direct` ones need no credit: the learner keeps the VAE and the
+    trained rewards, whose gradients they follow. `offline` says whether real images can stand in for drawn ones.
     `default_step` names the step kind that flow models are drawn with, `behaviour` is the adapter that samplers draw
     with, `adapters` are the adapters that the learner keeps.
     """
@@ -65,6 +76,8 @@ class Algorithm(ABC):
     needs_density: ClassVar[bool]
     needs_flow: ClassVar[bool] = False
     needs_path: ClassVar[bool] = False
+    direct: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
     default_step: ClassVar[str]
     behaviour: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]]
@@ -81,6 +94,10 @@ class Algorithm(ABC):
     def needs_means(self) -> bool:
         """Whether rollouts must record the means of their densities as well."""
         return False
+
+    def states(self, steps: int) -> Window | None:
+        """Of which steps an N-step rollout without density must record where they began; None: of none."""
+        return None
 
     @abstractmethod
     def turns(self, steps: int, recorded: int) -> int:

@@ -16,8 +16,8 @@ class Flux(ClipExploration, PipelineBackbone):
 
     class Config(BackboneSection):
         """Settings of FLUX.1. `embedded_guidance` is the strength that a guidance-distilled network (dev) is told, in
-        rollouts and updates alike; networks without that input (schnell) ignore it. rollout.guidance is true
-        classifier-free guidance, which costs a second forward.
+        rollouts and updates alike unless rollout.embedded_guidance says otherwise; networks without that input
+        (schnell) ignore it. rollout.guidance is true classifier-free guidance, which costs a second forward.
 
         `max_sequence_length: null` is the stock pipeline's 512, or 256 for schnell.
         """
@@ -81,6 +81,7 @@ class Flux(ClipExploration, PipelineBackbone):
         pooled: torch.Tensor,
     ) -> torch.Tensor:
         height, width = x.shape[2:]
+        strength = self.config.embedded_guidance if self.told is None else self.told
         rows, columns = (torch.arange(side // 2, device=x.device) for side in (height, width))
         with self.autocast():
             output = denoiser(
@@ -88,7 +89,7 @@ class Flux(ClipExploration, PipelineBackbone):
                 encoder_hidden_states=sequence.to(self.dtype),
                 pooled_projections=pooled.to(self.dtype),
                 timestep=sigma,
-                guidance=torch.full_like(sigma, self.config.embedded_guidance) if self._distilled else None,
+                guidance=torch.full_like(sigma, strength) if self._distilled else None,
                 img_ids=torch.cartesian_prod(rows.new_zeros(1), rows, columns),  # (0, row, column) of each token
                 txt_ids=rows.new_zeros(sequence.shape[1], 3),
                 return_dict=False,

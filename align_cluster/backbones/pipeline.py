@@ -255,6 +255,20 @@ class PipelineBackbone(Backbone):
         with self.autocast():
             return self._vae.decode(z.to(self.dtype, memory_format=self.vae_layout)).sample.float()
 
+    def checkpoint_decoder(self) -> None:
+        """Let `pixels` compute activations again in a backward pass, block by block, where the VAE's class can."""
+        if self._vae._supports_gradient_checkpointing:
+            self._vae.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents fp32 [B, C, H, W] of images [B, 3, h, w] in [0, 1]: the encoder's mode, so that they are always the
+        same."""
+        config, images = self._vae.config, (2 * images - 1).to(self.device, self.dtype, memory_format=self.vae_layout)
+        with self.autocast():
+            z = self._vae.encode(images).latent_dist.mode().float()
+        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
     def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
         from align_cluster.backbones.adapters import lora_config
 

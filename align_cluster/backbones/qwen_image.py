@@ -92,3 +92,12 @@ class QwenImage(PipelineBackbone):
         video = (latents * std + mean)[:, :, None]  # of one frame
         with self.autocast():
             return self._vae.decode(video.to(self.dtype), return_dict=False)[0][:, :, 0].float()
+
+    @torch.no_grad()
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        video = (2 * images - 1)[:, :, None].to(self.device, self.dtype)  # of one frame
+        with self.autocast():
+            z = self._vae.encode(video).latent_dist.mode()[:, :, 0].float()
+        config = self._vae.config
+        mean, std = (z.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+        return (z - mean) / std

@@ -105,6 +105,11 @@ def fill(folder: Path, config: RunConfig, files: Sequence[Path]) -> None:
     data = config.model_dump(mode="json")
     data["cluster"]["address"] = "auto"
     for block in (data["prompts"], data["evaluate"]["prompts"]):
+        if not PurePosixPath(block.get("folder") or "/").is_absolute():
+            raise UserError(
+                f"prompts.folder is {block['folder']}, and images do not go along with a job: give the absolute path "
+                "of a folder that all nodes see"
+            )
         for setting in FILE_SETTINGS:
             if block.get(setting):
                 block[setting] = _copy(Path(block[setting]).expanduser(), folder).name

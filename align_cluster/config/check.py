@@ -5,12 +5,18 @@ ADD A RULE HERE: a function that yields one sentence a problem (the path, what i
 its name in PROMPT_RULES, or in NOTES, which never refuses.
 """
 
+from difflib import get_close_matches
+
 from align_cluster.algorithms import ALGORITHMS
+from align_cluster.algorithms.advantage import AdvantageConfig
+from align_cluster.algorithms.srpo import NEGATIVE, POSITIVE
 from align_cluster.config.rules import RULES, Problems
 from align_cluster.config.run import RunConfig
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.files import quoted
+from align_cluster.prompts.images import left_out
 from align_cluster.rewards.detectors import DETECTORS, geneval_name
+from align_cluster.rewards.words import split, vocabulary
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.types import Prompt, UserError
 
@@ -99,6 +105,16 @@ def settings_without_effect(config: RunConfig, train: list[Prompt], held_out: li
         yield "learner.guidance_gradient is both, and rollout.guidance 1 has no second branch: it changes nothing"
     if config.exploration and config.exploration.conditions == 1:
         yield "exploration.conditions is 1, the original prompt alone: nothing is explored"
+    if ALGORITHMS[config.algorithm.kind].direct and config.advantage != AdvantageConfig():
+        yield f"advantage: algorithm.kind {config.algorithm.kind} follows rewards' gradients and has no advantages"
+    late = config.algorithm.kind == "draft" and config.rollout.schedule.kind in ("native", "sd3")
+    if late and config.backbone.kind == "sd3" and config.algorithm.last == 1:
+        yield (
+            "algorithm.last is 1, and the last step of SD3's schedule begins at noise .009: its gradient does next to "
+            "nothing; rollout.schedule.kind linear has a last step that counts"
+        )
+    if config.algorithm.kind == "srpo" and config.algorithm.levels[0] > 0.99:
+        yield f"algorithm.levels begins at {config.algorithm.levels[0]:g}: above .99 the authors saw distorted images"
 
 
 def merging_rounds(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
@@ -118,6 +134,38 @@ def vanishing_noise(config: RunConfig, train: list[Prompt], held_out: list[Promp
         )
 
 
+def unknown_control_words(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    if getattr(config.algorithm, "relative", "") != "words":
+        return
+    published = {word for phrase in (*POSITIVE, *NEGATIVE) for word in split(phrase)}
+    for name in config.trained:
+        known = vocabulary(config.rewards[name])
+        for setting in ("positive", "negative"):
+            for phrase in getattr(config.algorithm, setting):
+                words = split(phrase)
+                strange = [word for word in words if not (known.knows(word) if known else word in published)]
+                if not strange:
+                    continue
+                where = f"algorithm.{setting}: {phrase!r}: the tokenizer of rewards.{name}"
+                near = known.nearest(strange[0]) if known else nearest(strange[0], published)
+                hint = f"; the nearest that {'it knows' if known else 'is published'} is {near!r}" if near else ""
+                if known:
+                    count = len(words) - len(strange)
+                    yield f"{where} knows {count} of {len(words)} words, and not {strange[0]!r}{hint}"
+                else:
+                    yield f"{where} is not on this machine, so whether it knows {strange[0]!r} is not known{hint}"
+
+
+def nearest(word: str, words: set[str]) -> str | None:
+    return next(iter(get_close_matches(word, sorted(words), n=1)), None)
+
+
+def images_left_out(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    for source in (config.prompts, config.evaluate.prompts):
+        if source.kind == "images" and (sentence := left_out(source.folder)):
+            yield sentence
+
+
 def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
     kinds = [config.rewards[name].kind for name in config.trained]
     lost = [prompt.text for prompt in train if not any(judges(kind, prompt) for kind in kinds)]
@@ -129,7 +177,15 @@ def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: lis
 
 
 PROMPT_RULES = (enough_prompts, held_out_is_held_out, rewards_can_judge, detector_knows_the_objects)
-NOTES = (density_without_use, settings_without_effect, merging_rounds, vanishing_noise, prompts_without_reward)
+NOTES = (
+    density_without_use,
+    settings_without_effect,
+    merging_rounds,
+    vanishing_noise,
+    prompts_without_reward,
+    unknown_control_words,
+    images_left_out,
+)
 
 # Rewards that need more than a prompt's text, and what.
 NEEDS = {

@@ -13,9 +13,14 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.config.run import RunConfig
 from align_cluster.embedded import pipeline_path
+from align_cluster.rewards import REWARDS
+from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rollouts.steps import STEPS
 
 Problems = Iterator[str]
+
+# Scores that ordinary images have, by kind and scale of a reward, where they are far from 0.
+USUAL = {("pickscore", "raw"): 20, ("aesthetic", ""): 4, ("pickscore", "srpo"): 1, ("pickscore", "flow_grpo"): 0.8}
 
 
 def chunk_divides_group(config: RunConfig) -> Problems:
@@ -49,7 +54,8 @@ def updates_have_work(config: RunConfig) -> Problems:
 
 
 def groups_can_compare(config: RunConfig) -> Problems:
-    if config.group_members == 1 and not ALGORITHMS[config.algorithm.kind].needs_path:
+    algorithm = ALGORITHMS[config.algorithm.kind]
+    if config.group_members == 1 and not (algorithm.needs_path or algorithm.direct):
         yield (
             "rollout.group_size is 1, and an advantage compares an image with others of its prompt; "
             "set it to 2 or more (12 is usual)"
@@ -67,7 +73,8 @@ def exploration_fits_backbone(config: RunConfig) -> Problems:
 
 def noise_tells_members_apart(config: RunConfig) -> Problems:
     kind, algorithm = config.step_kind.kind, ALGORITHMS[config.algorithm.kind]
-    if config.rollout.same_noise and not STEPS[kind].has_density and not algorithm.needs_density:
+    several = config.rollout.group_size > 1
+    if config.rollout.same_noise and several and not STEPS[kind].has_density and not algorithm.needs_density:
         yield (
             f"rollout.same_noise starts a whole group from one noise, and rollout.step.kind {kind} adds none, so its "
             "images would repeat one another; set rollout.same_noise to false"
@@ -99,6 +106,98 @@ def algorithm_fits_backbone(config: RunConfig) -> Problems:
             f"algorithm.kind is {config.algorithm.kind}, whose loss is on a flow's velocity, and backbone.kind "
             f"{config.backbone.kind} predicts epsilon or v; set algorithm.kind to {' or '.join(able)}, "
             f"or backbone.kind to {' or '.join(flows)}"
+        )
+
+
+def rewards_have_gradients(config: RunConfig) -> Problems:
+    if not ALGORITHMS[config.algorithm.kind].direct:
+        return
+    able = [kind for kind, reward in REWARDS.items() if issubclass(reward, DifferentiableReward)]
+    for name in config.trained:
+        kind = config.rewards[name].kind
+        if kind not in able:
+            yield (
+                f"rewards.{name} is of kind {kind}, which has no gradient, and algorithm.kind {config.algorithm.kind} "
+                f"follows gradients of rewards; train on {', '.join(able[:-1])} or {able[-1]}"
+            )
+        elif not REWARDS[kind].reads_text and getattr(config.algorithm, "relative", "") == "words":
+            yield (
+                f"rewards.{name} is of kind {kind}, which reads no text, and algorithm.relative words compares an "
+                "image under two texts; set algorithm.relative to noise or none"
+            )
+    margin = getattr(config.algorithm, "margin", None)
+    typical = sum(config.rewards[name].weight * USUAL.get(_scale(config.rewards[name]), 0) for name in config.trained)
+    if margin is not None and typical > margin and getattr(config.algorithm, "relative", "none") == "none":
+        yield (
+            f"algorithm.margin is {margin:g}, and trained rewards are usually about {typical:g}: gradients stop at the "
+            "margin, so nothing would be learned; set it to null, or above what is to be reached"
+        )
+
+
+def _scale(reward: RewardSection) -> tuple[str, str]:
+    return reward.kind, getattr(reward, "scale", "")
+
+
+def direct_settings_fit(config: RunConfig) -> Problems:
+    algorithm, steps = config.algorithm, config.rollout.steps
+    if algorithm.kind == "srpo" and algorithm.relative == "none" and algorithm.branches != "denoise":
+        yield (
+            f"algorithm.branches is {algorithm.branches}, and without words or noise to compare with an inverting step "
+            "would lower the reward; set it to denoise"
+        )
+    if algorithm.kind == "refl" and algorithm.steps[1] >= steps:
+        yield (
+            f"algorithm.steps is {list(algorithm.steps)}, and a rollout of {steps} steps ends with step {steps - 1}; "
+            f"set it to [{steps * 3 // 4}, {steps - 1}], or rollout.steps to {algorithm.steps[1] + 1}"
+        )
+    if algorithm.kind == "draft":
+        if algorithm.last > steps:
+            yield f"algorithm.last is {algorithm.last}, and a rollout has {steps} steps; set it to at most {steps}"
+        if algorithm.renoised and algorithm.last > 1:
+            yield (
+                f"algorithm.renoised is {algorithm.renoised}, which repeats the last step alone, and algorithm.last is "
+                f"{algorithm.last}; set one of them: last to 1, or renoised to 0"
+            )
+    if ALGORITHMS[algorithm.kind].direct and config.step_kind.kind != "euler" and algorithm.kind != "srpo":
+        yield (
+            f"rollout.step.kind is {config.step_kind.kind}, whose steps cannot be repeated from where one began; with "
+            f"algorithm.kind {algorithm.kind} leave rollout.step out"
+        )
+    if ALGORITHMS[algorithm.kind].direct and not hasattr(BACKBONES[config.backbone.kind], "pixels"):
+        yield (
+            f"algorithm.kind {algorithm.kind} sends gradients through the VAE, and backbone.kind "
+            f"{config.backbone.kind} has no differentiable decoder; give it one (`pixels`), or choose another algorithm"
+        )
+
+
+def images_are_there(config: RunConfig) -> Problems:
+    if not config.rollout.offline:
+        return
+    able = [kind for kind, algorithm in ALGORITHMS.items() if algorithm.offline]
+    if config.algorithm.kind not in able:
+        yield (
+            f"rollout.offline trains on real images, and algorithm.kind {config.algorithm.kind} learns from images of "
+            f"the model's own; set algorithm.kind to {' or '.join(able)}, or rollout.offline to false"
+        )
+    if config.prompts.kind != "images":
+        yield (
+            f"rollout.offline takes the prompts' own images, and prompts.kind {config.prompts.kind} has none; set it "
+            "to images, with a folder"
+        )
+
+
+def told_guidance_fits(config: RunConfig) -> Problems:
+    if config.rollout.embedded_guidance is None:
+        return
+    if config.backbone.kind != "flux":
+        yield (
+            f"rollout.embedded_guidance is for guidance-distilled networks, and backbone.kind {config.backbone.kind} "
+            "has no such input; leave it out (rollout.guidance is classifier-free guidance)"
+        )
+    if ALGORITHMS[config.algorithm.kind].needs_density:
+        yield (
+            f"rollout.embedded_guidance makes samplers draw otherwise than the learner, whose log-probs algorithm.kind "
+            f"{config.algorithm.kind} compares with theirs; set backbone.embedded_guidance instead"
         )
 
 
@@ -264,6 +363,10 @@ RULES = (
     step_has_density,
     step_fits_backbone,
     algorithm_fits_backbone,
+    rewards_have_gradients,
+    direct_settings_fit,
+    images_are_there,
+    told_guidance_fits,
     window_fits,
     critic_fits,
     guard_has_a_density,

@@ -33,7 +33,10 @@ class RolloutConfig(Section):
 
     `step: null` takes the algorithm's own step kind. `schedule` gives training rollouts other noise levels than the
     pipeline's own, which evaluation always uses. `window` says which denoising steps are noisy and which are trained
-    (null: 99 %, the first ones). `same_noise` starts a whole group from one noise, as DanceGRPO can.
+    (null: 99 %, the first ones). `same_noise` starts a whole group from one noise, as DanceGRPO can; `step` all groups
+    of a step, as SRPO does. `embedded_guidance` is what a guidance-distilled network is told while it draws for
+    training (null: the backbone's), where the update does not need to draw alike. `offline` takes the images of
+    prompts.kind images in the place of drawn ones.
     """
 
     group_size: PositiveInt = 12
@@ -41,7 +44,9 @@ class RolloutConfig(Section):
     step: one_of(STEPS) | None = None
     schedule: one_of(SCHEDULES) = SCHEDULES["native"].Config()
     window: one_of(WINDOWS) | None = None
-    same_noise: bool = False
+    same_noise: bool | Literal["step"] = False
+    embedded_guidance: Annotated[float, Field(ge=0)] | None = None
+    offline: bool = False
     guidance: Annotated[float, Field(ge=1)] = 1.0
     chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: group_size")
     merge_lora: bool = Field(False, description="samplers add the LoRA into the base's weights, which draws faster")

@@ -12,6 +12,7 @@ from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.estimate.count import Usage, counting
+from align_cluster.estimate.rewards import models
 from align_cluster.estimate.shell import shell, text_encoders
 from align_cluster.learner.policy import LearnerPolicy
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
@@ -28,7 +29,9 @@ class Sizes:
     (guided) prediction for a chunk, `decode` makes its images; `update` is all that the loss asks of one micro-batch at
     one noise level, with its backward, and `checkpointed` the same with gradient checkpointing. `values` is what a
     critic says of one micro-batch's states of one level, `critic` its training on them, `critic_checkpointed` likewise;
-    `critic_weights` and `critic_trained` are bytes of what it adds.
+    `critic_weights` and `critic_trained` are bytes of what it adds. Where the learner follows rewards' gradients,
+    `judge` is decoding a micro-batch with its backward, `frugal` decoding one image with the VAE's blocks computed
+    again, and `rewards` and `seen` are bytes of the rewards' weights and of what they keep of one image.
     """
 
     parameters: dict[str, int]
@@ -47,6 +50,10 @@ class Sizes:
     critic_checkpointed: Usage = Usage(0, 0)
     critic_weights: int = 0
     critic_trained: int = 0
+    judge: Usage = Usage(0, 0)
+    frugal: Usage = Usage(0, 0)
+    rewards: float = 0
+    seen: float = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
             denoiser.zero_grad()
 
         @torch.no_grad()
-        def judge() -> torch.Tensor:
+        def appraise() -> torch.Tensor:
             return critic(x, sigma, text.sequence, text.pooled)
 
         def learn() -> None:
@@ -114,7 +121,7 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
         used["update"] = counter.measure(update)
         if critic:
             copy = _tensors(critic.network, "lora_") if critic.network is not denoiser else {}
-            used |= {"values": counter.measure(judge), "critic": counter.measure(learn)}
+            used |= {"values": counter.measure(appraise), "critic": counter.measure(learn)}
             used["critic_trained"] = 4 * sum(parameter.numel() for parameter in critic.trainable)
             used["critic_weights"] = _bytes(_tensors(critic.head)) + _bytes(copy)
         denoiser.enable_gradient_checkpointing()
@@ -122,6 +129,19 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
         if critic:
             critic.network.enable_gradient_checkpointing()
             used["critic_checkpointed"] = counter.measure(learn)
+        if algorithm.direct:
+
+            def decoded() -> None:
+                torch.autograd.backward(backbone.pixels(x.requires_grad_()).square().mean())
+                x.grad = None
+
+            used["judge"] = counter.measure(decoded)
+            x, _, _ = batch(1)
+            backbone.checkpoint_decoder()
+            used["frugal"] = counter.measure(decoded)
+            known = [model for name in config.trained for model in models(config.rewards[name]) if model]
+            used["rewards"] = 4 * sum(model.parameters for model in known)
+            used["seen"] = sum(model.activations or 0 for model in known)
     return Sizes(
         parameters={name: _parameters(part) for name, part in parts.items()} | {"lora": adapter},
         itemsize=backbone.dtype.itemsize,
@@ -158,6 +178,9 @@ class Tally(Policy):
         self.adapters.append(adapter)
         return torch.zeros_like(x, requires_grad=adapter == "default")
 
+    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return latents.flatten(1).sum(1, keepdim=True).expand(-1, len(texts))
+
 
 def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackbone) -> list[str | None]:
     """The adapters under which a loss asks for a prediction of each sample and noise level, in its order."""
@@ -168,7 +191,7 @@ def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackb
     path, advantages = one[:, None].expand(1, steps, 1, 2, 2), flat if algorithm.critic else flat[:, 0]
     indices = torch.arange(steps)[None]
     recorded = {"before": path, "after": path, "log_probs": flat, "means": path}
-    streams = {"generators": lambda _: [torch.Generator()]}
+    streams = {"generators": lambda _: [torch.Generator()], "noises": (0,)}
     algorithm.loss(
         policy, Batch(turn=0, advantages=advantages, x0=one, sigmas=sigmas, indices=indices, **recorded, **streams)
     )
@@ -191,8 +214,8 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
     """
     stage, ranks, one = config.learner.zero_stage, plan.learners, sizes.adapter
     chunk = config.rollout.chunk or config.rollout.group_size
-    used = (sizes.update, sizes.critic)
-    if config.learner.gradient_checkpointing:
+    frugal, used = config.learner.gradient_checkpointing, (sizes.update, sizes.critic)
+    if frugal:
         used = (sizes.checkpointed, sizes.critic_checkpointed)
     cut = min(config.learner.micro_batch or chunk, chunk) / plan.micro_batch
     share = 1 / ranks if stage == 3 else 1
@@ -201,9 +224,11 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
         weights += min(sizes.denoiser - weights, GATHERED * sizes.itemsize)
     moments = 2 * one if stage == 0 else 3 * one / ranks
     gradients = (one, 2 * one, one + one / ranks, one + one / ranks)[stage]
+    direct = sizes.judge.flops > 0
+    judging = sizes.frugal.bytes + sizes.seen if frugal else (sizes.judge.bytes + plan.micro_batch * sizes.seen) * cut
     return Role(
-        weights + sizes.critic_weights,
+        weights + sizes.critic_weights + direct * (sizes.vae + sizes.rewards),
         one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
         moments + gradients + 3 * sizes.critic_trained,
-        max(one.bytes for one in used) * cut,
+        max(one.bytes for one in used) * cut + direct * judging,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
 from align_cluster.estimate.fit import CONTEXT, GIB, changed, fits, fullest, remedy, reward_bytes
@@ -109,8 +110,19 @@ def image_flops(config: RunConfig, plan: Plan, sizes: Sizes) -> dict[str, float]
     return {
         "rollout": (config.rollout.steps * sizes.draw.flops + sizes.decode.flops) / plan.chunk,
         "reward": sum(pool_flops(config, pool) for pool in plan.reward_pools),
-        "update": (plan.turns * used.flops + critic) / plan.micro_batch,
+        "update": (plan.turns * used.flops + critic) / plan.micro_batch + plan.turns * judged(config, plan, sizes),
     }
+
+
+def judged(config: RunConfig, plan: Plan, sizes: Sizes) -> float:
+    """FLOPs of one image's reward on the learner, with its backward: without gradients of weights that costs as much as
+    a forward."""
+    if not sizes.judge.flops:
+        return 0.0
+    tower = sum(m.flops or 0.0 for name in config.trained for m in models(config.rewards[name]) if m)
+    if config.learner.gradient_checkpointing:
+        return sizes.frugal.flops + sizes.decode.flops / plan.chunk + 3 * tower
+    return sizes.judge.flops / plan.micro_batch + 2 * tower
 
 
 def pool_flops(config: RunConfig, pool: RewardPool) -> float:
@@ -142,6 +154,10 @@ def notes(config: RunConfig, plan: Plan) -> Iterator[str]:
             yield f"the size of rewards.{name}'s model is not known, and counts nothing here"
         elif any(model.flops is None for model in found):
             yield f"the FLOPs of rewards.{name}'s model are not known, and count nothing here"
+    if ALGORITHMS[config.algorithm.kind].direct:
+        unseen = [n for n in config.trained for m in models(config.rewards[n]) if m is None or m.activations is None]
+        if unseen:
+            yield f"what gradients of rewards.{unseen[0]} keep on the learner is not known, and counts nothing here"
     if plan.gpus and not all(pool.gpus for pool in plan.reward_pools):
         yield "rewards without pool.gpus compute on CPUs, whose seconds are not predicted"
     if config.learner.zero_stage == 3:

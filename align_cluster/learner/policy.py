@@ -7,6 +7,7 @@ import torch
 from align_cluster.algorithms.base import Policy
 from align_cluster.backbones.adapters import active_adapter
 from align_cluster.backbones.base import Backbone
+from align_cluster.learner.judge import Judge
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import Step
 
@@ -15,7 +16,8 @@ from align_cluster.rollouts.steps import Step
 class LearnerPolicy(Policy):
     """One base with adapters behind a DeepSpeed engine, for one micro-batch's conditions and one rollout step kind.
 
-    `network` is called, `denoiser` is the module below it whose adapters are switched.
+    `network` is called, `denoiser` is the module below it whose adapters are switched. `judge` is there for algorithms
+    that follow rewards' gradients.
     """
 
     backbone: Backbone
@@ -25,7 +27,11 @@ class LearnerPolicy(Policy):
     text: TextBatch
     guidance: float
     null_gradient: bool = False
+    judge: Judge | None = None
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
             return guided_velocity(self.backbone, self.network, x, sigma, self.text, self.guidance, self.null_gradient)
+
+    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return self.judge(latents, texts)

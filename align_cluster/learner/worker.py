@@ -17,6 +17,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Piece
 from align_cluster.learner.critic import CriticLearner
 from align_cluster.learner.engine import Engine, join
+from align_cluster.learner.judge import Judge
 from align_cluster.learner.policy import LearnerPolicy
 from align_cluster.learner.state import Snapshot, capture, restore
 from align_cluster.learner.sums import add
@@ -43,6 +44,7 @@ class Learner:
             self.denoiser.enable_gradient_checkpointing()
         self.engine = Engine(self.denoiser, config.optimizer, config.learner.zero_stage)
         self.critic = self._critic()
+        self.judge = self._judge(threads)
         self.updates = 0
         self.ema = self._read("default") if config.learner.ema else None
 
@@ -169,7 +171,16 @@ class Learner:
             record.slots,
             None if piece.returns is None else torch.tensor(piece.returns, device=device),
             None if piece.values is None else torch.tensor(piece.values, device=device),
+            record.chunk.prompt.text,
+            record.chunk.noises[rows],
+            self.updates,
         )
+
+    def _judge(self, threads: int) -> Judge | None:
+        if not self.algorithm.direct:
+            return None
+        trained = {name: self.config.rewards[name] for name in self.config.trained}
+        return Judge(self.backbone, trained, threads, self.config.learner.gradient_checkpointing)
 
     def _critic(self) -> CriticLearner | None:
         if not self.algorithm.critic:
@@ -253,6 +264,7 @@ class Learner:
             TextBatch.build([condition] * count, null, self.backbone.device),
             self.config.rollout.guidance,
             self.config.learner.guidance_gradient == "both",
+            self.judge,
         )
 
     def _read(self, adapter: str) -> dict[str, torch.Tensor]:

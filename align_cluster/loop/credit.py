@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import credit, linear
 from align_cluster.algorithms.trust import TrustRegion
 from align_cluster.config.run import RunConfig
@@ -25,6 +26,9 @@ class Creditor:
 
     def assign(self, step: int, drawn: list[Drawn], values: None = None) -> Credit:
         """Advantages [P, M] of a step from all its scores; groups are the rows."""
+        if ALGORITHMS[self.config.algorithm.kind].direct:
+            shape = (self.config.prompts_per_step, self.config.group_members)
+            return Credit(np.zeros(shape, np.float32), np.ones(shape, bool), {})  # its learner asks rewards itself
         arguments = self._arguments(step, drawn)
         return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
 

@@ -161,11 +161,15 @@ class Crew:
             rollout.steps,
             self.config.step_kind,
             rollout.guidance,
-            window.plan(rollout.steps, step, step_seed(self.config, step)) if window else None,
+            window.plan(rollout.steps, step, step_seed(self.config, step))
+            if window
+            else self.algorithm.states(rollout.steps),
             self.algorithm.needs_means,
             rollout.schedule,
             self.config.exploration.rho if self.config.conditions > 1 else 1.0,
             self.algorithm.needs_path,
+            rollout.embedded_guidance,
+            rollout.offline,
         )
 
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> tuple[list[Drawn], dict[str, float]]:

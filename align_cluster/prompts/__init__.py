@@ -3,5 +3,12 @@
 from align_cluster.prompts.embedded import EmbeddedPrompts
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts
 from align_cluster.prompts.geneval import GenevalPrompts
+from align_cluster.prompts.images import ImagePrompts
 
-PROMPTS = {"embedded": EmbeddedPrompts, "txt": TextPrompts, "jsonl": JsonlPrompts, "geneval": GenevalPrompts}
+PROMPTS = {
+    "embedded": EmbeddedPrompts,
+    "txt": TextPrompts,
+    "jsonl": JsonlPrompts,
+    "geneval": GenevalPrompts,
+    "images": ImagePrompts,
+}

@@ -5,6 +5,7 @@ Nothing here knows how many workers there are, so the same groups come out on on
 
 import hashlib
 from functools import lru_cache
+from typing import Literal
 
 from align_cluster.types import Chunk, Prompt, UserError
 
@@ -24,12 +25,13 @@ def plan_step(
     group_size: int,
     chunk: int,
     conditions: int = 1,
-    same_noise: bool = False,
+    same_noise: bool | Literal["step"] = False,
 ) -> list[Chunk]:
     """Chunks of one training step, group by group.
 
     A group is the full grid of `group_size` initial noises x `conditions`, condition by condition: member m is noise
-    m % group_size under condition m // group_size. With `same_noise` a whole group starts from one noise.
+    m % group_size under condition m // group_size. With `same_noise` a whole group starts from one noise, with "step"
+    all groups do.
 
     The run walks through the prompts in epochs, each one a permutation of all of them; where an epoch ends inside a
     step, the next one goes on there. So no prompt comes twice within an epoch and none is left out.
@@ -86,13 +88,14 @@ def _chunks(
     noises: int,
     chunk: int,
     conditions: int = 1,
-    same_noise: bool = False,
+    same_noise: bool | Literal["step"] = False,
 ) -> list[Chunk]:
     chunks = []
     for first in range(0, noises * conditions, chunk):
         members = range(first, min(first + chunk, noises * conditions))
         seeds = tuple(member_seed(seed, step, group, m) for m in members)
-        starts = tuple(member_seed(seed, step, group, 0 if same_noise else m % noises) for m in members)
+        first_group = 0 if same_noise == "step" else group
+        starts = tuple(member_seed(seed, step, first_group, 0 if same_noise else m % noises) for m in members)
         chunks.append(Chunk(step, group, first, prompt, seeds, starts, tuple(m // noises for m in members)))
     return chunks
 

@@ -10,6 +10,7 @@ from align_cluster.rewards.jpeg import Jpeg
 from align_cluster.rewards.ocr import Ocr
 from align_cluster.rewards.open_clip_score import OpenClipScore
 from align_cluster.rewards.pickscore import PickScore
+from align_cluster.rewards.sgp import Sgp
 
 REWARDS = {
     "geneval": GenEval,
@@ -21,5 +22,6 @@ REWARDS = {
     "hps": Hps,
     "aesthetic": Aesthetic,
     "image_reward": ImageReward,
+    "sgp": Sgp,
     "http": Http,
 }

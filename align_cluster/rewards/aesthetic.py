@@ -53,6 +53,8 @@ VERSIONS = {
 class Aesthetic(DifferentiableReward):
     """A rating on a scale of 1 to 10, in fp32: about 4 to 7 (v1), 5 to 6.6 (v2.5)."""
 
+    reads_text = False
+
     class Config(RewardSection):
         """Without `encoder` and `head`, the published ones of `version`.
 

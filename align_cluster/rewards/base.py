@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from torch.nn import functional as F
 
 from align_cluster.config.base import Section
 from align_cluster.types import FailureKind, Prompt
@@ -108,7 +109,12 @@ class Reward(ABC):
 
 
 class DifferentiableReward(Reward):
-    """A reward with a gradient to the pixels. It judges every prompt, and its score is that same computation."""
+    """A reward with a gradient to the pixels. It judges every prompt, and its score is that same computation.
+
+    `reads_text`: whether the prompt plays a part.
+    """
+
+    reads_text: ClassVar[bool] = True
 
     @torch.no_grad()
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
@@ -119,3 +125,48 @@ class DifferentiableReward(Reward):
     @abstractmethod
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
         """Scores fp32 [B] of images float [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""
+
+    def against(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """Scores fp32 [B, J] of every image under every one of J texts, with a gradient to the pixels."""
+        rows = [self.differentiable(images, [Prompt(0, text)] * len(images)) for text in texts]
+        return torch.stack(rows, 1)
+
+
+class EmbeddingReward(DifferentiableReward):
+    """`factor` times the cosine of an image's and a text's embedding, in fp32 whatever the caller's autocast.
+
+    One look at an image judges it under any number of texts, whose embeddings are kept: each is read alone, so that it
+    does not depend on what else is read.
+    """
+
+    factor: float = 1.0
+    kept: ClassVar[int] = 4096
+
+    @abstractmethod
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, D] of images float [B, 3, H, W] in [0, 1], on the reward's device, with a gradient."""
+
+    @abstractmethod
+    def read(self, text: str) -> torch.Tensor:
+        """Embedding [D] of a text."""
+
+    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        scores = self.against(images, texts)
+        owner = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=scores.device)
+        return scores.gather(1, owner[:, None]).squeeze(1)
+
+    def against(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        with torch.autocast(images.device.type, enabled=False):  # the trainer's would cost the third digit of a cosine
+            seen = F.normalize(self.see(images), dim=-1)
+            # Not a matrix product, whose bits would depend on the number of texts and images.
+            return self.factor * (seen[:, None] * torch.stack([self._read(text) for text in texts])).sum(-1)
+
+    @torch.no_grad()
+    def _read(self, text: str) -> torch.Tensor:
+        known = self.__dict__.setdefault("_known", {})
+        if text not in known:
+            if len(known) >= self.kept:
+                del known[next(iter(known))]
+            known[text] = F.normalize(self.read(text), dim=-1)
+        return known[text]

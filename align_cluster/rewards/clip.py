@@ -1,23 +1,9 @@
-"""What rewards on a CLIP model share: images paired with their prompts, and transformers' CLIPModel."""
-
-from collections.abc import Callable
+"""What rewards on transformers' CLIPModel share."""
 
 import torch
-from torch.nn import functional as F
 
 from align_cluster.rewards.heads import stretched
 from align_cluster.rewards.loading import loading
-from align_cluster.types import Prompt
-
-
-def cosines(seen: torch.Tensor, prompts: list[Prompt], read: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
-    """Cosine [B] of image embedding i of `seen` [B, D] and prompt i's; `read` embeds N texts as [N, D].
-
-    A chunk has one prompt: each different text is read once.
-    """
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    owner = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=seen.device)
-    return (F.normalize(seen, dim=-1) * F.normalize(read(texts), dim=-1)[owner]).sum(-1)
 
 
 class Clip:
@@ -55,21 +41,20 @@ class Clip:
             torch.tensor(settings[name], device=device)[:, None, None] for name in ("image_mean", "image_std")
         )
 
-    def cosine(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Cosines fp32 [B] of images [B, 3, H, W] in [0, 1] and their prompts, with a gradient to the pixels."""
-        device = self.mean.device
-        with torch.autocast(device.type, enabled=False):  # the trainer's would cost the third digit of a cosine
-            pixels = (self._cropped(images.to(device, torch.float32)) - self.mean) / self.std
-            return cosines(self.model.get_image_features(pixel_values=pixels).pooler_output, prompts, self._read)
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings fp32 [B, D] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels."""
+        pixels = (self._cropped(images.to(self.mean.device, torch.float32)) - self.mean) / self.std
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def read(self, text: str) -> torch.Tensor:
+        """Embedding fp32 [D] of a text."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer([text], truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = (tokens[name].to(self.mean.device) for name in ("input_ids", "attention_mask"))
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output[0]
 
     def _cropped(self, images: torch.Tensor) -> torch.Tensor:
         """The middle square of images whose shorter side is scaled to the model's; odd margins as transformers does."""
         height, width = (int(self.side * length / min(images.shape[2:])) for length in images.shape[2:])
         top, left = (height - self.side) // 2, (width - self.side) // 2
         return stretched(images, height, width)[:, :, top : top + self.side, left : left + self.side]
-
-    def _read(self, texts: list[str]) -> torch.Tensor:
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        ids, mask = (tokens[name].to(self.mean.device) for name in ("input_ids", "attention_mask"))
-        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output

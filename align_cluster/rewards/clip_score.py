@@ -5,23 +5,31 @@ from typing import Literal
 import torch
 
 from align_cluster.embedded import pipeline_path
-from align_cluster.rewards.base import DifferentiableReward, RewardSection
+from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.clip import Clip
-from align_cluster.types import Prompt
 
 
-class ClipScore(DifferentiableReward):
+class ClipScore(EmbeddingReward):
     """The plain cosine: about .24 to .30 for photographs and openai/clip-vit-large-patch14. Tables print 100 x."""
 
     class Config(RewardSection):
-        """`path` is a hub id, a folder of a transformers CLIPModel with its processor, or "embedded"."""
+        """`path` is a hub id, a folder of a transformers CLIPModel with its processor, or "embedded".
+
+        `scale: srpo` multiplies by a twentieth of the model's learned temperature, as SRPO's official code does.
+        """
 
         kind: Literal["clip_score"] = "clip_score"
         path: str = "embedded"
+        scale: Literal["cosine", "srpo"] = "cosine"
 
     def load(self, device: str, threads: int) -> None:
         source = str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
         self.clip = Clip(self.config.kind, source, source, device)
+        if self.config.scale == "srpo":
+            self.factor = self.clip.model.logit_scale.exp().item() / 20
 
-    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        return self.clip.cosine(images, prompts)
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        return self.clip.see(images)
+
+    def read(self, text: str) -> torch.Tensor:
+        return self.clip.read(text)

@@ -7,10 +7,8 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from align_cluster.rewards.base import DifferentiableReward, RewardSection
-from align_cluster.rewards.clip import cosines
+from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.loading import extra, file_of, loading
-from align_cluster.types import Prompt
 
 CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # as named at the hub
 
@@ -28,7 +26,7 @@ def squared(images: torch.Tensor, side: int) -> torch.Tensor:
     return F.pad(images, (left, side - width - left, top, side - height - top))
 
 
-class Hps(DifferentiableReward):
+class Hps(EmbeddingReward):
     """Cosine of the image's and the prompt's embedding, in fp32: about .20 to .37. Tables print 100 x."""
 
     class Config(RewardSection):
@@ -62,12 +60,12 @@ class Hps(DifferentiableReward):
             for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
         )
 
-    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        device = self.mean.device
-        with torch.autocast(device.type, enabled=False):  # the trainer's would cost the third digit of a cosine
-            pixels = (squared(images.to(device, torch.float32), self.side) - self.mean) / self.std
-            seen = self.model.encode_image(pixels)
-            return cosines(seen, prompts, lambda texts: self.model.encode_text(self.tokenizer(texts).to(device)))
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = (squared(images.to(self.mean.device, torch.float32), self.side) - self.mean) / self.std
+        return self.model.encode_image(pixels)
+
+    def read(self, text: str) -> torch.Tensor:
+        return self.model.encode_text(self.tokenizer([text]).to(self.mean.device))[0]
 
     def _architecture(self) -> dict[str, Any]:
         import open_clip

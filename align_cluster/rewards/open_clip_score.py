@@ -4,13 +4,12 @@ from typing import Literal
 
 import torch
 
-from align_cluster.rewards.base import DifferentiableReward, RewardSection
-from align_cluster.rewards.clip import cosines
+from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.loading import open_clip_model
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import UserError
 
 
-class OpenClipScore(DifferentiableReward):
+class OpenClipScore(EmbeddingReward):
     """The plain cosine: about .35 to .45 for the default."""
 
     class Config(RewardSection):
@@ -31,12 +30,12 @@ class OpenClipScore(DifferentiableReward):
             )
         self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
 
-    def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+    def see(self, images: torch.Tensor) -> torch.Tensor:
         """Images go through the checkpoint's own transform, as floats instead of PIL's bytes."""
-        with torch.autocast(self.device.type, enabled=False):
-            images = images.to(self.device, torch.float32)
-            for step in self.shaping:
-                images = step(images)
-            # PIL's bytes cut off what bicubic overshoots at edges.
-            seen = self.model.encode_image(self.normalise(images.clamp(0, 1)))
-            return cosines(seen, prompts, lambda texts: self.model.encode_text(self.tokenizer(texts).to(self.device)))
+        images = images.to(self.device, torch.float32)
+        for step in self.shaping:
+            images = step(images)
+        return self.model.encode_image(self.normalise(images.clamp(0, 1)))  # PIL's bytes cut off bicubic's overshoots
+
+    def read(self, text: str) -> torch.Tensor:
+        return self.model.encode_text(self.tokenizer([text]).to(self.device))[0]

@@ -25,8 +25,8 @@ class Steer(Protocol):
 
 @dataclass(frozen=True)
 class Path:
-    """Final latents [B, C, H, W] and, for the K recorded steps of each sample, where they began, what they drew, its
-    log-density [B, K] and, where asked for, that density's mean."""
+    """Final latents [B, C, H, W] and, for the K recorded steps of each sample, where they began and, where the kind of
+    step has a density, what they drew, its log-density [B, K] and, if asked for, that density's mean."""
 
     x0: torch.Tensor
     before: torch.Tensor | None = None
@@ -38,6 +38,11 @@ class Path:
 def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
     """One standard normal tensor a generator, drawn on the CPU so that it does not depend on device or batch."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """The noise that rollouts with these seeds begin with, on the CPU. It never travels: anybody can make it again."""
+    return initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], shape)
 
 
 def path_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -69,10 +74,9 @@ def denoise(
     it is. `steer` changes outputs and chooses rows, where nothing is recorded; copies of a row take turns on its stream
     of noise, so they part at once.
     """
-    starts = [torch.Generator().manual_seed(seed) for seed in (noises if noises is not None else seeds)]
     generators = path_generators(seeds)
-    x = initial_noise(starts, shape).to(device)
-    record = Recorder(indices, x, means) if indices is not None and indices.size else None
+    x = starting_noise(noises if noises is not None else seeds, shape).to(device)
+    record = Recorder(indices, x, step.has_density, means) if indices is not None and indices.size else None
     for k in range(len(step.sigmas) - 1):
         if steer and (rows := steer.select(k, x)) is not None:
             x, generators = x[rows], [generators[row] for row in rows]
@@ -84,9 +88,12 @@ def denoise(
         stochastic = step.is_noisy(k) and (noisy is None or k in noisy)
         x_next = step.advance(k, x, v, initial_noise(generators, shape).to(device) if stochastic else None)
         if record is not None and (indices == k).any():
-            trained = policy(x, level) if policy is not None else None
-            mean, std, _ = step.mean(steps, x, v if trained is None else trained)
-            record.put(k, x, x_next, step.density(mean, std, x_next), mean)
+            if step.has_density:
+                trained = policy(x, level) if policy is not None else None
+                mean, std, _ = step.mean(steps, x, v if trained is None else trained)
+                record.put(k, x, x_next, step.density(mean, std, x_next), mean)
+            else:
+                record.put(k, x)
         x = x_next
     return Path(x) if record is None else Path(x, record.before, record.after, record.log_probs, record.means)
 
@@ -94,13 +101,21 @@ def denoise(
 class Recorder:
     """Fills the records of `indices` [B, K] step by step."""
 
-    def __init__(self, indices: np.ndarray, x: torch.Tensor, means: bool) -> None:
+    def __init__(self, indices: np.ndarray, x: torch.Tensor, density: bool, means: bool) -> None:
         self.indices = indices
-        self.before, self.after = (x.new_empty(*indices.shape, *x.shape[1:]) for _ in range(2))
-        self.means = torch.empty_like(self.before) if means else None
-        self.log_probs = x.new_empty(indices.shape)
+        self.before = x.new_empty(*indices.shape, *x.shape[1:])
+        self.after = torch.empty_like(self.before) if density else None
+        self.means = torch.empty_like(self.before) if density and means else None
+        self.log_probs = x.new_empty(indices.shape) if density else None
 
-    def put(self, k: int, x: torch.Tensor, x_next: torch.Tensor, log_prob: torch.Tensor, mean: torch.Tensor) -> None:
+    def put(
+        self,
+        k: int,
+        x: torch.Tensor,
+        x_next: torch.Tensor | None = None,
+        log_prob: torch.Tensor | None = None,
+        mean: torch.Tensor | None = None,
+    ) -> None:
         rows, slots = (torch.from_numpy(places).to(x.device) for places in np.nonzero(self.indices == k))
         for kept, values in (
             (self.before, x),

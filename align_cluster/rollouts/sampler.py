@@ -15,7 +15,8 @@ from align_cluster.backbones.base import BackboneSection
 from align_cluster.conditions.cache import cached
 from align_cluster.conditions.perturb import E2po, gamma
 from align_cluster.config.base import Section
-from align_cluster.rollouts.denoise import Policy, Velocity, denoise
+from align_cluster.prompts.images import read_image
+from align_cluster.rollouts.denoise import Path, Policy, Velocity, denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
@@ -30,7 +31,8 @@ class DrawRequest:
 
     `version` names the weights, `window` the denoising steps that are noisy and those to record. `means` asks for the
     means of the recorded densities, `path` for records of all steps, trained or not. `rho` is E2PO's share of the noise
-    range in which perturbed conditions hold.
+    range in which perturbed conditions hold. `told` is the strength that a guidance-distilled network is told (None:
+    the backbone's). `offline` takes the prompts' own images and draws nothing.
     """
 
     version: int
@@ -42,6 +44,8 @@ class DrawRequest:
     schedule: Section = SCHEDULES["native"].Config()
     rho: float = 1.0
     path: bool = False
+    told: float | None = None
+    offline: bool = False
 
 
 class Sampler:
@@ -117,19 +121,23 @@ class Sampler:
         indices, slots = recorded_indices(chunk, request.window), None
         if request.path:
             indices, slots = np.tile(np.arange(request.steps), (len(chunk.seeds), 1)), request.window.trained
-        velocity, policy = self._velocities(chunk, condition, null, request, perturbation)
-        path = denoise(
-            velocity,
-            step,
-            self.backbone.latent_shape,
-            chunk.seeds,
-            chunk.noises,
-            request.window.noisy if request.window else None,
-            indices,
-            policy,
-            request.means,
-            self.backbone.device,
-        )
+        if request.offline:
+            path = Path(self._given(chunk))
+        else:
+            self.backbone.told = request.told
+            velocity, policy = self._velocities(chunk, condition, null, request, perturbation)
+            path = denoise(
+                velocity,
+                step,
+                self.backbone.latent_shape,
+                chunk.seeds,
+                chunk.noises,
+                request.window.noisy if request.window else None,
+                indices,
+                policy,
+                request.means,
+                self.backbone.device,
+            )
         images = self.backbone.decode(path.x0)
         kept = (path.before, path.after, path.log_probs, path.means)
         arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in kept]
@@ -143,6 +151,13 @@ class Sampler:
             float(images.std(0).mean()) / 255,
         )
         return info, images, record
+
+    def _given(self, chunk: Chunk) -> torch.Tensor:
+        """Latents of the prompt's own image, one a member: they differ by the noises that they will meet."""
+        _, height, width = self.backbone.latent_shape
+        factor = self.backbone.vae_factor
+        image = read_image(chunk.prompt.metadata["image"], height * factor, width * factor)
+        return self.backbone.latents(image[None]).expand(len(chunk.seeds), -1, -1, -1).contiguous()
 
     def sigmas(self, request: DrawRequest) -> np.ndarray:
         """Noise levels [N + 1] of a request."""
@@ -194,6 +209,6 @@ def fingerprint(chunk: Chunk, request: DrawRequest, condition_key: str, perturba
     """Hash of everything that decides a draw; the driver compares the one that comes back with its own."""
     settings = (request.step.model_dump_json(), request.schedule.model_dump_json())
     facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means, request.rho)
-    facts += (request.path,)
+    facts += (request.path, request.told, request.offline)
     members = (chunk.seeds, chunk.noises, chunk.variants, condition_key, perturbation_key)
     return hashlib.blake2b(repr((facts, members)).encode(), digest_size=8).hexdigest()

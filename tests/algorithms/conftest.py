@@ -15,6 +15,7 @@ from align_cluster.rollouts.steps import STEPS, Step
 
 SHAPE = (2, 1, 1)
 MEAN, WIDTH = 0.3, 0.8
+GOALS = {"goal": (1.5, -1.0), "more goal": (2.5, -2.0), "less goal": (-2.5, 2.0)}
 
 
 def gaussian_network(prediction: str) -> Callable:
@@ -87,6 +88,11 @@ class ToyPolicy(Policy):
             v = self.base(x, sigma)
             return v if adapter is None else v + self.adapters[adapter](x, sigma)
 
+    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """Minus the squared distances to points of the texts' own."""
+        goals = torch.tensor([GOALS[text] for text in texts])
+        return -((latents.flatten(1)[:, None] - goals) ** 2).sum(2)
+
     def rollout(
         self,
         seeds: range,
@@ -128,6 +134,9 @@ class ToyPolicy(Policy):
             path.log_probs,
             path.means,
             generators,
+            prompt="goal",
+            noises=tuple(rollout.seeds),
+            update=moment,
         )
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig, normalise
 from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
@@ -144,3 +145,47 @@ def test_nft_moves_mass_to_the_rewarded_mode(make_policy, beta):
     untouched = make_policy("dpm2", steps=8, base=mixture_velocity).rollout(seeds).path.x0[:, 0, 0, 0]
     assert (untouched > 0).float().mean().item() == pytest.approx(0.5, abs=0.08)
     assert share["old"] > 0.75 and share["default"] > 0.75, share
+
+
+DIRECT = {
+    "srpo, difference of words": {"kind": "srpo", "form": "difference"},
+    "srpo, released form, both branches": {"kind": "srpo"},
+    "srpo, three injections": {"kind": "srpo", "form": "difference", "injections": 3, "gap": 200},
+    "direct-align": {"kind": "srpo", "relative": "none", "branches": "denoise"},
+    "refl": {"kind": "refl", "steps": (3, 5), "margin": None, "grad_scale": 1.0},
+    "draft": {"kind": "draft", "last": STEPS},
+    "draft-1": {"kind": "draft", "last": 1},
+    "draft-lv": {"kind": "draft", "renoised": 2},
+}
+WORDS = {"positive": ("more",), "negative": ("less",), "template": "{word} {prompt}", "levels": (0.9, 0.3)}
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon"])
+@pytest.mark.parametrize("run", DIRECT)
+def test_gradients_of_rewards_move_points_in_50_updates(make_policy, run, prediction):
+    settings = dict(DIRECT[run])
+    if settings["kind"] == "srpo":
+        settings |= WORDS | {"margin": None}
+    kind = ALGORITHMS[settings["kind"]]
+    algorithm, policy = kind(kind.Config(**settings)), make_policy("euler", STEPS, prediction=prediction)
+    optimizer = torch.optim.AdamW(policy.parameters, 2e-2)
+    goals = ("more goal", "less goal") if "words" in run or "released" in run or "injections" in run else ("goal",)
+
+    def reward(adapter) -> float:
+        scores = policy.rewards(policy.rollout(range(10**6, 10**6 + 200), adapter=adapter).path.x0, list(goals))
+        return (scores[:, 0] - (scores[:, 1] if len(goals) > 1 else 0)).mean().item()
+
+    for update in range(UPDATES):
+        seeds = range(update * IMAGES, (update + 1) * IMAGES)
+        window = algorithm.states(STEPS)
+        chosen = recorded_indices(Chunk(update, 0, 0, Prompt(0, ""), tuple(seeds)), window) if window else ()
+        rollout = policy.rollout(seeds, chosen)
+        optimizer.zero_grad()
+        turns = algorithm.turns(STEPS, 1)
+        for turn in range(turns):
+            loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.zeros(IMAGES), turn, update))
+            (loss.mean() / turns).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
+        optimizer.step()
+    before, after = reward(None), reward("default")
+    assert after > before + 0.5 * abs(before), (before, after)

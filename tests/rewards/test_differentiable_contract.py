@@ -49,9 +49,11 @@ class Case:
 
 CASES = (
     Case("clip_score", ("path",), 1e-5, 1e-6, 1e-6, 5e-4),
+    Case("clip_score", (), 1e-4, 1e-5, 1e-5, 5e-4, {"scale": "srpo"}),
     Case("open_clip_score", ("path",), 1e-5, 1e-6, 1e-6, 1e-3, extra="open_clip"),
     Case("pickscore", ("path", "processor"), 1e-4, 1e-4, 1e-4, 1e-2),
     Case("pickscore", (), 1e-5, 1e-5, 1e-5, 4e-4, {"scale": "flow_grpo"}),
+    Case("pickscore", (), 1e-5, 1e-5, 1e-5, 4e-4, {"scale": "srpo"}),
     Case("pickscore", (), 1e-5, 1e-6, 1e-6, 1e-4, {"scale": "cosine"}),
     Case("hps", ("path",), 1e-5, 1e-6, 1e-5, 1e-3, clamps=False, extra="open_clip"),
     Case("image_reward", ("path", "tokenizer"), 1e-4, 1e-5, 1e-5, 1e-2),

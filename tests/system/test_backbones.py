@@ -38,7 +38,12 @@ def fits(kind: str, algorithm: str) -> bool:
     return BACKBONES[kind].flow or not ALGORITHMS[algorithm].needs_flow
 
 
-AT_ONCE = {"ppo": ("algorithm.warm_up.updates=0",)}  # so that the actor learns in the first step
+AT_ONCE = {
+    "ppo": ("algorithm.warm_up.updates=0",),  # so that the actor learns in the first step
+    "srpo": ("advantage={}", "learner.gradient_checkpointing=true"),
+    "refl": ("advantage={}", "algorithm.steps=[1, 2]"),
+    "draft": ("advantage={}", "algorithm.last=2"),
+}
 
 PAIRS = [(kind, algorithm) for kind in BACKBONES for algorithm in ALGORITHMS]
 

@@ -19,13 +19,15 @@ from align_cluster.backbones.adapters import active_adapter, adapter_parameters,
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.learner.batching import share
 from align_cluster.learner.sums import merge
+from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rollouts.steps import FlowSde
+from align_cluster.types import Prompt
 from align_cluster.weights import view
 
 SCRIPT = Path(__file__).with_name("zero_worker.py")
 WORKER = runpy.run_path(str(SCRIPT))
-ONE_RANK = ["0:nft", "1:nft", "2:nft", "3:nft", "2:grpo"]
-TWO_RANKS = ["0:nft", "2:nft", "3:nft", "2:grpo"]
+ONE_RANK = ["0:nft", "1:nft", "2:nft", "3:nft", "2:grpo", "2:srpo", "2:draft", "3:draft"]
+TWO_RANKS = ["0:nft", "2:nft", "3:nft", "2:grpo", "2:srpo", "2:draft"]
 CASES = [(case, 1) for case in ONE_RANK] + [(case, 2) for case in TWO_RANKS]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -60,14 +62,19 @@ def left(tmp_path_factory, reference) -> dict[tuple[str, int], list[list[dict]]]
 class PlainPolicy(Policy):
     """The network without engine, guidance or micro-batches."""
 
-    def __init__(self, backbone, denoiser, step, condition, count):
-        self.backbone, self.denoiser, self.step = backbone, denoiser, step
+    def __init__(self, backbone, denoiser, step, condition, count, reward):
+        self.backbone, self.denoiser, self.step, self.reward = backbone, denoiser, step, reward
         self.sequence = torch.tensor(condition.sequence).expand(count, -1, -1)
         self.pooled = torch.tensor(condition.pooled).expand(count, -1)
 
     def velocity(self, x, sigma, adapter="default"):
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
             return self.backbone.velocity(self.denoiser, x, sigma, self.sequence, self.pooled)
+
+    def rewards(self, latents, texts):
+        images = (self.backbone.pixels(latents) / 2 + 0.5).clamp(0, 1)
+        columns = [self.reward.differentiable(images, [Prompt(0, text)] * len(images)) for text in texts]
+        return 10 * torch.stack(columns, 1)
 
 
 def streams(record, step: int, update: int):
@@ -86,7 +93,7 @@ def streams(record, step: int, update: int):
 @pytest.fixture(scope="module")
 def reference() -> dict[str, list[dict]]:
     """The same steps by hand: AdamW, clip_grad_norm_, an average over all valid samples and turns of an update."""
-    return {algorithm: plain_run(WORKER["settings"](0, algorithm)) for algorithm in ("nft", "grpo")}
+    return {algorithm: plain_run(WORKER["settings"](0, algorithm)) for algorithm in ("nft", "grpo", *WORKER["DIRECT"])}
 
 
 def plain_run(config) -> list[dict]:
@@ -94,6 +101,8 @@ def plain_run(config) -> list[dict]:
     backbone = SD3(config.backbone)
     denoiser = add_adapters(backbone, backbone.load_denoiser(), algorithm.adapters)
     drawn, texts = WORKER["records"](config), WORKER["conditions"](config)
+    reward = ClipScore(ClipScore.Config())
+    reward.load("cpu", 1)
     advantages, valid = WORKER["credit"]()
     parameters, settings = adapter_parameters(denoiser, "default"), config.optimizer
     optimizer = torch.optim.AdamW(parameters.values(), settings.lr, settings.betas, settings.eps, settings.weight_decay)
@@ -108,10 +117,13 @@ def plain_run(config) -> list[dict]:
             optimizer.zero_grad()
             for source in sources:
                 record, keep = drawn[source], torch.from_numpy(valid[source])
-                arrays = (record.before, record.after, record.log_probs)
+                arrays = [
+                    None if array is None else torch.tensor(array)
+                    for array in (record.before, record.after, record.log_probs)
+                ]
                 for turn in range(turns):
                     policy = PlainPolicy(
-                        backbone, denoiser, FlowSde(FlowSde.Config(), record.sigmas), texts[source], len(keep)
+                        backbone, denoiser, FlowSde(FlowSde.Config(), record.sigmas), texts[source], len(keep), reward
                     )
                     batch = Batch(
                         turn,
@@ -119,9 +131,12 @@ def plain_run(config) -> list[dict]:
                         torch.tensor(record.x0),
                         record.sigmas,
                         torch.from_numpy(record.indices),
-                        *(torch.tensor(array) for array in arrays),
+                        *arrays,
                         None,
                         streams(record, step, update),
+                        prompt=record.chunk.prompt.text,
+                        noises=record.chunk.noises,
+                        update=count,
                     )
                     loss, _ = algorithm.loss(policy, batch)
                     (loss[keep].sum() / weight).backward()

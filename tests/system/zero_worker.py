@@ -5,11 +5,13 @@ A CASE is "<stage>:<algorithm>". Rank 0 pickles {case: [what a step left behind,
 
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.base import Batch, Policy
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import cut, share, total_weight
@@ -21,6 +23,8 @@ from align_cluster.types import Chunk, Condition, Prompt, Record
 SIZES = (3, 1, 2)  # members of each chunk: uneven, so that pieces are uneven and ranks need padding
 STEPS, MICRO_BATCH = 2, 2
 SEED = 5
+DIRECT = ("srpo", "draft")
+SPOILED = ("x0", "before")
 
 
 def settings(stage: int, algorithm: str) -> RunConfig:
@@ -28,7 +32,10 @@ def settings(stage: int, algorithm: str) -> RunConfig:
     kinds = {
         "nft": {"kind": "nft", "beta": 0.5, "kl_beta": 0.1, "timesteps": 2, "old": "slow"},
         "grpo": {"kind": "grpo", "clip": 0.01, "kl_beta": 0.04},
+        "srpo": {"kind": "srpo", "positive": ["a light"], "negative": ["a dark", "a small"], "margin": 3.0},
+        "draft": {"kind": "draft", "last": 2},
     }
+    trained = {"kind": "clip_score", "weight": 10} if algorithm in DIRECT else {"kind": "geneval"}
     return RunConfig.model_validate(
         {
             "name": "zero",
@@ -38,7 +45,7 @@ def settings(stage: int, algorithm: str) -> RunConfig:
             "rollout": {"steps": 4, "window": {"kind": "fraction", "fraction": 0.5}}
             if algorithm == "grpo"
             else {"steps": 4},
-            "rewards": {"geneval": {"kind": "geneval"}},
+            "rewards": {"trained": trained},
             "algorithm": kinds[algorithm],
             # AdamW would blow rounding errors of vanishing gradients up to the learning rate: eps is well above them.
             "optimizer": {
@@ -49,7 +56,13 @@ def settings(stage: int, algorithm: str) -> RunConfig:
                 "schedule": "linear",
                 "flat": 0.5,
             },
-            "learner": {"updates_per_step": 2, "zero_stage": stage, "ema": 0.9},
+            # One of the two that follow rewards' gradients computes its activations twice.
+            "learner": {
+                "updates_per_step": 2,
+                "zero_stage": stage,
+                "ema": 0.9,
+                "gradient_checkpointing": algorithm == "draft",
+            },
             "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}},
         }
     )
@@ -62,9 +75,12 @@ def conditions(config: RunConfig) -> list[Condition]:
 
 
 def records(config: RunConfig) -> list[Record]:
-    """What samplers with untrained adapters draw, with the first two steps recorded."""
-    sampler = Sampler(config.backbone)
-    request = DrawRequest(0, 4, FlowSde.Config(), window=Window((0, 1, 2, 3), (0, 1), 2))
+    """What samplers with untrained adapters draw, with the first two steps recorded, or the state that DRaFT needs."""
+    sampler, kind = Sampler(config.backbone), config.algorithm
+    if kind.kind in DIRECT:
+        request = DrawRequest(0, 4, config.step_kind, window=ALGORITHMS[kind.kind](kind).states(4))
+    else:
+        request = DrawRequest(0, 4, FlowSde.Config(), window=Window((0, 1, 2, 3), (0, 1), 2))
     chunks = [
         Chunk(0, g, 0, Prompt(g, f"p{g}"), tuple(range(10 * g + 1, 10 * g + 1 + size))) for g, size in enumerate(SIZES)
     ]
@@ -86,6 +102,11 @@ def credit() -> tuple[list[np.ndarray], list[np.ndarray]]:
 def cut_step(config: RunConfig, drawn: list[Record], step: int) -> list:
     chunks = [record.chunk for record in drawn]
     return cut(chunks, *credit(), config.learner.updates_per_step, MICRO_BATCH, SEED + step)
+
+
+def with_states(record: Record) -> Record:
+    """A record that has `before`, if only to be spoiled."""
+    return record if record.before is not None else replace(record, before=record.x0[:, None])
 
 
 def root_of_zero(policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -122,7 +143,8 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
 
     # First a loss that is not a number, then a finite one without a finite gradient, and then a sound one again.
     spoiled = [
-        Record(**(vars(record) | {"x0": record.x0 * np.nan, "before": record.before * np.nan})) for record in drawn
+        Record(**(vars(record) | {name: value * np.nan for name, value in vars(record).items() if name in SPOILED}))
+        for record in map(with_states, drawn)
     ]
     sound = learner.algorithm.loss
     for given, loss in ((spoiled, sound), (drawn, root_of_zero), (drawn, sound)):

@@ -1,0 +1,56 @@
+"""What gradients of rewards flow through: pure functions of latents, noise and the network's output, in fp32.
+
+x_t = a x0 + s eps with s the noise level; a is 1 - s for networks that predict a flow's velocity v = eps - x0, and
+sqrt(1 - s^2) for those that predict epsilon or v = a eps - s x0. All levels are [b], latents and outputs [b, C, H, W].
+"""
+
+from typing import Literal
+
+import torch
+
+Prediction = Literal["flow", "epsilon", "v"]
+
+
+def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return values.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def signal(level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
+    """a at noise levels s."""
+    return 1 - level if prediction == "flow" else torch.sqrt(1 - level**2)
+
+
+def noised(x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
+    """x_t."""
+    return _like(signal(level, prediction), x0) * x0 + _like(level, x0) * noise
+
+
+def clean(x: torch.Tensor, output: torch.Tensor, level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
+    """The x0 that an output at x_t says: the one-step prediction of ReFL, a blur at high noise."""
+    s, a = _like(level, x), _like(signal(level, prediction), x)
+    if prediction == "flow":
+        return x - s * output
+    return (x - s * output) / a if prediction == "epsilon" else a * x - s * output
+
+
+def recover(
+    x: torch.Tensor,
+    output: torch.Tensor,
+    noise: torch.Tensor,
+    level: torch.Tensor,
+    target: torch.Tensor,
+    prediction: Prediction,
+) -> torch.Tensor:
+    """x0 from x_t at `level`, whose noise is known but for what lies between `level` and `target`, which the output
+    says: Direct-Align (Shen et al. 2025, arXiv 2509.06942, eq. 5).
+
+    The model steps to `target` (below `level`: it denoises; above: it inverts), and the known noise is taken away from
+    there. Exact where the output is. For a velocity the divisor is the signal at `target`, since a step of the flow
+    changes the signal too; for epsilon, as printed, that at `level`.
+    """
+    start, end = _like(level, x), _like(target, x)
+    if prediction == "flow":
+        return (x + (end - start) * output - end * noise) / (1 - end)
+    kept = _like(signal(level, prediction), x)
+    eps = output if prediction == "epsilon" else kept * output + start * x
+    return (x + (end - start) * eps - end * noise) / kept

@@ -1,0 +1,57 @@
+"""DRaFT-K and DRaFT-LV (Clark et al. 2023, arXiv 2309.17400): the gradient of a reward through the last steps of a
+rollout."""
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+
+from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.direct import noised
+from align_cluster.config.base import Section
+from align_cluster.rollouts.denoise import initial_noise
+from align_cluster.rollouts.windows import Window
+
+
+class DRaFT(Algorithm):
+    """Samplers record where the last K steps began; the learner repeats those steps with gradient.
+
+    DRaFT-LV takes x0 alone: it noises it again to the last step's level, which leaves less of the gradient to chance.
+    """
+
+    class Config(Section):
+        """`last` is K; all steps of the rollout with learner.gradient_checkpointing is DRaFT. `renoised` copies of the
+        last step are averaged over (DRaFT-LV, with `last` 1; published: 2); 0 takes the recorded step.
+        """
+
+        kind: Literal["draft"] = "draft"
+        last: PositiveInt = 1
+        renoised: NonNegativeInt = 0
+
+    needs_density = False
+    direct = True
+    default_step = "euler"
+    behaviour = "default"
+    adapters = ("default",)
+
+    def states(self, steps: int) -> Window | None:
+        return None if self.config.renoised else Window((), (steps - self.config.last,), 1)
+
+    def turns(self, steps: int, recorded: int) -> int:
+        return self.config.renoised or 1
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        steps = len(batch.sigmas) - 1
+
+        def level(k: int) -> torch.Tensor:
+            return policy.step.level(torch.full((len(batch.x0),), k, device=batch.x0.device))
+
+        if self.config.renoised:
+            noise = initial_noise(batch.generators(f"noise {batch.turn}"), batch.x0.shape[1:]).to(batch.x0)
+            x = noised(batch.x0, noise, level(steps - 1), policy.step.prediction)
+        else:
+            x = batch.before[:, 0]
+        for k in range(steps - self.config.last, steps):
+            x = policy.step.advance(k, x, policy.velocity(x, level(k)))
+        reward = policy.rewards(x, [batch.prompt])[:, 0]
+        return -reward, {"reward": reward.detach()}

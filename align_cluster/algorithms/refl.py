@@ -1,0 +1,58 @@
+"""ReFL (Xu et al. 2023, arXiv 2304.05977, algorithm 1): the gradient of a reward through one late denoising step."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
+
+from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.direct import clean
+from align_cluster.config.base import Section
+from align_cluster.rollouts.windows import Window
+
+
+class ReFL(Algorithm):
+    """Samplers record where a random late step of each sample began; the learner predicts x0 from there."""
+
+    class Config(Section):
+        """`steps` are the first and the last step (counted from 0, the noisiest) that a sample's is drawn from; as
+        published, of 40. Gradients stop at rewards of `margin`, which belongs to ImageReward (null: never).
+        `grad_scale` multiplies the loss; AdamW undoes it, short of the clip norm and its eps.
+        """
+
+        kind: Literal["refl"] = "refl"
+        steps: Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(description="of the rollout, both included")] = (
+            30,
+            39,
+        )
+        margin: float | None = 2.0
+        grad_scale: PositiveFloat = 1e-3
+
+        @field_validator("steps")
+        @classmethod
+        def in_order(cls, steps: tuple[int, int]) -> tuple[int, int]:
+            if steps[0] > steps[1]:
+                raise ValueError("[first, last], the first not above the last")
+            return steps
+
+    needs_density = False
+    direct = True
+    default_step = "euler"
+    behaviour = "default"
+    adapters = ("default",)
+
+    def states(self, steps: int) -> Window:
+        first, last = self.config.steps
+        return Window((), tuple(range(first, last + 1)), 1)
+
+    def turns(self, steps: int, recorded: int) -> int:
+        return 1
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x, level = batch.before[:, 0], policy.step.level(batch.indices[:, 0])
+        x0 = clean(x, policy.velocity(x, level), level, policy.step.prediction)
+        reward = policy.rewards(x0, [batch.prompt])[:, 0]
+        margin, metrics = self.config.margin, {"reward": reward.detach()}
+        if margin is not None:
+            metrics["satisfied"] = (metrics["reward"] >= margin).float()
+        return self.config.grad_scale * (-reward if margin is None else torch.relu(margin - reward)), metrics

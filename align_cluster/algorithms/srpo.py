@@ -1,0 +1,164 @@
+"""SRPO (Shen et al. 2025, arXiv 2509.06942): the gradient of a text-conditioned relative reward, straight into the
+denoiser at any noise level. Constants are those of the official code, which differs from the paper's text in places."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+
+from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.direct import noised, recover
+from align_cluster.config.base import Section
+from align_cluster.rollouts.denoise import initial_noise, starting_noise
+
+LEVELS, EDGE = 1000, 5  # levels are numbered 1 (clean) ... 1000 (noisy); none within 5 of an end is trained
+POSITIVE = ("Natural-lighting", "Detail", "Detailed", "Real")
+NEGATIVE = ("Concept art", "Painting", "Anime", "Flat", "Oil")
+
+Level = Annotated[float, Field(gt=0, lt=1)]
+Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
+class SRPO(Algorithm):
+    """Injects the rollout's own initial noise again, recovers x0 from one short model step (Direct-Align), and follows
+    the gradient of what the image is more of: the positive control word or the negative one.
+
+    Turns alternate between a step that denoises and one that inverts, with the words in opposite roles. Both recover at
+    the same level, so what the reward likes whatever the words is followed in one and left in the other.
+    """
+
+    class Config(Section):
+        """`relative`: `words` compares an image under two control words, `noise` an image with itself under a little
+        noise (for rewards that read no text; `blur` is its level), `none` is plain Direct-Align on the reward itself.
+
+        `form` weighs the two scores r+ and r-: `difference` r+ - r- (paper, eq. 10), `cfg` k r+ + (1 - k) r- (paper,
+        eq. 11; `strength` is k > 1), `released` (1 + k) r+ - r-, which the authors found more stable, with k from
+        `discount_denoise` and `discount_inversion`. In a step that inverts r+ and r- change places.
+
+        `positive` and `negative` words are gone through in turn, one pair an optimiser update; `template` puts them
+        before the prompt. `levels` are the noisiest and the cleanest noise level. One between them is drawn for each
+        sample, and the model steps over at most `gap` thousandths of the range. The discounts are linear from the clean
+        end to the noisy end, and so is `late`, the weight lambda(t) of a level's loss (eq. 6; the official code: 1).
+        `injections` noise the same x0 at so many consecutive levels, one step apart. Gradients stop at rewards of
+        `margin` (null: never). `truncate_timesteps` feeds a flow network with int(1000 sigma) / 1000.
+        """
+
+        kind: Literal["srpo"] = "srpo"
+        relative: Literal["words", "noise", "none"] = "words"
+        form: Literal["released", "difference", "cfg"] = "released"
+        strength: Annotated[float, Field(gt=1)] = 1.5
+        positive: Words = POSITIVE
+        negative: Words = NEGATIVE
+        template: str = "{word}. {prompt}"
+        blur: Level = 0.1
+        branches: Literal["both", "denoise", "inversion"] = "both"
+        levels: tuple[Level, Level] = (27 / 28, 0.75)
+        gap: Annotated[int, Field(ge=1, le=500)] = 100
+        injections: PositiveInt = 1
+        discount_denoise: tuple[float, float] = (0.1, 0.25)
+        discount_inversion: tuple[float, float] = (0.3, 0.01)
+        late: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+        margin: float | None = 0.7
+        truncate_timesteps: bool = True
+
+        @field_validator("template")
+        @classmethod
+        def has_both_places(cls, template: str) -> str:
+            if sorted(part for part in ("{word}", "{prompt}") if template.count(part) == 1) != ["{prompt}", "{word}"]:
+                raise ValueError("text with {word} and {prompt}, each once")
+            return template
+
+        @field_validator("levels")
+        @classmethod
+        def noisy_first(cls, levels: tuple[float, float]) -> tuple[float, float]:
+            if levels[0] <= levels[1]:
+                raise ValueError("[noisiest, cleanest], the first above the second")
+            return levels
+
+        @field_validator("injections")
+        @classmethod
+        def fit_the_range(cls, injections: int, info: ValidationInfo) -> int:
+            most = 1 + (LEVELS - 2 * EDGE) // info.data.get("gap", 100)
+            if injections > most:
+                raise ValueError(f"at most {most}: so many steps of algorithm.gap fit between the levels")
+            return injections
+
+    needs_density = False
+    direct = True
+    offline = True
+    default_step = "euler"
+    behaviour = "default"
+    adapters = ("default",)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return ("denoise", "inversion") if self.config.branches == "both" else (self.config.branches,)
+
+    def turns(self, steps: int, recorded: int) -> int:
+        return len(self.branches) * self.config.injections
+
+    def level(self, number: torch.Tensor) -> torch.Tensor:
+        """Noise levels fp32 of numbers from 1 (cleanest) to LEVELS (noisiest)."""
+        return torch.from_numpy(np.linspace(*self.config.levels, LEVELS)).float()[LEVELS - number]
+
+    def numbers(self, batch: Batch, injection: int) -> torch.Tensor:
+        """Numbers of the levels that a turn recovers x0 at, one a sample: the same in both branches."""
+        low, high = EDGE + (self.config.injections - 1) * self.config.gap, LEVELS - EDGE
+        drawn = [int(torch.randint(low, high + 1, (1,), generator=g)) for g in batch.generators("level")]
+        return torch.tensor(drawn) - injection * self.config.gap
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config, x0, device = self.config, batch.x0, batch.x0.device
+        injection, place = divmod(batch.turn, len(self.branches))
+        inverts, prediction = self.branches[place] == "inversion", policy.step.prediction
+        number = self.numbers(batch, injection)
+        gap = torch.minimum(number, LEVELS - number).clamp(max=config.gap)
+        start = (number - gap).clamp(min=1) if inverts else number + gap
+        level, target = self.level(start).to(device), self.level(number).to(device)
+        fed = torch.trunc(1000 * level) / 1000 if config.truncate_timesteps and prediction == "flow" else level
+        noise = starting_noise(batch.noises, x0.shape[1:]).to(device)
+        x = noised(x0, noise, level, prediction)
+        found = recover(x, policy.velocity(x, fed), noise, level, target, prediction)
+        scores = self.scores(policy, batch, found)
+        reward = (scores * self.weights(start if inverts else number, inverts).to(scores)).sum(1)
+        loss = -reward if config.margin is None else torch.relu(config.margin - reward)
+        share = (number - 1) / (LEVELS - 1)
+        loss = loss * (config.late[0] + (config.late[1] - config.late[0]) * share).to(loss)
+        metrics = {"reward": reward, "recovery": (found - x0).square().flatten(1).mean(1).sqrt()}
+        if config.margin is not None:
+            metrics["satisfied"] = (reward >= config.margin).float()
+        if config.relative != "none":
+            metrics["preference"] = scores[:, 0] - scores[:, 1]
+        return loss, {name: values.detach() for name, values in metrics.items()}
+
+    def pair(self, update: int, prompt: str) -> list[str]:
+        """The texts of optimiser update number `update`: the prompt with a positive word, and with a negative one."""
+        words = (self.config.positive, self.config.negative)
+        chosen = (options[update % len(options)] for options in words)
+        return [self.config.template.replace("{word}", word).replace("{prompt}", prompt) for word in chosen]
+
+    def scores(self, policy: Policy, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
+        """Rewards [b, 2], of what is wanted and of what is not, or [b, 1] of the image alone."""
+        if self.config.relative == "words":
+            return policy.rewards(x0, self.pair(batch.update, batch.prompt))
+        plain = policy.rewards(x0, [batch.prompt])
+        if self.config.relative == "none":
+            return plain
+        noise = initial_noise(batch.generators(f"blur {batch.turn}"), x0.shape[1:]).to(x0)
+        blurred = noised(x0, noise, torch.full((len(x0),), self.config.blur), policy.step.prediction)
+        return torch.cat([plain, policy.rewards(blurred, [batch.prompt])], 1)
+
+    def weights(self, number: torch.Tensor, inverts: bool) -> torch.Tensor:
+        """Weights [b, J] of `scores`; `number` is that of the level whose discount counts."""
+        config, one = self.config, torch.ones(len(number))
+        if config.relative == "none":
+            return one[:, None]
+        if config.form == "difference":
+            pair = (one, -one)
+        elif config.form == "cfg":
+            pair = (one * config.strength, one * (1 - config.strength))
+        else:
+            ends = config.discount_inversion if inverts else config.discount_denoise
+            pair = (1 + torch.from_numpy(np.linspace(*ends, LEVELS)).float()[number], -one)
+        return torch.stack(pair[::-1] if inverts else pair, 1)

@@ -1,0 +1,125 @@
+"""Prompts that come with a real image each: a folder of captioned pictures."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field
+
+from align_cluster.config.base import Section
+from align_cluster.types import Prompt, UserError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTIONS = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a folder holds: (image, caption) pairs in the order of the files' names, and images that are left out."""
+
+    pairs: tuple[tuple[Path, str], ...]
+    uncaptioned: tuple[Path, ...]
+    unreadable: tuple[Path, ...]
+
+
+class ImagePrompts:
+    """Captions of images as prompts, whose metadata say where the `image` is.
+
+    A caption stands in a text file of the image's name (cat.jpg, cat.txt), or in a line {"file_name": "cat.jpg",
+    "text": "a cat"} of metadata.jsonl. Images without one, and those that cannot be read, are left out; `validate` and
+    `train` say how many. With rollout.offline they are what is trained on.
+    """
+
+    class Config(Section):
+        """`folder` must be there for every sampler, under the same path."""
+
+        kind: Literal["images"] = "images"
+        folder: Annotated[str, Field(min_length=1)]
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def load(self) -> list[Prompt]:
+        found = survey(self.config.folder)
+        if not found.pairs:
+            raise UserError(
+                f"{self.config.folder} has no image that can be used: {len(found.uncaptioned)} have no caption and "
+                f"{len(found.unreadable)} cannot be read; write captions into text files beside the images (cat.jpg, "
+                f"cat.txt) or into {CAPTIONS}"
+            )
+        return [Prompt(i, text, {"image": str(path)}) for i, (path, text) in enumerate(found.pairs)]
+
+
+def left_out(folder: str) -> str | None:
+    """What of a folder is not used, as a sentence; None: nothing."""
+    found = survey(folder)
+    parts = [
+        f"{len(paths)} {what}, such as {paths[0].name}"
+        for paths, what in ((found.uncaptioned, "without a caption"), (found.unreadable, "that cannot be read"))
+        if paths
+    ]
+    total = len(found.pairs) + len(found.uncaptioned) + len(found.unreadable)
+    return f"{folder}: of {total} images are left out {' and '.join(parts)}" if parts else None
+
+
+@lru_cache(maxsize=8)
+def survey(folder: str) -> Survey:
+    """Look through a folder, once a process. Every image is decoded: a header does not say that a file is whole."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"prompts.folder is {folder}, which is no folder here; give one with images and captions")
+    captions = dict(_captions(root))
+    images = sorted(path for path in root.iterdir() if path.suffix.lower() in ENDINGS)
+    images += sorted(root / name for name in captions if not (root / name).exists())
+    texts = [captions.get(path.name) or _beside(path) for path in images]
+    captioned = [path for path, text in zip(images, texts, strict=True) if text]
+    with ThreadPoolExecutor() as pool:
+        whole = dict(zip(captioned, pool.map(_readable, captioned), strict=True))
+    return Survey(
+        tuple((path, text) for path, text in zip(images, texts, strict=True) if text and whole[path]),
+        tuple(path for path, text in zip(images, texts, strict=True) if not text),
+        tuple(path for path in captioned if not whole[path]),
+    )
+
+
+def _captions(root: Path) -> Iterator[tuple[str, str]]:
+    file = root / CAPTIONS
+    lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            yield str(row["file_name"]), str(row["text"]).strip()
+        except (ValueError, LookupError, TypeError):
+            raise UserError(
+                f'{file}, line {number}: write one object a line, such as {{"file_name": "cat.jpg", "text": "a cat"}}'
+            ) from None
+
+
+def _beside(path: Path) -> str:
+    file = path.with_suffix(".txt")
+    return " ".join(file.read_text(encoding="utf-8-sig", errors="replace").split()) if file.is_file() else ""
+
+
+def _readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def read_image(path: str, height: int, width: int) -> torch.Tensor:
+    """An image fp32 [3, height, width] in [0, 1]: scaled to cover that size, the middle kept."""
+    with Image.open(path) as image:
+        fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)

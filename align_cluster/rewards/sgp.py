@@ -1,0 +1,61 @@
+"""SGP: which of two control words an image is more of, as SRPO's paper measures realism (arXiv 2509.06942, table 1)."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, field_validator
+
+from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.clip_score import ClipScore
+from align_cluster.rewards.hps import Hps
+from align_cluster.rewards.open_clip_score import OpenClipScore
+from align_cluster.rewards.pickscore import PickScore
+from align_cluster.types import Prompt
+
+JUDGES = {"hps": Hps, "pickscore": PickScore, "clip_score": ClipScore, "open_clip_score": OpenClipScore}
+JudgeConfig = Annotated[
+    Hps.Config | PickScore.Config | ClipScore.Config | OpenClipScore.Config, Field(discriminator="kind")
+]
+
+
+class Sgp(Reward):
+    """Cosine under the positive text less that under the negative one; its detail `share` is their softmax.
+
+    The paper speaks of a difference and prints .41 to .51, which no difference of such cosines is: hence both.
+    """
+
+    class Config(RewardSection):
+        """`of` is the reward that judges, of which only its model counts. `temperature` multiplies the cosines of
+        `share`."""
+
+        kind: Literal["sgp"] = "sgp"
+        of: JudgeConfig = Hps.Config()
+        positive: str = "Realistic photo"
+        negative: str = "CG Render"
+        template: str = "{word}. {prompt}"
+        temperature: PositiveFloat = 100.0
+
+        @field_validator("of")
+        @classmethod
+        def says_a_model_only(cls, of: RewardSection) -> RewardSection:
+            given = of.model_fields_set & RewardSection.model_fields.keys()
+            if given:
+                raise ValueError(f"without {min(given)}, which is to stand beside `of` and not in it")
+            return of
+
+    def load(self, device: str, threads: int) -> None:
+        self.judge = JUDGES[self.config.of.kind](self.config.of)
+        self.judge.load(device, threads)
+
+    @torch.no_grad()
+    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        words = (self.config.positive, self.config.negative)
+        pairs = [self.config.template.replace("{word}", w).replace("{prompt}", text) for text in texts for w in words]
+        cosines = self.judge.against(pixels, pairs).view(len(images), len(texts), 2) / self.judge.factor
+        owner = [texts.index(prompt.text) for prompt in prompts]
+        gaps = cosines[range(len(images)), owner].double() @ torch.tensor([1.0, -1.0]).double().to(cosines.device)
+        shares = torch.sigmoid(self.config.temperature * gaps)
+        return Result(gaps.cpu().numpy(), np.ones(len(prompts), dtype=bool), {"share": shares.cpu().numpy()})

@@ -1,0 +1,71 @@
+"""How well a reward's tokenizer knows a word: what it has as one piece, it has seen often."""
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from align_cluster.embedded import pipeline_path
+from align_cluster.rewards.base import RewardSection
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`pieces` cuts a word into tokens, with `unknown` for what it cannot; `words` are those that are one token."""
+
+    pieces: Callable[[str], list[str]]
+    unknown: str | None
+    words: tuple[str, ...]
+
+    def knows(self, word: str) -> bool:
+        found = self.pieces(word)
+        return len(found) == 1 and found[0] != self.unknown
+
+    def nearest(self, word: str) -> str | None:
+        return next(iter(difflib.get_close_matches(word.lower(), self.words, n=1, cutoff=0.5)), None)
+
+
+def split(text: str) -> list[str]:
+    """The words of a text, without numbers and punctuation."""
+    return re.findall(r"[^\W\d_]+", text)
+
+
+def vocabulary(reward: RewardSection) -> Vocabulary | None:
+    """That of a reward's tokenizer, where it is on this machine; None where it is not, or reads no text."""
+    if reward.kind in ("hps", "open_clip_score"):
+        return _open_clip()
+    named = {"clip_score": "path", "pickscore": "processor", "image_reward": "tokenizer"}.get(reward.kind)
+    if named is None:
+        return None
+    source = getattr(reward, named)
+    return _transformers(str(pipeline_path() / "clip") if source == "embedded" else str(Path(source).expanduser()))
+
+
+@lru_cache(maxsize=8)
+def _transformers(source: str) -> Vocabulary | None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.eos_token else None  # CLIP's is its end token
+    return Vocabulary(tokenizer.tokenize, unknown, _whole(tokenizer.get_vocab()))
+
+
+@lru_cache(maxsize=1)
+def _open_clip() -> Vocabulary | None:
+    try:
+        from open_clip import SimpleTokenizer
+    except ImportError:
+        return None
+    tokenizer = SimpleTokenizer()
+    return Vocabulary(lambda word: [str(i) for i in tokenizer.encode(word)], None, _whole(tokenizer.encoder))
+
+
+def _whole(tokens: dict[str, int]) -> tuple[str, ...]:
+    ended = any(token.endswith("</w>") for token in tokens)  # CLIP's byte pairs mark the ends of words
+    words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>") or not ended}
+    return tuple(sorted(word for word in words if word.isalpha() and len(word) > 2))

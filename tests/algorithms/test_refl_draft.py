@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from align_cluster.algorithms.draft import DRaFT
+from align_cluster.algorithms.refl import ReFL
+from align_cluster.rollouts.denoise import initial_noise
+from align_cluster.rollouts.sampler import recorded_indices
+from align_cluster.types import Chunk, Prompt
+
+STEPS, SEEDS, STEP = 6, range(40, 48), 3e-3
+KINDS = [("euler", "flow"), ("euler", "epsilon"), ("euler", "v")]
+
+
+def states(algorithm):
+    """The steps that samplers record, one a member."""
+    return recorded_indices(Chunk(0, 0, 0, Prompt(0, ""), tuple(SEEDS)), algorithm.states(STEPS))
+
+
+def touched(policy):
+    """A policy whose adapter does something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def gradient(policy, loss):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss.mean(), policy.parameters)])
+
+
+@pytest.mark.parametrize(("kind", "prediction"), KINDS)
+def test_refl_predicts_x0_from_the_state_in_which_the_rollout_was(make_policy, kind, prediction):
+    policy = touched(make_policy(kind, STEPS, prediction=prediction))
+    algorithm = ReFL(ReFL.Config(steps=(3, 5), margin=None, grad_scale=1.0))
+    indices = states(algorithm)
+    assert set(indices.ravel()) <= {3, 4, 5} and len(set(indices.ravel())) > 1
+    whole = policy.rollout(SEEDS, range(STEPS)).path
+    rollout = policy.rollout(SEEDS, indices)
+    assert rollout.path.log_probs is None and rollout.path.after is None
+    for row, (k,) in enumerate(indices):
+        assert torch.equal(rollout.path.before[row, 0], whole.before[row, k])
+    loss, metrics = algorithm.loss(policy, policy.batch(rollout, torch.zeros(len(SEEDS))))
+    x, level = rollout.path.before[:, 0], torch.tensor(policy.sigmas[indices[:, 0]]).float().view(-1, 1, 1, 1)
+    output, a = policy.velocity(x, level.flatten()), torch.sqrt(1 - level**2)
+    x0 = {"flow": x - level * output, "epsilon": (x - level * output) / a, "v": a * x - level * output}[prediction]
+    torch.testing.assert_close(-loss, policy.rewards(x0, ["goal"])[:, 0])
+    torch.testing.assert_close(metrics["reward"], -loss.detach())
+    assert gradient(policy, loss).norm() > 1e-3
+
+
+def test_refl_stops_at_its_margin_and_scales_its_loss(make_policy):
+    policy = touched(make_policy("euler", STEPS))
+    rollout = policy.rollout(SEEDS, states(ReFL(ReFL.Config(steps=(3, 5)))))
+    batch = policy.batch(rollout, torch.zeros(len(SEEDS)))
+    free = ReFL(ReFL.Config(steps=(3, 5), margin=None, grad_scale=1.0)).loss(policy, batch)[1]["reward"]
+    middle = free.median().item()
+    loss, metrics = ReFL(ReFL.Config(steps=(3, 5), margin=middle, grad_scale=0.5)).loss(policy, batch)
+    torch.testing.assert_close(loss, 0.5 * torch.relu(middle - free))
+    assert torch.equal(metrics["satisfied"], (free >= middle).float()) and 0 < metrics["satisfied"].mean() < 1
+
+
+@pytest.mark.parametrize(("kind", "prediction"), KINDS)
+@pytest.mark.parametrize("last", [1, 3, STEPS])
+def test_draft_ends_where_the_rollout_did_and_has_its_gradient(make_policy, kind, prediction, last):
+    """Against finite differences of the reward in a random direction of the parameters, over the last steps alone."""
+    policy = touched(make_policy(kind, STEPS, prediction=prediction))
+    algorithm = DRaFT(DRaFT.Config(last=last))
+    rollout = policy.rollout(SEEDS, states(algorithm))
+    batch = policy.batch(rollout, torch.zeros(len(SEEDS)))
+    loss, metrics = algorithm.loss(policy, batch)
+    torch.testing.assert_close(metrics["reward"], policy.rewards(rollout.path.x0, ["goal"])[:, 0], rtol=1e-5, atol=1e-5)
+    found = gradient(policy, loss)
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(p.shape, generator=generator) for p in policy.parameters]
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, part in zip(policy.parameters, direction, strict=True):
+                parameter.add_(sign * STEP * part)
+            ends.append(algorithm.loss(policy, batch)[0].mean().item())
+            for parameter, part in zip(policy.parameters, direction, strict=True):
+                parameter.sub_(sign * STEP * part)
+    slope = (torch.cat([part.flatten() for part in direction]) * found).sum().item()
+    assert (ends[0] - ends[1]) / (2 * STEP) == pytest.approx(slope, rel=1e-2, abs=1e-3)
+
+
+def test_draft_lv_noises_the_drawn_image_again_each_turn_anew(make_policy):
+    policy = touched(make_policy("euler", STEPS))
+    algorithm = DRaFT(DRaFT.Config(renoised=2))
+    assert algorithm.states(STEPS) is None and algorithm.turns(STEPS, 0) == 2
+    rollout = policy.rollout(SEEDS)
+    losses = []
+    for turn in (0, 1):
+        batch = policy.batch(rollout, torch.zeros(len(SEEDS)), turn)
+        loss, _ = algorithm.loss(policy, batch)
+        sigma = float(policy.sigmas[-2])
+        noise = initial_noise(batch.generators(f"noise {turn}"), (2, 1, 1))
+        x = (1 - sigma) * rollout.path.x0 + sigma * noise
+        ended = x - sigma * policy.velocity(x, torch.full((len(SEEDS),), sigma))
+        torch.testing.assert_close(-loss, policy.rewards(ended, ["goal"])[:, 0], rtol=1e-5, atol=1e-5)
+        losses.append(loss)
+    assert not torch.equal(*losses)
+
+
+def test_states_that_a_deterministic_rollout_records_carry_no_noise_and_no_density(make_policy):
+    algorithm = DRaFT(DRaFT.Config(last=2))
+    assert algorithm.states(STEPS).noisy == () and (states(algorithm) == STEPS - 2).all()
+    assert states(ReFL(ReFL.Config(steps=(5, 5)))).tolist() == [[5]] * len(SEEDS)
+
+
+def test_every_member_draws_its_step_by_its_own_seed():
+    algorithm = ReFL(ReFL.Config(steps=(0, 5)))
+    whole = states(algorithm)
+    halves = [
+        recorded_indices(Chunk(0, 0, 0, Prompt(0, ""), tuple(part)), algorithm.states(STEPS))
+        for part in (SEEDS[:4], SEEDS[4:])
+    ]
+    np.testing.assert_array_equal(whole, np.concatenate(halves))
+
+
+def test_steps_out_of_order_are_refused():
+    with pytest.raises(ValidationError, match="not above the last"):
+        ReFL.Config(steps=(9, 7))

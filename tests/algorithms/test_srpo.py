@@ -1,0 +1,263 @@
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from align_cluster.algorithms.base import Batch, Policy
+from align_cluster.algorithms.srpo import LEVELS, NEGATIVE, POSITIVE, SRPO
+from align_cluster.rollouts.denoise import starting_noise
+from align_cluster.rollouts.schedule import ddim_levels, linear_sigmas
+from align_cluster.rollouts.steps import STEPS
+
+SHAPE = (2, 3, 3)
+SEEDS = (11, 12, 13)
+
+
+class Linear(Policy):
+    """A velocity that can be set from outside, and a reward that is linear in the latents: f . C(text).
+
+    `bias` is what the reward likes whatever the text. Texts get unit vectors of their own.
+    """
+
+    def __init__(self, output="perfect", bias=0.0, prediction="flow"):
+        self.output, self.asked, self.fed = output, [], []
+        kind = STEPS["euler"]
+        levels = linear_sigmas(4, 3.0) if prediction == "flow" else ddim_levels(4)
+        self.step = kind(kind.Config(), levels, prediction)
+        self.leaf = torch.zeros(len(SEEDS), *SHAPE, requires_grad=True)
+        generator = torch.Generator().manual_seed(5)
+        self.bias = bias * torch.randn(SHAPE, generator=generator)
+
+    def velocity(self, x, sigma, adapter="default"):
+        self.fed.append(sigma)
+        return self.leaf + (starting_noise(SEEDS, SHAPE) - X0 if isinstance(self.output, str) else self.output)
+
+    def embedding(self, text):
+        generator = torch.Generator().manual_seed(sum(map(ord, text)) % 1000)
+        return torch.randn(SHAPE, generator=generator) + self.bias
+
+    def rewards(self, latents, texts):
+        self.asked.append(texts)
+        return torch.stack([(latents * self.embedding(text)).flatten(1).sum(1) for text in texts], 1)
+
+
+X0 = torch.randn(len(SEEDS), *SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+def batch(turn=0, update=0, noises=SEEDS):
+    def generators(purpose):
+        return [torch.Generator().manual_seed(seed * 1000 + len(purpose)) for seed in SEEDS]
+
+    none = [None] * 4
+    indices = torch.empty(len(SEEDS), 0, dtype=torch.int64)
+    return Batch(
+        turn, torch.zeros(len(SEEDS)), X0, linear_sigmas(4, 3.0), indices, *none, generators, None, None, None,
+        "a cat", noises, update,
+    )  # fmt: skip
+
+
+def made(**settings):
+    return SRPO(SRPO.Config(**{"margin": None, **settings}))
+
+
+def gradient(algorithm, turn, policy=None):
+    policy = policy or Linear()
+    loss, _ = algorithm.loss(policy, batch(turn))
+    return torch.autograd.grad(loss.sum(), policy.leaf)[0]
+
+
+def test_levels_are_those_of_the_official_code():
+    """linspace(sig50[5], sig50[25], 1000)[1000 - m] with sig50 the 50-step schedule of shift 3."""
+    sigmas = linear_sigmas(50, 3.0)
+    assert SRPO.Config().levels == pytest.approx((sigmas[5], sigmas[25]), abs=1e-12)
+    official = np.linspace(sigmas[5], sigmas[25], 1000)
+    numbers = torch.tensor([1, 5, 500, 995, 1000])
+    torch.testing.assert_close(made().level(numbers), torch.from_numpy(official[1000 - numbers.numpy()]).float())
+    assert official[0] - official[100] == pytest.approx(0.0215, abs=1e-4)  # the largest gap
+
+
+def test_both_branches_recover_at_one_level_from_either_side_of_it():
+    algorithm, policy = made(truncate_timesteps=False), Linear()
+    for turn in (0, 1):
+        algorithm.loss(policy, batch(turn))
+    target = algorithm.level(algorithm.numbers(batch(), 0))
+    above, below = policy.fed
+    assert (above > target).all() and (below < target).all()
+    assert (above - target).max() < 0.0216 and (target - below).max() < 0.0216
+
+
+def test_a_perfect_network_recovers_its_own_x0_whatever_the_branch():
+    for turn in (0, 1):
+        _, metrics = made().loss(Linear(), batch(turn))
+        assert metrics["recovery"].max() < 1e-4
+
+
+def test_the_noise_is_the_rollouts_own_and_another_noise_does_not_recover():
+    _, right = made().loss(Linear(), batch())
+    _, wrong = made().loss(Linear(), batch(noises=(1, 2, 3)))
+    assert right["recovery"].max() < 1e-4 < 0.1 < wrong["recovery"].min()
+
+
+def test_the_network_is_fed_whole_thousandths():
+    for truncate, whole in ((True, True), (False, False)):
+        policy = Linear()
+        made(truncate_timesteps=truncate).loss(policy, batch())
+        assert bool(((1000 * policy.fed[0]) % 1 < 1e-3).all()) == whole
+
+
+def test_gradients_of_the_two_branches_cancel_what_is_common_to_the_words():
+    """S3: equal gaps, k_A = k_B and C+ == C-: the reward's own taste pushes up in one and down in the other."""
+    settings = {"discount_denoise": (0.2, 0.2), "discount_inversion": (0.2, 0.2), "positive": ["x"], "negative": ["x"]}
+    algorithm = made(**settings)
+    a, b = (gradient(algorithm, turn) for turn in (0, 1))
+    assert a.abs().max() > 1e-3
+    torch.testing.assert_close(a, -b, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_the_two_branches_add_up_along_the_difference_of_the_words():
+    algorithm, policy = made(form="difference"), Linear(bias=3.0)
+    a, b = (gradient(algorithm, turn, Linear(bias=3.0)) for turn in (0, 1))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    difference = policy.embedding("Natural-lighting. a cat") - policy.embedding("Concept art. a cat")
+    push = -a[0]  # on the output, which the image follows with the other sign
+    assert torch.nn.functional.cosine_similarity(push.flatten(), -difference.flatten(), dim=0) > 0.999
+
+
+def test_without_a_discount_the_released_form_is_the_difference():
+    """S4."""
+    nothing = {"discount_denoise": (0.0, 0.0), "discount_inversion": (0.0, 0.0)}
+    for turn in (0, 1):
+        torch.testing.assert_close(gradient(made(**nothing), turn), gradient(made(form="difference"), turn))
+
+
+def test_with_equal_words_the_released_form_is_the_reward_times_its_discount():
+    """S5, in both branches."""
+    algorithm = made(positive=["x"], negative=["x"], discount_denoise=(0.3, 0.3), discount_inversion=(0.7, 0.7))
+    for turn, k in ((0, 0.3), (1, 0.7)):
+        policy = Linear()
+        _, metrics = algorithm.loss(policy, batch(turn))
+        plain = policy.rewards(X0, ["x. a cat"])[:, 0]
+        torch.testing.assert_close(metrics["reward"], k * plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["released", "difference", "cfg"])
+def test_the_forms_weigh_the_two_scores_as_the_paper_and_the_code_do(form):
+    algorithm = made(form=form, strength=2.5)
+    numbers = torch.tensor([5, 400, 995])
+    k_a, k_b = np.linspace(0.1, 0.25, LEVELS)[numbers], np.linspace(0.3, 0.01, LEVELS)[numbers]
+    plus, minus = {
+        "released": ((1 + k_a, -1 + 0 * k_a), (-1 + 0 * k_b, 1 + k_b)),
+        "difference": ((1, -1), (-1, 1)),
+        "cfg": ((2.5, -1.5), (-1.5, 2.5)),
+    }[form]
+    for inverts, expected in ((False, plus), (True, minus)):
+        wanted = torch.stack([torch.as_tensor(np.broadcast_to(side, 3).copy()).float() for side in expected], 1)
+        torch.testing.assert_close(algorithm.weights(numbers, inverts), wanted)
+
+
+def test_each_branch_reads_its_discount_where_the_official_code_does():
+    """discount_pos[m] at the level that is recovered, discount_inv[m_B] at the one that was noised."""
+    algorithm = made(positive=["x"], negative=["x"], discount_denoise=(0.0, 1.0), discount_inversion=(0.0, 1.0))
+    number = algorithm.numbers(batch(), 0)
+    gap = torch.minimum(torch.minimum(number, LEVELS - number), torch.tensor(100))
+    for turn, place in ((0, number), (1, (number - gap).clamp(min=1))):
+        policy = Linear()
+        _, metrics = algorithm.loss(policy, batch(turn))
+        k = torch.linspace(0, 1, LEVELS)[place]
+        torch.testing.assert_close(metrics["reward"], k * policy.rewards(X0, ["x. a cat"])[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_stop_at_the_margin_and_nowhere_else():
+    """S6."""
+    reward = made().loss(Linear(), batch())[1]["reward"]
+    low, high = reward.min().item() - 1, reward.max().item() + 1
+    loss, metrics = made(margin=low).loss(Linear(), batch())
+    assert (loss == 0).all() and (metrics["satisfied"] == 1).all()
+    assert (gradient(made(margin=low), 0) == 0).all()
+    loss, metrics = made(margin=high).loss(Linear(), batch())
+    torch.testing.assert_close(loss, high - reward)
+    assert (metrics["satisfied"] == 0).all()
+    torch.testing.assert_close(gradient(made(margin=high), 0), gradient(made(), 0))
+
+
+def test_one_pair_of_words_an_update_each_list_in_its_own_cycle():
+    algorithm = made()
+    pairs = [algorithm.pair(update, "a cat") for update in range(20)]
+    assert pairs[0] == ["Natural-lighting. a cat", "Concept art. a cat"] and pairs[4][0] == pairs[0][0]
+    assert pairs[6] == ["Detailed. a cat", "Painting. a cat"]
+    assert len({tuple(pair) for pair in pairs}) == len(POSITIVE) * len(NEGATIVE)
+    policy = Linear()
+    algorithm.loss(policy, batch(update=6))
+    assert policy.asked == [pairs[6]]
+
+
+def test_a_template_says_where_the_words_go():
+    algorithm = made(template="{prompt}, {word}", positive=["on snow"])
+    assert algorithm.pair(0, "a cat")[0] == "a cat, on snow"
+    assert algorithm.pair(0, "a sign that says {word}")[0] == "a sign that says {word}, on snow"
+
+
+def test_plain_direct_align_follows_the_prompts_own_reward():
+    algorithm, policy = made(relative="none", branches="denoise"), Linear()
+    loss, metrics = algorithm.loss(policy, batch())
+    assert policy.asked == [["a cat"]] and algorithm.turns(25, 0) == 1 and "preference" not in metrics
+    torch.testing.assert_close(-loss, policy.rewards(X0, ["a cat"])[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_reward_that_reads_no_text_compares_an_image_with_itself_under_a_little_noise():
+    policy = Linear()
+    _, metrics = made(relative="noise", form="difference", blur=0.2).loss(policy, batch())
+    assert policy.asked == [["a cat"], ["a cat"]]
+    # The noised latents have .8 of the image, and noise whose reward is 0 in the mean.
+    plain = policy.rewards(X0, ["a cat"])[:, 0]
+    generators = [torch.Generator().manual_seed(seed * 1000 + len("blur 0")) for seed in SEEDS]
+    noise = torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
+    wanted = plain - policy.rewards(0.8 * X0 + 0.2 * noise, ["a cat"])[:, 0]
+    torch.testing.assert_close(metrics["preference"], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_several_injections_take_consecutive_levels_and_weigh_late_ones_less():
+    algorithm = made(injections=3, branches="denoise", form="difference", late=(0.1, 1.0))
+    assert algorithm.turns(25, 0) == 3
+    first, second, third = (algorithm.numbers(batch(), injection) for injection in range(3))
+    assert (first - second == 100).all() and (second - third == 100).all()
+    assert (third >= 5).all() and (first <= 995).all()
+    plain = made(injections=3, branches="denoise", form="difference")
+    for turn, number in enumerate((first, second, third)):
+        weight = 0.1 + 0.9 * (number - 1) / (LEVELS - 1)
+        torch.testing.assert_close(
+            gradient(algorithm, turn), weight.view(-1, 1, 1, 1) * gradient(plain, turn), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_levels_are_a_function_of_the_sample_and_not_of_its_batch():
+    algorithm, whole = made(), batch()
+    numbers = algorithm.numbers(whole, 0)
+    assert len(set(numbers.tolist())) > 1 and torch.equal(numbers, algorithm.numbers(batch(turn=1), 0))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_networks_that_predict_noise_take_the_same_two_branches(prediction):
+    policy = Linear(prediction=prediction)
+    for turn in (0, 1):
+        loss, _ = made(levels=(0.95, 0.7)).loss(policy, batch(turn))
+        assert torch.isfinite(torch.autograd.grad(loss.sum(), policy.leaf)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"template": "{word}"},
+        {"template": "{word} {word} {prompt}"},
+        {"levels": (0.7, 0.9)},
+        {"levels": (1.0, 0.9)},
+        {"positive": []},
+        {"negative": [""]},
+        {"injections": 20},
+        {"gap": 0},
+        {"form": "cfg", "strength": 0.9},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ValidationError):
+        SRPO.Config(**settings)

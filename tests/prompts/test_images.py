@@ -1,0 +1,82 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from align_cluster.prompts.images import ImagePrompts, left_out, read_image, survey
+from align_cluster.types import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three good images (two captions beside, one in metadata.jsonl), one without a caption, two that cannot be read,
+    and one that is named and not there."""
+    for index, name in enumerate(("a.png", "b.jpg", "c.webp", "bare.png")):
+        Image.new("RGB", (20 + index, 10), (40 * index, 100, 200)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a cat\n on a mat ")
+    (tmp_path / "b.txt").write_text("a dog")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:6000])
+    (tmp_path / "cut.txt").write_text("half a cat")
+    (tmp_path / "notes.md").write_text("no image")
+    rows = [{"file_name": "c.webp", "text": "a fish"}, {"file_name": "gone.png", "text": "a ghost"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    survey.cache_clear()
+    return tmp_path
+
+
+def load(folder):
+    return ImagePrompts(ImagePrompts.Config(folder=str(folder))).load()
+
+
+def test_captions_are_prompts_that_know_their_image(folder):
+    found = {prompt.text: prompt.metadata["image"] for prompt in load(folder)}
+    assert found == {
+        "a cat on a mat": str(folder / "a.png"),
+        "a dog": str(folder / "b.jpg"),
+        "a fish": str(folder / "c.webp"),
+    }
+
+
+def test_what_is_left_out_is_counted_and_named(folder):
+    assert left_out(str(folder)) == (
+        f"{folder}: of 6 images are left out 1 without a caption, such as bare.png and 2 that cannot be read, "
+        "such as cut.png"
+    )
+
+
+def test_a_folder_without_gaps_has_nothing_to_say(folder):
+    for name in ("bare.png", "cut.png", "metadata.jsonl", "c.webp"):
+        (folder / name).unlink()
+    assert left_out(str(folder)) is None and len(load(folder)) == 2
+
+
+def test_a_folder_in_which_nothing_can_be_used_is_refused(folder):
+    for name in ("a.txt", "b.txt", "metadata.jsonl"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="4 have no caption and 1 cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("line", ["nothing", '{"text": "a cat"}', '["a.png", "a cat"]'])
+def test_a_line_of_captions_that_is_none_says_where(folder, line):
+    (folder / "metadata.jsonl").write_text(f'{{"file_name": "c.webp", "text": "a fish"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 2: write one object a line, such as"):
+        load(folder)
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="which is no folder here"):
+        load(tmp_path / "nothing")
+
+
+def test_an_image_covers_the_size_that_is_asked_for_and_keeps_its_middle(tmp_path):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 30:50] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    found = read_image(str(tmp_path / "wide.png"), 20, 20)
+    assert found.shape == (3, 20, 20) and found.dtype == torch.float32
+    assert found[:, :, 8:12].min() > 0.95 and found[:, :, :4].max() < 0.05

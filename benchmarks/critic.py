@@ -9,7 +9,8 @@ beside two, steering beside plain sampling, and what the critic costs; on the em
 
 An arm names the rewards that are trained: the strict 0/1 GenEval rule, the embedded CLIP's preference, or both.
 Prompts, groups, seeds, learning rate and images are those of the rows of Flow-GRPO in results/learning.jsonl, up to
-the 24th of their 48 steps. Each run's critic then steers held-out prompts. A row of results/critic.jsonl is one run.
+the 24th of their 48 steps. The critics of the runs on GenEval then steer held-out
+prompts. A row of results/critic.jsonl is one run.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from learning import ROWS as LEARNING
 
 ROWS, COST = RESULTS / "critic.jsonl", RESULTS / "critic_cost.json"
 STEPS, EVERY, PROMPTS_STEERED, IMAGES_STEERED = 24, 12, 60, 2
-ARMS = {"geneval": ("geneval",), "clip": ("clip",), "both": DOMAINS}
+ARMS = {"geneval": ("geneval",), "both": DOMAINS, "clip": ("clip",)}
+STEERING_ARM = "geneval"
 # name: (mode, its settings, denoising steps). Beside 10 steps of plain sampling, whose passes are the unit.
 STEERED = {
     "plain": (None, [], 10),
@@ -55,8 +57,9 @@ def run(arm: str, seed: int) -> dict:
             {name: value for name, value in json.loads(line).items() if name.startswith(("value/", "advantage/step"))}
             for line in lines
         ]
-        steered = {name: steer(Path(folder) / "row", name, seed) for name in STEERED}
-    return {"arm": arm, "seed": seed, **found, "steered": steered}
+        if arm == STEERING_ARM:
+            found["steered"] = {name: steer(Path(folder) / "row", name, seed) for name in STEERED}
+    return {"arm": arm, "seed": seed, **found}
 
 
 def steer(run_dir: Path, name: str, seed: int) -> dict:
@@ -116,22 +119,20 @@ def table(kept: list[dict]) -> str:
 
 
 def steering_table(kept: list[dict]) -> str:
-    lines = [
-        "| critic of | sampling | seeds | accuracy | clip | actor passes | critic passes (backward) | images decoded |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for arm in ARMS:
-        group = [row["steered"] for row in kept if row["arm"] == arm]
-        for name in STEERED if group else ():
-            means = {
-                column: np.array([row[name]["means"][COLUMNS[column].removeprefix("reward/")] for row in group])
-                for column in ("accuracy", "clip")
-            }
-            cells = [f"{found.mean():.3f} +- {np.ptp(found) / 2:.3f}" for found in means.values()]
-            spent = group[0][name]["spent"]
-            critic = f"{spent.get('critic', 0):.0f} ({spent.get('critic_backward', 0):.0f})"
-            passes = f"{spent['actor']:.0f} | {critic} | {spent['images']:.0f}"
-            lines.append(f"| {arm} | {name} | {len(group)} | {' | '.join(cells)} | {passes} |")
+    """Means over the seeds' critics, and the passes for each image that is kept."""
+    lines = ["| sampling | seeds | accuracy | clip | actor passes | critic passes (backward) | images decoded |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    group = [row["steered"] for row in kept if row["arm"] == STEERING_ARM]
+    for name in STEERED if group else ():
+        means = {
+            column: np.array([row[name]["means"][COLUMNS[column].removeprefix("reward/")] for row in group])
+            for column in ("accuracy", "clip")
+        }
+        cells = [f"{found.mean():.3f} +- {np.ptp(found) / 2:.3f}" for found in means.values()]
+        spent = group[0][name]["spent"]
+        critic = f"{spent.get('critic', 0):.0f} ({spent.get('critic_backward', 0):.0f})"
+        passes = f"{spent['actor']:.0f} | {critic} | {spent['images']:.0f}"
+        lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} | {passes} |")
     return "\n".join(lines)
 
 

@@ -44,7 +44,12 @@ def overrides(arm: str, seed: int) -> list[str]:
     return [
         *(f"steps={STEPS}", f"seed={seed}", f"prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}"),
         *("rewards.geneval.score=strict", *roles, "optimizer.lr=6e-4", "optimizer.schedule=constant"),
-        *("algorithm.critic_lr=3e-3", "algorithm.critic_states=4", "algorithm.warm_up.updates=8"),
+        *(
+            "algorithm.critic_lr=3e-3",
+            "algorithm.critic_states=1",
+            "algorithm.critic_epochs=4",
+            "algorithm.warm_up.updates=8",
+        ),
         *(f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
     ]
 

@@ -8,6 +8,8 @@ from typing import Any
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import Store
 
+THREAD = "checkpoint of step"  # how the threads that write are called
+
 
 @dataclass(frozen=True)
 class Job:
@@ -32,7 +34,7 @@ class Writer:
 
     def save(self, job: Job) -> None:
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(job,), name=f"checkpoint of step {job.step}")
+        self.thread = threading.Thread(target=self._write, args=(job,), name=f"{THREAD} {job.step}")
         self.thread.start()
 
     def wait(self) -> None:

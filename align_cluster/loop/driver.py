@@ -31,9 +31,10 @@ from align_cluster.types import Chunk, Prompt, UserError
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
-def train(config: RunConfig, out: Path, resume: str | None = None) -> Path:
+def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool = False) -> Path:
     """Run one alignment and return its run directory. Raises UserError for what the user can mend, Preempted on
-    SIGTERM. `resume`: "auto", a run directory or a checkpoint to go on from, see `resume.place`."""
+    SIGTERM. `resume`: "auto", a run directory or a checkpoint to go on from, see `resume.place`; `alone`: see
+    `preemptible`."""
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)
     with Progress(config.steps, STAGES) as bars, place(config, out, resume, bars.note) as begun, storage(begun.run):
@@ -41,7 +42,7 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> Path:
         if begun.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
-        with cluster(config.cluster), preemptible():
+        with cluster(config.cluster), preemptible(alone):
             plan = derive(config, *resources())
             with reserve(plan) as places, Crew(config, plan, places, bars.stage) as crew:
                 write_text(run.config, dump(config))

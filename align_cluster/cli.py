@@ -21,7 +21,6 @@ start here:
 
 Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
 
-RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command again will do
 RESUME = (
     "go on with the newest run of this name that has a checkpoint, or begin one (auto); or with a run directory; or "
     "branch off from a checkpoint's folder"
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         from align_cluster.config.base import masked
-        from align_cluster.types import Preempted, UserError
+        from align_cluster.types import RETRY, Preempted, UserError
 
         if isinstance(error, Preempted):
             print("ended by SIGTERM; start again with --resume auto", file=sys.stderr)
@@ -298,7 +297,7 @@ def _train(args: argparse.Namespace) -> int:
     config = _config(args)
     from align_cluster.loop.driver import train
 
-    train(config, Path(config.out).expanduser(), args.resume)
+    train(config, Path(config.out).expanduser(), args.resume, alone=True)
     return 0
 
 

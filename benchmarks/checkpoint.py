@@ -1,21 +1,26 @@
 """What a checkpoint of Stable Diffusion 3.5 Medium's LoRA costs the driver:  python benchmarks/checkpoint.py
 
 19 million weights (rank 32) in fp32, of the trained adapter, the lagged one and the average, and Adam's two moments:
-380 MB. Timed are the call that a step waits for, how long a second of a busy driver's own work takes meanwhile, and the
-write itself; then reading it back with every checksum.
+380 MB. Timed are what an update pays for its state (one rank's DeepSpeed engine, ZeRO-2; a lost rank is rebuilt from
+it), the call that a step waits for, how long a second of a busy driver's own work takes meanwhile, the write itself,
+and reading it back with every checksum.
 """
 
 import argparse
 import json
+import socket
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import Store
 from align_cluster.checkpoint.writer import Job, Writer
+from align_cluster.config.run import OptimizerConfig
+from align_cluster.learner.engine import Engine, join
 from align_cluster.learner.state import Snapshot
 from align_cluster.loop.keeper import State
 
@@ -28,6 +33,37 @@ def snapshot() -> Snapshot:
     kinds = ("adapter/default", "adapter/old", "ema", "exp_avg", "exp_avg_sq")
     arrays = {f"{kind}/{i}": rng.standard_normal(size, dtype=np.float32) for kind in kinds for i in range(TENSORS)}
     return Snapshot.of({"updates": 1, "steps": 1}, arrays)
+
+
+class Adapters(torch.nn.Module):
+    """Weights of an adapter, without the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        size = WEIGHTS // TENSORS
+        self.weights = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(size)) for _ in range(TENSORS)])
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([weight.sum() for weight in self.weights]).sum()
+
+
+def gather(repeat: int) -> list[float]:
+    """Seconds from the end of an update to its state in one buffer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    join(0, 1, "127.0.0.1", port, "cpu")
+    engine, seconds = Engine(Adapters(), OptimizerConfig(), 2), []
+    for _ in range(repeat):
+        engine.backward(engine.deepspeed(), last=True)
+        engine.step(1e-4)
+        began = time.perf_counter()
+        _, moments = engine.moments()
+        kinds = {"default": engine.trainable, "old": engine.trainable, "ema": engine.trainable} | moments
+        found = {f"{kind}/{i}": value for kind, values in kinds.items() for i, value in enumerate(values)}
+        Snapshot.of({"updates": 1}, {name: value.detach().numpy() for name, value in found.items()})
+        seconds.append(round(time.perf_counter() - began, 2))
+    return seconds
 
 
 def busy(seconds: float = 0.0, rounds: int = 0) -> tuple[float, int]:
@@ -44,6 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    print(json.dumps({"state_s": gather(args.repeat)}))
     state = State(10, {}, snapshot())
     results = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

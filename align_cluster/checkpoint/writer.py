@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align_cluster.checkpoint import CheckpointConfig
-from align_cluster.checkpoint.store import Damaged, Store
+from align_cluster.checkpoint.store import Store
+
+THREAD = "checkpoint of step"  # how the threads that write are called
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Writer:
 
     def save(self, job: Job) -> None:
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(job,), name=f"checkpoint of step {job.step}")
+        self.thread = threading.Thread(target=self._write, args=(job,), name=f"{THREAD} {job.step}")
         self.thread.start()
 
     def wait(self) -> None:
@@ -45,9 +47,9 @@ class Writer:
             self.store.write(job.step, job.files(), job.about)
             self.saved = job.step
             self.store.prune(self.config.keep, self.config.keep_best)
-        except (OSError, Damaged) as error:
+        except Exception as error:  # of whatever file system: none of them may cost the run
             before = "there is none before it" if self.saved is None else f"the last one is of step {self.saved}"
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             if self.saved == job.step:
                 self.note(f"old checkpoints in {self.store.path} could not be removed ({reason})")
             else:

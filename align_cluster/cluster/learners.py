@@ -54,9 +54,6 @@ class LearnerRank:
     def values(self, *args: Any) -> Any:
         return self.learner.values(*args)
 
-    def critic_state(self) -> Any:
-        return self.learner.critic_state()
-
 
 class LearnerGroup:
     """All ranks of one learner. Every call goes to every rank.
@@ -185,8 +182,8 @@ class LearnerGroup:
         return self._call(lambda: [rank.values.remote(*data) for rank, data in zip(self.ranks, shares, strict=True)])
 
     def critic_state(self) -> dict[str, Any]:
-        """The critic's weights, which are the same on all ranks."""
-        return self._call(lambda: [self.ranks[0].critic_state.remote()])[0]
+        """The critic's weights after the last update."""
+        return self.snapshot.critic()
 
     def publish(self, source: str, version: int) -> tuple[Any, Any]:
         """(manifest, reference to the flat buffer) of rank 0."""

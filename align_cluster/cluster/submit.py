@@ -12,7 +12,7 @@ from typing import Any
 
 from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
-from align_cluster.types import UserError
+from align_cluster.types import RETRY, UserError
 
 FILE_SETTINGS = ("path", "exclude")  # settings of a prompts block that name a file
 
@@ -57,8 +57,8 @@ def submit(
     print(f"job {job}: {status.lower()}", flush=True)
     if status == "FAILED" and "No module named" in client.get_job_logs(job):
         print(f"`{python}` on the cluster lacks align_cluster or its packages; give --python, the one that has them")
-    if client.get_job_info(job).driver_exit_code == 75:
-        return 75
+    if client.get_job_info(job).driver_exit_code == RETRY:
+        return RETRY
     return 0 if status == "SUCCEEDED" else 1
 
 

@@ -40,6 +40,16 @@ class Snapshot:
         """Views of the buffer by name."""
         return {tensor.name: view(self.buffer, tensor) for tensor in self.manifest.tensors}
 
+    def critic(self) -> dict[str, np.ndarray]:
+        """The critic's weights by name."""
+        found = under("critic/", self.tensors())
+        return {name: value for name, value in found.items() if not name.startswith(MOMENTS)}
+
+
+def under(prefix: str, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is named prefix..., without the prefix."""
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
 
 def capture(learner: "Learner") -> Snapshot | None:
     """The state, on rank 0; None on the others. All ranks must call it together."""

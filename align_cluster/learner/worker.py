@@ -199,10 +199,6 @@ class Learner:
             found.append(self.critic.values(record, text))
         return found, data[0].sigmas if data else None
 
-    def critic_state(self) -> dict[str, np.ndarray]:
-        """The critic's weights by name."""
-        return {name: value.float().cpu().numpy() for name, value in self.critic.critic.state().items()}
-
     def state(self) -> Snapshot | None:
         """All that an update changes, on rank 0. All ranks must call it."""
         return capture(self)

@@ -16,7 +16,7 @@ import numpy as np
 from align_cluster.checkpoint.store import Store
 from align_cluster.checkpoint.writer import Job, Writer
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.state import Snapshot
+from align_cluster.learner.state import Snapshot, under
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.credit import Creditor
 from align_cluster.loop.crew import Crew
@@ -54,12 +54,14 @@ class State:
         from safetensors.numpy import load
 
         facts, tensors = json.loads(files[FACTS]), load(files[STATE])
-
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-
         texts = {name: data for name, data in files.items() if name.endswith(".jsonl")}
-        return cls(step, facts, Snapshot.of(facts["learner"], part("learner/")), part("credit/"), lambda: texts)
+        return cls(
+            step,
+            facts,
+            Snapshot.of(facts["learner"], under("learner/", tensors)),
+            under("credit/", tensors),
+            lambda: texts,
+        )
 
 
 class Keeper:
@@ -95,7 +97,7 @@ class Keeper:
         self.resumed, self.writer.saved = facts["resumed"] + 1, state.step
         return facts["before"], facts["self_check"]
 
-    def check(self, step: int, values: dict[str, float]) -> bool:
+    def roll_back_if_needed(self, step: int, values: dict[str, float]) -> bool:
         """Look for collapse after a step; whether the run was rolled back, so that samplers need its weights.
 
         UserError where a rule says stop, or no rollback is left.

@@ -7,7 +7,7 @@ next, as PaLM's authors did (arXiv 2204.02311, section 5.1): the same prompts ag
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -21,36 +21,65 @@ Action = Literal["warn", "rollback", "stop"]
 
 
 class Rule(Section):
-    """`action` is taken where a value is beyond `limit` for `patience` steps in a row."""
+    """`action` is taken where a value is at or above `limit` (`below`: under it) for `patience` steps in a row."""
 
+    below: ClassVar[bool] = False
     limit: PositiveFloat
     patience: PositiveInt = 3
     action: Action = "warn"
 
 
+class NotFinite(Rule):
+    """updates of a step that were skipped because loss or gradient was not finite"""
+
+    limit: PositiveFloat = 1
+    patience: PositiveInt = 5
+    action: Action = "stop"
+
+
+class RewardDrop(Rule):
+    """fall of a trained reward below its best, means of 5 steps, in deviations of the first step's images"""
+
+    limit: PositiveFloat = 1.5
+
+
+class GradNorm(Rule):
+    """gradient norm over the median of the last 20 steps"""
+
+    limit: PositiveFloat = 30
+
+
+class ZeroStd(Rule):
+    """share of groups whose images all score the same, so that they teach nothing"""
+
+    limit: PositiveFloat = 0.95
+    patience: PositiveInt = 5
+
+
+class Contrast(Rule):
+    """contrast of the images over that of the first step: they turn grey, black or white"""
+
+    below: ClassVar[bool] = True
+    limit: PositiveFloat = 0.3
+
+
+class Diversity(Rule):
+    """difference between images of a group over that of the first step: they turn into copies"""
+
+    below: ClassVar[bool] = True
+    limit: PositiveFloat = 0.1
+
+
 class GuardConfig(Section):
-    """When a run is thought to collapse; null switches a rule off.
+    """When a run is thought to collapse; null switches a rule off. After so many `rollbacks` the run stops."""
 
-    not_finite  updates of a step that were skipped because loss or gradient was not finite
-    reward_drop fall of a trained reward below its best (means of 5 steps), in standard deviations of its images
-    grad_norm   gradient norm over the median of the last 20 steps
-    zero_std    share of groups whose images all score the same
-    contrast    contrast of the images over that of the first step: grey or black images
-    diversity   difference between images of a group over that of the first step: a group of copies
-
-    The last two have lower limits. After `rollbacks` of them the run stops.
-    """
-
-    not_finite: Rule | None = Rule(limit=1, patience=5, action="stop")
-    reward_drop: Rule | None = Rule(limit=1.5)
-    grad_norm: Rule | None = Rule(limit=30)
-    zero_std: Rule | None = Rule(limit=0.95, patience=5)
-    contrast: Rule | None = Rule(limit=0.3)
-    diversity: Rule | None = Rule(limit=0.1)
+    not_finite: NotFinite | None = NotFinite()
+    reward_drop: RewardDrop | None = RewardDrop()
+    grad_norm: GradNorm | None = GradNorm()
+    zero_std: ZeroStd | None = ZeroStd()
+    contrast: Contrast | None = Contrast()
+    diversity: Diversity | None = Diversity()
     rollbacks: PositiveInt = 3
-
-
-BELOW = ("contrast", "diversity")
 
 
 @dataclass(frozen=True)
@@ -85,13 +114,13 @@ class Guard:
             rule: Rule | None = getattr(self.config, name)
             if rule is None:
                 continue
-            broken = value < rule.limit if name in BELOW else value >= rule.limit
+            broken = value < rule.limit if rule.below else value >= rule.limit
             self.streaks[name] = self.streaks.get(name, 0) + 1 if broken else 0
             if self.streaks[name] == rule.patience:
-                side = "below" if name in BELOW else "at or above"
+                side = "below" if rule.below else "at or above"
                 message = (
                     f"step {step}: {name} is {value:.3g}, for {rule.patience} steps {side} guard.{name}.limit "
-                    f"{rule.limit:g} ({MEANING[name]})"
+                    f"{rule.limit:g} ({rule.__doc__})"
                 )
                 alarms.append(Alarm(name, rule.action, message))
         return max(alarms, key=lambda alarm: ACTIONS.index(alarm.action), default=None)
@@ -103,7 +132,7 @@ class Guard:
             if len(self.norms) >= SMOOTH and median(self.norms) > 0:
                 found["grad_norm"] = norm / median(self.norms)
             self.norms.append(norm)
-        for name in BELOW:
+        for name in ("contrast", "diversity"):
             value = values.get(f"images/{name}")
             if value is not None:
                 first = self.first.setdefault(name, value)
@@ -141,13 +170,3 @@ class Guard:
         self.streaks, self.first, self.best = (dict(state[name]) for name in ("streaks", "first", "best"))
         self.norms = deque(state["norms"], maxlen=WINDOW)
         self.recent = {name: list(state["recent"].get(name, [])) for name in self.rewards}
-
-
-MEANING = {
-    "not_finite": "updates skipped because loss or gradient was not finite; lower optimizer.lr",
-    "reward_drop": "a trained reward fell below its best by so many standard deviations",
-    "grad_norm": "the gradient norm over its median of late",
-    "zero_std": "share of groups that teach nothing because all their images score the same",
-    "contrast": "contrast of the images against those of the first step",
-    "diversity": "difference between images of a group against those of the first step",
-}

@@ -48,6 +48,10 @@ class Progress:
         if self.live:
             self.live.stop()
 
+    def resume(self, first: dict[str, float]) -> None:
+        """Rewards began with those of `first`, the metrics of a run's first step."""
+        self._rewards(first)
+
     def stage(self, name: str, done: int, total: int) -> None:
         """`done` of `total` units of stage `name` are ready; `done` = 0 begins the stage anew."""
         if name not in self.names:

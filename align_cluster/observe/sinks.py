@@ -26,6 +26,7 @@ class MetricWriter:
         self.files, self.note = RunDir(run_dir), note
         self.files.path.mkdir(parents=True, exist_ok=True)
         rows = read_jsonl(self.files.metrics) if done else []
+        self.first = {name: value for name, value in (rows or [{}])[0].items() if value is not None}
         self.start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         self.held: list[tuple[Path, dict[str, Any]]] = []
         fresh = done is None or not any(self.files.tensorboard.glob("events.*"))

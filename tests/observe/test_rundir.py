@@ -1,10 +1,16 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from align_cluster.observe.rundir import RunDir, atomic, read_json, write_json, write_text
 from align_cluster.types import UserError
+
+from .mounts import in_mount, needs_mounts
 
 
 def test_a_new_run_never_overwrites_an_old_one(tmp_path):
@@ -63,3 +69,62 @@ def test_an_output_path_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="out: .*taken cannot hold runs"):
         RunDir.create(tmp_path / "taken", "run")
+
+
+LOCK = """
+import sys
+from align_cluster.observe.rundir import RunDir
+with RunDir(sys.argv[1]).lock():
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_names_its_owner_and_goes_with_it_however_it_ends(tmp_path):
+    run = RunDir.create(tmp_path, "r")
+    for end in (lambda owner: owner.stdin.close(), lambda owner: owner.send_signal(signal.SIGKILL)):
+        command = [sys.executable, "-c", LOCK, str(run.path)]
+        owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        owner.stdout.readline()
+        with pytest.raises(UserError) as refused, run.lock():
+            pass
+        assert f"{run.path} is in use by process {owner.pid} of " in str(refused.value)
+        assert "\n" not in str(refused.value)
+        end(owner)
+        owner.wait()
+        with run.lock():
+            assert str(os.getpid()) in run.lock_file.read_text()
+        assert run.lock_file.read_text() == ""
+
+
+def test_a_directory_in_which_nothing_happened_is_removed_and_another_one_stays(tmp_path):
+    empty, used = RunDir.create(tmp_path, "empty"), RunDir.create(tmp_path, "used")
+    used.metrics.touch()
+    empty.discard_unused()
+    used.discard_unused()
+    assert not empty.path.exists() and used.path.exists()
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("RunDir.create(folder, 'new')", "out: {} cannot hold runs (Read-only file system); give --out another folder"),
+        ("RunDir(folder / 'old').lock().__enter__()", "{}/old cannot be written (Read-only file system); make it"),
+    ],
+)
+def test_a_read_only_disk_is_one_sentence(tmp_path, code, said):
+    """On a disk that is mounted read-only, since permissions do not stop root."""
+    (tmp_path / "old").mkdir()
+    python = f"""
+from pathlib import Path
+from align_cluster.observe.rundir import RunDir
+from align_cluster.types import UserError
+folder = Path({str(tmp_path)!r})
+try:
+    {code}
+except UserError as error:
+    print(error)
+"""
+    printed = in_mount(tmp_path, "mount --bind {0} {0} && mount -o remount,ro,bind {0}", python)
+    assert printed.startswith(said.format(tmp_path)) and printed.count("\n") == 1

@@ -1,11 +1,14 @@
 import json
 import math
+import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter, append_jsonl, read_jsonl
+
+from .mounts import in_mount, needs_mounts
 
 
 def test_each_step_is_on_disk_as_soon_as_it_is_written(tmp_path):
@@ -72,3 +75,76 @@ def test_damage_before_the_last_line_is_not_hidden(tmp_path):
 
 def test_a_missing_file_has_no_records(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_a_resumed_writer_counts_seconds_on_and_tensorboard_forgets_the_steps_that_come_again(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.start -= 100
+        for step in (1, 2, 3):
+            writer.write(step, {"train/loss": float(step)})
+    lines = RunDir(tmp_path).metrics.read_text().splitlines(keepends=True)
+    RunDir(tmp_path).metrics.write_text("".join(lines[:2]))
+    with MetricWriter(tmp_path, done=2) as writer:
+        for step in (3, 4):
+            writer.write(step, {"train/loss": 10.0 * step})
+    records = read_jsonl(RunDir(tmp_path).metrics)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert 100 <= records[0]["seconds"] <= records[1]["seconds"] <= records[2]["seconds"] < 200
+    events = EventAccumulator(str(RunDir(tmp_path).tensorboard)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30), (4, 40)]
+
+
+def test_where_the_events_are_gone_tensorboard_is_written_again_from_the_rows(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.evaluation(0, 0, "base", {"overall": {"reward/clip": 0.25}, "tasks": {}, "count": 4})
+        writer.write(1, {"train/loss": 1.0, "lr": math.nan})
+    shutil.rmtree(RunDir(tmp_path).tensorboard)
+    with MetricWriter(tmp_path, done=1) as writer:
+        writer.write(2, {"train/loss": 2.0})
+    events = EventAccumulator(str(RunDir(tmp_path).tensorboard)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
+    assert [event.step for event in events.Scalars("held_out/reward/clip")] == [0]
+
+
+def test_a_mark_gives_the_files_as_they_stood(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"lr": 1.0})
+        content = writer.mark()
+        writer.write(2, {"lr": 2.0})
+    assert content() == {
+        "metrics.jsonl": RunDir(tmp_path).metrics.read_bytes().splitlines(keepends=True)[0],
+        "evaluations.jsonl": b"",
+    }
+
+
+FULL = """
+from pathlib import Path
+from align_cluster.observe.sinks import MetricWriter, read_jsonl
+folder = Path({folder!r})
+writer = MetricWriter(folder)
+writer.write(1, {{"lr": 1.0}})
+fill = folder / "fill"
+with fill.open("wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(b"x" * 4096)
+    except OSError:
+        pass
+for step in range(2, 200):
+    writer.write(step, {{"lr": float(step), "train/loss": 0.5, "train/kl": 0.25}})
+mark = writer.mark()
+fill.unlink()
+assert len(read_jsonl(writer.files.metrics)) < 199, "the disk was not full"
+writer.write(200, {{"lr": 200.0}})
+writer.close()
+assert [row["step"] for row in read_jsonl(writer.files.metrics)] == list(range(1, 201))
+assert mark()["metrics.jsonl"].count(b"\\n") == 199
+"""
+
+
+@needs_mounts
+def test_a_full_disk_loses_no_line_and_says_so_once(tmp_path):
+    """On a disk of 300 kB that is really full, and then is not."""
+    printed = in_mount(tmp_path, "mount -t tmpfs -o size=300k tmpfs {0}", FULL.format(folder=str(tmp_path)))
+    assert printed.count("cannot be written (No space left on device)") == 1
+    assert "held in memory and written once there is room" in printed

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from align_cluster.observe.sinks import read_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +137,24 @@ def test_prompt_files_travel_with_the_job_and_no_wait_returns_at_once(cluster, t
     while not summary.exists() and time.monotonic() < deadline:
         time.sleep(1)
     assert summary.exists()
+
+
+def test_a_job_whose_driver_gets_sigterm_exits_with_75_and_goes_on_when_it_is_submitted_again(cluster, tmp_path):
+    arguments = ["configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", "--resume", "auto"]
+    address, env = cluster
+    command = [sys.executable, "-m", "align_cluster.cli", "submit", *arguments, "--address", address]
+    job = subprocess.Popen([*command, "--set", *TINY, "steps=1000"], cwd=ROOT, env=env, stdout=subprocess.PIPE)
+    try:
+        while len(read_jsonl(tmp_path / "job" / "metrics.jsonl")) < 2:  # the first step is finished then
+            assert job.poll() is None
+            time.sleep(0.2)
+        driver = re.match(r"process (\d+) of ", (tmp_path / "job" / "lock").read_text())
+        os.kill(int(driver[1]), signal.SIGTERM)
+        job.communicate(timeout=120)
+        assert job.returncode == 75
+    finally:
+        job.kill()
+    (saved,) = (tmp_path / "job" / "checkpoints").glob("step_*")
+    steps = int(saved.name[5:]) + 1
+    again = submit(cluster, *arguments, "--set", *TINY, f"steps={steps}")
+    assert again.returncode == 0 and f"step {steps}/{steps}" in again.stdout and f"step 1/{steps}" not in again.stdout

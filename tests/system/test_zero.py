@@ -226,7 +226,7 @@ def test_before_the_first_update_the_ratio_is_one_and_after_it_is_not(left, worl
 @pytest.mark.parametrize(("case", "world"), CASES)
 def test_a_loss_or_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_next_update_is_sound(left, case, world):
     for rank in left[case, world]:
-        _, before, loss, gradient, sound = rank
+        _, before, loss, gradient, sound, _ = rank
         for after in (loss, gradient):
             assert after["metrics"]["skipped"][0] == 2 and "grad_norm" not in after["metrics"]
             for name, value in before["default"].items():
@@ -234,7 +234,19 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_
         assert sound["metrics"]["skipped"][0] == 0 and np.isfinite(sound["metrics"]["grad_norm"][0])
         assert all(np.isfinite(value).all() for value in sound["default"].values())
         assert any((sound["default"][name] != value).any() for name, value in before["default"].items())
-    _, before, *skipped, _ = left[case, world][0]
+    _, before, *skipped, _, _ = left[case, world][0]
     for after in skipped:
         for source in ("behaviour", "evaluation"):
             np.testing.assert_array_equal(before["published"][source][1], after["published"][source][1])
+
+
+@pytest.mark.parametrize(("case", "world"), CASES)
+def test_an_update_whose_samples_are_all_masked_changes_nothing(left, case, world):
+    """AdamW has momentum and weight decay, which would move the weights without a gradient."""
+    for rank in left[case, world]:
+        *_, before, masked = rank
+        assert masked["metrics"]["empty"][0] == 2 and "grad_norm" not in masked["metrics"]
+        for name, value in before["default"].items():
+            np.testing.assert_array_equal(masked["default"][name], value)
+        for source in ("behaviour", "evaluation") if before["published"]["behaviour"][0] else ():
+            np.testing.assert_array_equal(before["published"][source][1], masked["published"][source][1])

@@ -5,6 +5,7 @@ A CASE is "<stage>:<algorithm>". Rank 0 pickles {case: [what a step left behind,
 
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,11 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
         learner.algorithm.old_decay = lambda updates: None
         metrics = learner.update(STEPS, mine, totals, None, *data)
         left.append({"metrics": metrics, "default": state("default"), "published": publish(STEPS)})
+
+    masked = [replace(piece, weights=0 * piece.weights) for piece in mine]
+    data = [item for source in sources for item in (drawn[source], texts[source])]
+    metrics = learner.update(STEPS, masked, dict.fromkeys(totals, 0.0), None, *data)
+    left.append({"metrics": metrics, "default": state("default"), "published": publish(STEPS)})
     return left
 
 

@@ -1,0 +1,181 @@
+"""Where a run works and what it goes on from, with real checkpoints and without workers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from align_cluster.checkpoint.store import Store
+from align_cluster.config.load import dump, load
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.state import Snapshot
+from align_cluster.loop.keeper import State
+from align_cluster.loop.resume import place
+from align_cluster.loop.summary import software
+from align_cluster.observe.rundir import RunDir, write_json, write_text
+from align_cluster.types import UserError
+
+TINY = Path(__file__).parents[1] / "system" / "tiny.yaml"
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return load(TINY, ["steps=9", *overrides])
+
+
+def state(config: RunConfig, step: int, **facts) -> State:
+    learner = Snapshot.of({"updates": step, "steps": step}, {"adapter/default/a": np.full(3, step, np.float32)})
+    rows = "".join(json.dumps({"step": at}) + "\n" for at in range(1, step + 1)).encode()
+    facts = {"config": config.model_dump(mode="json"), "versions": software()} | facts
+    credit = {"00/0": np.arange(3.0), "00/1": np.array([True, False])}
+    return State(step, facts, learner, credit, lambda: {"metrics.jsonl": rows, "evaluations.jsonl": b""})
+
+
+def checkpoints(config: RunConfig, folder: Path | str, *steps: int) -> None:
+    for step in steps:
+        Store(str(folder)).write(step, state(config, step).files(), {})
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    """A run that got to step 5 and has checkpoints of 2 and 4."""
+    made = RunDir.create(tmp_path, "tiny")
+    write_text(made.config, dump(tiny()))
+    checkpoints(tiny(), made.checkpoints, 2, 4)
+    write_text(made.metrics, "".join(json.dumps({"step": at}) + "\n" for at in range(1, 6)))
+    return made
+
+
+def test_a_state_goes_into_files_and_back():
+    before = state(tiny(), 4, before={"overall": {"a": 0.1}}, clock={"wall": 1.5})
+    after = State.of(4, before.files())
+    assert after.facts["before"] == {"overall": {"a": 0.1}} and after.texts() == before.texts()
+    assert after.learner.counts == before.learner.counts
+    assert after.learner.manifest.checksum == before.learner.manifest.checksum
+    for name, value in before.credit.items():
+        np.testing.assert_array_equal(after.credit[name], value)
+        assert after.credit[name].dtype == value.dtype
+
+
+def test_auto_takes_the_newest_checkpoint_and_the_rows_up_to_it(run, tmp_path):
+    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+        assert (begun.run.path, begun.steps) == (run.path, 4)
+        assert run.metrics.read_text().count("\n") == 4
+        with pytest.raises(UserError, match="is in use by process"), place(tiny(), tmp_path, "auto", print):
+            pass
+
+
+def test_auto_begins_a_run_where_there_is_none_and_plain_train_never_goes_on(run, tmp_path):
+    with place(tiny("name=other"), tmp_path, "auto", lambda note: None) as begun:
+        assert begun.state is None and begun.run.path.name == "other"
+        begun.run.metrics.touch()
+    with place(tiny(), tmp_path, None, pytest.fail) as begun:
+        assert begun.state is None and begun.run.path.name == "tiny-2"
+
+
+def test_auto_takes_the_last_of_several_runs_that_has_a_checkpoint(run, tmp_path):
+    for name in ("tiny-2", "tiny-10", "tiny-11", "tiny-big"):
+        (tmp_path / name).mkdir()
+    for name in ("tiny-2", "tiny-10", "tiny-big"):
+        checkpoints(tiny(), tmp_path / name / "checkpoints", 3)
+    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+        assert begun.run.path.name == "tiny-10"
+
+
+def test_a_run_directory_can_be_named_from_anywhere(run, tmp_path):
+    with place(tiny("name=x"), tmp_path / "elsewhere", str(run.path), pytest.fail) as begun:
+        assert begun.run.path == run.path and begun.steps == 4
+
+
+def test_a_checkpoint_that_is_named_begins_a_directory_of_its_own_with_its_history(run, tmp_path):
+    with place(tiny(), tmp_path, str(run.checkpoints / "step_000002"), pytest.fail) as begun:
+        assert begun.run.path.name == "tiny-2" and begun.steps == 2
+        assert begun.run.metrics.read_text().count("\n") == 2
+    assert run.metrics.read_text().count("\n") == 5 and Store(str(run.checkpoints)).steps() == [2, 4]
+
+
+def test_a_finished_run_is_known_by_its_summary(run, tmp_path):
+    checkpoints(tiny(), run.checkpoints, 9)
+    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+        assert not begun.finished(tiny())
+    write_json(run.summary, {"steps": 9})
+    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+        assert begun.finished(tiny())
+    with place(tiny("steps=12"), tmp_path, "auto", lambda note: None) as begun:
+        assert not begun.finished(tiny("steps=12"))
+
+
+def test_checkpoints_elsewhere_bring_back_a_run_whose_machine_is_gone(tmp_path):
+    far = f"checkpoint.path=memory://{tmp_path.name}"
+    checkpoints(tiny(), f"memory://{tmp_path.name}/tiny", 6)
+    with pytest.raises(UserError, match="holds checkpoints of another run"), place(tiny(far), tmp_path, None, print):
+        pass
+    assert not list(tmp_path.iterdir())
+    with place(tiny(far), tmp_path, "auto", lambda note: None) as begun:
+        assert begun.steps == 6 and begun.run.path == tmp_path / "tiny"
+        assert begun.run.metrics.read_text().count("\n") == 6
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_in_its_place(run, tmp_path):
+    for step in (2, 4):
+        (run.checkpoints / f"step_00000{step}" / "run.json").write_bytes(b"")
+    notes = []
+    told = pytest.raises(UserError, match="holds no checkpoint that can be read")
+    with told, place(tiny(), tmp_path, "auto", notes.append):
+        pass
+    assert [note.split()[1][-11:] for note in notes[1:]] == ["step_000004", "step_000002"]
+    assert run.metrics.read_text().count("\n") == 5
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        *("steps=20", "cluster.learners=4", "cluster.samplers=3", "checkpoint.every=1", "learner.zero_stage=3"),
+        *("evaluate.every=2", "evaluate.grid_every=7", "guard.contrast.action=stop", "name=other"),
+        *("rewards.clip.pool.workers=3", "learner.gradient_checkpointing=true"),
+    ],
+)
+def test_what_does_not_make_it_another_run_may_change(run, tmp_path, allowed):
+    with place(tiny(allowed), tmp_path, str(run.path), pytest.fail) as begun:
+        assert begun.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("seed=1", "seed: 0 there, 1 here"),
+        ("algorithm.beta=0.5", "algorithm.beta"),
+        ("prompts.split=held_out", 'prompts.split: "train" there, "held_out" here'),
+        ("evaluate.count=1", "evaluate.count: 2 there, 1 here"),
+        ("rewards.clip.weight=2", "rewards.clip.weight"),
+        ("rewards.clip.pool.batch=2", "rewards.clip.pool.batch: null there, 2 here"),
+        ("exploration.kind=e2po", "exploration: null there"),
+        ("steps=3", "4 steps are done, and steps is 3; set steps to more"),
+    ],
+)
+def test_what_makes_it_another_run_is_refused_by_name(run, tmp_path, changed, said):
+    with pytest.raises(UserError) as refused, place(tiny(changed), tmp_path, str(run.path), pytest.fail):
+        pass
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_other_versions_are_told_of_and_no_obstacle(run, tmp_path):
+    old = state(tiny(), 5, versions=software() | {"torch": "1.0"})
+    Store(str(run.checkpoints)).write(5, old.files(), {})
+    notes = []
+    with place(tiny(), tmp_path, str(run.path), notes.append) as begun:
+        assert begun.steps == 5
+    assert len(notes) == 1 and "torch 1.0 -> " in notes[0]
+
+
+@pytest.mark.parametrize("given", ["runs/typo", "."])
+def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, given):
+    with pytest.raises(UserError, match="neither a run directory") as refused, place(tiny(), tmp_path, given, print):
+        pass
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_fails_before_it_measured_anything_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), place(tiny(), tmp_path, None, print):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+
+from align_cluster.observe.guards import Guard, GuardConfig
+
+OFF = {name: None for name in GuardConfig.model_fields if name != "rollbacks"}
+
+
+def guard(**rules) -> Guard:
+    return Guard(GuardConfig.model_validate(OFF | rules), ["clip"])
+
+
+def alarms(made: Guard, rows: list[dict]) -> list[tuple[int, str, str]]:
+    """(step, rule, action) of every alarm."""
+    found = [(step, made.watch(step, row)) for step, row in enumerate(rows, start=1)]
+    return [(step, alarm.rule, alarm.action) for step, alarm in found if alarm]
+
+
+def test_a_healthy_run_raises_nothing_under_the_default_rules():
+    made = Guard(GuardConfig(), ["clip"])
+    rows = [
+        {
+            "reward/clip/mean": 0.2 + 0.01 * step,
+            "reward/clip/std": 0.1,
+            "train/grad_norm": 1 + step % 3,
+            "group/zero_std_ratio": 0.5,
+            "images/contrast": 0.2,
+            "images/diversity": 0.1,
+        }
+        for step in range(40)
+    ]
+    assert not alarms(made, rows) and made.good
+
+
+def test_a_rule_waits_for_its_patience_and_speaks_once_a_streak():
+    made = guard(zero_std={"limit": 0.9, "patience": 3, "action": "stop"})
+    ratios = [1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1]
+    assert alarms(made, [{"group/zero_std_ratio": ratio} for ratio in ratios]) == [
+        (6, "zero_std", "stop"),
+        (11, "zero_std", "stop"),
+    ]
+    assert not made.good
+
+
+def test_skipped_updates_are_counted_a_step():
+    made = guard(not_finite={"limit": 1, "patience": 2, "action": "stop"})
+    assert alarms(made, [{"train/skipped": n} for n in (0, 1, 0, 1, 2)]) == [(5, "not_finite", "stop")]
+
+
+def test_a_reward_that_falls_is_measured_in_deviations_of_its_first_images():
+    made = guard(reward_drop={"limit": 1.0, "patience": 1, "action": "rollback"})
+    rows = [{"reward/clip/mean": mean, "reward/clip/std": 0.1} for mean in [0.5] * 5 + [0.45] * 6 + [0.3] * 5]
+    # Means of 5: down to 0.45 (half a deviation), then 0.39 as soon as two of five are 0.3.
+    assert alarms(made, rows) == [(13, "reward_drop", "rollback")]
+
+
+def test_a_gradient_is_compared_with_those_before_it():
+    made = guard(grad_norm={"limit": 10, "patience": 1, "action": "warn"})
+    norms = [1, 2, 1, 2, 1, 9, 15, 2]
+    assert alarms(made, [{"train/grad_norm": norm} for norm in norms]) == [(7, "grad_norm", "warn")]
+
+
+@pytest.mark.parametrize("name", ["contrast", "diversity"])
+def test_images_that_turn_grey_or_alike_are_compared_with_the_first_step(name):
+    made = guard(**{name: {"limit": 0.5, "patience": 2, "action": "rollback"}})
+    assert alarms(made, [{f"images/{name}": value} for value in (0.2, 0.11, 0.09, 0.08)]) == [(4, name, "rollback")]
+
+
+def test_the_strictest_alarm_counts():
+    made = guard(
+        zero_std={"limit": 0.9, "patience": 1, "action": "warn"},
+        not_finite={"limit": 1, "patience": 1, "action": "stop"},
+    )
+    assert alarms(made, [{"group/zero_std_ratio": 1.0, "train/skipped": 1.0}]) == [(1, "not_finite", "stop")]
+
+
+def test_the_sentence_has_the_step_the_number_and_the_setting():
+    alarm = guard(grad_norm={"limit": 10, "patience": 1}).watch(1, {})
+    assert alarm is None
+    made = guard(zero_std={"limit": 0.9, "patience": 1})
+    message = made.watch(7, {"group/zero_std_ratio": 0.95}).message
+    assert message.startswith("step 7: zero_std is 0.95") and "guard.zero_std.limit 0.9" in message
+
+
+def test_a_guard_that_is_taken_up_again_goes_on_as_if_nothing_had_been():
+    rows = [
+        {
+            "reward/clip/mean": 0.5 - 0.02 * step,
+            "reward/clip/std": 0.1,
+            "train/grad_norm": 1.0 + step,
+            "group/zero_std_ratio": 1.0,
+            "images/contrast": 0.2 / (1 + step),
+        }
+        for step in range(16)
+    ]
+    whole = Guard(GuardConfig(), ["clip"])
+    expected = alarms(whole, rows)
+    for cut in range(len(rows)):
+        first, second = Guard(GuardConfig(), ["clip"]), Guard(GuardConfig(), ["clip"])
+        before = alarms(first, rows[:cut])
+        second.restore(json.loads(json.dumps(first.state())))
+        after = [(step + cut, rule, action) for step, rule, action in alarms(second, rows[cut:])]
+        assert before + after == expected and second.state() == whole.state()
+    assert {rule for _, rule, _ in expected} == {"zero_std", "contrast", "reward_drop"}
+
+
+def test_after_a_rollback_what_was_seen_of_later_weights_counts_no_more():
+    made = guard(reward_drop={"limit": 1.0, "patience": 1, "action": "rollback"})
+    rows = [{"reward/clip/mean": mean, "reward/clip/std": 0.1} for mean in [0.5] * 5 + [0.2] * 5]
+    assert alarms(made, rows)
+    made.rolled_back()
+    assert made.good and not alarms(made, [{"reward/clip/mean": 0.45, "reward/clip/std": 0.1}] * 6)

@@ -49,14 +49,16 @@ OVERRIDES = (
     "cluster.samplers=2",
     "cluster.learners=2",
     "cluster.reward_workers=2",
+    "rewards.geneval.on_failure.retries=6",  # a call that loses more workers is a failed score
+    "rewards.clip.on_failure.retries=6",
     "evaluate.count=2",
     "evaluate.images_per_prompt=1",
     "evaluate.grid_every=0",
     "evaluate.grid_prompts=1",
     "evaluate.grid_columns=1",
 )
-KILLS = {"sampler": 21, "reward": 16, "learner": 9, "driver": 6}
-AT_ONCE = {"sampler": 3, "reward": 2, "learner": 1, "driver": 1}  # kills of a kind in one step
+KILLS = {"sampler": 24, "reward": 18, "learner": 6, "driver": 4}
+AT_ONCE = {"sampler": 3, "reward": 3, "learner": 1, "driver": 1}  # kills of a kind in one step
 MOMENTS = (
     "before rollout",
     "in rollout",
@@ -294,7 +296,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table", "drive"])
     parser.add_argument("folder", nargs="?", type=Path, help="of `drive`, which `run` calls")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--kills", nargs="+", metavar="KIND=COUNT", help="other than the kept run's")
     args = parser.parse_args()
     if args.what == "drive":

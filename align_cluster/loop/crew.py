@@ -1,8 +1,9 @@
 """The workers of one run and what the driver asks of them. Tensors stay in the object store; the driver holds
 references."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.learners import LearnerGroup
 from align_cluster.cluster.placement import gone, reward_role
-from align_cluster.cluster.pool import InputLost, Patience, Pool, stream
+from align_cluster.cluster.pool import InputLost, Patience, Pool, reason, stream
 from align_cluster.cluster.workers import make_reward_worker, make_sampler
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
@@ -27,6 +28,7 @@ from align_cluster.rollouts.steps import Euler
 from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Receipt, Scores
 from align_cluster.weights import check, view
 
+log = logging.getLogger(__name__)
 RECORD_LOSSES = 3  # of one step, until the run ends
 Report = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -238,14 +240,18 @@ class Crew:
     def mend(self, drawn: list[Drawn], part: Literal["images", "record"] = "record") -> None:
         """Draw those chunks again, in their places, whose images or record went down with their node."""
         lost = gone([getattr(item, part) for item in drawn])
-        places = {item.info.chunk.id: index for index, item in enumerate(drawn) if lost[index]}
-        for index in places.values():
+        self.redraw(drawn, [index for index in range(len(drawn)) if lost[index]])
+
+    def redraw(self, drawn: list[Drawn], places: Iterable[int]) -> None:
+        """Draw the chunks at these places again: the same images and records, in new objects. Scores stay."""
+        by_id = {drawn[index].info.chunk.id: index for index in places}
+        for index in by_id.values():
             self._submit(drawn[index].info.chunk, drawn[index].request)
         for done in stream(self.samplers):
-            item = drawn[places[done.key]]
+            item = drawn[by_id[done.key]]
             self._verify(done.value, item.info.chunk, item.request)
             images, record = done.refs
-            drawn[places[done.key]] = replace(item, info=done.value, images=images, record=record)
+            drawn[by_id[done.key]] = replace(item, info=done.value, images=images, record=record)
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
         """A chunk must have been drawn with exactly the levels, seeds, weights and condition that were asked for."""
@@ -284,14 +290,17 @@ class Crew:
 
     def _with_records(self, drawn: list[Drawn], ask: Callable[[], Any]) -> Any:
         """The learner's answer to a call with records; those that went down with their node are drawn again."""
-        for attempt in range(RECORD_LOSSES):
+        for _ in range(RECORD_LOSSES):
             self.mend(drawn)
             try:
                 return ask()
-            except ObjectLostError:
-                if attempt == RECORD_LOSSES - 1:
-                    raise
+            except ObjectLostError as error:
+                failure = error
+                log.warning("records went down with their node, and are drawn again: %s", reason(error))
                 self.learners.shutdown()  # ranks that have theirs wait for the others: all start anew
+                if not any(gone([item.record for item in drawn])):
+                    self.redraw(drawn, range(len(drawn)))
+        raise failure
 
     def _condition(self, item: Drawn) -> Any:
         return self.conditions[item.info.chunk.prompt.text]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -10,41 +11,62 @@ import pytest
 from align_cluster.loop import driver
 from align_cluster.loop.crew import Crew
 
+MOMENTS = ("before rollout", "in rollout", "in scoring", "before update", "in publish", "after publish")
 
-def saboteur(pool_name: str, pid_of: Callable, killed: list[int]) -> type[Crew]:
-    """A Crew that kills a worker of the named pool in the second step, as soon as that worker has calls queued."""
+
+def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed: list[int]) -> type[Crew]:
+    """A Crew that kills a worker of the named pool at moments of the second step: one with work, where there is one."""
 
     class Saboteur(Crew):
-        def request(self, step):
-            self.armed = step == 1
-            return super().request(step)
+        step, left = 0, list(moments)
+
+        def strike(self, moment: str, delay: float = 0.0) -> None:
+            if self.step != 2 or moment not in self.left:
+                return
+            self.left.remove(moment)
+            pool = self.samplers if pool_name == "samplers" else self.rewards[0]
+            victim = next((worker for worker in pool.workers if worker.calls), pool.workers[0])
+            killed.append(int(victim.place.split()[-1]) if victim.place else pid_of(victim.actor))
+            threading.Timer(delay, os.kill, [killed[-1], signal.SIGKILL]).start()
 
         def draw(self, chunks, request):
-            pool, inner = self.samplers if pool_name == "samplers" else self.rewards[0], self.report
-            pids = {worker.name: pid_of(worker.actor) for worker in pool.workers}
+            self.step = chunks[0].step + 1
+            self.strike("before rollout")
+            return super().draw(chunks, request)
 
-            def report(stage: str, done: int, total: int) -> None:
-                victim = next((worker for worker in pool.workers if worker.calls), None)
-                if self.armed and victim:
-                    self.armed = False
-                    os.kill(pids[victim.name], signal.SIGKILL)
-                    killed.append(pids[victim.name])
-                inner(stage, done, total)
+        def report(self, stage, done, total):
+            super().report(stage, done, total)
+            if stage == "rollout" and done:
+                self.strike("in rollout" if done < total else "in scoring")
 
-            self.report = report
-            try:
-                return super().draw(chunks, request)
-            finally:
-                self.report = inner
+        def update(self, step, drawn, credit):
+            self.strike("before update")
+            return super().update(step, drawn, credit)
+
+        def publish(self, source):
+            self.strike("in publish", 0.02)
+            sync = super().publish(source)
+            self.strike("after publish")
+            return sync
 
     return Saboteur
 
 
-@pytest.mark.parametrize("kind", ["nft", "grpo"])
-def test_one_sampler_and_two_end_in_the_same_lora(runs, tiny, train, kind):
-    alone = train(tiny(kind, "cluster.samplers=1"))
+@pytest.mark.parametrize(
+    ("kind", "samplers"),
+    [("nft", "cluster.samplers=1"), ("grpo", "cluster.samplers=1")]
+    + [
+        pytest.param(kind, samplers, marks=pytest.mark.slow)
+        for kind in ("nft", "grpo")
+        for samplers in ("cluster.samplers=3", "cluster.max_samplers=2")
+    ],
+)
+def test_one_two_and_three_samplers_end_in_the_same_lora(runs, tiny, train, kind, samplers):
+    """`runs` have two. With max_samplers a second one comes while the run works."""
+    more = ("cluster.samplers=1",) if "max" in samplers else ()
+    run = train(tiny(kind, samplers, *more))
     for key in ("lora_checksum", "before", "after", "config_hash"):
-        assert alone.summary[key] == runs[kind].summary[key]
+        assert run.summary[key] == runs[kind].summary[key]
 
 
 def test_exploration_ends_in_the_same_lora_however_its_first_phase_is_shared_out(tiny, train, short_folder):
@@ -68,11 +90,23 @@ def test_another_seed_ends_in_another_lora(runs, tiny, train):
     assert train(tiny("nft", "seed=1")).summary["lora_checksum"] != runs["nft"].summary["lora_checksum"]
 
 
-@pytest.mark.parametrize(("kind", "pool"), [("grpo", "samplers"), ("nft", "rewards")])
-def test_a_worker_killed_in_the_middle_changes_nothing(runs, tiny, train, pid_of, monkeypatch, kind, pool):
+@pytest.mark.parametrize(
+    ("kind", "pool", "moments"),
+    [("grpo", "samplers", ("in rollout",)), ("nft", "rewards", ("in scoring",))]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            *(("nft", "samplers", (moment,)) for moment in MOMENTS),
+            *(("grpo", "rewards", (moment,)) for moment in MOMENTS),
+            ("nft", "samplers", MOMENTS),
+            ("grpo", "rewards", ("before rollout", "in scoring", "after publish")),
+        )
+    ],
+)
+def test_workers_killed_at_any_moment_change_nothing(runs, tiny, train, pid_of, monkeypatch, kind, pool, moments):
     killed = []
-    monkeypatch.setattr(driver, "Crew", saboteur(pool, pid_of, killed))
+    monkeypatch.setattr(driver, "Crew", saboteur(pool, moments, pid_of, killed))
     run = train(tiny(kind))
-    assert len(killed) == 1 and run.summary["workers_lost"] == 1
+    assert len(killed) == len(moments)
     for key in ("lora_checksum", "after", "images_drawn"):
         assert run.summary[key] == runs[kind].summary[key]

@@ -45,7 +45,7 @@ from align_cluster.rollouts.steps import Euler
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "srpo.jsonl"
-STEPS, PROMPTS, GROUP, EVERY = 16, 4, 8, 8
+STEPS, GROUPS, GROUP, EVERY = 16, 4, 8, 8
 GAIN = 0.05  # of preference, for which updates and seconds are counted
 COLUMNS = {"preference": "reward/preference", "accuracy": "reward/geneval/accuracy", "clip": "reward/clip"}
 ABSOLUTE = ["algorithm.relative=none", "algorithm.branches=denoise", "algorithm.margin=null"]
@@ -65,7 +65,7 @@ METHODS = {
 
 def overrides(method: str, seed: int) -> list[str]:
     """What makes embedded_srpo.yaml one row of the comparison."""
-    shared = [f"steps={STEPS}", f"prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}", f"seed={seed}"]
+    shared = [f"steps={STEPS}", f"prompts_per_step={GROUPS}", f"rollout.group_size={GROUP}", f"seed={seed}"]
     evaluation = ["evaluate.count=30", f"evaluate.every={EVERY}", "evaluate.grid_every=0"]
     return [*shared, *evaluation, *METHODS[method]]
 

@@ -15,18 +15,37 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
-import tempfile
+import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import numpy as np
+import torch
 from alignment import commit
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.config.load import load
+from align_cluster.config.run import RunConfig
+from align_cluster.evaluate.table import rows as score_rows
+from align_cluster.evaluate.table import summarise
+from align_cluster.learner.batching import cut, total_weight
+from align_cluster.learner.sums import merge
+from align_cluster.learner.worker import Learner
+from align_cluster.loop.credit import Creditor
+from align_cluster.loop.crew import Drawn, step_seed
+from align_cluster.prompts import PROMPTS
+from align_cluster.prompts.groups import plan_evaluation, plan_step
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.rollouts.sampler import DrawRequest, Sampler
+from align_cluster.rollouts.steps import Euler
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "srpo.jsonl"
-STEPS, PROMPTS, GROUP, EVERY = 16, 4, 8, 8
+STEPS, GROUPS, GROUP, EVERY = 16, 4, 8, 8
 GAIN = 0.05  # of preference, for which updates and seconds are counted
 COLUMNS = {"preference": "reward/preference", "accuracy": "reward/geneval/accuracy", "clip": "reward/clip"}
 ABSOLUTE = ["algorithm.relative=none", "algorithm.branches=denoise", "algorithm.margin=null"]
@@ -46,22 +65,73 @@ METHODS = {
 
 def overrides(method: str, seed: int) -> list[str]:
     """What makes embedded_srpo.yaml one row of the comparison."""
-    shared = [f"steps={STEPS}", f"prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}", f"seed={seed}"]
+    shared = [f"steps={STEPS}", f"prompts_per_step={GROUPS}", f"rollout.group_size={GROUP}", f"seed={seed}"]
     evaluation = ["evaluate.count=30", f"evaluate.every={EVERY}", "evaluate.grid_every=0"]
     return [*shared, *evaluation, *METHODS[method]]
 
 
-def run(method: str, seed: int) -> dict:
-    """Train once, in a process of its own; returns the row."""
-    config = Path(__file__).parent.parent / "configs" / "embedded_srpo.yaml"
-    settings = overrides(method, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "align_cluster.cli", "train", str(config), "--out", folder, "--name", "row"]
-        subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], check=True)
-        out = Path(folder) / "row"
-        summary = json.loads((out / "summary.json").read_text())
-        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+def train(config: RunConfig) -> Iterator[dict]:
+    """The run's own samplers, rewards, credit and learner in this process, one of each and without Ray, whose start
+    would take most of the time of so short a run. Yields a dict a step, with held-out scores where they are due."""
+    learner = Learner(config, 0, 1, "127.0.0.1", free_port())
+    sampler, scorer, creditor = Sampler(config.backbone), RewardWorker(dict(config.rewards)), Creditor(config)
+    sources = (config.prompts, config.evaluate.prompts)
+    prompts, held_out = (PROMPTS[source.kind](source).load() for source in sources)
+    rollout, held = config.rollout, config.evaluate
+    fixed = plan_evaluation(held_out, held.count, held.images_per_prompt, held.images_per_prompt, config.seed)
+    conditions: dict = {}
+
+    def draw(chunks: list, request: DrawRequest) -> list[Drawn]:
+        new = [text for text in dict.fromkeys(chunk.prompt.text for chunk in chunks) if text not in conditions]
+        conditions.update(zip(new, sampler.encode(new), strict=True))
+        drawn = []
+        for chunk in chunks:
+            info, images, record = sampler.draw(chunk, conditions[chunk.prompt.text], None, request)
+            drawn.append(Drawn(info, images, record, scorer.score(images, [chunk.prompt] * len(images))))
+        return drawn
+
+    def adopt(source: str, version: int) -> None:
+        sampler.adopt(*learner.publish(source, version))
+
+    def evaluate(version: int) -> dict:
+        adopt("evaluation", version)
+        drawn = draw(fixed, DrawRequest(version, held.steps or rollout.steps, Euler.Config(), held.guidance))
+        return summarise([row for item in drawn for row in score_rows(item.info.chunk.prompt, item.scores)])["overall"]
+
+    yield {"held_out": evaluate(0)}
+    algorithm, window = ALGORITHMS[config.algorithm.kind](config.algorithm), config.window
+    for step in range(config.steps):
+        started, version = time.perf_counter(), 2 * step + 1
+        adopt("behaviour", version)
+        chunks = plan_step(prompts, config.seed, step, config.prompts_per_step, rollout.group_size, rollout.group_size)
+        planned = window.plan(rollout.steps, step, step_seed(config, step)) if window else None
+        kept = planned or algorithm.states(rollout.steps)
+        drawn = draw(chunks, DrawRequest(version, rollout.steps, config.step_kind, rollout.guidance, kept))
+        credit = creditor.assign(step, drawn)
+        pieces = cut(chunks, list(credit.advantages), list(credit.valid), 1, rollout.group_size, step)
+        data = [part for item in drawn for part in (item.record, conditions[item.info.chunk.prompt.text])]
+        trained = merge([learner.update(step, pieces, total_weight(pieces), None, *data)])
+        row = {"seconds": time.perf_counter() - started, "train/grad_norm": trained["grad_norm"][0]}
+        row |= {name: float(np.mean([item.scores.values[name] for item in drawn])) for name in ("preference", "clip")}
+        yield row | ({"held_out": evaluate(version + 1)} if (step + 1) % held.every == 0 else {})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def one(method: str, seed: int) -> dict:
+    """Train once, in this process; returns the row."""
+    torch.set_num_threads(1)
+    file = Path(__file__).parent.parent / "configs" / "embedded_srpo.yaml"
+    settings, started = overrides(method, seed), time.perf_counter()
+    steps = []
+    for row in train(load(file, settings)):
+        print(method, seed, len(steps), json.dumps(row), file=sys.stderr, flush=True)
+        steps.append(row)
+    held_out = [row["held_out"] for row in steps if "held_out" in row]
     return {
         "method": method,
         "seed": seed,
@@ -69,13 +139,19 @@ def run(method: str, seed: int) -> dict:
         "date": date.today().isoformat(),
         "commit": commit(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "wall_seconds": round(summary["wall_seconds"]),
-        "steps_at": [row["step"] for row in evaluations],
-        "held_out": {name: [row["overall"][column] for row in evaluations] for name, column in COLUMNS.items()},
-        "share": [row["overall"]["reward/preference/share"] for row in evaluations],
-        "training": {name: [row[f"{COLUMNS[name]}/mean"] for row in steps] for name in ("preference", "clip")},
-        "step_seconds": [row["time/step"] for row in steps],
+        "wall_seconds": round(time.perf_counter() - started),
+        "cpu_seconds": round(time.process_time()),
+        "steps_at": [place for place, row in enumerate(steps) if "held_out" in row],
+        "held_out": {name: [scores[column] for scores in held_out] for name, column in COLUMNS.items()},
+        "share": [scores["reward/preference/share"] for scores in held_out],
+        "training": {name: [row[name] for row in steps[1:]] for name in ("preference", "clip")},
+        "step_seconds": [row["seconds"] for row in steps[1:]],
     }
+
+
+def run(method: str, seed: int) -> None:
+    """Append one row, from a process of its own: DeepSpeed starts once in a process."""
+    subprocess.run([sys.executable, __file__, "row", "--methods", method, "--seeds", str(seed)], check=True)
 
 
 def rows() -> list[dict]:
@@ -145,7 +221,7 @@ def plot(kept: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table", "plot"])
+    parser.add_argument("command", choices=["run", "table", "plot", "row"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
@@ -155,9 +231,12 @@ def main() -> None:
             for method in args.methods:
                 if any((row["method"], row["seed"]) == (method, seed) for row in rows()):
                     continue
-                row = run(method, seed)
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                run(method, seed)
+    elif args.command == "row":
+        row = one(args.methods[0], args.seeds[0])
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return
     elif args.command == "plot":
         plot(rows())
     print(table(rows()))

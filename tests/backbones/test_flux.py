@@ -115,3 +115,15 @@ def test_bf16_changes_a_velocity_by_rounding_only_and_answers_in_fp32(folder):
     v, rounded = (predict(backbone, denoiser, condition) for backbone in (fine, coarse))
     assert rounded.dtype == torch.float32
     assert 0 < (v - rounded).abs().max() < 0.05 * v.abs().max()
+
+
+def test_a_sampler_can_be_told_another_strength_of_guidance_than_the_settings(flux):
+    denoiser, (condition,) = flux.load_denoiser(), flux.encode([TEXT])
+    own = predict(flux, denoiser, condition)
+    try:
+        flux.told = flux.config.embedded_guidance
+        assert torch.equal(predict(flux, denoiser, condition), own)
+        flux.told = 0.0
+        assert not torch.equal(predict(flux, denoiser, condition), own)
+    finally:
+        flux.told = None

@@ -151,3 +151,10 @@ def test_exploring_changes_neither_the_prompts_of_a_step_nor_how_their_originals
 def test_an_evaluation_draws_the_prompts_themselves():
     chunks = plan_evaluation(PROMPTS, 5, 4, 2, 0)
     assert all(chunk.noises == chunk.seeds and not any(chunk.variants) for chunk in chunks)
+
+
+def test_with_same_noise_for_a_step_all_groups_of_it_begin_alike_and_the_next_step_does_not():
+    first, second = (plan_step(PROMPTS, 5, step, 4, 1, 1, same_noise="step") for step in (0, 1))
+    noises = [{noise for chunk in chunks for noise in chunk.noises} for chunks in (first, second)]
+    assert len(noises[0]) == len(noises[1]) == 1 and noises[0] != noises[1]
+    assert len({seed for chunk in first for seed in chunk.seeds}) == 4

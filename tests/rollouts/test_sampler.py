@@ -329,3 +329,34 @@ def test_a_draw_has_the_levels_of_its_schedule(base, conditions, kind):
         np.testing.assert_array_equal(base[0].sigmas(request), record.sigmas)
         drawn.add(images.tobytes())
     assert len(drawn) == len(expected)
+
+
+def test_a_deterministic_rollout_records_the_states_that_are_asked_for_and_nothing_else(base, conditions):
+    plain = DrawRequest(0, STEPS, Euler.Config())
+    _, images, record = base[0].draw(chunk(1, 2, 3), conditions[0], None, plain)
+    _, same, kept = base[0].draw(
+        chunk(1, 2, 3), conditions[0], None, replace(plain, window=Window((), (0, STEPS - 1), 1))
+    )
+    np.testing.assert_array_equal(images, same)
+    np.testing.assert_array_equal(record.x0, kept.x0)
+    assert kept.after is None and kept.log_probs is None and kept.before.shape == (3, 1, *record.x0.shape[1:])
+    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in (1, 2, 3)], record.x0.shape[1:]).numpy()
+    for row, (k,) in enumerate(kept.indices):
+        assert k in (0, STEPS - 1) and (k > 0 or (kept.before[row, 0] == noise[row]).all())
+
+
+def test_offline_a_chunk_is_its_prompts_own_image_whatever_the_weights(base, conditions, tmp_path):
+    from PIL import Image
+
+    from align_cluster.embedded import scene
+    from align_cluster.embedded.render import render
+
+    picture = render([scene.prompts("colors", "train")[0]], 0)[0].permute(1, 2, 0).numpy()
+    Image.fromarray(picture).save(tmp_path / "real.png")
+    given = Chunk(0, 0, 0, Prompt(0, TEXT, {"image": str(tmp_path / "real.png")}), (1, 2))
+    request = DrawRequest(0, STEPS, Euler.Config(), offline=True)
+    info, images, record = base[0].draw(given, conditions[0], None, request)
+    assert np.abs(images.astype(int) - picture).mean() < 4, "what the VAE makes of it"
+    np.testing.assert_array_equal(record.x0[0], record.x0[1])
+    assert record.indices.shape == (2, 0) and record.chunk.noises == (1, 2)
+    assert info.fingerprint != fingerprint(given, replace(request, offline=False), conditions[0].key)

@@ -18,6 +18,8 @@ SMALL = (
     *("evaluate.count=2", "evaluate.images_per_prompt=2", "evaluate.every=0", "evaluate.grid_every=0"),
     *("evaluate.grid_prompts=2", "evaluate.grid_columns=2"),
 )
+# Full-size run files of methods that were published for other models than Stable Diffusion 3.5.
+LARGE = {"srpo": "flux_dev_srpo_hps", "refl": "sd15_refl", "draft": "sd15_draft", "draft_lv": "sd15_draft_lv"}
 TWINS = sorted(path.stem for path in CONFIGS.glob("embedded_*.yaml"))
 
 
@@ -31,7 +33,8 @@ def test_every_run_file_is_valid_without_a_note(name):
 
 @pytest.mark.parametrize("twin", [twin.removeprefix("embedded_") for twin in TWINS])
 def test_every_embedded_run_file_has_the_full_size_one_beside_it(twin):
-    small, large = (load(CONFIGS / f"{base}_{twin}.yaml", []) for base in ("embedded", "sd35_medium"))
+    names = (f"embedded_{twin}", LARGE.get(twin, f"sd35_medium_{twin}"))
+    small, large = (load(CONFIGS / f"{name}.yaml", []) for name in names)
     assert small.algorithm.kind == large.algorithm.kind and small.step_kind.kind == large.step_kind.kind
     assert (small.exploration is None) == (large.exploration is None) and small.conditions == large.conditions
     assert (small.advantage.shaping is None) == (large.advantage.shaping is None)

@@ -50,7 +50,7 @@ def left(tmp_path_factory, reference) -> dict[tuple[str, int], list[list[dict]]]
     folder = tmp_path_factory.mktemp("zero")
     processes = start(1, ONE_RANK, folder / "one") + start(2, TWO_RANKS, folder / "two")
     try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+        assert [process.wait(timeout=900) for process in processes] == [0, 0, 0]
     finally:
         for process in processes:
             process.kill()

@@ -2,8 +2,8 @@
 
 19 million weights (rank 32) in fp32, of the trained adapter, the lagged one and the average, and Adam's two moments:
 380 MB. Timed are what an update pays for its state (one rank's DeepSpeed engine, ZeRO-2; a lost rank is rebuilt from
-it), the call that a step waits for, how long a second of a busy driver's own work takes meanwhile, the write, and reading
-it back with every checksum.
+it), the call that a step waits for, how long a second of a busy driver's own work takes meanwhile, the write itself,
+and reading it back with every checksum.
 """
 
 import argparse

@@ -146,8 +146,8 @@ def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(
     def gradient(slots: list[int]) -> torch.Tensor:
         learner._slots = lambda batch, epoch: slots
         learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.0)
-        found = []
-        learner._step = lambda sound: found.append([p.grad.clone() for p in learner.critic.head.last.parameters()]) or 0.0
+        found, last = [], list(learner.critic.head.last.parameters())
+        learner._step = lambda sound: found.append([parameter.grad.clone() for parameter in last]) or 0.0
         learner.optimizer.zero_grad()
         learner.update([(given, text, torch.ones(4))], 1 / 4, {})
         return torch.cat([part.flatten() for part in found[0]])

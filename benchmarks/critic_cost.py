@@ -63,14 +63,17 @@ def values(config: RunConfig) -> dict:
             for k, x in enumerate(torch.tensor(record.before).unbind(1)):
                 critic(x, torch.full((GROUP,), float(record.sigmas[k])), text.sequence, text.pooled)
 
+    def weights() -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in learner.critic.critic.state().items()}
+
     def send() -> None:
-        adopt(*publish(learner.critic_state(), 1), critic.state())
+        adopt(*publish(weights(), 1), critic.state())
 
     for _ in range(ROUNDS):
         for name, work in {"rollout": draw, "learner": on_learner, "sampler": on_sampler, "sending": send}.items():
             found[name].append(_seconds(work))
     seconds = {name: median(times) for name, times in found.items()}
-    sent = sum(value.nbytes for value in learner.critic_state().values())
+    sent = sum(value.nbytes for value in weights().values())
     return {"images": CHUNKS * GROUP, "seconds": seconds, "critic_bytes": sent, "path_bytes": _path_bytes(records)}
 
 

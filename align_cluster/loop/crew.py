@@ -294,8 +294,7 @@ class Crew:
                 failure = error
                 log.warning("records went down with their node, and are drawn again: %s", reason(error))
                 self.learners.shutdown()  # ranks that have theirs wait for the others: all start anew
-                if not any(gone([item.record for item in drawn])):
-                    self.redraw(drawn, range(len(drawn)))
+                self.redraw(drawn, range(len(drawn)))  # which of them, Ray does not tell any more
         raise failure
 
     def _condition(self, item: Drawn) -> Any:

@@ -14,7 +14,6 @@ import ray
 from ray.cluster_utils import Cluster
 
 from align_cluster.cluster import doctor
-from align_cluster.cluster.placement import gone
 from align_cluster.config.load import load
 from align_cluster.loop import driver
 from align_cluster.loop.crew import Crew
@@ -39,16 +38,16 @@ OVERRIDES = (
 class Observer(Crew):
     """Says what happens to nodes, at which moments of the run."""
 
-    facts: dict = {"lost_images": 0, "lost_records": 0, "samplers": []}
+    facts: dict = {"lost_images": 0, "redrawn": 0, "samplers": []}
 
     def draw(self, chunks, request):
         answer = super().draw(chunks, request)
         self.facts["samplers"].append(len(self.samplers.staff))
         return answer
 
-    def mend(self, drawn, part="record"):
-        self.facts["lost_records"] += sum(gone([getattr(item, part) for item in drawn]))
-        super().mend(drawn, part)
+    def redraw(self, drawn, places):
+        self.facts["redrawn"] += len(places)
+        super().redraw(drawn, places)
 
     def _draw_again(self, chunks, drawn, request):
         self.facts["lost_images"] += len(chunks)
@@ -97,7 +96,7 @@ def newcomer(cluster: Cluster) -> type[Crew]:
 
 def run(folder: Path, crew: type[Crew], overrides: tuple[str, ...]) -> dict:
     """One run, and what was seen of it."""
-    Observer.facts = {"lost_images": 0, "lost_records": 0, "samplers": []}
+    Observer.facts = {"lost_images": 0, "redrawn": 0, "samplers": []}
     driver.Crew = crew
     path = driver.train(load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *overrides]), folder)
     summary = json.loads((path / "summary.json").read_text())

@@ -33,7 +33,7 @@ def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records():
     found = nodes("loss")
     quiet, stormy = found["quiet"], found["stormy"]
     assert stormy["workers_lost"] >= 2 and quiet["workers_lost"] == 0
-    assert stormy["lost_images"] + stormy["lost_records"] > 0
+    assert stormy["lost_images"] + stormy["redrawn"] > 0
     for key in ("lora_checksum", "after", "images_drawn"):
         assert stormy[key] == quiet[key]
 

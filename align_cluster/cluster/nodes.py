@@ -45,11 +45,11 @@ def nodes() -> Iterator[Finding]:
     if len(alive) < len(known):
         gone = ", ".join(node["NodeManagerAddress"] for node in known if not node["Alive"])
         yield Finding("warn", "nodes", f"{len(alive)} alive; lost: {gone}", "runs go on without them")
-    task = ray.remote(probe).options(num_cpus=0, max_retries=0)
+    task = ray.remote(probe)
     asked, asked_at = {}, time.time()
     for node in alive:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[node["NodeID"]] = task.options(scheduling_strategy=place).remote()
+        asked[node["NodeID"]] = task.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote()
     here, until = software() | {"python": platform.python_version()}, time.monotonic() + PATIENCE_S
     for index, node in enumerate(alive):
         name = f"node {index} ({node['NodeManagerAddress']})"

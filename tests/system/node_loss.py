@@ -10,10 +10,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
 from align_cluster.cluster import doctor
+from align_cluster.cluster.placement import gone
+from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.load import load
 from align_cluster.loop import driver
 from align_cluster.loop.crew import Crew
@@ -94,6 +97,36 @@ def newcomer(cluster: Cluster) -> type[Crew]:
     return Newcomer
 
 
+class Hand:
+    """Makes and looks at objects."""
+
+    def make(self) -> tuple[str, np.ndarray]:
+        return "made", np.ones(10**6, np.uint8)
+
+    def look(self, array: np.ndarray) -> int:
+        return int(array.sum())
+
+
+def lost_input(cluster: Cluster) -> str:
+    """What comes of a call whose argument went down with the node that it was made on."""
+    node = cluster.add_node(**NODE, resources={"new": 1})
+    maker = Pool(
+        "maker", lambda name, index: ray.remote(Hand).options(num_cpus=0, resources={"new": 1}).remote(), 1, 120
+    )
+    looker = Pool("looker", lambda name, index: ray.remote(Hand).options(num_cpus=0).remote(), 1, 120)
+    looker.assemble()
+    maker.submit(0, "make", returns=2)
+    (made,) = stream(maker)
+    cluster.remove_node(node, allow_graceful=False)
+    while not any(gone(made.refs)):
+        time.sleep(0.5)
+    looker.submit(0, "look", made.refs[0])
+    (done,) = stream(looker)
+    for pool in (maker, looker):
+        pool.shutdown()
+    return type(done.value).__name__
+
+
 def run(folder: Path, crew: type[Crew], overrides: tuple[str, ...]) -> dict:
     """One run, and what was seen of it."""
     Observer.facts = {"lost_images": 0, "redrawn": 0, "samplers": []}
@@ -117,9 +150,10 @@ def main(what: str, folder: Path) -> None:
         one = ("cluster.samplers=1", "cluster.max_samplers=2", "steps=4")
         found["elastic"] = run(folder / "elastic", newcomer(cluster), one)
         config = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *one])
-        too_large = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, "cluster.samplers=9", "cluster.learners=3"])
+        too_large = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, "rewards.clip.pool.cpus=5"])
         findings = [*doctor.reach(cluster.address, config), *doctor.reach(cluster.address, too_large)[-1:]]
         found["doctor"] = [asdict(finding) for finding in [*findings, doctor.sync(cluster.address)]]
+        found["lost_input"] = lost_input(cluster)
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(found))

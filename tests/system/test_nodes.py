@@ -48,5 +48,6 @@ def test_a_node_that_joins_is_used_and_the_doctor_knows_the_nodes():
     assert any(finding["value"] == "object store of 0.09 GiB" for finding in found["doctor"])
     fits, lacks = (finding for finding in found["doctor"] if finding["name"] == "run nodes")
     assert fits["value"] == "fits: 1 samplers (up to 2), 1 learners, 1 reward workers"
-    assert lacks["state"] == "fail" and "the cluster lacks" in lacks["value"]
+    assert lacks["state"] == "fail" and "rewards ask for more CPU cores" in lacks["value"]
     assert by_name["weight sync"]["state"] == "ok" and "to samplers on 2 nodes" in by_name["weight sync"]["value"]
+    assert found["lost_input"] == "InputLost"

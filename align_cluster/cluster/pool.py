@@ -93,7 +93,7 @@ class Worker:
     @property
     def phase(self) -> str:
         if self.arrival is not None:
-            return "starting"
+            return "waiting for room, or starting" if self.spare else "starting"
         if self.state is not None:
             return "taking over the weights"
         call = next((call for call, _ in list(self.calls.values())), None)
@@ -402,7 +402,9 @@ class Pool:
     def roster(self) -> list[Doing]:
         """What every worker does, and what has become of the seats that are empty. Another thread may ask."""
         now = time.monotonic()
-        found = [Doing(w.name, w.place, w.phase, w.since, w.phase != "idle") for w in list(self.workers)]
+        found = [
+            Doing(w.name, w.place, w.phase, w.since, bool(w.calls) or not (w.up or w.spare)) for w in list(self.workers)
+        ]
         for seat in self.vacant:
             state = "quarantined" if seat.quarantined else "lost"
             text = f"{state}, next try in {max(0.0, seat.due - now):.0f} s; last error: {seat.error}"

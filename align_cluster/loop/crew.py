@@ -180,6 +180,8 @@ class Crew:
         started = last_drawn = time.perf_counter()
         for chunk in chunks:
             self._submit(chunk, request)
+        if self.samplers.waiting:
+            self.samplers.grow()
         by_id = {chunk.id: chunk for chunk in chunks}
         drawn: dict[tuple, tuple] = {}
         parts: dict[tuple, list[Scores]] = {chunk.id: [] for chunk in chunks}

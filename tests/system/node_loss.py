@@ -27,6 +27,7 @@ OVERRIDES = (
     "algorithm.kind=grpo",
     "steps=3",
     "prompts_per_step=3",
+    "cluster.timeout_s=300",
     "rollout.group_size=16",  # images and records of a chunk are then too large to travel beside the answer
     "rollout.steps=4",
     "cluster.learners=1",

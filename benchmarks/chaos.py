@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def saboteur(folder: Path) -> type[Crew]:
         def carry_out(self, kill: Kill) -> None:
             victims = [(name, victim) for name, victim in self.victims(kill.kind) if alive(victim)]
             if not victims:  # the ones before are not buried yet
+                left[kill.id] = replace(kill, step=self.step + 1)
                 return
             name, victim = victims[kill.pick % len(victims)]
             append_jsonl(folder / "kills.jsonl", asdict(kill) | {"victim": name, "at": time.time()})

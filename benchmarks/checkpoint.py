@@ -2,8 +2,8 @@
 
 19 million weights (rank 32) in fp32, of the trained adapter, the lagged one and the average, and Adam's two moments:
 380 MB. Timed are what an update pays for its state (one rank's DeepSpeed engine, ZeRO-2; a lost rank is rebuilt from
-it), the call that a step waits for, how long a second of a busy driver's own work takes meanwhile, the write itself,
-and reading it back with every checksum.
+it), the call that a step waits for, how long a second of a busy driver's own work takes meanwhile, the write, and
+reading it back with every checksum.
 """
 
 import argparse
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as a learner rank
     print(json.dumps({"state_s": gather(args.repeat)}))
     state = State(10, {}, snapshot())
     results = []

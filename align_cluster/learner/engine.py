@@ -27,7 +27,7 @@ def join(rank: int, world: int, address: str, port: int, device: str) -> None:
 
 def agree(sound: bool, device: torch.device) -> bool:
     """Whether all ranks say yes; all of them must ask."""
-    if torch.distributed.get_world_size() == 1:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return sound
     answer = torch.tensor(float(sound), device=device)
     torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN)

@@ -98,7 +98,7 @@ def _curve(run: RunData, value: Callable[[dict[str, Any]], float | None]) -> lis
 
 def training(run: RunData) -> str:
     """Groups and optimisation: every metric that the run wrote under these names."""
-    prefixes = ("group/", "advantage/", "slas/", "explore/", "train/", "lr")
+    prefixes = ("group/", "images/", "advantage/", "slas/", "explore/", "train/", "lr")
     names = [name for prefix in prefixes for name in run.metrics(prefix)]
     check = run.summary.get("self_check")
     bound = number(check["max_abs_log_ratio"]) if check else ""

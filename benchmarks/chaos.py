@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,8 @@ OVERRIDES = (
     "evaluate.grid_prompts=1",
     "evaluate.grid_columns=1",
 )
-KILLS = {"sampler": 24, "reward": 18, "learner": 6, "driver": 4}
-AT_ONCE = {"sampler": 3, "reward": 3, "learner": 1, "driver": 1}  # kills of a kind in one step
+KILLS = {"sampler": 24, "reward": 20, "learner": 4, "driver": 3}
+AT_ONCE = {"sampler": 2, "reward": 2, "learner": 1, "driver": 1}  # kills of a kind in one step
 MOMENTS = (
     "before rollout",
     "in rollout",
@@ -119,24 +119,27 @@ def saboteur(folder: Path) -> type[Crew]:
                     self.carry_out(kill)
 
         def carry_out(self, kill: Kill) -> None:
-            victim, name = self.victim(kill)
+            victims = [(name, victim) for name, victim in self.victims(kill.kind) if alive(victim)]
+            if not victims:  # the ones before are not buried yet
+                left[kill.id] = replace(kill, step=self.step + 1)
+                return
+            name, victim = victims[kill.pick % len(victims)]
             append_jsonl(folder / "kills.jsonl", asdict(kill) | {"victim": name, "at": time.time()})
             if isinstance(victim, int):
                 os.kill(victim, signal.SIGKILL)
             else:
                 ray.kill(victim)
 
-        def victim(self, kill: Kill) -> tuple[Any, str]:
-            """Process, or actor where it has only just started, and name. One with work where there is one."""
-            if kill.kind == "driver":
-                return os.getpid(), "driver"
-            if kill.kind == "learner":
-                rank = kill.pick % len(self.learners.ranks)
-                return process(self.learners.homes[rank]), f"learner-{rank}"
-            workers = self.samplers.workers if kill.kind == "sampler" else self.rewards[0].workers
-            busy = [worker for worker in workers if worker.calls] or workers
-            worker = busy[kill.pick % len(busy)]
-            return process(worker.place) if worker.place else worker.actor, worker.name
+        def victims(self, kind: str) -> list[tuple[str, Any]]:
+            """Names and processes of those whom a kill may hit, or the actor of one that is only starting: those with
+            work where there are any."""
+            if kind == "driver":
+                return [("driver", os.getpid())]
+            if kind == "learner":
+                return [(f"learner-{rank}", process(home)) for rank, home in enumerate(self.learners.homes)]
+            workers = self.samplers.workers if kind == "sampler" else self.rewards[0].workers
+            workers = [worker for worker in workers if worker.calls] or workers
+            return [(worker.name, process(worker.place) if worker.place else worker.actor) for worker in workers]
 
         def draw(self, chunks, request):
             self.step = chunks[0].step + 1  # of an evaluation, a number that no kill has
@@ -170,6 +173,10 @@ def saboteur(folder: Path) -> type[Crew]:
             return sync
 
     return Saboteur
+
+
+def alive(victim: Any) -> bool:
+    return not isinstance(victim, int) or Path(f"/proc/{victim}").exists()
 
 
 def process(place: str) -> int:
@@ -296,7 +303,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table", "drive"])
     parser.add_argument("folder", nargs="?", type=Path, help="of `drive`, which `run` calls")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--kills", nargs="+", metavar="KIND=COUNT", help="other than the kept run's")
     args = parser.parse_args()
     if args.what == "drive":

@@ -184,8 +184,8 @@ def sync_round_trip(address: str | None = None) -> dict[str, Any]:
     manifest, buffer = publish(state, version=1)
     with cluster(ClusterConfig(address=address)):
         places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
-        actor = ray.remote(Sampler).options(num_cpus=0)
-        samplers = [actor.options(scheduling_strategy=place).remote(config) for place in places]
+        actor = ray.remote(Sampler)
+        samplers = [actor.options(num_cpus=0, scheduling_strategy=place).remote(config) for place in places]
         seconds = 0.0
         for _ in range(2):  # the first time, they load the model
             started = time.perf_counter()

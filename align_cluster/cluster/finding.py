@@ -23,11 +23,6 @@ def size(name: str, count: float, least: float, remedy: str) -> Finding:
     return Finding("ok" if enough else "warn", name, f"{count / GIB:.1f} GiB", "" if enough else remedy)
 
 
-def outcome(problem: str | None, name: str, fine: str, remedy: str) -> Finding:
-    """ok, or fail with what is wrong."""
-    return Finding("fail", name, problem, remedy) if problem else Finding("ok", name, fine)
-
-
 def render(findings: list[Finding], as_json: bool = False) -> str:
     """The report as text, one finding a line with its remedy below, or as JSON."""
     if as_json:

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from align_cluster.cluster.finding import GIB, Finding, outcome
+from align_cluster.cluster.finding import GIB, Finding
 from align_cluster.cluster.placement import reserve, resources
 from align_cluster.cluster.pool import reason
 from align_cluster.config.plan import derive
@@ -45,12 +45,11 @@ def nodes() -> Iterator[Finding]:
     if len(alive) < len(known):
         gone = ", ".join(node["NodeManagerAddress"] for node in known if not node["Alive"])
         yield Finding("warn", "nodes", f"{len(alive)} alive; lost: {gone}", "runs go on without them")
-    task = ray.remote(probe).options(num_cpus=0, max_retries=0)
-    asked = {}
+    task = ray.remote(probe)
+    asked, asked_at = {}, time.time()
     for node in alive:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[node["NodeID"]] = task.options(scheduling_strategy=place).remote()
-    asked_at = time.time()
+        asked[node["NodeID"]] = task.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote()
     here, until = software() | {"python": platform.python_version()}, time.monotonic() + PATIENCE_S
     for index, node in enumerate(alive):
         name = f"node {index} ({node['NodeManagerAddress']})"
@@ -65,10 +64,11 @@ def nodes() -> Iterator[Finding]:
             yield Finding("fail", name, f"cannot run align_cluster: {reason(error)}", remedy)
         else:
             skew = facts["time"] - min(max(facts["time"], asked_at), time.time())  # it read its clock in between
-            yield from _judge(name, node, facts | {"skew": skew}, here)
+            yield from judge(name, node, facts | {"skew": skew}, here)
 
 
-def _judge(name: str, node: dict[str, Any], facts: dict[str, Any], here: dict[str, str]) -> Iterator[Finding]:
+def judge(name: str, node: dict[str, Any], facts: dict[str, Any], here: dict[str, str]) -> Iterator[Finding]:
+    """What Ray and the node itself say of it, against the versions that this process has."""
     store, (used, free) = node["Resources"].get("object_store_memory", 0.0), facts["disk"]
     share = [f"{node['Resources'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")]
     room = f"object store {store / GIB:.2f} GiB, disk {free / GIB:.0f} GiB free, load {facts['load']:.1f}"
@@ -92,12 +92,12 @@ def _judge(name: str, node: dict[str, Any], facts: dict[str, Any], here: dict[st
 
 def fit(config: RunConfig) -> Finding:
     """Whether a run would get its share of the cluster now; it is given back at once."""
-    plan, problem = derive(config, *resources()), None
+    name = f"run {config.name}"
     try:
+        plan = derive(config, *resources())
         with reserve(plan):
-            pass
+            most = f" (up to {plan.most_samplers})" if plan.most_samplers > plan.samplers else ""
+            pools = f"{plan.samplers} samplers{most}, {plan.learners} learners, {plan.reward_workers} reward workers"
+            return Finding("ok", name, f"fits: {pools}")
     except UserError as error:
-        problem = str(error)
-    most = f" (up to {plan.most_samplers})" if plan.most_samplers > plan.samplers else ""
-    fine = f"fits: {plan.samplers} samplers{most}, {plan.learners} learners, {plan.reward_workers} reward workers"
-    return outcome(problem, f"run {config.name}", fine, "see the sentence above")
+        return Finding("fail", name, str(error))

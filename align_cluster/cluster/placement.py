@@ -14,7 +14,6 @@ from align_cluster.config.run import ClusterConfig
 from align_cluster.types import UserError
 
 FULL = ("OutOfDiskError", "ObjectStoreFullError")  # of Ray, whose own text may be inside of another error's
-INLINE = 100 * 1024  # bytes; smaller results travel with the answer to whoever asked
 PATIENCE_S = 5.0  # a run that has just ended gives its resources back within about a second
 
 
@@ -57,16 +56,12 @@ def resources() -> tuple[int, int]:
 def gone(references: Sequence[Any]) -> list[bool]:
     """Which objects were on nodes that are lost. Small ones are with the driver, and are not.
 
-    Ray keeps naming the node of a lost object, or names none any more once somebody has asked for it.
+    Only of objects that nobody has asked for since: then Ray has put an error in their place, on a node that is alive.
     """
     nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     where = ray.experimental.get_object_locations(list(references)) if references else {}
-
-    def lost(facts: dict[str, Any]) -> bool:
-        stored = facts["node_ids"] or ((facts["object_size"] or 0) > INLINE and not facts["did_spill"])
-        return bool(stored) and nodes.isdisjoint(facts["node_ids"])
-
-    return [lost(where[reference]) for reference in references]
+    held = [where[reference]["node_ids"] for reference in references]
+    return [bool(on) and nodes.isdisjoint(on) for on in held]
 
 
 def reward_role(pool: str) -> str:

@@ -93,7 +93,7 @@ class Worker:
     @property
     def phase(self) -> str:
         if self.arrival is not None:
-            return "starting"
+            return "waiting for room, or starting" if self.spare else "starting"
         if self.state is not None:
             return "taking over the weights"
         call = next((call for call, _ in list(self.calls.values())), None)
@@ -298,8 +298,9 @@ class Pool:
         pause = REST_S if seat.quarantined else BACKOFF_S * 2 ** (seat.strikes - 2) if seat.strikes > 1 else 0.0
         seat.due = time.monotonic() + pause
         self._note(self._obituary(worker, calls, pause))
-        for spare in [other for other in self.workers if other.spare and not other.up and not worker.spare]:
-            self._drop(spare)  # it might take the room that the successor needs
+        for other in list(self.workers):
+            if other.spare and other.arrival is not None and not worker.spare:
+                self._drop(other)  # it might take the room that the successor needs
         if all(seat.quarantined for seat in self.vacant) and not self.workers:
             raise RuntimeError(f"{self.name}: no worker lives long enough to do anything, the last with: {seat.error}")
         self._fill()
@@ -401,7 +402,9 @@ class Pool:
     def roster(self) -> list[Doing]:
         """What every worker does, and what has become of the seats that are empty. Another thread may ask."""
         now = time.monotonic()
-        found = [Doing(w.name, w.place, w.phase, w.since, w.phase != "idle") for w in list(self.workers)]
+        found = [
+            Doing(w.name, w.place, w.phase, w.since, bool(w.calls) or not (w.up or w.spare)) for w in list(self.workers)
+        ]
         for seat in self.vacant:
             state = "quarantined" if seat.quarantined else "lost"
             text = f"{state}, next try in {max(0.0, seat.due - now):.0f} s; last error: {seat.error}"
@@ -427,6 +430,8 @@ def cause_of(error: RayTaskError) -> BaseException:
 def reason(error: BaseException) -> str:
     """One line that says why a worker or an object was lost; Ray's own text is a page."""
     text = str(error).strip() or type(error).__name__
+    if getattr(error, "actor_init_failed", False):
+        return text.splitlines()[-1].strip()[:300]  # what its constructor raised
     told = re.search(r"Worker exit detail: *(.+)", text) or re.search(r"The actor (?:is dead|died) because *(.+)", text)
     line = (told[1] if told else text.splitlines()[0]).split(" Some common causes include")[0]
     return line.strip().rstrip(".")[:300]

@@ -184,6 +184,8 @@ class Crew:
         started = last_drawn = time.perf_counter()
         for chunk in chunks:
             self._submit(chunk, request)
+        if self.samplers.waiting:
+            self.samplers.grow()
         by_id = {chunk.id: chunk for chunk in chunks}
         drawn: dict[tuple, tuple] = {}
         parts: dict[tuple, list[Scores]] = {chunk.id: [] for chunk in chunks}
@@ -298,8 +300,7 @@ class Crew:
                 failure = error
                 log.warning("records went down with their node, and are drawn again: %s", reason(error))
                 self.learners.shutdown()  # ranks that have theirs wait for the others: all start anew
-                if not any(gone([item.record for item in drawn])):
-                    self.redraw(drawn, range(len(drawn)))
+                self.redraw(drawn, range(len(drawn)))  # which of them, Ray does not tell any more
         raise failure
 
     def _condition(self, item: Drawn) -> Any:

@@ -14,12 +14,12 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
 def test_a_schedule_is_its_seeds_and_has_at_least_fifty_kills_of_all_kinds_at_all_moments():
-    kills = schedule(0, 25, KILLS)
-    assert kills == schedule(0, 25, KILLS) != schedule(1, 25, KILLS)
+    kills = schedule(0, 30, KILLS)
+    assert kills == schedule(0, 30, KILLS) != schedule(1, 30, KILLS)
     assert len(kills) >= 50 and Counter(kill.kind for kill in kills) == KILLS
     assert {kill.moment for kill in kills} == set(MOMENTS)
     assert [kill.id for kill in kills] == list(range(len(kills)))
-    for step in range(1, 26):
+    for step in range(1, 31):
         here = [kill for kill in kills if kill.step == step]
         assert len({kill.kind for kill in here}) <= 1 and len({kill.moment for kill in here}) == len(here)
         assert all(len(here) <= AT_ONCE[kill.kind] for kill in here)

@@ -10,11 +10,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
 from align_cluster.cluster import doctor
 from align_cluster.cluster.placement import gone
+from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.load import load
 from align_cluster.loop import driver
 from align_cluster.loop.crew import Crew
@@ -25,6 +27,7 @@ OVERRIDES = (
     "algorithm.kind=grpo",
     "steps=3",
     "prompts_per_step=3",
+    "cluster.timeout_s=300",
     "rollout.group_size=16",  # images and records of a chunk are then too large to travel beside the answer
     "rollout.steps=4",
     "cluster.learners=1",
@@ -39,16 +42,16 @@ OVERRIDES = (
 class Observer(Crew):
     """Says what happens to nodes, at which moments of the run."""
 
-    facts: dict = {"lost_images": 0, "lost_records": 0, "samplers": []}
+    facts: dict = {"lost_images": 0, "redrawn": 0, "samplers": []}
 
     def draw(self, chunks, request):
         answer = super().draw(chunks, request)
         self.facts["samplers"].append(len(self.samplers.staff))
         return answer
 
-    def mend(self, drawn, part="record"):
-        self.facts["lost_records"] += sum(gone([getattr(item, part) for item in drawn]))
-        super().mend(drawn, part)
+    def redraw(self, drawn, places):
+        self.facts["redrawn"] += len(places)
+        super().redraw(drawn, places)
 
     def _draw_again(self, chunks, drawn, request):
         self.facts["lost_images"] += len(chunks)
@@ -95,9 +98,39 @@ def newcomer(cluster: Cluster) -> type[Crew]:
     return Newcomer
 
 
+class Hand:
+    """Makes and looks at objects."""
+
+    def make(self) -> tuple[str, np.ndarray]:
+        return "made", np.ones(10**6, np.uint8)
+
+    def look(self, array: np.ndarray) -> int:
+        return int(array.sum())
+
+
+def lost_input(cluster: Cluster) -> str:
+    """What comes of a call whose argument went down with the node that it was made on."""
+    node = cluster.add_node(**NODE, resources={"new": 1})
+    maker = Pool(
+        "maker", lambda name, index: ray.remote(Hand).options(num_cpus=0, resources={"new": 1}).remote(), 1, 120
+    )
+    looker = Pool("looker", lambda name, index: ray.remote(Hand).options(num_cpus=0).remote(), 1, 120)
+    looker.assemble()
+    maker.submit(0, "make", returns=2)
+    (made,) = stream(maker)
+    cluster.remove_node(node, allow_graceful=False)
+    while not any(gone(made.refs)):
+        time.sleep(0.5)
+    looker.submit(0, "look", made.refs[0])
+    (done,) = stream(looker)
+    for pool in (maker, looker):
+        pool.shutdown()
+    return type(done.value).__name__
+
+
 def run(folder: Path, crew: type[Crew], overrides: tuple[str, ...]) -> dict:
     """One run, and what was seen of it."""
-    Observer.facts = {"lost_images": 0, "lost_records": 0, "samplers": []}
+    Observer.facts = {"lost_images": 0, "redrawn": 0, "samplers": []}
     driver.Crew = crew
     path = driver.train(load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *overrides]), folder)
     summary = json.loads((path / "summary.json").read_text())
@@ -118,9 +151,10 @@ def main(what: str, folder: Path) -> None:
         one = ("cluster.samplers=1", "cluster.max_samplers=2", "steps=4")
         found["elastic"] = run(folder / "elastic", newcomer(cluster), one)
         config = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *one])
-        too_large = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, "cluster.samplers=9", "cluster.learners=3"])
+        too_large = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, "rewards.clip.pool.cpus=5"])
         findings = [*doctor.reach(cluster.address, config), *doctor.reach(cluster.address, too_large)[-1:]]
         found["doctor"] = [asdict(finding) for finding in [*findings, doctor.sync(cluster.address)]]
+        found["lost_input"] = lost_input(cluster)
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(found))

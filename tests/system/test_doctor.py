@@ -4,6 +4,34 @@ import sys
 from pathlib import Path
 
 from align_cluster.cluster import doctor
+from align_cluster.cluster.finding import GIB
+from align_cluster.cluster.nodes import judge
+
+NODE = {"Resources": {"CPU": 8.0, "object_store_memory": 4.0 * GIB}}
+FACTS = {
+    "host": "a",
+    "versions": {"torch": "2.13.0", "numpy": "2.4"},
+    "disk": (0.5, 90 * GIB),
+    "load": 1.0,
+    "skew": 0.0,
+}
+HERE = FACTS["versions"]
+
+
+def test_a_node_like_this_one_is_ok_and_others_are_told_apart():
+    (fine,) = judge("node", NODE, FACTS, HERE)
+    assert fine.state == "ok" and fine.value.startswith("a: 8 CPU, 0 GPU, object store 4.00 GiB, disk 90 GiB free")
+    cases = {
+        ("fail", "torch 2.12.0 (here 2.13.0)"): {"versions": {"torch": "2.12.0", "numpy": "2.4"}},
+        ("warn", "numpy 2.3 (here 2.4)"): {"versions": {"torch": "2.13.0", "numpy": "2.3"}},
+        ("warn", "disk of Ray's folder is 97 % full"): {"disk": (0.97, GIB)},
+        ("warn", "its clock is -9 s off"): {"skew": -9.0},
+    }
+    for expected, change in cases.items():
+        _, found = judge("node", NODE, FACTS | change, HERE)
+        assert (found.state, found.value) == expected and found.remedy
+    small = {"Resources": {"object_store_memory": 0.1 * GIB}}
+    assert "object store of 0.10 GiB" in [finding.value for finding in judge("node", small, FACTS, HERE)]
 
 
 def test_the_doctor_proves_a_weight_sync_through_a_real_ray():

@@ -3,13 +3,14 @@
 import json
 import logging
 import os
+import signal
+import threading
 import time
 
 import pytest
 
 from align_cluster.cli import main
 from align_cluster.cluster.live import examine_run
-from align_cluster.cluster.pool import stream
 from align_cluster.loop import driver
 from align_cluster.loop.crew import Crew
 from align_cluster.loop.watch import Watch
@@ -74,18 +75,18 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
 
 
 def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, train, monkeypatch, caplog):
-    """The second step's draw hangs for a while; a look from outside then sees the phase and the worker."""
-    seen = []
+    """In the second step's draw one sampler stands still; a look from outside then sees it, and so does the log."""
+    seen, watches = [], []
 
     class Slow(Crew):
         def draw(self, chunks, request):
             if chunks[0].step == 1:
-                self.samplers.submit("nap", "__ray_call__", lambda sampler: time.sleep(9))
-                for _ in stream(self.samplers):
-                    seen.append(json.loads(watches[0].file.read_text()))
+                self.samplers.assemble()
+                process = int(self.samplers.workers[0].place.split()[-1])
+                os.kill(process, signal.SIGSTOP)
+                threading.Timer(9, lambda: seen.append(json.loads(watches[0].file.read_text()))).start()
+                threading.Timer(10, os.kill, [process, signal.SIGCONT]).start()
             return super().draw(chunks, request)
-
-    watches = []
 
     class Seen(Watch):
         def __enter__(self):
@@ -97,11 +98,10 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     with caplog.at_level(logging.WARNING):
         done = train(tiny("nft", "cluster.late_s=3", "evaluate.grid_every=0"))
     (state,) = seen
-    assert (state["step"], state["phase"], state["pid"]) == (2, "draw", os.getpid())
-    assert state["seconds"] > 4
-    (napping,) = [worker for worker in state["workers"] if worker["phase"] == "__ray_call__ nap"]
-    assert napping["waiting"] and napping["seconds"] > 4 and " pid " in napping["place"]
-    said = [record.getMessage() for record in caplog.records if "waits for" in record.getMessage()]
-    assert any(f"waits for {napping['name']} ({napping['place']}): __ray_call__ nap since" in line for line in said)
+    assert (state["step"], state["phase"], state["pid"]) == (2, "draw", os.getpid()) and state["seconds"] > 4
+    (worker,) = [worker for worker in state["workers"] if worker["name"] == "sampler-0"]
+    assert worker["phase"].startswith("draw (1, ") and worker["waiting"] and worker["seconds"] > 4
+    said = [record.getMessage() for record in caplog.records]
+    assert any(f"waits for sampler-0 ({worker['place']}): draw (1, " in line for line in said)
     found = {finding.name: finding for finding in examine_run(done.path)}
     assert found["run"].value == "step 2 of 2: done" and found["driver"].state == "ok"

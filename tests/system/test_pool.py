@@ -11,7 +11,7 @@ import pytest
 
 from align_cluster.cluster import pool as pool_module
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.pool import DEPTH, STRIKES, GivenUp, Patience, Pool, stream
+from align_cluster.cluster.pool import DEPTH, STRIKES, GivenUp, Patience, Pool, reason, stream
 from align_cluster.cluster.workers import make_reward_worker
 from align_cluster.config.plan import derive
 from align_cluster.types import UserError
@@ -253,6 +253,34 @@ def test_workers_that_die_while_they_start_come_with_growing_pauses_and_end_the_
     assert len(born) == pool.lost == STRIKES
     pauses = [later - earlier for earlier, later in zip(born, born[1:], strict=False)]
     assert all(pause > least for pause, least in zip(pauses, (0, 0.5, 1, 2), strict=True))
+
+
+def test_the_reason_of_a_loss_is_one_line():
+    page = "The actor died unexpectedly.\n\tpid: 7\nThe actor is dead because its node has died. Node Id: 1f"
+    assert reason(RuntimeError(page)) == "its node has died. Node Id: 1f"
+    detail = (
+        "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker exits. End of file. Some common causes include: (1)"
+    )
+    assert reason(RuntimeError(f"The actor is dead because its worker process has died. {detail}")) == (
+        "Worker exits. End of file"
+    )
+    assert reason(TimeoutError("adder-0 gave no answer\nmore")) == "adder-0 gave no answer"
+    assert reason(KeyError()) == "KeyError"
+
+
+def test_a_successor_whose_constructor_fails_is_a_loss_where_others_came_up(make_pool, local_ray, monkeypatch, pid_of):
+    monkeypatch.setattr(pool_module, "STRIKES", 3)
+    monkeypatch.setattr(pool_module, "BACKOFF_S", 0.1)
+    pool = bring_up(make_pool(2))
+    broken = local_ray.remote(Adder).options(num_cpus=0)
+    pool.make = lambda name, index: broken.remote(name, OSError("the weights are gone"))
+    os.kill(pid_of(pool.workers[1].actor), signal.SIGKILL)
+    while pool.lost < 3:
+        for number in range(2):
+            pool.submit(number, "add", number, 0.05)
+        assert sorted(done.value for done in stream(pool)) == [0, 1]
+    (seat,) = pool.vacant
+    assert seat.quarantined and seat.error == "OSError: the weights are gone"
 
 
 def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of):

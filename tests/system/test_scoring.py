@@ -118,6 +118,25 @@ def test_a_scorer_that_hangs_costs_its_chunk_a_typed_failure_and_the_others_noth
     pool.shutdown()
 
 
+def test_a_chunk_that_is_drawn_again_is_scored_by_whoever_lacks_its_score_and_once(local_ray, by_value):
+    actor = local_ray.remote(Moody).options(num_cpus=0)
+    pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 1, Patience(60, 2))
+    scoring = Scoring(pool, RewardPool("a", ("a",), 1, 2, 0.0))
+    first, second = CHUNKS[:2]
+    scoring.begin([first, second])
+    scoring.add(first, IMAGES[:2])
+    scoring.add(first, IMAGES[:2])  # it is with a worker already
+    (done,) = stream(pool)
+    assert scoring.withdraw(done) == [first] and not pool.busy  # as if its images had been missing
+    scoring.add(second, IMAGES[:2])
+    scoring.add(first, IMAGES[:2])
+    scores = {key: found for done in stream(pool) for key, found in scoring.collect(done).items()}
+    assert scores.keys() == {first.id, second.id}
+    scoring.add(first, IMAGES[:2])  # another pool lacked its score, this one does not
+    assert not pool.busy
+    pool.shutdown()
+
+
 def test_a_backlog_calls_more_workers(local_ray, by_value):
     actor = local_ray.remote(Moody).options(num_cpus=0)
     pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, Patience(60, 2))

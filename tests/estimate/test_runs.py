@@ -79,3 +79,18 @@ def test_a_run_is_told_in_words(job):
     for words in ("LoRA", "of rank 4", "rollout : reward : update", "sampler", "with ZeRO 3", "with checkpointing"):
         assert words in said
     assert "seconds" not in said and "fits" not in said, "no GPUs are planned for"
+
+
+def test_a_learner_that_follows_gradients_of_rewards_holds_the_vae_and_the_rewards_too(job):
+    config = job("flux", "srpo", "rewards.clip.path=openai/clip-vit-large-patch14")
+    plan = derive(config, 1, 0)
+    sizes, other = measure(config, plan, "cpu"), measure(job("flux", "grpo", "algorithm.kl_beta=0"), plan, "cpu")
+    assert sizes.update == other.update and other.judge.bytes == other.rewards == 0
+    assert 0 < sizes.frugal.bytes < sizes.judge.bytes and sizes.judge.flops > 2 * sizes.decode.flops
+    assert sizes.rewards == 4 * 427.6e6 and sizes.seen == 369e6
+    held, plain = learner(config, plan, sizes), learner(config, plan, other)
+    assert held.weights == plain.weights + sizes.vae + sizes.rewards
+    assert held.activations == plain.activations + sizes.judge.bytes + 2 * sizes.seen  # a micro-batch of two
+    frugal = config.model_copy(update={"learner": config.learner.model_copy(update={"gradient_checkpointing": True})})
+    assert learner(frugal, plan, sizes).activations == sizes.checkpointed.bytes + sizes.frugal.bytes + sizes.seen
+    assert image_flops(config, plan, sizes)["update"] > image_flops(config, plan, other)["update"] + 2 * 162.0e9

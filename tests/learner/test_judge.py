@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.learner.judge import Judge
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.jpeg import Jpeg
 from align_cluster.types import Prompt
+
+from ..backbones.contract import Case
 
 TEXTS = ["a photo of a red circle", "a photo of a red circle on a light background", "a drawing of four stars"]
 
@@ -95,3 +98,20 @@ def test_bf16_points_the_same_way(latents):
 def test_a_reward_without_a_gradient_has_nothing_to_ask(latents):
     with pytest.raises(AttributeError):
         made(jpeg=Jpeg.Config())(latents, TEXTS)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_every_backbone_sends_gradients_through_its_decoder_and_reads_images(kind, tiny_pipeline):
+    case = Case(kind, tiny_pipeline(kind))
+    grads = []
+    for frugal in (False, True):
+        backbone = case.backbone()
+        judge = Judge(backbone, {"clip": ClipScore.Config()}, 1, frugal)
+        x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        judge(x, TEXTS).sum().backward()
+        grads.append(x.grad)
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3 * grads[0].abs().max().item())
+    images = (backbone.pixels(x.detach()) / 2 + 0.5).clamp(0, 1)
+    again = backbone.latents(images)
+    assert again.shape == x.shape and again.dtype == torch.float32 and not again.requires_grad

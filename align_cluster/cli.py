@@ -1,17 +1,13 @@
 """The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from align_cluster import __version__
-
-if TYPE_CHECKING:
-    from align_cluster.config.run import RunConfig
+from align_cluster import __version__, commands
 
 DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
 EPILOG = """\
@@ -60,10 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         "align-cluster", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"align-cluster {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, run: Any, summary: str, example: str, *flags: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+        command = group.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
@@ -75,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(*ARGUMENTS[flag][0], **ARGUMENTS[flag][1])
         return command
 
-    for group in (_add_planning, _add_results, _add_cluster, _add_rest):
-        group(add)
+    for add_some in (_add_planning, _add_results, _add_cluster, _add_rest):
+        add_some(add)
     return parser
 
 
@@ -84,19 +80,24 @@ def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Commands that take a run file."""
     train = add(
         "train",
-        _train,
+        commands.train,
         "run an alignment job",
         "train configs/quickstart.yaml --set steps=20 --name short",
         *("config", "set", "name", "out"),
     )
     train.add_argument("--resume", metavar="auto|PATH", help=RESUME)
     validate = add(
-        "validate", _validate, "check a run file in seconds", "validate configs/quickstart.yaml", "config", "set"
+        "validate",
+        commands.validate,
+        "check a run file in seconds",
+        "validate configs/quickstart.yaml",
+        "config",
+        "set",
     )
     validate.add_argument("--resolved", action="store_true", help="print every setting, defaults included, as YAML")
     plan = add(
         "plan",
-        _plan,
+        commands.plan,
         "show pools, batches, memory, FLOPs, and whether a run fits",
         "plan configs/sd35_medium_nft.yaml --gpus 8 --gpu-memory 80",
         "config",
@@ -114,7 +115,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Commands that take what a run left."""
     sample = add(
         "sample",
-        _sample,
+        commands.sample,
         "draw images into a folder, with a LoRA or without",
         'sample --run runs/quickstart --prompt "a photo of a red circle" --count 8 --compare base',
         *("set", "lora", "base", "seed"),
@@ -147,7 +148,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
     sample.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: samples, then samples-2 ...)")
     evaluate = add(
         "evaluate",
-        _evaluate,
+        commands.evaluate,
         "score held-out prompts, with a LoRA or without",
         "evaluate runs/quickstart --out scores.json",
         *("target", "set", "lora", "base", "json"),
@@ -155,7 +156,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the scores to this JSON file")
     export = add(
         "export",
-        _export,
+        commands.export,
         "write a run's result for other tools, with a model card",
         "export runs/quickstart --to lora --out quickstart-lora",
         "set",
@@ -175,7 +176,7 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Commands that talk to a cluster or a service."""
     submit = add(
         "submit",
-        _submit,
+        commands.submit,
         "run `train` as a job on a Ray cluster that has align_cluster installed",
         "submit configs/quickstart.yaml --address http://127.0.0.1:8265 --out /shared/runs",
         *("config", "set", "name"),
@@ -196,14 +197,14 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     add(
         "serve-rewards",
-        _serve_rewards,
+        commands.serve_rewards,
         "serve rewards over HTTP, apart from the jobs that use them",
         "serve-rewards configs/rewards_service.yaml --set port=9000",
         *("service", "set"),
     )
     score = add(
         "score",
-        _score,
+        commands.score,
         "score images with a reward of a service",
         'score --url http://127.0.0.1:8000 --reward clip --prompt "a photo of a red circle" image.png',
         "json",
@@ -221,7 +222,7 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_rest(add: Callable[..., argparse.ArgumentParser]) -> None:
     doctor = add(
         "doctor",
-        _doctor,
+        commands.doctor,
         "check this machine, a cluster before a run, or a run while it works",
         "doctor --address auto --config configs/sd35_medium_nft.yaml\n  align-cluster doctor runs/quickstart",
         "json",
@@ -233,9 +234,9 @@ def _add_rest(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--config", metavar="CONFIG", help="also try whether this run would get its share of the cluster"
     )
     doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip")
-    report = add("report", _report, "write a run's report.html again", "report runs/quickstart")
+    report = add("report", commands.report, "write a run's report.html again", "report runs/quickstart")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    add("schema", _schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
+    add("schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
 
 
 # Arguments that several commands share: name -> (flags, settings).
@@ -260,231 +261,6 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "seed": (("--seed",), {"type": int, "default": 0, "help": "seed of the images (default 0)"}),
     "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),
 }
-
-
-def _config(args: argparse.Namespace) -> "RunConfig":
-    """The checked config of CONFIG, --set, --name and --out; notes go to stderr."""
-    from align_cluster.config.check import check
-    from align_cluster.config.load import load
-
-    overrides = list(args.set)
-    for key in ("name", "out"):
-        if getattr(args, key, None) is not None:
-            overrides.append(f"{key}={json.dumps(getattr(args, key))}")
-    config = load(args.config, overrides)
-    for note in check(config):
-        print(f"note: {note}", file=sys.stderr)
-    return config
-
-
-def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None, Path]:
-    """Config and LoRA file that CONFIG|RUN, --lora and --base name, and the folder that the config is in."""
-    from align_cluster.config.load import load
-    from align_cluster.evaluate.lora import find_config, find_lora
-    from align_cluster.observe.rundir import RunDir
-    from align_cluster.types import UserError
-
-    named, source = args.target, getattr(args, "source", None)
-    if named and source or not (named or source or args.lora):
-        raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
-    target = Path(named or source or find_config(args.lora)).expanduser()
-    lora = args.lora or (target if target.is_dir() and not args.base else None)
-    file = RunDir(target).config if target.is_dir() else target
-    return load(file, args.set), find_lora(lora) if lora else None, file.parent
-
-
-def _train(args: argparse.Namespace) -> int:
-    config = _config(args)
-    from align_cluster.loop.driver import train
-
-    train(config, Path(config.out).expanduser(), args.resume, alone=True)
-    return 0
-
-
-def _validate(args: argparse.Namespace) -> int:
-    from align_cluster.config.load import config_hash, dump
-
-    config = _config(args)
-    if args.resolved:
-        print(dump(config), end="")
-        return 0
-    images = config.prompts_per_step * config.group_members
-    print(
-        f"{args.config} is valid: {config.algorithm.kind} on {config.backbone.path}, {config.steps} steps of {images} "
-        f"images ({config.prompts_per_step} prompts x {config.group_members}), config hash {config_hash(config)}"
-    )
-    return 0
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from align_cluster.config.plan import derive, local_resources, table
-    from align_cluster.estimate.report import GIB, estimate, local_gpu, text
-    from align_cluster.types import UserError
-
-    config = _config(args)
-    if args.gpu_memory is not None and not 0 < args.gpu_memory < float("inf"):
-        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; give the GiB of one GPU, such as 80")
-    cores, gpus = local_resources()
-    name, memory = local_gpu()
-    if args.gpu_memory:
-        gpus, memory = max(gpus, 1), args.gpu_memory * GIB
-    plan = derive(config, args.cores or cores, gpus if args.gpus is None else args.gpus)
-    if not args.json:
-        print(table(plan), flush=True)  # what comes next takes a while
-    try:
-        found = estimate(config, plan, memory, name)
-    except UserError as error:
-        print(f"note: memory and FLOPs are not known: {error}", file=sys.stderr)
-        found = None
-    if args.json:
-        print(json.dumps(asdict(plan) | {"estimate": found and asdict(found) | {"fits": found.fits}}, indent=2))
-    elif found:
-        print(f"\n{text(config, plan, found)}")
-    return 0
-
-
-def _sample(args: argparse.Namespace) -> int:
-    from itertools import count
-
-    from align_cluster.evaluate.sample import Wanted, read_prompts, sample
-    from align_cluster.evaluate.steer import spent
-
-    prompts, steer = read_prompts(args.prompt, args.prompts), _steering(args)
-    config, lora, run = _target(args)
-    scored = not args.no_score
-    wanted = Wanted(args.count, args.seed, args.steps, args.guidance, bool(args.compare), scored, steer, run)
-    free = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
-    out = args.out.expanduser() if args.out else next(path for path in free if not path.exists())
-    drawn = sample(config, lora, prompts, out, wanted)
-    print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
-    for model, means in drawn["means"].items():
-        print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
-    if steer:
-        print(f"{steer.kind}: {spent(drawn['steer']['compute'])}; plain sampling: {spent(drawn['steer']['plain'])}")
-    return 0
-
-
-def _steering(args: argparse.Namespace) -> Any:
-    """Settings of --steer and --set steer.x=y, which leave `args.set`; None without them."""
-    from align_cluster.evaluate.steer import read_settings
-    from align_cluster.types import UserError
-
-    own = [override for override in args.set if override.startswith("steer.")]
-    args.set = [override for override in args.set if override not in own]
-    if own and not args.steer:
-        raise UserError(f"--set {own[0]} needs --steer with the name of a mode, such as --steer best_of_n")
-    return read_settings(args.steer, own) if args.steer else None
-
-
-def _export(args: argparse.Namespace) -> int:
-    from align_cluster.evaluate.export import export
-
-    export(args.run, args.to, args.out.expanduser(), args.precision, args.set)
-    print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
-    return 0
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from align_cluster.evaluate.run import evaluate
-    from align_cluster.observe.rundir import write_json
-
-    config, lora, _ = _target(args)
-    scores = evaluate(config, lora)
-    if args.out:
-        write_json(args.out, scores)
-    if args.json:
-        print(json.dumps(scores, indent=2))
-    else:
-        from rich.console import Console
-
-        from align_cluster.evaluate.table import evaluation_table
-
-        Console().print(evaluation_table(scores, f"held-out scores, {lora or 'base model'}"))
-    return 0
-
-
-def _submit(args: argparse.Namespace) -> int:
-    from align_cluster.cluster.submit import submit
-
-    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume)
-
-
-def _serve_rewards(args: argparse.Namespace) -> int:
-    from align_cluster.config.load import load
-    from align_cluster.config.service import ServiceConfig
-    from align_cluster.types import UserError
-
-    config = load(args.config, args.set, ServiceConfig)
-    try:
-        from align_cluster.rewards.service import run
-    except ImportError as error:
-        raise UserError(f"serving needs a package more ({error}); pip install 'align-cluster[serve]'") from None
-    run(config)
-    return 0
-
-
-def _score(args: argparse.Namespace) -> int:
-    from align_cluster.rewards.base import RewardError
-    from align_cluster.rewards.client import RewardClient, Token, read_image
-    from align_cluster.types import Prompt, UserError
-
-    try:
-        prompt = Prompt(0, args.prompt, dict(json.loads(args.metadata)))
-    except (ValueError, TypeError):
-        raise UserError(
-            f'--metadata {args.metadata}: write it as a JSON object such as \'{{"text": "OPEN"}}\''
-        ) from None
-    token = Token(env=args.token_env, file=args.token_file).read() if args.token_env or args.token_file else None
-    client = RewardClient(args.url, token, args.timeout)
-    rows: list[dict[str, Any]] = []
-    for path in args.images:
-        image = read_image(path)
-        try:
-            scores = client.score([args.reward], image[None], [prompt])
-        except RewardError as error:
-            raise UserError(f"{path} has no score: {error}") from None
-        failure = scores.failures.get(args.reward)
-        value = float(scores.values[args.reward][0]) if scores.valid[args.reward][0] else None
-        rows.append({"image": str(path), "score": value, "failure": failure and failure.message})
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        for row in rows:
-            score = f"{row['score']:.4f}" if row["score"] is not None else row["failure"] or "does not apply"
-            print(f"{score}  {row['image']}")
-    return 1 if any(row["failure"] for row in rows) else 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from align_cluster.cluster.doctor import examine
-    from align_cluster.cluster.finding import render
-    from align_cluster.cluster.live import examine_run
-    from align_cluster.types import UserError
-
-    if args.config and not args.address:
-        raise UserError("--config is tried on a cluster; add --address auto, or ask `plan` about this machine")
-    if args.run:
-        findings = examine_run(args.run)
-    else:
-        findings = examine(args.address, args.quick, _config(args) if args.config else None)
-    print(render(findings, as_json=args.json))
-    return 1 if any(finding.state == "fail" for finding in findings) else 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from align_cluster.observe.report import write_report
-
-    print(write_report(args.run))
-    return 0
-
-
-def _schema(args: argparse.Namespace) -> int:
-    from align_cluster.config.load import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ MISTAKES = [
     ("optimizer:\n  lr", "optimizer:\n  learning_rate", ["optimizer.learning_rate", "optimizer has lr, betas"]),
     ("name: test", "name: test\nlr: 3", ["lr is no setting", "did you mean optimizer.lr?"]),
     ("name: test", "name: test\ngroup_size: 3", ["group_size is no setting", "did you mean rollout.group_size?"]),
+    (
+        "name: test",
+        "name: test\ncluster: {samplers: 4, max_samplers: 2}",
+        ["cluster.max_samplers is 2", "at least samplers, 4"],
+    ),
     ("name: test", "name: test\nxyz: 3", ["xyz is no setting", "a run has name, out, seed"]),
     ("kind: nft", "kind: nfd", ["algorithm.kind is 'nfd'", "one of grpo, nft", "did you mean nft?"]),
     ("  kind: nft", "  beta: 1.0", ["algorithm.kind is missing", "one of grpo, nft"]),

@@ -57,6 +57,7 @@ PAID = [
 # name: overrides of embedded_srpo.yaml
 METHODS = {
     "srpo": [],
+    "srpo_half_lr": ["optimizer.lr=2.5e-4"],
     "direct_align": ABSOLUTE,
     "refl": ["algorithm={kind: refl, steps: [6, 8], margin: null, grad_scale: 1.0}"],
     "flow_grpo": PAID,

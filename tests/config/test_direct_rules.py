@@ -96,3 +96,13 @@ def test_images_that_are_left_out_are_noted_with_their_number(run_config, tmp_pa
     offline = ["rollout.offline=true", "prompts.kind=images", f"prompts.folder={tmp_path}"]
     (note,) = check(run_config(*SRPO, *offline))
     assert note == f"{tmp_path}: of 7 images are left out 2 without a caption, such as 5.png"
+
+
+def test_a_job_takes_no_folder_of_images_along(run_config, tmp_path):
+    from align_cluster.cluster.submit import fill
+
+    offline = ["rollout.offline=true", "prompts.kind=images"]
+    with pytest.raises(UserError, match="give the absolute path of a folder that all nodes see"):
+        fill(tmp_path, run_config(*SRPO, *offline, "prompts.folder=pictures"), [])
+    fill(tmp_path, run_config(*SRPO, *offline, "prompts.folder=/shared/pictures"), [])
+    assert "/shared/pictures" in (tmp_path / "config.yaml").read_text()

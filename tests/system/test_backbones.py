@@ -38,9 +38,10 @@ def fits(kind: str, algorithm: str) -> bool:
     return BACKBONES[kind].flow or not ALGORITHMS[algorithm].needs_flow
 
 
+WORDS = ("algorithm.positive=[large]", "algorithm.negative=[small]")  # which the embedded CLIP knows
 AT_ONCE = {
     "ppo": ("algorithm.warm_up.updates=0",),  # so that the actor learns in the first step
-    "srpo": ("advantage={}", "learner.gradient_checkpointing=true"),
+    "srpo": ("advantage={}", "learner.gradient_checkpointing=true", *WORDS),
     "refl": ("advantage={}", "algorithm.steps=[1, 2]"),
     "draft": ("advantage={}", "algorithm.last=2"),
 }

@@ -13,7 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from align_cluster.cluster.pool import LOST, Doing, cause_of, reason, whereabouts
+from align_cluster.cluster.causes import LOST, cause_of, reason
+from align_cluster.cluster.pool import whereabouts
+from align_cluster.cluster.staff import Doing
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.state import Snapshot

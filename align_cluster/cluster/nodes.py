@@ -11,9 +11,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from align_cluster.cluster.causes import reason
 from align_cluster.cluster.finding import GIB, Finding
 from align_cluster.cluster.placement import reserve, resources
-from align_cluster.cluster.pool import reason
 from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.summary import software

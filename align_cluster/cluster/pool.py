@@ -2,147 +2,23 @@
 
 import logging
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    RuntimeEnvSetupError,
-    WorkerCrashedError,
-)
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError, RuntimeEnvSetupError
 
-from align_cluster.types import FailureKind, UserError
+from align_cluster.cluster.causes import LOST, cause_of, reason, start_error
+from align_cluster.cluster.staff import Call, Doing, Done, GivenUp, InputLost, Patience, Seat, Worker
 
-LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, RuntimeEnvSetupError)
 DEPTH = 2  # calls queued on a worker: the next one is there when the first ends
 TRIES = 4  # of a call whose worker is lost
 LATE_TRIES = 2  # of a call that is not answered in time
 BACKOFF_S = 0.5  # before the third worker of a seat; twice as long before each later one
-STRIKES = 5  # workers lost in a row on one seat, until it is left alone
 REST_S = 300.0  # for which it is
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Call:
-    """One unit of work: which method, with what; `returns` splits the result into that many objects. `seats` are
-    those whose worker was lost with it."""
-
-    key: Hashable
-    method: str
-    args: tuple
-    returns: int = 1
-    losses: int = 0
-    seats: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Seat:
-    """A place for a worker: `strikes` count those lost there since one of them finished a call, `error` is the last
-    one's, and the next may come at `due` (monotonic seconds)."""
-
-    index: int
-    strikes: int = 0
-    due: float = 0.0
-    error: str = ""
-
-    @property
-    def quarantined(self) -> bool:
-        return self.strikes >= STRIKES
-
-
-@dataclass
-class Worker:
-    """One actor and the calls queued on it, by the reference that is waited for; the first is the one in work.
-
-    `arrival` and `state` are references to its start and to its answer to the pool's broadcast, None once they have
-    come: then it gets calls. `place` is its node and process, `since` when it began what it does now. `spare` workers
-    came for a backlog; `used` tells whether they were of use.
-    """
-
-    name: str
-    actor: Any
-    seat: Seat
-    spare: bool
-    arrival: Any
-    state: Any = None
-    answer: Any = None
-    place: str = ""
-    used: bool = False
-    since: float = field(default_factory=time.monotonic)
-    calls: dict = field(default_factory=dict)
-
-    @property
-    def up(self) -> bool:
-        return self.arrival is None and self.state is None
-
-    @property
-    def refs(self) -> tuple:
-        return tuple(ref for ref in (self.arrival, self.state, *self.calls) if ref is not None)
-
-    @property
-    def phase(self) -> str:
-        if self.arrival is not None:
-            return "waiting for room, or starting" if self.spare else "starting"
-        if self.state is not None:
-            return "taking over the weights"
-        call = next((call for call, _ in list(self.calls.values())), None)
-        return f"{call.method} {call.key}" if call else "idle"
-
-
-@dataclass(frozen=True)
-class Doing:
-    """What one worker does, and since when (monotonic seconds). `waiting` tells whether somebody waits for it."""
-
-    worker: str
-    place: str
-    phase: str
-    since: float
-    waiting: bool = True
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished call: its first result by value, the others as references."""
-
-    pool: "Pool"
-    key: Hashable
-    value: Any
-    refs: tuple
-
-
-@dataclass(frozen=True)
-class GivenUp:
-    """In the place of a result: why there is none."""
-
-    kind: FailureKind
-    message: str
-
-
-@dataclass(frozen=True)
-class InputLost:
-    """In the place of a result: something that the call was given went down with its node."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Patience:
-    """With work that may hang or kill its workers: after `deadline_s` of one call its worker is replaced, and after
-    `tries` workers the call's result is a GivenUp."""
-
-    deadline_s: float
-    tries: int
 
 
 class Pool:
@@ -420,33 +296,6 @@ class Pool:
 def whereabouts(actor: Any) -> str:
     """Node and process of the actor that this runs in."""
     return f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
-
-
-def cause_of(error: RayTaskError) -> BaseException:
-    """The exception that the remote code raised, of its own type where it has one."""
-    return getattr(error, "cause", None) or error
-
-
-def reason(error: BaseException) -> str:
-    """One line that says why a worker or an object was lost; Ray's own text is a page."""
-    text = str(error).strip() or type(error).__name__
-    if getattr(error, "actor_init_failed", False):
-        return text.splitlines()[-1].strip()[:300]  # what its constructor raised
-    told = re.search(r"Worker exit detail: *(.+)", text) or re.search(r"The actor (?:is dead|died) because *(.+)", text)
-    line = (told[1] if told else text.splitlines()[0]).split(" Some common causes include")[0]
-    return line.strip().rstrip(".")[:300]
-
-
-def start_error(name: str, error: RayError) -> Exception:
-    """Why a worker could not start. Ray hands over only the text of what its constructor raised, from which a
-    UserError is made again."""
-    _, found, sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
-    if found:
-        return UserError(sentence.strip())
-    if isinstance(error, RuntimeEnvSetupError):
-        said = re.findall(r"ERROR: (.*)", str(error)) or str(error).strip().splitlines()
-        return UserError(f"{name}: its packages cannot be installed ({said[-1].strip()}); correct pool.pip")
-    return RuntimeError(f"{name} could not start: {error}")
 
 
 def stream(*pools: Pool) -> Iterator[Done]:

@@ -13,9 +13,11 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from align_cluster.algorithms import ALGORITHMS
+from align_cluster.cluster.causes import reason
 from align_cluster.cluster.learners import LearnerGroup
 from align_cluster.cluster.placement import gone, reward_role
-from align_cluster.cluster.pool import InputLost, Patience, Pool, reason, stream
+from align_cluster.cluster.pool import Pool, stream
+from align_cluster.cluster.staff import InputLost, Patience
 from align_cluster.cluster.workers import make_reward_worker, make_sampler
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from align_cluster.cluster.pool import Doing
+from align_cluster.cluster.staff import Doing
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.crew import Crew

@@ -10,8 +10,11 @@ from dataclasses import replace
 import pytest
 
 from align_cluster.cluster import pool as pool_module
+from align_cluster.cluster import staff
+from align_cluster.cluster.causes import reason
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.pool import DEPTH, STRIKES, GivenUp, Patience, Pool, reason, stream
+from align_cluster.cluster.pool import DEPTH, Pool, stream
+from align_cluster.cluster.staff import STRIKES, GivenUp, Patience
 from align_cluster.cluster.workers import make_reward_worker
 from align_cluster.config.plan import derive
 from align_cluster.types import UserError
@@ -269,7 +272,7 @@ def test_the_reason_of_a_loss_is_one_line():
 
 
 def test_a_successor_whose_constructor_fails_is_a_loss_where_others_came_up(make_pool, local_ray, monkeypatch, pid_of):
-    monkeypatch.setattr(pool_module, "STRIKES", 3)
+    monkeypatch.setattr(staff, "STRIKES", 3)
     monkeypatch.setattr(pool_module, "BACKOFF_S", 0.1)
     pool = bring_up(make_pool(2))
     broken = local_ray.remote(Adder).options(num_cpus=0)

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from align_cluster.cluster import learners, staff
 from align_cluster.cluster import pool as pool_module
-from align_cluster.cluster import staff
 from align_cluster.cluster.causes import reason
-from align_cluster.cluster.learners import LearnerGroup
 from align_cluster.cluster.pool import DEPTH, Pool, stream
 from align_cluster.cluster.staff import STRIKES, GivenUp, Patience
 from align_cluster.cluster.workers import make_reward_worker
@@ -286,16 +285,17 @@ def test_a_successor_whose_constructor_fails_is_a_loss_where_others_came_up(make
     assert seat.quarantined and seat.error == "OSError: the weights are gone"
 
 
-def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of):
+def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of, monkeypatch):
+    monkeypatch.setattr(learners, "GRACE_S", 0.5)
     quick, late = (worker.actor for worker in make_pool(2).workers)
     pid_of(quick), pid_of(late)
-    ranks = LearnerGroup.__new__(LearnerGroup)  # its waiting alone, without a learner
+    ranks = learners.LearnerGroup.__new__(learners.LearnerGroup)  # its waiting alone, without a learner
     ranks.timeout_s = 2.0
-    assert ranks.wait([actor.add.remote(1) for actor in (quick, late)]) == [1, 1]
-    with pytest.raises(TimeoutError, match=r"learner ranks did not finish within 2 s: 1 are late"):
-        ranks.wait([quick.add.remote(1), late.add.remote(1, 30.0)])
-    with pytest.raises(ValueError, match="three is not a prompt"):  # at once, although the other rank is busy
-        ranks.wait([late.add.remote(1, 30.0), quick.refuse.remote()])
+    assert ranks._wait([actor.add.remote(1) for actor in (quick, late)]) == [1, 1]
+    with pytest.raises(learners.RankLost, match=r"learner ranks did not finish within 2 s: 1 are late"):
+        ranks._wait([quick.add.remote(1), late.add.remote(1, 30.0)])
+    with pytest.raises(ValueError, match="three is not a prompt"):  # although the other rank is busy
+        ranks._wait([late.add.remote(1, 30.0), quick.refuse.remote()])
 
 
 def test_a_pool_grows_while_there_is_a_backlog_and_lets_idle_hands_go(make_pool):

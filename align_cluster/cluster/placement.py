@@ -28,7 +28,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         own = {"num_cpus": os.cpu_count(), "include_dashboard": False} if address == "local" else {}
         try:
             ray.init(address=address, **own, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # a bare one where its processes are not up within half a minute
             reason = str(error).strip().splitlines()[0]
             where = "a Ray on this machine did not start" if own else f"no Ray cluster answers at {address!r}"
             raise UserError(f"cluster.address: {where} ({reason}); `align-cluster doctor` shows more") from error

@@ -68,7 +68,7 @@ def make_pool(local_ray, by_value):
     """Function (size, timeout_s, *constructor arguments) -> Pool of Adders; closed after the test."""
     pools = []
 
-    def make(size: int, timeout_s: float = 60.0, mistake=None, cursed=(), **settings) -> Pool:
+    def make(size: int, timeout_s: float = 240.0, mistake=None, cursed=(), **settings) -> Pool:
         actor = local_ray.remote(Adder).options(num_cpus=0)
 
         def hire(name: str, index: int):
@@ -84,7 +84,7 @@ def make_pool(local_ray, by_value):
 
 def bring_up(pool: Pool) -> Pool:
     """The pool with all of its workers up."""
-    timeout, pool.timeout_s = pool.timeout_s, 60.0
+    timeout, pool.timeout_s = pool.timeout_s, 240.0
     pool.assemble()
     pool.timeout_s = timeout
     return pool

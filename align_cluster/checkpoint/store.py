@@ -13,6 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,25 +141,16 @@ class Store:
         return None
 
     def prune(self, keep: int, keep_best: bool) -> None:
-        """Delete all but the newest `keep` and, with `keep_best`, the one with the highest score."""
-        steps = self.steps()
-        kept = set(steps[-keep:])
-        if keep_best:
-            kept |= {step for step in [self._best(steps)] if step is not None}
+        """Delete all but the newest `keep`, the newest good one and, with `keep_best`, the one of the highest score."""
+        steps, told = self.steps(), {}
         for step in steps:
-            if step not in kept:
-                self.delete(step)
-
-    def _best(self, steps: list[int]) -> int | None:
-        scores = {}
-        for step in steps:
-            try:
-                score = self.about(step).get("score")
-            except Damaged:
-                continue
-            if score is not None:
-                scores[step] = score
-        return max(scores, key=lambda step: (scores[step], step), default=None)
+            with suppress(Damaged):
+                told[step] = self.about(step)
+        good = [step for step, about in told.items() if about.get("good", True)]
+        scored = [step for step, about in told.items() if about.get("score") is not None] if keep_best else []
+        best = sorted(scored, key=lambda step: (told[step]["score"], step))
+        for step in set(steps) - {*steps[-keep:], *good[-1:], *best[-1:]}:
+            self.delete(step)
 
     def delete(self, step: int) -> None:
         """The manifest goes first: what is left of an interrupted deletion is no checkpoint."""

@@ -160,6 +160,13 @@ def test_the_newest_and_the_best_are_kept(store):
     assert store.steps() == [5]
 
 
+def test_the_newest_good_one_outlives_those_of_a_collapse(store):
+    for step in range(1, 7):
+        store.write(step, FILES, {"score": None, "good": step < 3})
+        store.prune(2, True)
+    assert store.steps() == [2, 5, 6]
+
+
 def test_an_unknown_file_system_is_named():
     with pytest.raises(UserError, match=r"checkpoint\.path nowhere://x cannot be used"):
         Store("nowhere://x")

@@ -19,6 +19,7 @@ EVERY_STEP = {
     *("time/rollout", "time/reward", "time/credit", "time/update", "time/publish", "time/step", "time/learner"),
     *("train/loss", "train/grad_norm", "lr", "throughput/images_per_s"),
     *("weights/bytes", "weights/adopt_s", "weights/version"),
+    *("images/contrast", "images/diversity", "train/skipped", "train/empty"),
 }
 ONLY = {"nft": {"train/kl", "train/old_gap"}, "grpo": {"train/log_ratio_max", "train/first_log_ratio_max"}}
 
@@ -36,7 +37,7 @@ def test_a_run_leaves_every_file_of_the_contract(runs, kind):
     assert report.startswith("<!doctype html>") and "data:image/png;base64," in report
     assert {path.name for path in files.path.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", "report.html"),
-        *("grids", "lora", "tensorboard"),
+        *("grids", "lora", "tensorboard", "checkpoints", "lock"),
     }
 
 

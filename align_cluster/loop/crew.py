@@ -282,8 +282,8 @@ class Crew:
     def _with_objects(
         self, drawn: list[Drawn], ask: Callable[[], Any], prepare: Callable[[], None] | None = None
     ) -> Any:
-        """What `ask` makes of drawn chunks. Where an object of theirs went down with its node, all are drawn again: which
-        ones are lost, Ray does not tell reliably."""
+        """What `ask` makes of drawn chunks. Where an object of theirs went down with its node, all are drawn again:
+        which ones are lost, Ray does not tell reliably."""
         for _ in range(OBJECT_LOSSES):
             try:
                 return ask()

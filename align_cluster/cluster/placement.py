@@ -1,9 +1,8 @@
 """Joining Ray, and refusing at once what the cluster cannot hold."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -51,17 +50,6 @@ def resources() -> tuple[int, int]:
     """(CPU cores, GPUs) of the whole cluster."""
     total = ray.cluster_resources()
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
-
-
-def gone(references: Sequence[Any]) -> list[bool]:
-    """Which objects were on nodes that are lost. Small ones are with the driver, and are not.
-
-    Only of objects that nobody has asked for since: then Ray has put an error in their place, on a node that is alive.
-    """
-    nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    where = ray.experimental.get_object_locations(list(references)) if references else {}
-    held = [where[reference]["node_ids"] for reference in references]
-    return [bool(on) and nodes.isdisjoint(on) for on in held]
 
 
 def reward_role(pool: str) -> str:

@@ -3,10 +3,10 @@ references."""
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.causes import reason
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.placement import gone, reward_role
+from align_cluster.cluster.placement import reward_role
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.cluster.staff import InputLost, Patience
 from align_cluster.cluster.workers import make_reward_worker, make_sampler
@@ -31,7 +31,7 @@ from align_cluster.types import Chunk, Credit, DrawInfo, Manifest, Prompt, Recei
 from align_cluster.weights import check, view
 
 log = logging.getLogger(__name__)
-RECORD_LOSSES = 3  # of one step, until the run ends
+OBJECT_LOSSES = 3  # in one step, until the run ends
 Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 
@@ -229,33 +229,27 @@ class Crew:
         own = self.conditions[chunk.prompt.text]
         self.samplers.submit(chunk.id, "draw", chunk, own, null, request, explored, returns=3)
 
-    def _draw_again(self, chunks: list[Chunk], drawn: dict[tuple, tuple], request: DrawRequest) -> None:
-        """Images went down with their node before they were scored; the same ones are drawn again."""
-        known = [chunk for chunk in chunks if chunk.id in drawn]  # the others are being drawn already
-        lost = gone([drawn[chunk.id][1] for chunk in known])
-        for chunk, missing in zip(known, lost, strict=True):
-            if missing or not any(lost):
+    def _draw_again(self, missed: list[tuple[Chunk, Any]], drawn: dict[tuple, tuple], request: DrawRequest) -> None:
+        """Images went down with their node before they were scored: the same ones are drawn again."""
+        for chunk, images in missed:
+            if chunk.id not in drawn:
+                continue  # it is being drawn again for other rewards
+            if drawn[chunk.id][1] == images:
                 del drawn[chunk.id]
                 self._submit(chunk, request)
-            else:  # it was only scored together with one that is lost
+            else:  # it has been
                 for scoring in self.scoring:
                     scoring.add(chunk, drawn[chunk.id][1])
 
-    def mend(self, drawn: list[Drawn], part: Literal["images", "record"] = "record") -> None:
-        """Draw those chunks again, in their places, whose images or record went down with their node."""
-        lost = gone([getattr(item, part) for item in drawn])
-        self.redraw(drawn, [index for index in range(len(drawn)) if lost[index]])
-
-    def redraw(self, drawn: list[Drawn], places: Iterable[int]) -> None:
-        """Draw the chunks at these places again: the same images and records, in new objects. Scores stay."""
-        by_id = {drawn[index].info.chunk.id: index for index in places}
-        for index in by_id.values():
-            self._submit(drawn[index].info.chunk, drawn[index].request)
+    def redraw(self, drawn: list[Drawn]) -> None:
+        """Draw chunks again, in place: the same images and records, in new objects. Scores stay."""
+        for item in drawn:
+            self._submit(item.info.chunk, item.request)
+        places = {item.info.chunk.id: index for index, item in enumerate(drawn)}
         for done in stream(self.samplers):
-            item = drawn[by_id[done.key]]
-            self._verify(done.value, item.info.chunk, item.request)
-            images, record = done.refs
-            drawn[by_id[done.key]] = replace(item, info=done.value, images=images, record=record)
+            index, (images, record) = places[done.key], done.refs
+            self._verify(done.value, drawn[index].info.chunk, drawn[index].request)
+            drawn[index] = replace(drawn[index], info=done.value, images=images, record=record)
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
         """A chunk must have been drawn with exactly the levels, seeds, weights and condition that were asked for."""
@@ -265,8 +259,7 @@ class Crew:
 
     def images(self, drawn: list[Drawn]) -> np.ndarray:
         """Images of drawn chunks, uint8 [N, H, W, 3]."""
-        self.mend(drawn, "images")
-        return np.concatenate(self._fetch([item.images for item in drawn]))
+        return np.concatenate(self._with_objects(drawn, lambda: self._fetch([item.images for item in drawn])))
 
     def _fetch(self, references: Any) -> Any:
         """What references refer to. TimeoutError where it does not come."""
@@ -292,18 +285,25 @@ class Crew:
             found[rank :: self.plan.learners] = values
         return np.concatenate(found), answers[0][1]
 
-    def _with_records(self, drawn: list[Drawn], ask: Callable[[], Any]) -> Any:
-        """The learner's answer to a call with records; those that went down with their node are drawn again."""
-        for _ in range(RECORD_LOSSES):
-            self.mend(drawn)
+    def _with_objects(
+        self, drawn: list[Drawn], ask: Callable[[], Any], prepare: Callable[[], None] | None = None
+    ) -> Any:
+        """What `ask` makes of drawn chunks. Where an object of theirs went down with its node, all are drawn again:
+        which ones are lost, Ray does not tell reliably."""
+        for _ in range(OBJECT_LOSSES):
             try:
                 return ask()
             except ObjectLostError as error:
                 failure = error
-                log.warning("records went down with their node, and are drawn again: %s", reason(error))
-                self.learners.shutdown()  # ranks that have theirs wait for the others: all start anew
-                self.redraw(drawn, range(len(drawn)))  # which of them, Ray does not tell any more
+                log.warning("objects went down with their node, and are drawn again: %s", reason(error))
+                if prepare:
+                    prepare()
+                self.redraw(drawn)
         raise failure
+
+    def _with_records(self, drawn: list[Drawn], ask: Callable[[], Any]) -> Any:
+        """The learner's answer. Its ranks that have their records wait for the others, so all start anew."""
+        return self._with_objects(drawn, ask, self.learners.shutdown)
 
     def _condition(self, item: Drawn) -> Any:
         return self.conditions[item.info.chunk.prompt.text]

@@ -68,9 +68,9 @@ class Scoring:
         self._submit()
         return dict(zip(done.key, found, strict=True))
 
-    def withdraw(self, done: Done) -> list[Chunk]:
-        """Chunks of a call that found images missing: `add` has to bring them again."""
-        return [self.drawn.pop(key)[0] for key in done.key]
+    def withdraw(self, done: Done) -> list[tuple[Chunk, Any]]:
+        """Chunks of a call that found images missing, with the references that it had: `add` has to bring new ones."""
+        return [self.drawn.pop(key)[:2] for key in done.key]
 
     def end(self) -> dict[str, float]:
         """What to log of the draw; workers that were not needed go."""

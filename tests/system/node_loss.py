@@ -15,7 +15,6 @@ import ray
 from ray.cluster_utils import Cluster
 
 from align_cluster.cluster import doctor
-from align_cluster.cluster.placement import gone
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.load import load
 from align_cluster.loop import driver
@@ -49,13 +48,13 @@ class Observer(Crew):
         self.facts["samplers"].append(len(self.samplers.staff))
         return answer
 
-    def redraw(self, drawn, places):
-        self.facts["redrawn"] += len(places)
-        super().redraw(drawn, places)
+    def redraw(self, drawn):
+        self.facts["redrawn"] += len(drawn)
+        super().redraw(drawn)
 
-    def _draw_again(self, chunks, drawn, request):
-        self.facts["lost_images"] += len(chunks)
-        super()._draw_again(chunks, drawn, request)
+    def _draw_again(self, missed, drawn, request):
+        self.facts["lost_images"] += len(missed)
+        super()._draw_again(missed, drawn, request)
 
 
 def saboteur(cluster: Cluster, extra: object) -> type[Crew]:
@@ -119,7 +118,7 @@ def lost_input(cluster: Cluster) -> str:
     maker.submit(0, "make", returns=2)
     (made,) = stream(maker)
     cluster.remove_node(node, allow_graceful=False)
-    while not any(gone(made.refs)):
+    while any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes()):
         time.sleep(0.5)
     looker.submit(0, "look", made.refs[0])
     (done,) = stream(looker)

@@ -128,7 +128,8 @@ def test_a_chunk_that_is_drawn_again_is_scored_by_whoever_lacks_its_score_and_on
     scoring.add(first, IMAGES[:2])
     scoring.add(first, IMAGES[:2])  # it is with a worker already
     (done,) = stream(pool)
-    assert scoring.withdraw(done) == [first] and not pool.busy  # as if its images had been missing
+    ((missed, _),) = scoring.withdraw(done)
+    assert missed == first and not pool.busy  # as if its images had been missing
     scoring.add(second, IMAGES[:2])
     scoring.add(first, IMAGES[:2])
     scores = {key: found for done in stream(pool) for key, found in scoring.collect(done).items()}

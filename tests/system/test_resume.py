@@ -144,15 +144,9 @@ def assert_no_seam(resumed: Path, whole: Path) -> None:
 CASES = [("nft", "reward", 2)]
 MORE = [
     ("ppo", "before update", 3),
-    ("nft", "rollout", 1),
-    ("nft", "before update", 2),
-    ("nft", "after update", 2),
     ("nft", "publish behaviour", 3),
     ("nft", "publish evaluation", 2),
     ("grpo", "after update", 1),
-    ("grpo", "publish behaviour", 2),
-    ("grpo", "reward", 3),
-    ("ppo", "after update", 1),
     ("ppo", "publish evaluation", 3),
 ]
 
@@ -266,7 +260,7 @@ def test_the_command_ends_with_75_on_sigterm_and_with_resume_auto_goes_on(undist
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 3])
 def test_a_driver_that_is_killed_goes_on_from_its_last_checkpoint(undisturbed, tmp_path, step):
     process = start(tmp_path)
     try:

@@ -47,7 +47,7 @@ def learner(network, settings, branches: str) -> Learner:
     """A learner whose engine is the bare network."""
     made = object.__new__(Learner)
     made.backbone, made.denoiser = network
-    made.engine = SimpleNamespace(deepspeed=made.denoiser)
+    made.engine, made.judge = SimpleNamespace(deepspeed=made.denoiser), None
     made.config = RunConfig.model_validate(
         {
             "name": "test",

@@ -37,7 +37,7 @@ def test_a_run_leaves_every_file_of_the_contract(runs, kind):
     assert report.startswith("<!doctype html>") and "data:image/png;base64," in report
     assert {path.name for path in files.path.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", "report.html"),
-        *("grids", "lora", "tensorboard", "checkpoints", "lock"),
+        *("grids", "lora", "tensorboard", "checkpoints", "lock", "state.json"),
     }
 
 

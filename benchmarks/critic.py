@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import rows
 from learning import COLUMNS, DOMAINS, GROUP, PROMPTS, RESULTS, train
 from learning import ROWS as LEARNING
 
@@ -63,10 +64,9 @@ def overrides(arm: str, seed: int) -> list[str]:
 def run(arm: str, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         found = train("embedded_critic", overrides(arm, seed), Path(folder))
-        lines = (Path(folder) / "row" / "metrics.jsonl").read_text().splitlines()
         found["values"] = [
-            {name: value for name, value in json.loads(line).items() if name.startswith(("value/", "advantage/step"))}
-            for line in lines
+            {name: value for name, value in step.items() if name.startswith(("value/", "advantage/step"))}
+            for step in rows.read(Path(folder) / "row" / "metrics.jsonl")
         ]
         if arm == STEERING_ARM:
             found["steered"] = {name: steer(Path(folder) / "row", name, seed) for name in STEERED}
@@ -95,14 +95,9 @@ def steer(run_dir: Path, name: str, seed: int) -> dict:
     }
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def beside() -> list[dict]:
     """Rows of Flow-GRPO on the same data, as far as the runs here go."""
-    kept = [json.loads(line) for line in LEARNING.read_text().splitlines()]
-    return [row for row in kept if row["method"] == "flow_grpo"]
+    return [row for row in rows.read(LEARNING) if row["method"] == "flow_grpo"]
 
 
 def learned(row: dict, column: str) -> tuple[float, float]:
@@ -189,13 +184,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     if args.command == "run":
-        RESULTS.mkdir(exist_ok=True)
         for seed in args.seeds:
             for arm in args.arms:
-                if not any((row["arm"], row["seed"]) == (arm, seed) for row in rows()):
-                    found = run(arm, seed)
-                    with ROWS.open("a") as file:
-                        file.write(json.dumps(found) + "\n")
+                if not any((row["arm"], row["seed"]) == (arm, seed) for row in rows.read(ROWS)):
+                    rows.add(ROWS, run(arm, seed))
     elif args.command == "cost":
         from critic_cost import cost, cost_table
 
@@ -203,8 +195,8 @@ def main() -> None:
         print(cost_table(json.loads(COST.read_text())))
         return
     elif args.command == "plot":
-        plot(rows())
-    print(table(rows()), steering_table(rows()), sep="\n\n")
+        plot(rows.read(ROWS))
+    print(table(rows.read(ROWS)), steering_table(rows.read(ROWS)), sep="\n\n")
 
 
 if __name__ == "__main__":

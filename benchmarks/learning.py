@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import rows
 from alignment import commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,8 +64,7 @@ def train(config: str, settings: list[str], folder: Path) -> dict:
     subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], check=True)
     out = folder / "row"
     summary = json.loads((out / "summary.json").read_text())
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    steps, evaluations = (rows.read(out / f"{name}.jsonl") for name in ("metrics", "evaluations"))
     return {
         "config": file.name,
         "overrides": settings,
@@ -76,10 +76,6 @@ def train(config: str, settings: list[str], folder: Path) -> dict:
         "held_out": {name: [row["overall"][column] for row in evaluations] for name, column in COLUMNS.items()},
         "steps": {name: [row.get(name) for row in steps] for name in STEP_METRICS},
     }
-
-
-def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def table(kept: list[dict]) -> str:
@@ -159,18 +155,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     if args.command == "run":
-        RESULTS.mkdir(exist_ok=True)
         for seed in args.seeds:
             for domain in args.domains:
                 for method in args.methods:
-                    if any((row["domain"], row["method"], row["seed"]) == (domain, method, seed) for row in rows()):
+                    if any(
+                        (row["domain"], row["method"], row["seed"]) == (domain, method, seed) for row in rows.read(ROWS)
+                    ):
                         continue
-                    row = run(domain, method, seed)
-                    with ROWS.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    rows.add(ROWS, run(domain, method, seed))
     elif args.command == "plot":
-        plot(rows())
-    print(table(rows()))
+        plot(rows.read(ROWS))
+    print(table(rows.read(ROWS)))
 
 
 if __name__ == "__main__":

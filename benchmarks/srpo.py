@@ -24,6 +24,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import rows
 import torch
 from alignment import commit
 
@@ -155,10 +156,6 @@ def run(method: str, seed: int) -> None:
     subprocess.run([sys.executable, __file__, "row", "--methods", method, "--seeds", str(seed)], check=True)
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def reached(row: dict) -> tuple[int, float] | None:
     """(updates, seconds) after which training images, a mean over three steps, had gained GAIN of preference."""
     curve = np.array(row["training"]["preference"])
@@ -227,20 +224,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     if args.command == "run":
-        RESULTS.mkdir(exist_ok=True)
         for seed in args.seeds:
             for method in args.methods:
-                if any((row["method"], row["seed"]) == (method, seed) for row in rows()):
+                if any((row["method"], row["seed"]) == (method, seed) for row in rows.read(ROWS)):
                     continue
                 run(method, seed)
     elif args.command == "row":
-        row = one(args.methods[0], args.seeds[0])
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        rows.add(ROWS, one(args.methods[0], args.seeds[0]))
         return
     elif args.command == "plot":
-        plot(rows())
-    print(table(rows()))
+        plot(rows.read(ROWS))
+    print(table(rows.read(ROWS)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_va
 from align_cluster.algorithms.base import Algorithm, Batch, Policy
 from align_cluster.algorithms.direct import noised, recover
 from align_cluster.config.base import Section
+from align_cluster.rewards.words import Template, worded
 from align_cluster.rollouts.denoise import initial_noise, starting_noise
 
 LEVELS, EDGE = 1000, 5  # levels are numbered 1 (clean) ... 1000 (noisy); none within 5 of an end is trained
@@ -50,7 +51,7 @@ class SRPO(Algorithm):
         strength: Annotated[float, Field(gt=1)] = 1.5
         positive: Words = POSITIVE
         negative: Words = NEGATIVE
-        template: str = "{word}. {prompt}"
+        template: Template = "{word}. {prompt}"
         blur: Level = 0.1
         branches: Literal["both", "denoise", "inversion"] = "both"
         levels: tuple[Level, Level] = (27 / 28, 0.75)
@@ -61,13 +62,6 @@ class SRPO(Algorithm):
         late: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
         margin: float | None = 0.7
         truncate_timesteps: bool = True
-
-        @field_validator("template")
-        @classmethod
-        def has_both_places(cls, template: str) -> str:
-            if sorted(part for part in ("{word}", "{prompt}") if template.count(part) == 1) != ["{prompt}", "{word}"]:
-                raise ValueError("text with {word} and {prompt}, each once")
-            return template
 
         @field_validator("levels")
         @classmethod
@@ -136,7 +130,7 @@ class SRPO(Algorithm):
         """The texts of optimiser update number `update`: the prompt with a positive word, and with a negative one."""
         words = (self.config.positive, self.config.negative)
         chosen = (options[update % len(options)] for options in words)
-        return [self.config.template.replace("{word}", word).replace("{prompt}", prompt) for word in chosen]
+        return [worded(self.config.template, word, prompt) for word in chosen]
 
     def scores(self, policy: Policy, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
         """Rewards [b, 2], of what is wanted and of what is not, or [b, 1] of the image alone."""

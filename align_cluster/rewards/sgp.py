@@ -11,6 +11,7 @@ from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.open_clip_score import OpenClipScore
 from align_cluster.rewards.pickscore import PickScore
+from align_cluster.rewards.words import Template, worded
 from align_cluster.types import Prompt
 
 JUDGES = {"hps": Hps, "pickscore": PickScore, "clip_score": ClipScore, "open_clip_score": OpenClipScore}
@@ -33,7 +34,7 @@ class Sgp(Reward):
         of: JudgeConfig = Hps.Config()
         positive: str = "Realistic photo"
         negative: str = "CG Render"
-        template: str = "{word}. {prompt}"
+        template: Template = "{word}. {prompt}"
         temperature: PositiveFloat = 100.0
 
         @field_validator("of")
@@ -53,7 +54,7 @@ class Sgp(Reward):
         pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         words = (self.config.positive, self.config.negative)
-        pairs = [self.config.template.replace("{word}", w).replace("{prompt}", text) for text in texts for w in words]
+        pairs = [worded(self.config.template, word, text) for text in texts for word in words]
         cosines = self.judge.against(pixels, pairs).view(len(images), len(texts), 2) / self.judge.factor
         owner = [texts.index(prompt.text) for prompt in prompts]
         gaps = cosines[range(len(images)), owner].double() @ torch.tensor([1.0, -1.0]).double().to(cosines.device)

@@ -1,4 +1,5 @@
-"""How well a reward's tokenizer knows a word: what it has as one piece, it has seen often."""
+"""Control words: where they stand in a text, and how well a reward's tokenizer knows them. What it has as one piece, it
+has seen often."""
 
 import difflib
 import re
@@ -6,9 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from align_cluster.embedded import pipeline_path
 from align_cluster.rewards.base import RewardSection
+
+
+def _has_both_places(template: str) -> str:
+    if sorted(part for part in ("{word}", "{prompt}") if template.count(part) == 1) != ["{prompt}", "{word}"]:
+        raise ValueError("text with {word} and {prompt}, each once")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_has_both_places)]
+
+
+def worded(template: str, word: str, prompt: str) -> str:
+    """A prompt with a control word."""
+    return template.replace("{word}", word).replace("{prompt}", prompt)
 
 
 @dataclass(frozen=True)

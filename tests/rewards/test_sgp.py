@@ -59,3 +59,5 @@ def test_settings_that_nothing_would_read_are_refused():
         Sgp.Config(of={"kind": "clip_score", "weight": 2.0})
     with pytest.raises(ValidationError):
         Sgp.Config(of={"kind": "geneval"})
+    with pytest.raises(ValidationError, match="with {word} and {prompt}, each once"):
+        Sgp.Config(template="a photo of {prompt}")  # both texts would be the same

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
+
+from .warm import python as warm_python
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -39,7 +42,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def local_ray(short_folder: Path) -> Iterator[Any]:
-    """The session's Ray with two cores."""
+    """The session's Ray with two cores. Its workers start warm, see warm.py."""
     import ray
 
     import align_cluster.cluster  # noqa: F401 - before ray, see there
@@ -47,17 +50,19 @@ def local_ray(short_folder: Path) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in ("ALIGN_CLUSTER_CACHE", "RAY_ADDRESS")}
     os.environ["ALIGN_CLUSTER_CACHE"] = str(short_folder / "cache")
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=400_000_000,
-        _temp_dir=str(short_folder / "ray"),
-    )
-    yield ray
-    ray.shutdown()
+    with warm_python(short_folder) as python:
+        with mock.patch.object(sys, "executable", str(python)):
+            ray.init(
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                object_store_memory=400_000_000,
+                _temp_dir=str(short_folder / "ray"),
+            )
+        yield ray
+        ray.shutdown()
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:
@@ -106,7 +111,8 @@ def runs(tiny: Callable[..., RunConfig], train: Callable[[RunConfig], Run]) -> d
 
     class Runs(dict):
         def __missing__(self, kind: str) -> Run:
-            self[kind] = train(tiny(kind))
-            return self[kind]
+            run = self[kind] = train(tiny(kind))
+            assert run.summary["workers_lost"] == 0, "ask for the undisturbed run before you disturb another one"
+            return run
 
     return Runs()

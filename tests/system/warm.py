@@ -1,0 +1,103 @@
+"""A Python in which Ray's workers start warm: forks of a process that has imported torch and its company once.
+
+On two cores most of a small run is spent in imports, five to ten seconds in each worker. These are real Ray workers all
+the same: Ray's own worker program runs in a fork instead of a new interpreter. Tests that start the command line start
+their workers the usual way.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Without ray: it reads its environment, which is each worker's own, when it is imported.
+MODULES = (
+    *("align_cluster.rollouts.sampler", "align_cluster.learner.worker", "align_cluster.rewards.worker"),
+    *("align_cluster.rewards.clip_score", "align_cluster.rewards.geneval", "align_cluster.embedded.networks"),
+    *("transformers.models.clip.modeling_clip", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"),
+    *("deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
+)
+# What Ray takes for its Python. All but workers without a runtime environment are run by the real one.
+SCRIPT = """#!/bin/sh
+case "$1" in
+  */default_worker.py) exec {python} -I -S {here} {address} "$@" ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
+
+@contextmanager
+def python(folder: Path) -> Iterator[Path]:
+    """Path of a Python for `ray.init`, as long as the context lasts."""
+    address, script = folder / "warm", folder / "python"
+    with subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE) as server:
+        try:
+            server.stdout.readline()
+            script.write_text(SCRIPT.format(python=sys.executable, here=__file__, address=address))
+            script.chmod(0o755)
+            yield script
+        finally:
+            server.terminate()
+
+
+def serve(address: str) -> None:
+    for name in MODULES:
+        importlib.import_module(name)
+    if "ray" in sys.modules:
+        raise RuntimeError("ray was imported")
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(64)
+        print("warm", flush=True)
+        while True:
+            connection, _ = server.accept()
+            size, files, _, _ = socket.recv_fds(connection, 8, 3)
+            asked = connection.recv(int(size), socket.MSG_WAITALL)
+            if os.fork():
+                connection.close()
+                for file in files:
+                    os.close(file)
+            else:
+                server.close()
+                return become(json.loads(asked), files)  # the connection stays open as long as the worker lives
+
+
+def become(asked: dict, files: list[int]) -> None:
+    """Be the worker that was asked for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for standard, file in enumerate(files):
+        os.dup2(file, standard)
+        os.close(file)
+    os.chdir(asked["folder"])
+    os.nice(asked["nice"] - os.nice(0))
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    sys.argv = asked["command"]
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def ask(address: str, command: list[str]) -> None:
+    """Have the worker of this command line forked, and be there as long as it is."""
+    own = {"environment": dict(os.environ), "folder": os.getcwd(), "nice": os.nice(0)}
+    asked = json.dumps({"command": command, **own}).encode()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        socket.send_fds(connection, [f"{len(asked):8d}".encode()], [0, 1, 2])
+        connection.sendall(asked)
+        connection.recv(1)
+
+
+if __name__ == "__main__":
+    ask(sys.argv[1], sys.argv[2:]) if len(sys.argv) > 2 else serve(sys.argv[1])

@@ -8,6 +8,7 @@ on that wording. Prompts that describe the same scene ("a cat and a dog", "a dog
 import hashlib
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import cycle, islice
 from typing import Annotated, Any, Literal
 
@@ -161,7 +162,8 @@ class GenevalPrompts:
         prompts: list[Prompt] = []
         known = 0
         for task, wanted in shares(self.config.count, self.config.ratios).items():
-            pool = [Prompt(known + i, r["prompt"], r) for i, r in enumerate(self._pool(task, wanted, banned))]
+            records = _pool(task, wanted, self.config.split, self.config.seed, banned)
+            pool = [Prompt(known + i, record["prompt"], record) for i, record in enumerate(records)]
             if wanted and not pool:
                 raise UserError(
                     f"prompts of kind geneval: every {task} prompt is excluded by {self.config.exclude}; "
@@ -171,28 +173,28 @@ class GenevalPrompts:
             prompts += islice(cycle(pool), wanted)
         return prompts
 
-    def _banned(self) -> set[str]:
+    def _banned(self) -> frozenset[str]:
         if self.config.exclude is None:
-            return set()
-        return {scene(p.metadata) for p in JsonlPrompts(JsonlPrompts.Config(path=self.config.exclude)).load()}
+            return frozenset()
+        return frozenset(scene(p.metadata) for p in JsonlPrompts(JsonlPrompts.Config(path=self.config.exclude)).load())
 
-    def _pool(self, task: str, wanted: int, banned: set[str]) -> list[Record]:
-        """Up to `wanted` distinct records of a task. RandomState, because NumPy promises never to change its stream."""
-        size, make = TASKS[task]
-        pool: list[Record] = []
-        if not wanted:
-            return pool
-        for index in np.random.RandomState([self.config.seed, list(TASKS).index(task)]).permutation(size):
-            record = {"exclude": [], **make(int(index))}
-            identity = scene(record)
-            if identity in banned or (
-                self.config.split != "all" and _held_out(identity) != (self.config.split == "held_out")
-            ):
-                continue
-            pool.append(record)
-            if len(pool) == wanted:
-                break
-        return pool
+
+@lru_cache(maxsize=32)  # checking a run file and running it ask for the same ones
+def _pool(task: str, wanted: int, split: str, seed: int, banned: frozenset[str]) -> tuple[Record, ...]:
+    """Up to `wanted` distinct records of a task. RandomState, because NumPy promises never to change its stream."""
+    size, make = TASKS[task]
+    pool: list[Record] = []
+    if not wanted:
+        return ()
+    for index in np.random.RandomState([seed, list(TASKS).index(task)]).permutation(size):
+        record = {"exclude": [], **make(int(index))}
+        identity = scene(record)
+        if identity in banned or (split != "all" and _held_out(identity) != (split == "held_out")):
+            continue
+        pool.append(record)
+        if len(pool) == wanted:
+            break
+    return tuple(pool)
 
 
 def shares(count: int, ratios: dict[str, int]) -> dict[str, int]:

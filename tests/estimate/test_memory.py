@@ -101,6 +101,7 @@ def test_real_workers_hold_what_was_predicted(folder, tmp_path):
         assert predicted(config, 1) == pytest.approx(real, rel=0.05), config.learner
 
 
+@pytest.mark.slow
 def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
     kinds = [{"kind": "ppo", "critic": {"features": name, "width": 64, "heads": 4}} for name in ("lora", "copy")]
     configs = [run(folder, 2, algorithm=kind) for kind in ({"kind": "grpo"}, *kinds)]

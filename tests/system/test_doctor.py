@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from align_cluster.cluster import doctor
 from align_cluster.cluster.finding import GIB
 from align_cluster.cluster.nodes import judge
@@ -34,6 +36,7 @@ def test_a_node_like_this_one_is_ok_and_others_are_told_apart():
     assert "object store of 0.10 GiB" in [finding.value for finding in judge("node", small, FACTS, HERE)]
 
 
+@pytest.mark.slow
 def test_the_doctor_proves_a_weight_sync_through_a_real_ray():
     command = [sys.executable, "-m", "align_cluster.cli", "doctor", "--json"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=180)

@@ -79,6 +79,7 @@ def test_the_command_succeeds_prints_its_table_and_leaves_no_process(folder):
 
 
 @needs_proc
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_with_130_and_leaves_no_process(folder):
     process = start(folder, steps=1000)
     try:

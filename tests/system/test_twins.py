@@ -23,14 +23,6 @@ LARGE = {"srpo": "flux_dev_srpo_hps", "refl": "sd15_refl", "draft": "sd15_draft"
 TWINS = sorted(path.stem for path in CONFIGS.glob("embedded_*.yaml"))
 
 
-RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.endswith("_service"))
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_every_run_file_is_valid_without_a_note(name):
-    assert check(load(CONFIGS / f"{name}.yaml", [])) == []
-
-
 @pytest.mark.parametrize("twin", [twin.removeprefix("embedded_") for twin in TWINS])
 def test_every_embedded_run_file_has_the_full_size_one_beside_it(twin):
     names = (f"embedded_{twin}", LARGE.get(twin, f"sd35_medium_{twin}"))

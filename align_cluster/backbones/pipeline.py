@@ -15,6 +15,7 @@ import torch
 from align_cluster.backbones.base import Backbone
 from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.embedded import pipeline_path
+from align_cluster.observe.rundir import atomic
 from align_cluster.rollouts.schedule import pipeline_sigmas
 from align_cluster.types import Condition, Perturbation, UserError
 
@@ -273,11 +274,15 @@ class PipelineBackbone(Backbone):
         from align_cluster.backbones.adapters import lora_config
 
         layers = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
-        self.stock(self.pipeline).save_lora_weights(
-            folder,
-            **{f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": lora_config(self).to_dict()},
-        )
-        return folder / "pytorch_lora_weights.safetensors"
+        about = lora_config(self).to_dict()
+        path = folder / "pytorch_lora_weights.safetensors"
+        with atomic(path) as file:
+            self.stock(self.pipeline).save_lora_weights(
+                folder,
+                **{f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": about},
+                weight_name=file.name,
+            )
+        return path
 
 
 class ClipExploration:

@@ -9,7 +9,7 @@ from align_cluster.algorithms.gae import RunningMoments, explained_variance, gae
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.crew import Drawn
 from align_cluster.observe.charts import Series, scatter_chart
-from align_cluster.observe.rundir import RunDir, write_text
+from align_cluster.observe.rundir import RunDir, atomic, write_text
 from align_cluster.observe.style import standalone
 from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
@@ -129,7 +129,8 @@ def save_critic(run: RunDir, config: RunConfig, state: dict[str, np.ndarray], cr
     from safetensors.numpy import save_file
 
     run.critic.mkdir(exist_ok=True)
-    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, run.critic / "critic.safetensors")
+    with atomic(run.critic / "critic.safetensors") as file:
+        save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, file)
     facts = {"rewards": creditor.names, "critic": config.algorithm.critic.model_dump(), **creditor.state()}
     write_text(run.critic / "critic.json", json.dumps(facts, indent=1))
     for r, name in enumerate(creditor.names):

@@ -5,6 +5,7 @@ import fcntl
 import getpass
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from align_cluster.types import UserError
 
@@ -25,13 +28,20 @@ def storage(run: "RunDir") -> Iterator[None]:
     """A disk that is full or read-only becomes a UserError that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in STORAGE[:4]:
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else _code(error)
+        if code not in STORAGE[:4]:
             raise
         raise UserError(
-            f"{error.filename or run.path} cannot be written ({error.strerror}); make room, or let it be written, and "
-            "go on with --resume auto"
+            f"{getattr(error, 'filename', None) or run.path} cannot be written ({os.strerror(code)}); make room, or "
+            "let it be written, and go on with --resume auto"
         ) from error
+
+
+def _code(error: SafetensorError) -> int | None:
+    """The system's number of an error that only its text tells."""
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) if told else None
 
 
 @contextmanager

@@ -128,3 +128,31 @@ except UserError as error:
 """
     printed = in_mount(tmp_path, "mount --bind {0} {0} && mount -o remount,ro,bind {0}", python)
     assert printed.startswith(said.format(tmp_path)) and printed.count("\n") == 1
+
+
+FULL = """
+from pathlib import Path
+import numpy as np
+from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.backbones.sd3 import SD3
+from align_cluster.observe.rundir import RunDir, storage
+from align_cluster.types import UserError
+run = RunDir(Path({folder!r}) / "run")
+backbone = SD3(SD3.Config(path="embedded"))
+weights = adapter_parameters(add_adapters(backbone, backbone.load_denoiser(), ("default",)), "default")
+try:
+    with storage(run):
+        backbone.save_lora({{name: np.array(value.detach()) for name, value in weights.items()}}, run.lora)
+except UserError as error:
+    print(error)
+print(list(run.lora.iterdir()))
+"""
+
+
+@needs_mounts
+def test_a_lora_that_has_no_room_is_one_sentence_and_leaves_no_half_of_it(tmp_path):
+    printed = in_mount(tmp_path, "mount -t tmpfs -o size=300k tmpfs {0}", FULL.format(folder=str(tmp_path)))
+    assert printed == (
+        f"{tmp_path}/run cannot be written (No space left on device); make room, or let it be written, and go on with "
+        "--resume auto\n[]\n"
+    )

@@ -291,7 +291,7 @@ def test_a_collapse_rolls_the_weights_back_and_the_prompts_go_on(tiny, tmp_path,
 def test_a_disk_that_fills_up_costs_checkpoints_and_no_step(undisturbed, tmp_path):
     """On a disk with room for the run's files and not for a checkpoint."""
     (tmp_path / "disk").mkdir()
-    mount = "mount -t tmpfs -o size=900k tmpfs {0}/disk"
+    mount = "mount -t tmpfs -o size=3m tmpfs {0}/disk"
     code = "import sys; from align_cluster.cli import main; print(main(sys.argv[1:]))"
     arguments = ["train", str(TINY), "--set", "algorithm.kind=nft", *JOBS["nft"], "--name", "nft"]
     arguments += ["--out", str(tmp_path / "disk")]

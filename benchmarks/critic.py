@@ -52,7 +52,7 @@ def overrides(arm: str, seed: int) -> list[str]:
         ),
         *("rewards.geneval.score=strict", *roles, "optimizer.lr=6e-4", "optimizer.schedule=constant"),
         *(
-            "algorithm.critic_lr=3e-3",
+            "algorithm.critic_lr=1e-3",
             "algorithm.critic_states=1",
             "algorithm.critic_epochs=4",
             "algorithm.warm_up.updates=8",

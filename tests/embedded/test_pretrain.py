@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from safetensors.torch import load_file
 
 TINY = "--images 128 --clip-steps 2 --vae-steps 2 --batch 8 --workers 1".split()
@@ -12,6 +13,7 @@ def pretrain(out, *more):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_pretraining_goes_through_all_stages_and_continues_where_it_stopped(tmp_path):
     first = pretrain(tmp_path, "--dit-steps", "2")
     assert first.returncode == 0, first.stderr

@@ -111,6 +111,7 @@ def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
     assert [one - foreseen for one in more] == pytest.approx([one - actor for one in both], abs=0.03 * actor)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_what_was_predicted(folder, tmp_path):
     config = run(folder, 2, precision="fp32")
     (real,) = held([config], 2, tmp_path / "held.json")

@@ -68,6 +68,7 @@ def test_one_two_and_three_samplers_end_in_the_same_lora(runs, tiny, train, kind
         assert run.summary[key] == runs[kind].summary[key]
 
 
+@pytest.mark.slow
 def test_exploration_ends_in_the_same_lora_however_its_first_phase_is_shared_out(tiny, train, short_folder):
     """Two samplers learn a prompt each, one learns both at once; nothing is taken over from the cache."""
     explore = ("exploration.kind=e2po", "exploration.conditions=3", "exploration.iterations=20")

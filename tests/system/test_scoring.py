@@ -153,6 +153,7 @@ def test_a_backlog_calls_more_workers(local_ray, by_value):
     pool.shutdown()
 
 
+@pytest.mark.slow
 def test_batches_of_rewards_in_a_run_end_in_the_same_lora_for_one_and_two_samplers(tiny, train):
     """Of the same chunks, whoever draws first; and the run writes how scoring kept up."""
     own = ("rewards.clip.pool.batch=8", "rewards.clip.pool.cpus=0.02", "rollout.chunk=2")

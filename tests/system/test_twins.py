@@ -61,6 +61,7 @@ def test_every_embedded_run_file_takes_two_steps(name, train):
         assert all(row["advantage/gamma"] == config.advantage.shaping.gamma for row in rows)
 
 
+@pytest.mark.slow
 def test_an_adaptive_exponent_is_measured_and_used(train):
     """The first step is linear, since nothing is known yet; the second uses what the first one's update measured."""
     overrides = ["name=adaptive", "advantage.shaping.gamma=adaptive", "advantage.shaping.delta=1e-2", *SMALL]
@@ -72,6 +73,7 @@ def test_an_adaptive_exponent_is_measured_and_used(train):
     assert "slas/gamma" not in second  # measured every ten updates
 
 
+@pytest.mark.slow
 def test_policy_gradients_explore_too(train):
     overrides = ["name=e2po_grpo", "algorithm.kind=grpo", "algorithm.clip=2e-3", *SMALL]
     run = train(load(CONFIGS / "embedded_e2po_efficient.yaml", overrides))

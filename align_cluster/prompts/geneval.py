@@ -182,10 +182,10 @@ class GenevalPrompts:
 @lru_cache(maxsize=32)  # checking a run file and running it ask for the same ones
 def _pool(task: str, wanted: int, split: str, seed: int, banned: frozenset[str]) -> tuple[Record, ...]:
     """Up to `wanted` distinct records of a task. RandomState, because NumPy promises never to change its stream."""
-    size, make = TASKS[task]
-    pool: list[Record] = []
     if not wanted:
         return ()
+    size, make = TASKS[task]
+    pool: list[Record] = []
     for index in np.random.RandomState([seed, list(TASKS).index(task)]).permutation(size):
         record = {"exclude": [], **make(int(index))}
         identity = scene(record)

@@ -25,7 +25,7 @@ MODULES = (
     *("transformers.models.clip.modeling_clip", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"),
     *("deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
 )
-# What Ray takes for its Python. All but workers without a runtime environment are run by the real one.
+# What Ray takes for its Python. Only workers are forked, and of them those without a runtime environment of their own.
 SCRIPT = """#!/bin/sh
 case "$1" in
   */default_worker.py) exec {python} -I -S {here} {address} "$@" ;;
@@ -40,7 +40,8 @@ def python(folder: Path) -> Iterator[Path]:
     address, script = folder / "warm", folder / "python"
     with subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE) as server:
         try:
-            server.stdout.readline()
+            if not server.stdout.readline():
+                raise RuntimeError("the process that workers are forked from did not come up")
             script.write_text(SCRIPT.format(python=sys.executable, here=__file__, address=address))
             script.chmod(0o755)
             yield script

@@ -1,6 +1,7 @@
 """Latent actor-critic PPO ("Explicit Critic Guidance", arXiv 2605.27736): credit for each denoising step from a critic
 on noisy latents. Groups are not needed: one image a prompt will do."""
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -14,8 +15,8 @@ from align_cluster.config.base import Section
 
 
 class WarmUp(Section):
-    """At first only the critic learns: for `updates` updates of steps, or until it explains `explained_variance` of the
-    rewards at noise levels below .5."""
+    """At first only the critic learns, and from the rewards themselves: for `updates` updates of steps, or until it
+    explains `explained_variance` of the rewards at noise levels below .5."""
 
     updates: Annotated[int, Field(ge=0)] = 30
     explained_variance: Annotated[float, Field(le=1)] = 0.3
@@ -30,7 +31,8 @@ class PPO(PolicyGradient):
 
         `value_clip` is how far a value may move in a step's updates before its loss stops paying for it, in units of
         the normalised reward. `critic_epochs` passes over the records train the critic for one of the actor, each on
-        `critic_states` states of a micro-batch's samples, drawn anew (null: on all of them, which costs the most).
+        `critic_states` states of every sample, drawn anew (null: on all of them, which costs the most). It reads
+        `critic_batch` states at once, of any prompts (null: as many as a micro-batch has images).
         """
 
         kind: Literal["ppo"] = "ppo"
@@ -46,6 +48,7 @@ class PPO(PolicyGradient):
         critic_lr: PositiveFloat = 1e-4
         critic_epochs: PositiveInt = 1
         critic_states: PositiveInt | None = None
+        critic_batch: PositiveInt | None = None
         warm_up: WarmUp = WarmUp()
 
     needs_path = True
@@ -61,10 +64,11 @@ class PPO(PolicyGradient):
     def advantage(self, batch: Batch, slot: int) -> torch.Tensor:
         return batch.advantages[:, slot]
 
-    def value_loss(self, values: torch.Tensor, batch: Batch, slot: int) -> torch.Tensor:
-        """Loss [b] of the critic's values [b, R] at step `slot`; heads whose reward does not judge a sample count
-        nothing."""
-        returns, before = batch.returns[:, slot], batch.values[:, slot]
-        judged = torch.isfinite(returns)
-        loss = clipped_value_loss(values, before, torch.where(judged, returns, values.detach()), self.config.value_clip)
+    def value_loss(
+        self, values: torch.Tensor, before: torch.Tensor, returns: torch.Tensor, pretraining: bool = False
+    ) -> torch.Tensor:
+        """Loss [b] of the critic's values [b, R], which were `before`; heads whose reward does not judge a sample
+        (return NaN) count nothing. In `pretraining`, while the actor waits, nothing is clipped."""
+        judged, clip = torch.isfinite(returns), math.inf if pretraining else self.config.value_clip
+        loss = clipped_value_loss(values, before, torch.where(judged, returns, values.detach()), clip)
         return (loss * judged).sum(1) / judged.sum(1).clamp(min=1)

@@ -20,7 +20,11 @@ FREQUENCIES = 256  # of the sinusoidal embedding of 1000 sigma
 
 class Pooling(nn.Module):
     """One learned query that reads one layer's tokens [B, L, D]: attention, then an MLP, both modulated by the noise
-    level (AdaLN-zero: at first the output is the query itself)."""
+    level (AdaLN).
+
+    At first nothing is modulated and both gates are open. Closed ones (AdaLN-zero) before a last layer that begins at 0
+    would let the tokens in only after both have moved: hundreds of updates.
+    """
 
     def __init__(self, channels: int, width: int, heads: int) -> None:
         super().__init__()
@@ -32,6 +36,8 @@ class Pooling(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
+        with torch.no_grad():
+            self.modulation.bias.unflatten(0, (6, -1))[[2, 5]] = 1  # the gates
 
     def forward(self, tokens: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """[B, width]; level [B, width] embeds the noise level."""

@@ -43,7 +43,8 @@ class RewardPool:
 class Plan:
     """Pools, the share of a core and of a GPU that each of their actors asks for, and how a step's work is cut.
 
-    `micro_batch` is in images; `micro_batches` are those of one learner in one update, each visited `turns` times.
+    `micro_batch` is in images, `critic_batch` in states; `micro_batches` are those of one learner in one update, each
+    visited `turns` times.
     `rollout_calls` are the forward passes of the denoiser, with a whole chunk each, that a step's images take.
     `gpus` are those that samplers and learners use, `together` samplers share one, and `hosts` are the places where
     samplers are, which rewards may share.
@@ -64,6 +65,7 @@ class Plan:
     hosts: int
     chunk: int
     micro_batch: int
+    critic_batch: int
     images_per_step: int
     chunks_per_step: int
     updates_per_step: int
@@ -93,7 +95,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     rollout, cluster, notes = config.rollout, config.cluster, []
     chunk = rollout.chunk or rollout.group_size
     chunks = config.prompts_per_step * math.ceil(config.group_members / chunk)
-    micro_batch = min(config.learner.micro_batch or chunk, chunk)
+    micro_batch = config.micro_batch
     updates = config.learner.updates_per_step
     per_update = math.ceil(chunks / updates) * math.ceil(chunk / micro_batch)
 
@@ -143,6 +145,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         **_gpu_shares(beside, samplers, learners, gpus, bool(cluster.samplers or cluster.learners)),
         chunk=chunk,
         micro_batch=micro_batch,
+        critic_batch=config.critic_batch,
         images_per_step=config.prompts_per_step * config.group_members,
         chunks_per_step=chunks,
         updates_per_step=updates,

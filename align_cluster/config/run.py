@@ -189,3 +189,14 @@ class RunConfig(Root):
     def group_members(self) -> int:
         """Images of one prompt group: initial noises x conditions."""
         return self.rollout.group_size * self.conditions
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of a learner's micro-batch: members of one chunk."""
+        chunk = self.rollout.chunk or self.rollout.group_size
+        return min(self.learner.micro_batch or chunk, chunk)
+
+    @property
+    def critic_batch(self) -> int:
+        """States that a critic reads at once."""
+        return getattr(self.algorithm, "critic_batch", None) or self.micro_batch

@@ -28,7 +28,7 @@ class Sizes:
     `text` are the text encoders, `adapter` is one adapter in fp32, of which the learner keeps `adapters`. `draw` is one
     (guided) prediction for a chunk, `decode` makes its images; `update` is all that the loss asks of one micro-batch at
     one noise level, with its backward, and `checkpointed` the same with gradient checkpointing. `values` is what a
-    critic says of one micro-batch's states of one level, `critic` its training on them, `critic_checkpointed` likewise;
+    critic says of the states that it reads at once, `critic` its training on them, `critic_checkpointed` likewise;
     `critic_weights` and `critic_trained` are bytes of what it adds. Where the learner follows rewards' gradients,
     `judge` is decoding a micro-batch with its backward, `frugal` decoding one image with the VAE's blocks computed
     again, and `rewards` and `seen` are bytes of the rewards' weights and of what they keep of one image.
@@ -108,15 +108,17 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
 
         @torch.no_grad()
         def appraise() -> torch.Tensor:
-            return critic(x, sigma, text.sequence, text.pooled)
+            return critic(*states)
 
         def learn() -> None:
             with critic.active():
-                torch.autograd.backward(critic(x, sigma, text.sequence, text.pooled).square().mean())
+                torch.autograd.backward(critic(*states).square().mean())
             critic.zero_grad()
 
         x, sigma, text = batch(plan.chunk)
         used = {"draw": counter.measure(draw), "decode": counter.measure(decode)}
+        x, sigma, text = batch(plan.critic_batch)
+        states = (x, sigma, text.sequence, text.pooled)
         x, sigma, text = batch(plan.micro_batch)
         used["update"] = counter.measure(update)
         if critic:
@@ -213,11 +215,10 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
     optimizer's moments and of another fp32 copy of the weights.
     """
     stage, ranks, one = config.learner.zero_stage, plan.learners, sizes.adapter
-    chunk = config.rollout.chunk or config.rollout.group_size
-    frugal, used = config.learner.gradient_checkpointing, (sizes.update, sizes.critic)
+    frugal, used = config.learner.gradient_checkpointing, (sizes.update.bytes, sizes.critic.bytes)
     if frugal:
-        used = (sizes.checkpointed, sizes.critic_checkpointed)
-    cut = min(config.learner.micro_batch or chunk, chunk) / plan.micro_batch
+        used = (sizes.checkpointed.bytes, sizes.critic_checkpointed.bytes)
+    cut, cut_critic = config.micro_batch / plan.micro_batch, config.critic_batch / plan.critic_batch
     share = 1 / ranks if stage == 3 else 1
     weights = sizes.denoiser * share
     if stage == 3:
@@ -230,5 +231,5 @@ def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
         weights + sizes.critic_weights + direct * (sizes.vae + sizes.rewards),
         one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
         moments + gradients + 3 * sizes.critic_trained,
-        max(one.bytes for one in used) * cut + direct * judging,
+        max(used[0] * cut, used[1] * cut_critic) + direct * judging,
     )

@@ -106,11 +106,11 @@ def image_flops(config: RunConfig, plan: Plan, sizes: Sizes) -> dict[str, float]
         steps, settings = config.rollout.steps, config.algorithm
         states = settings.critic_epochs * min(settings.critic_states or steps, steps)
         learn = sizes.critic_checkpointed if config.learner.gradient_checkpointing else sizes.critic
-        critic = steps * sizes.values.flops + states * learn.flops
+        critic = (steps * sizes.values.flops + states * learn.flops) / plan.critic_batch
     return {
         "rollout": (config.rollout.steps * sizes.draw.flops + sizes.decode.flops) / plan.chunk,
         "reward": sum(pool_flops(config, pool) for pool in plan.reward_pools),
-        "update": (plan.turns * used.flops + critic) / plan.micro_batch + plan.turns * judged(config, plan, sizes),
+        "update": plan.turns * used.flops / plan.micro_batch + critic + plan.turns * judged(config, plan, sizes),
     }
 
 

@@ -1,5 +1,9 @@
 """Trains a critic beside the actor: an optimiser of its own, the same on every rank."""
 
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+
 import numpy as np
 import torch
 
@@ -12,12 +16,18 @@ from align_cluster.learner.sums import add
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Record
 
+State = tuple[int, int, int]  # number of the micro-batch, row in it, step
+
 
 class CriticLearner:
-    """AdamW on the critic's head and adapter, which are small and whole on every rank; gradients are averaged."""
+    """AdamW on the critic's head and adapter, which are small and whole on every rank; gradients are averaged.
 
-    def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int) -> None:
+    The critic reads `batch` states at once.
+    """
+
+    def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int, batch: int) -> None:
         self.critic, self.algorithm, self.world, self.max_norm = critic, algorithm, world, optimizer.max_grad_norm
+        self.batch = batch
         self.optimizer = torch.optim.AdamW(
             critic.trainable, algorithm.config.critic_lr, optimizer.betas, optimizer.eps, optimizer.weight_decay
         )
@@ -25,49 +35,60 @@ class CriticLearner:
     @torch.no_grad()
     def values(self, record: Record, text: TextBatch) -> np.ndarray:
         """Values fp32 [B, N, R] of the states that a record's steps started from."""
-        device = text.sequence.device
-        levels = torch.tensor(record.sigmas, dtype=torch.float32, device=device)
-        columns = []
-        for slot in range(record.indices.shape[1]):
-            x = torch.tensor(record.before[:, slot], device=device)
-            sigma = levels[torch.tensor(record.indices[:, slot], device=device)]
-            columns.append(self.critic(x, sigma, text.sequence, text.pooled).cpu().numpy())
-        return np.stack(columns, 1)
+        device, shape = text.sequence.device, record.indices.shape
+        levels = torch.tensor(record.sigmas[record.indices.ravel()], dtype=torch.float32, device=device)
+        states = torch.tensor(record.before, device=device).flatten(0, 1)
+        rows = torch.arange(len(states), device=device) // shape[1]
+        found = [
+            self.critic(states[part], levels[part], text.sequence[rows[part]], text.pooled[rows[part]])
+            for part in (slice(start, start + self.batch) for start in range(0, len(states), self.batch))
+        ]
+        return torch.cat(found).unflatten(0, shape).cpu().numpy()
 
     def update(
-        self, batches: list[tuple[Batch, TextBatch, torch.Tensor]], scale: float, sums: dict[str, list[float]]
+        self,
+        batches: list[tuple[Batch, TextBatch, torch.Tensor]],
+        scale: float,
+        sums: dict[str, list[float]],
+        pretraining: bool = False,
     ) -> None:
-        """One optimiser update an epoch, over the states of all samples that are to be trained on. `scale` is the
-        number of ranks over the samples' total weight. Where a loss or the gradient is not finite on any rank the
-        weights stay as they are."""
+        """One optimiser update an epoch, over states of all samples. `scale` is the number of ranks over the samples'
+        total weight. Where a loss or the gradient is not finite on any rank the weights stay as they are."""
         for epoch in range(self.algorithm.config.critic_epochs):
-            sound = True
-            for batch, text, weights in batches:
-                levels = torch.tensor(batch.sigmas, dtype=torch.float32, device=weights.device)
-                slots = self._slots(batch, epoch)
-                for slot in slots:
-                    values = self.critic(
-                        batch.before[:, slot], levels[batch.indices[:, slot]], text.sequence, text.pooled
-                    )
-                    loss = self.algorithm.value_loss(values, batch, slot)
-                    total = (loss * weights).sum() * scale / len(slots)
-                    sound = sound and bool(torch.isfinite(total))
-                    with self.critic.active():
-                        total.backward()
-                    add(sums, "value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
+            sound, slots = True, [self._slots(batch, epoch) for batch, *_ in batches]
+            states = [(b, row, slot) for b, rows in enumerate(slots) for row, own in enumerate(rows) for slot in own]
+            share = scale / len(slots[0][0]) if states else scale
+            for part in self._passes(states, batches):
+                x, sigma, sequence, pooled, before, returns, weights = _gathered(part, batches)
+                values = self.critic(x, sigma, sequence, pooled)
+                loss = self.algorithm.value_loss(values, before, returns, pretraining)
+                total = (loss * weights).sum() * share
+                sound = sound and bool(torch.isfinite(total))
+                with self.critic.active():
+                    total.backward()
+                add(sums, "value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
             norm = self._step(sound)
             add(sums, "critic_skipped", float(norm is None), 1.0)
             if norm is not None:
                 add(sums, "critic_grad_norm", norm, 1.0)
 
-    def _slots(self, batch: Batch, epoch: int) -> list[int]:
-        """Which states of a micro-batch are trained on: as its first sample's stream of the moment says, so that ranks
-        make no difference."""
-        count, wanted = batch.indices.shape[1], self.algorithm.config.critic_states
+    def _slots(self, batch: Batch, epoch: int) -> list[list[int]]:
+        """Which states of each sample are trained on: as the sample's own stream of the moment says, so that ranks and
+        micro-batches make no difference."""
+        samples, count = batch.indices.shape
+        wanted = self.algorithm.config.critic_states
         if wanted is None or wanted >= count:
-            return list(range(count))
-        stream = batch.generators(f"critic states {epoch}")[0]
-        return sorted(torch.randperm(count, generator=stream)[:wanted].tolist())
+            return [list(range(count))] * samples
+        streams = batch.generators(f"critic states {epoch}")
+        return [sorted(torch.randperm(count, generator=stream)[:wanted].tolist()) for stream in streams]
+
+    def _passes(
+        self, states: list[State], batches: list[tuple[Batch, TextBatch, torch.Tensor]]
+    ) -> Iterator[list[State]]:
+        """States that one forward pass reads: `batch` of them, under texts of one length."""
+        for _, alike in groupby(states, lambda state: batches[state[0]][1].sequence.shape[1]):
+            alike = list(alike)
+            yield from (alike[start : start + self.batch] for start in range(0, len(alike), self.batch))
 
     def _step(self, sound: bool) -> float | None:
         parameters = self.critic.trainable
@@ -110,3 +131,17 @@ class CriticLearner:
                 zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
                 self.optimizer.state[parameter].update(step=torch.zeros((), dtype=torch.float32), **zeros)
         return {name: self.optimizer.state[parameter] for name, parameter in named.items()}
+
+
+def _gathered(states: list[State], batches: list[tuple[Batch, TextBatch, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]."""
+
+    def parts() -> Iterator[tuple[torch.Tensor, ...]]:
+        for number, own in groupby(states, itemgetter(0)):
+            batch, text, weights = batches[number]
+            _, row, slot = torch.tensor(list(own), device=weights.device).T
+            levels = torch.tensor(batch.sigmas, dtype=torch.float32, device=weights.device)[batch.indices[row, slot]]
+            texts, targets = (text.sequence[row], text.pooled[row]), (batch.values[row, slot], batch.returns[row, slot])
+            yield batch.before[row, slot], levels, *texts, *targets, weights[row]
+
+    return tuple(torch.cat(column) for column in zip(*parts(), strict=True))

@@ -85,7 +85,7 @@ class Learner:
                 changed = self._update_actor(step, mine, self.world / (total * turns), turns, null, data, sums)
                 skipped += not changed
             if self.critic and total:
-                self.critic.update(self._batches(step, mine, data), self.world / total, sums)
+                self.critic.update(self._batches(step, mine, data), self.world / total, sums, not actor)
             self.updates += 1
             if changed:
                 self._average()
@@ -188,7 +188,7 @@ class Learner:
         critic = Critic(self.backbone, self.denoiser, len(self.config.trained), self.algorithm.critic)
         if self.config.learner.gradient_checkpointing:  # of a copy, too
             critic.network.enable_gradient_checkpointing()
-        return CriticLearner(critic, self.algorithm, self.config.optimizer, self.world)
+        return CriticLearner(critic, self.algorithm, self.config.optimizer, self.world, self.config.critic_batch)
 
     def _batches(
         self, step: int, mine: list[Piece], data: tuple[Record | Condition, ...]

@@ -37,7 +37,9 @@ class CriticCreditor:
         shape = (self.config.prompts_per_step, self.config.group_members)
         valid &= np.repeat(~lost(scores, self.config.rewards).reshape(shape).any(1), shape[1])
         normal = self._normalised(rewards, applies & valid)
-        raw = np.stack([gae(values[..., r], normal[r], settings.discount, settings.decay) for r in range(len(weights))])
+        self._warm_up(values, normal, applies & valid, sigmas)
+        decay = settings.decay if self.warm else 1.0  # while the actor waits, values regress on rewards alone
+        raw = np.stack([gae(values[..., r], normal[r], settings.discount, decay) for r in range(len(weights))])
         judged = (applies & valid)[:, :, None]
         shares = np.abs(weights)[:, None, None] * judged
         total = (np.sign(weights)[:, None, None] * shares * raw).sum(0) / np.maximum(shares.sum(0), 1e-12)
@@ -47,7 +49,6 @@ class CriticCreditor:
             f"advantage/step/{k}": float(np.abs(total[valid, k]).mean()) for k in range(total.shape[1]) if valid.any()
         }
         self.recent.append((values, normal, applies & valid))
-        self._warm_up(values, normal, applies & valid, sigmas)
         returns = np.where(judged, raw, np.nan).transpose(1, 2, 0) + values
         metrics |= {"group/masked": 1.0 - float(valid.mean()), "value/actor": float(self.warm)}
 

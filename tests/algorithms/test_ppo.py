@@ -1,16 +1,8 @@
-import numpy as np
 import pytest
 import torch
 
-from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.algorithms.terms import clipped_value_loss
-
-
-def batch(returns, values) -> Batch:
-    empty = torch.zeros(len(returns), 1)
-    arrays = (empty, empty, np.array([1.0, 0.0]), empty, None, None, None, None)
-    return Batch(0, *arrays, lambda purpose: [], (0,), returns, values)
 
 
 def test_a_value_that_has_moved_less_than_the_clip_pays_its_squared_error():
@@ -31,9 +23,18 @@ def test_the_clipped_loss_is_never_below_the_plain_one_and_stops_paying_for_larg
 
 
 def test_heads_whose_reward_does_not_judge_a_sample_get_no_gradient_from_it():
-    returns = torch.tensor([[[1.0, float("nan")]], [[0.5, 2.0]]])
+    returns = torch.tensor([[1.0, float("nan")], [0.5, 2.0]])
     values = torch.tensor([[0.3, 0.7], [0.1, -0.4]], requires_grad=True)
-    loss = PPO(PPO.Config(value_clip=100)).value_loss(values, batch(returns, torch.zeros(2, 1, 2)), 0)
+    loss = PPO(PPO.Config(value_clip=100)).value_loss(values, torch.zeros(2, 2), returns)
     assert loss.tolist() == pytest.approx([0.5 * 0.7**2, 0.25 * (0.4**2 + 2.4**2)])
     (gradient,) = torch.autograd.grad(loss.sum(), values)
     assert gradient[0, 1] == 0 and torch.isfinite(gradient).all() and gradient.count_nonzero() == 3
+
+
+def test_while_the_actor_waits_a_value_may_move_as_far_as_it_likes():
+    values, before = torch.tensor([[0.9], [0.1]]), torch.zeros(2, 1)
+    algorithm = PPO(PPO.Config(value_clip=0.2))
+    assert algorithm.value_loss(values, before, torch.ones(2, 1)).tolist() == pytest.approx([0.32, 0.405])
+    assert algorithm.value_loss(values, before, torch.ones(2, 1), pretraining=True).tolist() == pytest.approx(
+        [0.005, 0.405]
+    )

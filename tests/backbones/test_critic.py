@@ -62,6 +62,16 @@ def test_a_new_critic_says_zero_and_a_trained_one_tells_latents_levels_and_texts
     torch.testing.assert_close(values, alone, rtol=1e-3, atol=1e-4)
 
 
+def test_the_tokens_matter_as_soon_as_the_last_layer_has_moved(case, actor):
+    critic = Critic(case, actor, 1, CriticSection(**SMALL))
+    torch.nn.init.normal_(critic.head.last.weight, generator=torch.Generator().manual_seed(3))
+    x, sigma, sequence, pooled = inputs(case)
+    values = critic(x, sigma, sequence, pooled)
+    assert (values - critic(x + 1, sigma, sequence, pooled)).abs().max() > 1e-4
+    values.sum().backward()
+    assert all(pool.read.weight.grad.abs().max() > 0 for pool in critic.head.pooling)
+
+
 @pytest.mark.parametrize("features", ["lora", "frozen"])
 def test_the_critics_gradient_reaches_no_weight_of_the_actor_and_the_actors_none_of_the_critic(case, actor, features):
     critic = Critic(case, actor, 1, CriticSection(features=features, **SMALL))

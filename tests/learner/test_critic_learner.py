@@ -27,7 +27,7 @@ def learner(sd35):
     torch.manual_seed(0)
     actor = add_adapters(sd35, sd35.load_denoiser(), ("default", "critic"))
     algorithm = PPO(PPO.Config(critic_lr=3e-3, value_clip=100))
-    return CriticLearner(Critic(sd35, actor, 1, CriticSection(width=32, heads=4)), algorithm, OptimizerConfig(), 1)
+    return CriticLearner(Critic(sd35, actor, 1, CriticSection(width=32, heads=4)), algorithm, OptimizerConfig(), 1, 16)
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +135,21 @@ def test_with_gradient_checkpointing_the_update_is_the_same(sd35, condition, lea
 def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(learner, condition):
     record, text, rewards = rollouts(condition, 4, 5)
     values = learner.values(record, text)
-    streams = {"generators": lambda purpose: [torch.Generator().manual_seed(crc32(purpose.encode()))]}
-    given = replace(batch(record, rewards, values), **streams)
-    assert learner._slots(given, 0) == [0, 1, 2, 3]
+
+    def streams(purpose: str) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(crc32(f"{row} {purpose}".encode())) for row in range(4)]
+
+    given = replace(batch(record, rewards, values), generators=streams)
+    assert learner._slots(given, 0) == [[0, 1, 2, 3]] * 4
     learner.algorithm = PPO(PPO.Config(critic_states=1, value_clip=100))
     drawn = [learner._slots(given, epoch) for epoch in range(20)]
-    assert all(len(slots) == 1 for slots in drawn) and len({slot for slots in drawn for slot in slots}) == 4
+    assert all(len(own) == 1 for rows in drawn for own in rows)
+    assert all({rows[row][0] for rows in drawn} == {0, 1, 2, 3} for row in range(4))
+    assert any(len({own[0] for own in rows}) > 1 for rows in drawn)
     assert drawn == [learner._slots(given, epoch) for epoch in range(20)]
 
     def gradient(slots: list[int]) -> torch.Tensor:
-        learner._slots = lambda batch, epoch: slots
+        learner._slots = lambda batch, epoch: [slots] * 4
         learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.0)
         found, last = [], list(learner.critic.head.last.parameters())
         learner._step = lambda sound: found.append([parameter.grad.clone() for parameter in last]) or 0.0
@@ -153,6 +158,47 @@ def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(
         return torch.cat([part.flatten() for part in found[0]])
 
     torch.testing.assert_close(torch.stack([gradient([k]) for k in range(4)]).mean(0), gradient([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_however_many_states_are_read_at_once_the_update_is_the_same(learner, condition, batch_size):
+    """Two prompts, whose texts differ in length, as some backbones' do."""
+    short = replace(condition, sequence=condition.sequence[:-3])
+    parts = []
+    for seed, text in enumerate((condition, short)):
+        record, batched, rewards = rollouts(text, 3, seed)
+        values = learner.values(record, batched)
+        parts.append((batch(record, rewards, values), batched, torch.tensor([1.0, 0, 1])))
+    learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.1)
+    start = {name: value.clone() for name, value in learner.critic.state().items()}
+    read, network = [], learner.critic.forward
+    learner.critic.forward = lambda x, *rest: read.append(len(x)) or network(x, *rest)
+    learner.batch = 12
+    learner.update(parts, 1 / 4, {})
+    assert read == [12, 12]
+    together = {name: value.clone() for name, value in learner.critic.state().items()}
+    learner.critic.restore(start)
+    learner.batch = batch_size
+    learner.update(parts, 1 / 4, {})
+    assert sum(read) == 48 and max(read[2:]) == min(batch_size, 12)
+    for name, value in learner.critic.state().items():
+        torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)
+
+
+def test_values_are_each_states_own_however_many_are_read_at_once(learner, condition):
+    with torch.no_grad():
+        for parameter in learner.critic.trainable:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    record, text, _ = rollouts(condition, 3, 6)
+    record.indices[1] = record.indices[1, ::-1]
+    found = learner.values(record, text)
+    for row in range(3):
+        for slot, k in enumerate(record.indices[row]):
+            x, sigma = torch.tensor(record.before[row : row + 1, slot]), torch.tensor([SIGMAS[k]]).float()
+            alone = learner.critic(x, sigma, text.sequence[:1], text.pooled[:1])
+            assert found[row, slot] == pytest.approx(alone[0].detach().numpy(), rel=1e-3, abs=1e-4)
+    learner.batch = 5
+    np.testing.assert_allclose(learner.values(record, text), found, rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight(learner, condition):

@@ -7,8 +7,8 @@ import pytest
 
 from align_cluster.algorithms.gae import gae
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.critic_credit import CriticCreditor
 from align_cluster.loop.crew import Drawn
+from align_cluster.loop.critic_credit import CriticCreditor
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import DrawInfo, Prompt, Scores
 
@@ -91,16 +91,17 @@ def test_the_actor_begins_when_every_head_explains_enough_of_its_reward_at_low_n
         assert CriticCreditor(config).assign(0, items, (values, SIGMAS)).actor == warm
 
 
-def test_a_reward_that_failed_costs_its_prompt_and_nothing_else():
-    config = settings()
-    (items, rewards), values = drawn(config, failing=1), said()
+def test_a_reward_that_failed_costs_its_image_and_nothing_else():
+    config, values = settings(), said()
+    items, _ = drawn(config, failing=1)
     items[0].scores.failures["geneval"] = "failed"
     creditor = CriticCreditor(config)
     credit = creditor.assign(0, items, (values, SIGMAS))
-    assert credit.valid.tolist() == [[False] * SIZE, [True] * SIZE, [True] * SIZE]
-    assert not credit.advantages[0].any() and np.isnan(credit.returns[0]).all()
-    assert credit.advantages[1:].std() == pytest.approx(1, rel=1e-5) and np.isfinite(credit.returns[1:]).all()
-    assert creditor.moments["geneval"].count == creditor.moments["clip"].count == SAMPLES - SIZE
+    assert credit.valid.tolist() == [[True, False], [True, True], [True, True]]
+    assert not credit.advantages[0, 1].any() and np.isnan(credit.returns[0, 1]).all()
+    assert credit.advantages[credit.valid].std() == pytest.approx(1, rel=1e-5)
+    assert np.isfinite(credit.returns[credit.valid]).all()
+    assert creditor.moments["geneval"].count == creditor.moments["clip"].count == SAMPLES - 1
 
 
 def test_a_restored_creditor_goes_on_as_if_nothing_had_happened():

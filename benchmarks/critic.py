@@ -8,8 +8,8 @@ beside two, steering beside plain sampling, and what the critic costs; on the em
     python benchmarks/critic.py plot                      # results/critic_*.png; needs the extra benchmarks
 
 An arm names the rewards that are trained: the strict 0/1 GenEval rule, the embedded CLIP's preference, or both.
-Images, updates, learning rate and seeds are those of the rows of Flow-GRPO in results/learning.jsonl, up to the 24th
-of their 48 steps; those are in groups of 8, these two a prompt. The critics of the runs on GenEval then steer held-out
+Prompts, images, updates, learning rate and seeds are those of the rows of Flow-GRPO in results/learning.jsonl, up to
+the 24th of their 48 steps. The critics of the runs on GenEval then steer held-out
 prompts. A row of results/critic.jsonl is one run.
 """
 
@@ -25,7 +25,6 @@ from learning import ROWS as LEARNING
 
 ROWS, COST = RESULTS / "critic.jsonl", RESULTS / "critic_cost.json"
 STEPS, EVERY, PROMPTS_STEERED, IMAGES_STEERED = 24, 12, 60, 2
-MEMBERS = 2  # a critic needs no groups, and learns more from many prompts than from many images of a few
 ARMS = {"geneval": ("geneval",), "both": DOMAINS, "clip": ("clip",)}
 STEERING_ARM = "geneval"
 # name: (mode, its settings, denoising steps). Beside 10 steps of plain sampling, whose passes are the unit.
@@ -44,20 +43,9 @@ STEERED = {
 def overrides(arm: str, seed: int) -> list[str]:
     roles = [f"rewards.{name}.role={'train' if name in ARMS[arm] else 'monitor'}" for name in DOMAINS]
     return [
-        *(
-            f"steps={STEPS}",
-            f"seed={seed}",
-            f"prompts_per_step={PROMPTS * GROUP // MEMBERS}",
-            f"rollout.group_size={MEMBERS}",
-        ),
+        *(f"steps={STEPS}", f"seed={seed}", f"prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}"),
         *("rewards.geneval.score=strict", *roles, "optimizer.lr=6e-4", "optimizer.schedule=constant"),
-        *(
-            "algorithm.critic_lr=1e-3",
-            "algorithm.critic_states=1",
-            "algorithm.critic_epochs=4",
-            "algorithm.warm_up.updates=8",
-        ),
-        *(f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
+        *("algorithm.warm_up.updates=8", f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
     ]
 
 

@@ -30,9 +30,9 @@ class PPO(PolicyGradient):
         GAE's.
 
         `value_clip` is how far a value may move in a step's updates before its loss stops paying for it, in units of
-        the normalised reward. `critic_epochs` passes over the records train the critic for one of the actor, each on
-        `critic_states` states of every sample, drawn anew (null: on all of them, which costs the most). It reads
-        `critic_batch` states at once, of any prompts (null: as many as a micro-batch has images).
+        the normalised reward. The critic makes `critic_epochs` updates a step, each from `critic_states` states of
+        every sample, drawn anew (null: from all, which costs the most). It reads `critic_batch` states at once, of any
+        prompts (null: as many as a micro-batch has images).
         """
 
         kind: Literal["ppo"] = "ppo"

@@ -67,7 +67,7 @@ class Learner:
         actor: bool = True,
     ) -> dict[str, tuple[float, float, float]]:
         """Run one step's updates. `data` alternates records and conditions, in the order of the pieces' `source`.
-        Without `actor` only the critic learns.
+        A critic learns after the actor, from all samples of the step together; without `actor` it learns alone.
 
         Returns, for each metric, (weighted sum, weight, largest magnitude) of this rank. An update whose loss or
         gradient is not finite on any rank changes nothing and counts as "skipped", one whose samples are all masked as
@@ -84,11 +84,11 @@ class Learner:
             if changed:
                 changed = self._update_actor(step, mine, self.world / (total * turns), turns, null, data, sums)
                 skipped += not changed
-            if self.critic and total:
-                self.critic.update(self._batches(step, mine, data), self.world / total, sums, not actor)
             self.updates += 1
             if changed:
                 self._average()
+        if self.critic and sum(totals.values()):
+            self.critic.update(self._batches(step, pieces, data), self.world / sum(totals.values()), sums, not actor)
         self._lag()
         add(sums, "skipped", skipped, 1.0)
         add(sums, "empty", empty, 1.0)

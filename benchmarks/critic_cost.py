@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from align_cluster.algorithms import ALGORITHMS
+from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import active_adapter, add_adapters
 from align_cluster.backbones.base import CRITIC
 from align_cluster.backbones.critic import Critic
@@ -26,13 +27,14 @@ from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.weights import adopt, publish
 
 ROUNDS, CHUNKS, GROUP = 5, 4, 8
+BATCHES = (1, 2, 8, 48)
 MIB = 2**20
 
 
 def cost() -> dict:
     torch.set_num_threads(1)
     config = load("configs/embedded_critic.yaml", [f"prompts_per_step={CHUNKS}", f"rollout.group_size={GROUP}"])
-    return {"values": values(config), "memory": memory()}
+    return {"values": values(config), "batches": batches(config), "memory": memory()}
 
 
 def values(config: RunConfig) -> dict:
@@ -77,6 +79,32 @@ def values(config: RunConfig) -> dict:
     return {"images": CHUNKS * GROUP, "seconds": seconds, "critic_bytes": sent, "path_bytes": _path_bytes(records)}
 
 
+def batches(config: RunConfig) -> list[dict]:
+    """Medians of paired rounds, one thread: seconds a state of values and of training, by states read at once."""
+    backbone = BACKBONES[config.backbone.kind](config.backbone)
+    actor = add_adapters(backbone, backbone.load_denoiser(), ("default", CRITIC))
+    critic, (tokens, width, pooled) = Critic(backbone, actor, 1, config.algorithm.critic), backbone.text_shape
+    found = {size: {"values": [], "training": []} for size in BATCHES}
+    for _ in range(ROUNDS):
+        for size, times in found.items():
+            texts = torch.randn(size, tokens, width), torch.randn(size, pooled)
+            states = torch.randn(size, *backbone.latent_shape), torch.rand(size), *texts
+            rounds = BATCHES[-1] // size
+
+            @torch.no_grad()
+            def read(states: tuple = states, rounds: int = rounds) -> None:
+                for _ in range(rounds):
+                    critic(*states)
+
+            def learn(states: tuple = states, rounds: int = rounds) -> None:
+                for _ in range(rounds):
+                    critic(*states).sum().backward()
+
+            times["values"].append(_seconds(read) / BATCHES[-1])
+            times["training"].append(_seconds(learn) / BATCHES[-1])
+    return [{"states": size} | {kind: median(t) for kind, t in times.items()} for size, times in found.items()]
+
+
 def memory() -> list[dict]:
     """Bytes of a learner's rank for SD3.5-M with one image a micro-batch: the actor alone, and with each critic."""
     rows = []
@@ -109,6 +137,9 @@ def cost_table(found: dict) -> str:
     ):
         share = seconds[name] / seconds["rollout"]
         lines.append(f"| on the {name} | {1e3 * seconds[name] / images:.1f} | {share:.2f} | {beside} |")
+    lines += ["", "| states at once | ms a state: values | training |", "|---|---|---|"]
+    for row in found["batches"]:
+        lines.append(f"| {row['states']} | {1e3 * row['values']:.1f} | {1e3 * row['training']:.1f} |")
     lines += ["", "| learner of SD3.5-M | GiB | more than the actor alone |", "|---|---|---|"]
     for row in memory:
         more = (row["total"] - memory[0]["total"]) / MIB

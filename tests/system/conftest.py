@@ -41,8 +41,15 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def local_ray(short_folder: Path) -> Iterator[Any]:
-    """The session's Ray with two cores. Its workers start warm, see warm.py."""
+def warm(short_folder: Path) -> Iterator[Path]:
+    """A Python whose workers start warm, see warm.py."""
+    with warm_python(short_folder) as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def local_ray(short_folder: Path, warm: Path) -> Iterator[Any]:
+    """The session's Ray with two cores. Its workers start warm."""
     import ray
 
     import align_cluster.cluster  # noqa: F401 - before ray, see there
@@ -50,19 +57,18 @@ def local_ray(short_folder: Path) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in ("ALIGN_CLUSTER_CACHE", "RAY_ADDRESS")}
     os.environ["ALIGN_CLUSTER_CACHE"] = str(short_folder / "cache")
     os.environ.pop("RAY_ADDRESS", None)
-    with warm_python(short_folder) as python:
-        with mock.patch.object(sys, "executable", str(python)):
-            ray.init(
-                address="local",
-                num_cpus=2,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                object_store_memory=400_000_000,
-                _temp_dir=str(short_folder / "ray"),
-            )
-        yield ray
-        ray.shutdown()
+    with mock.patch.object(sys, "executable", str(warm)):
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=400_000_000,
+            _temp_dir=str(short_folder / "ray"),
+        )
+    yield ray
+    ray.shutdown()
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:

@@ -1,42 +1,24 @@
 """The Fisher probe in the middle of updates of the real DeepSpeed engine."""
 
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from .ranks import ranks
 
 SCRIPT = Path(__file__).with_name("fisher_worker.py")
 STAGES = ("0", "2")
 CASES = [f"{stage}:{kind}" for stage in STAGES for kind in ("plain", "probe")]
 
 
-def start(world: int, out: Path) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
-    return [
-        subprocess.Popen([*command, str(rank), str(world), port, str(out), *CASES], env=environment)
-        for rank in range(world)
-    ]
-
-
 @pytest.fixture(scope="module")
-def left(tmp_path_factory) -> dict[int, list[dict[str, list[dict]]]]:
+def left(tmp_path_factory, warm) -> dict[int, list[dict[str, list[dict]]]]:
     """World -> for each rank: case -> what each update left behind."""
     folder = tmp_path_factory.mktemp("fisher")
-    processes = start(1, folder / "1") + start(2, folder / "2")
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    with ranks(warm, SCRIPT, 1, folder / "1", *CASES) as alone, ranks(warm, SCRIPT, 2, folder / "2", *CASES) as both:
+        assert [process.wait(timeout=300) for process in alone + both] == [0, 0, 0]
     return {
         world: [pickle.loads((folder / f"{world}.{rank}").read_bytes()) for rank in range(world)] for world in (1, 2)
     }

@@ -1,16 +1,15 @@
 """The state of the real DeepSpeed learner, Adam's moments and all, goes from any ranks and ZeRO stage to any others."""
 
-import os
 import pickle
-import socket
-import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from align_cluster.learner.state import Snapshot
+
+from .ranks import ranks
 
 SCRIPT = Path(__file__).with_name("state_worker.py")
 SAVED = ["2-2-nft", "2-1-ppo"]
@@ -31,22 +30,15 @@ def label(saved: str, stage: int, world: int) -> str:
     return f"{stage}-{world}-{saved[4:]}-from-{saved}"
 
 
-def run(folder: Path, jobs: dict[int, list[str]]) -> None:
+def run(python: Path, folder: Path, jobs: dict[int, list[str]]) -> None:
     """Run the jobs of each number of ranks, all at once."""
-    processes = []
-    for world, names in jobs.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
-        for rank in range(world):
-            command = [sys.executable, "-W", "ignore", str(SCRIPT), str(rank), str(world), port, str(folder), *names]
-            processes.append(subprocess.Popen(command, env=environment))
-    try:
-        assert not any(process.wait(timeout=600) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
+    with ExitStack() as stack:
+        started = [
+            process
+            for world, names in jobs.items()
+            for process in stack.enter_context(ranks(python, SCRIPT, world, folder, *names))
+        ]
+        assert not any(process.wait(timeout=600) for process in started)
 
 
 def load_jobs(moves: list[tuple[str, int, int]]) -> dict[int, list[str]]:
@@ -57,13 +49,13 @@ def load_jobs(moves: list[tuple[str, int, int]]) -> dict[int, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, request) -> Path:
+def folder(tmp_path_factory, request, warm) -> Path:
     """Where the states of all selected cases are."""
     folder = tmp_path_factory.mktemp("states")
     slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
-    run(folder, {1: ["save:2:ppo", *["save:0:nft"] * slow], 2: ["save:2:nft", *["save:3:nft"] * slow]})
+    run(warm, folder, {1: ["save:2:ppo", *["save:0:nft"] * slow], 2: ["save:2:nft", *["save:3:nft"] * slow]})
     for world, jobs in load_jobs(MOVES + MORE * slow).items():
-        run(folder, {world: jobs})
+        run(warm, folder, {world: jobs})
     return folder
 
 

@@ -1,12 +1,8 @@
 """The real DeepSpeed engine against a plain torch loop that shares nothing with it but the algorithm's loss."""
 
 import hashlib
-import os
 import pickle
 import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +20,8 @@ from align_cluster.rollouts.steps import FlowSde
 from align_cluster.types import Prompt
 from align_cluster.weights import view
 
+from .ranks import ranks
+
 SCRIPT = Path(__file__).with_name("zero_worker.py")
 WORKER = runpy.run_path(str(SCRIPT))
 ONE_RANK = ["0:nft", "1:nft", "2:nft", "3:nft", "2:grpo", "2:srpo", "2:draft", "3:draft"]
@@ -32,31 +30,18 @@ CASES = [(case, 1) for case in ONE_RANK] + [(case, 2) for case in TWO_RANKS]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def start(world: int, cases: list[str], out: Path) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
-    return [
-        subprocess.Popen([*command, str(rank), str(world), port, str(out), *cases], env=environment)
-        for rank in range(world)
-    ]
-
-
 @pytest.fixture(scope="module")
-def left(tmp_path_factory, reference) -> dict[tuple[str, int], list[list[dict]]]:
+def left(tmp_path_factory, reference, warm) -> dict[tuple[str, int], list[list[dict]]]:
     """(case, world) -> for each rank, what each step left behind; after `reference`, which encodes the prompts."""
     folder = tmp_path_factory.mktemp("zero")
-    processes = start(1, ONE_RANK, folder / "one") + start(2, TWO_RANKS, folder / "two")
-    try:
-        assert [process.wait(timeout=900) for process in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    with (
+        ranks(warm, SCRIPT, 1, folder / "one", *ONE_RANK) as alone,
+        ranks(warm, SCRIPT, 2, folder / "two", *TWO_RANKS) as both,
+    ):
+        assert [process.wait(timeout=900) for process in alone + both] == [0, 0, 0]
     files = {1: [folder / "one.0"], 2: [folder / "two.0", folder / "two.1"]}
-    ranks = {world: [pickle.loads(path.read_bytes()) for path in paths] for world, paths in files.items()}
-    return {(case, world): [rank[case] for rank in ranks[world]] for case, world in CASES}
+    found = {world: [pickle.loads(path.read_bytes()) for path in paths] for world, paths in files.items()}
+    return {(case, world): [rank[case] for rank in found[world]] for case, world in CASES}
 
 
 class PlainPolicy(Policy):

@@ -1,4 +1,5 @@
-"""A Python in which Ray's workers start warm: forks of a process that has imported torch and its company once.
+"""A Python in which Ray's workers, and scripts beside this file, start warm: forks of a process that has imported torch
+and its company once.
 
 On two cores most of a small run is spent in imports, five to ten seconds in each worker. These are real Ray workers all
 the same: Ray's own worker program runs in a fork instead of a new interpreter. Tests that start the command line start
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +27,10 @@ MODULES = (
     *("transformers.models.clip.modeling_clip", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"),
     *("deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
 )
-# What Ray takes for its Python. Only workers are forked, and of them those without a runtime environment of their own.
+# What Ray takes for its Python. Of Ray only workers are forked, and those without a runtime environment of their own.
 SCRIPT = """#!/bin/sh
 case "$1" in
-  */default_worker.py) exec {python} -I -S {here} {address} "$@" ;;
+  */default_worker.py | {folder}/*) exec {python} -I -S {here} {address} "$@" ;;
   *) exec {python} "$@" ;;
 esac
 """
@@ -40,9 +42,10 @@ def python(folder: Path) -> Iterator[Path]:
     address, script = folder / "warm", folder / "python"
     with subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE) as server:
         try:
-            if not server.stdout.readline():
+            if not any(line == b"warm\n" for line in server.stdout):  # what is imported may print, too
                 raise RuntimeError("the process that workers are forked from did not come up")
-            script.write_text(SCRIPT.format(python=sys.executable, here=__file__, address=address))
+            here = {"here": __file__, "folder": Path(__file__).parent}
+            script.write_text(SCRIPT.format(python=sys.executable, address=address, **here))
             script.chmod(0o755)
             yield script
         finally:
@@ -71,11 +74,11 @@ def serve(address: str) -> None:
                     os.close(file)
             else:
                 server.close()
-                return become(json.loads(asked), files)  # the connection stays open as long as the worker lives
+                return become(json.loads(asked), files, connection)
 
 
-def become(asked: dict, files: list[int]) -> None:
-    """Be the worker that was asked for."""
+def become(asked: dict, files: list[int], connection: socket.socket) -> None:
+    """Be the process that was asked for, and no longer than whoever asked is there."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for standard, file in enumerate(files):
         os.dup2(file, standard)
@@ -86,18 +89,30 @@ def become(asked: dict, files: list[int]) -> None:
     os.environ.update(asked["environment"])
     sys.argv = asked["command"]
     sys.path[0] = os.path.dirname(sys.argv[0])
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    threading.Thread(target=follow, args=(connection,), daemon=True).start()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    connection.sendall(b"0")  # it ended well
+
+
+def follow(connection: socket.socket) -> None:
+    """End when whoever asked is gone."""
+    connection.recv(1)
+    os._exit(1)
 
 
 def ask(address: str, command: list[str]) -> None:
-    """Have the worker of this command line forked, and be there as long as it is."""
+    """Have the process of this command line forked, be there as long as it is, and end as well as it does."""
     own = {"environment": dict(os.environ), "folder": os.getcwd(), "nice": os.nice(0)}
     asked = json.dumps({"command": command, **own}).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         socket.send_fds(connection, [f"{len(asked):8d}".encode()], [0, 1, 2])
         connection.sendall(asked)
-        connection.recv(1)
+        sys.exit(not connection.recv(1))
 
 
 if __name__ == "__main__":

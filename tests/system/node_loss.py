@@ -1,6 +1,8 @@
 """Runs on a Ray of several nodes: quiet, with nodes that go down on the way while others join, and with one that joins
 while a run waits for room. And what the doctor says of the nodes. Prints one JSON line.
 
+    node_loss.py loss|join FOLDER PYTHON
+
 Needs a Ray of its own, and Ray reads how soon a node counts as lost from the environment: test_nodes.py starts it.
 """
 
@@ -9,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import ray
@@ -160,4 +163,5 @@ def main(what: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    with mock.patch.object(sys, "executable", sys.argv[3]):  # which nodes start their workers with
+        main(sys.argv[1], Path(sys.argv[2]))

@@ -234,12 +234,13 @@ def test_two_runs_in_one_directory_are_refused_with_the_owners_name(undisturbed,
         owner.kill()
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    """`train` of the nft job as a user starts it, in a process group of its own."""
+def start(folder: Path, *arguments: str, address: str = "") -> subprocess.Popen:
+    """`train` of the nft job as a user starts it, in a process group of its own; on the Ray at `address`, if given."""
     command = [sys.executable, "-m", "align_cluster.cli", "train", str(TINY)]
     command += ["--set", "algorithm.kind=nft", *JOBS["nft"], "--name", "nft", "--out", str(folder), *arguments]
     log = (folder / "log").open("a")
-    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 @pytest.mark.slow
@@ -259,8 +260,11 @@ def test_the_command_ends_with_75_on_sigterm_and_with_resume_auto_goes_on(undist
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_goes_on_from_its_last_checkpoint(undisturbed, tmp_path):
-    process = start(tmp_path)
+def test_a_driver_that_is_killed_goes_on_from_its_last_checkpoint(undisturbed, tmp_path, local_ray):
+    """On a cluster that outlives it."""
+    undisturbed["nft"]  # now, because it would share the cores
+    address = local_ray.get_runtime_context().gcs_address
+    process = start(tmp_path, address=address)
     try:
         while len(read_jsonl(tmp_path / "nft" / "metrics.jsonl")) < 3:
             assert process.poll() is None
@@ -268,7 +272,7 @@ def test_a_driver_that_is_killed_goes_on_from_its_last_checkpoint(undisturbed, t
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert start(tmp_path, "--resume", "auto").wait(300) == 0
+    assert start(tmp_path, "--resume", "auto", address=address).wait(300) == 0
     assert_no_seam(tmp_path / "nft", undisturbed["nft"].path)
 
 

@@ -56,9 +56,8 @@ class CriticLearner:
         total weight. Where a loss or the gradient is not finite on any rank the weights stay as they are."""
         for epoch in range(self.algorithm.config.critic_epochs):
             sound, slots = True, [self._slots(batch, epoch) for batch, *_ in batches]
-            states = [(b, row, slot) for b, rows in enumerate(slots) for row, own in enumerate(rows) for slot in own]
-            share = scale / len(slots[0][0]) if states else scale
-            for part in self._passes(states, batches):
+            share = scale / len(slots[0][0])
+            for part in self._passes(slots, batches):
                 x, sigma, sequence, pooled, before, returns, weights = _gathered(part, batches)
                 values = self.critic(x, sigma, sequence, pooled)
                 loss = self.algorithm.value_loss(values, before, returns, pretraining)
@@ -83,10 +82,20 @@ class CriticLearner:
         return [sorted(torch.randperm(count, generator=stream)[:wanted].tolist()) for stream in streams]
 
     def _passes(
-        self, states: list[State], batches: list[tuple[Batch, TextBatch, torch.Tensor]]
+        self, slots: list[list[list[int]]], batches: list[tuple[Batch, TextBatch, torch.Tensor]]
     ) -> Iterator[list[State]]:
-        """States that one forward pass reads: `batch` of them, under texts of one length."""
-        for _, alike in groupby(states, lambda state: batches[state[0]][1].sequence.shape[1]):
+        """States that one forward pass reads: `batch` of them, under texts of one length. Masked samples have none."""
+
+        def length(state: State) -> int:
+            return batches[state[0]][1].sequence.shape[1]
+
+        states = [
+            (number, row, slot)
+            for number, (rows, (_, _, weights)) in enumerate(zip(slots, batches, strict=True))
+            for row, (own, weight) in enumerate(zip(rows, weights.tolist(), strict=True))
+            for slot in (own if weight else ())
+        ]
+        for _, alike in groupby(sorted(states, key=length), length):
             alike = list(alike)
             yield from (alike[start : start + self.batch] for start in range(0, len(alike), self.batch))
 

@@ -15,8 +15,8 @@ from align_cluster.config.base import Section
 
 
 class WarmUp(Section):
-    """At first only the critic learns, and from the rewards themselves: for `updates` updates of steps, or until it
-    explains `explained_variance` of the rewards at noise levels below .5."""
+    """At first only the critic learns, and from the rewards themselves, without `value_clip`: for as many steps as have
+    `updates` updates of the actor, or until it explains `explained_variance` of the rewards at noise below .5."""
 
     updates: Annotated[int, Field(ge=0)] = 30
     explained_variance: Annotated[float, Field(le=1)] = 0.3
@@ -31,8 +31,9 @@ class PPO(PolicyGradient):
 
         `value_clip` is how far a value may move in a step's updates before its loss stops paying for it, in units of
         the normalised reward. The critic makes `critic_epochs` updates a step, each from `critic_states` states of
-        every sample, drawn anew (null: from all, which costs the most). It reads `critic_batch` states at once, of any
-        prompts (null: as many as a micro-batch has images).
+        every sample, drawn anew (null: from all, which costs the most). It reads `critic_batch` states at once (null:
+        as many as a micro-batch has images): in training of any prompts whose encodings are equally long, otherwise of
+        one chunk.
         """
 
         kind: Literal["ppo"] = "ppo"

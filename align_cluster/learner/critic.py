@@ -34,14 +34,13 @@ class CriticLearner:
 
     @torch.no_grad()
     def values(self, record: Record, text: TextBatch) -> np.ndarray:
-        """Values fp32 [B, N, R] of the states that a record's steps started from."""
+        """Values fp32 [B, N, R] of the states that a record's steps started from; `text` is its one condition."""
         device, shape = text.sequence.device, record.indices.shape
         levels = torch.tensor(record.sigmas[record.indices.ravel()], dtype=torch.float32, device=device)
         states = torch.tensor(record.before, device=device).flatten(0, 1)
-        rows = torch.arange(len(states), device=device) // shape[1]
         found = [
-            self.critic(states[part], levels[part], text.sequence[rows[part]], text.pooled[rows[part]])
-            for part in (slice(start, start + self.batch) for start in range(0, len(states), self.batch))
+            self.critic(x, sigma, *_repeated(text, len(x)))
+            for x, sigma in zip(states.split(self.batch), levels.split(self.batch), strict=True)
         ]
         return torch.cat(found).unflatten(0, shape).cpu().numpy()
 
@@ -52,13 +51,18 @@ class CriticLearner:
         sums: dict[str, list[float]],
         pretraining: bool = False,
     ) -> None:
-        """One optimiser update an epoch, over states of all samples. `scale` is the number of ranks over the samples'
-        total weight. Where a loss or the gradient is not finite on any rank the weights stay as they are."""
+        """One optimiser update an epoch, over states of all samples that are not masked. `batches` are micro-batches,
+        on any device, with the one condition of each and its samples' weights; `scale` is the number of ranks over the
+        total weight. In `pretraining` values are not clipped. Where a loss or the gradient is not finite on any rank
+        the weights stay as they are."""
+        device = self.critic.backbone.device
         for epoch in range(self.algorithm.config.critic_epochs):
             sound, slots = True, [self._slots(batch, epoch) for batch, *_ in batches]
             share = scale / len(slots[0][0])
             for part in self._passes(slots, batches):
-                x, sigma, sequence, pooled, before, returns, weights = _gathered(part, batches)
+                x, sigma, sequence, pooled, before, returns, weights = (
+                    column.to(device) for column in _gathered(part, batches)
+                )
                 values = self.critic(x, sigma, sequence, pooled)
                 loss = self.algorithm.value_loss(values, before, returns, pretraining)
                 total = (loss * weights).sum() * share
@@ -150,7 +154,12 @@ def _gathered(states: list[State], batches: list[tuple[Batch, TextBatch, torch.T
             batch, text, weights = batches[number]
             _, row, slot = torch.tensor(list(own), device=weights.device).T
             levels = torch.tensor(batch.sigmas, dtype=torch.float32, device=weights.device)[batch.indices[row, slot]]
-            texts, targets = (text.sequence[row], text.pooled[row]), (batch.values[row, slot], batch.returns[row, slot])
-            yield batch.before[row, slot], levels, *texts, *targets, weights[row]
+            targets = batch.values[row, slot], batch.returns[row, slot], weights[row]
+            yield batch.before[row, slot], levels, *_repeated(text, len(row)), *targets
 
     return tuple(torch.cat(column) for column in zip(*parts(), strict=True))
+
+
+def _repeated(text: TextBatch, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its one condition, `count` times."""
+    return text.sequence.expand(count, -1, -1), text.pooled.expand(count, -1)

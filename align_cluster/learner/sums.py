@@ -9,10 +9,10 @@ def add(sums: dict[str, list[float]], name: str, value: float, weight: float, la
 
 
 def merge(ranks: list[dict[str, tuple[float, float, float]]]) -> dict[str, tuple[float, float]]:
-    """(mean, largest magnitude) of each metric over all ranks."""
+    """(mean, largest magnitude) of each metric over all ranks that have it."""
     merged = {}
-    for name in ranks[0]:
-        entries = [rank[name] for rank in ranks]
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        entries = [rank[name] for rank in ranks if name in rank]
         weight = sum(entry[1] for entry in entries)
         merged[name] = (sum(entry[0] for entry in entries) / max(weight, 1e-9), max(entry[2] for entry in entries))
     return merged

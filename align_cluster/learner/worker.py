@@ -133,7 +133,7 @@ class Learner:
         null: Condition | None,
         sums: dict[str, list[float]],
     ) -> torch.Tensor:
-        batch = self._batch(step, turn, piece, record)
+        batch = self._batch(step, turn, piece, record, self.backbone.device)
         policy = self._policy(record, condition, null, len(piece.weights))
         loss, metrics = self.algorithm.loss(policy, batch)
         weights = torch.from_numpy(piece.weights).to(self.backbone.device)
@@ -145,8 +145,8 @@ class Learner:
             )
         return (loss * weights).sum()
 
-    def _batch(self, step: int, turn: int, piece: Piece, record: Record) -> Batch:
-        device, rows = self.backbone.device, slice(piece.start, piece.stop)
+    def _batch(self, step: int, turn: int, piece: Piece, record: Record, device: torch.device) -> Batch:
+        rows = slice(piece.start, piece.stop)
 
         def part(array: np.ndarray | None) -> torch.Tensor | None:
             return None if array is None else torch.tensor(array[rows], device=device)
@@ -193,23 +193,23 @@ class Learner:
     def _batches(
         self, step: int, mine: list[Piece], data: tuple[Record | Condition, ...]
     ) -> list[tuple[Batch, TextBatch, torch.Tensor]]:
-        """The critic's micro-batches: with their conditions and weights."""
+        """The critic's micro-batches on the CPU: with their one condition and their weights."""
+        cpu = torch.device("cpu")
         return [
             (
-                self._batch(step, 0, piece, data[2 * piece.source]),
-                TextBatch.build([data[2 * piece.source + 1]] * len(piece.weights), None, self.backbone.device),
-                torch.from_numpy(piece.weights).to(self.backbone.device),
+                self._batch(step, 0, piece, data[2 * piece.source], cpu),
+                TextBatch.build([data[2 * piece.source + 1]], None, cpu),
+                torch.from_numpy(piece.weights),
             )
             for piece in mine
         ]
 
     def values(self, *data: Record | Condition) -> tuple[list[np.ndarray], np.ndarray | None]:
         """The critic's values [B, N, R] of every recorded state of each record, and the rollout's noise levels [N + 1].
-        `data` alternates records and conditions; a chunk is always one batch, so results do not depend on the rank."""
+        `data` alternates records and conditions; a pass never mixes records, so results do not depend on the rank."""
         found = []
         for record, condition in zip(data[::2], data[1::2], strict=True):
-            text = TextBatch.build([condition] * len(record.x0), None, self.backbone.device)
-            found.append(self.critic.values(record, text))
+            found.append(self.critic.values(record, TextBatch.build([condition], None, self.backbone.device)))
         return found, data[0].sigmas if data else None
 
     def state(self) -> Snapshot | None:

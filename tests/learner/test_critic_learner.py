@@ -48,7 +48,7 @@ def rollouts(condition, count: int, seed: int) -> tuple[Record, TextBatch, np.nd
     path = np.stack([(1 - s) * x0 + s * noise for s in SIGMAS[:-1]], 1).astype(np.float32)
     indices = np.tile(np.arange(4), (count, 1))
     chunk = Chunk(0, 0, 0, Prompt(0, "p"), tuple(range(count)))
-    text = TextBatch.build([condition] * count, None, torch.device("cpu"))
+    text = TextBatch.build([condition], None, torch.device("cpu"))
     rewards = x0[:, 0].mean((1, 2))
     return Record(chunk, 1, x0, SIGMAS, indices, before=path), text, (rewards - rewards.mean()) / rewards.std()
 
@@ -78,9 +78,9 @@ def test_an_update_is_the_gradient_step_of_the_mean_loss_over_samples_and_steps(
     critic, before = learner.critic, [parameter.detach().clone() for parameter in learner.critic.trainable]
     weights = torch.tensor([1.0, 1, 0, 1, 1, 1])
     given = batch(record, rewards, values)
-    losses = []
+    losses, texts = [], (text.sequence.expand(6, -1, -1), text.pooled.expand(6, -1))
     for k in range(4):
-        said = critic(given.before[:, k], torch.full((6,), float(SIGMAS[k])), text.sequence, text.pooled)
+        said = critic(given.before[:, k], torch.full((6,), float(SIGMAS[k])), *texts)
         losses.append((0.5 * (said - given.returns[:, k]) ** 2)[:, 0] * weights)
     gradients = torch.autograd.grad(torch.stack(losses).sum() / (4 * 5), critic.trainable, allow_unused=True)
     sums: dict = {}
@@ -107,7 +107,7 @@ def test_cut_into_micro_batches_the_update_is_the_same(sd35, condition, learner)
     parts = []
     for rows in (slice(0, 2), slice(2, 6)):
         piece = Record(record.chunk, 1, record.x0[rows], SIGMAS, record.indices[rows], before=record.before[rows])
-        own = TextBatch.build([condition] * (rows.stop - rows.start), None, torch.device("cpu"))
+        own = TextBatch.build([condition], None, torch.device("cpu"))
         parts.append((batch(piece, rewards[rows], values[rows]), own, torch.ones(rows.stop - rows.start)))
     learner.update(parts, 1 / 6, {})
     for name, value in learner.critic.state().items():

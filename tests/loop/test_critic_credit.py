@@ -69,7 +69,7 @@ def test_a_steps_advantages_are_whitened_weighted_means_of_each_heads_gae():
 
 
 def test_while_the_actor_waits_values_regress_on_the_rewards_themselves():
-    config = settings(updates=3, warm_up={"updates": 3, "explained_variance": 1.0})
+    config = settings(warm_up={"updates": 3, "explained_variance": 1.0})
     creditor, (items, rewards), values = CriticCreditor(config), drawn(config), said()
     for step in range(3):
         credit = creditor.assign(step, items, (values, SIGMAS))
@@ -121,10 +121,10 @@ def test_a_restored_creditor_goes_on_as_if_nothing_had_happened():
 
 
 def test_without_noise_in_the_rewards_there_is_nothing_to_learn():
-    config = settings()
+    config = settings(updates=1)
     items, _ = drawn(config)
     for item in items:
         item.scores.values["clip"][:] = item.scores.values["geneval"][:] = 0.5
     credit = CriticCreditor(config).assign(0, items, (np.zeros((SAMPLES, STEPS, 2), np.float32), SIGMAS))
     assert not credit.advantages.any() and not credit.returns.any()
-    assert credit.metrics["value/actor"] == pytest.approx(1.0)
+    assert credit.metrics["value/actor"] == 0  # nothing explains what does not vary

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 @contextmanager
 def ranks(python: Path, script: Path, world: int, *arguments: object) -> Iterator[list[subprocess.Popen]]:
     """`script` as the ranks 0 to world - 1 of one group: script RANK WORLD PORT ARGUMENT... None outlives the
-    context."""
+    context for long."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -2,8 +2,8 @@
 and its company once.
 
 On two cores most of a small run is spent in imports, five to ten seconds in each worker. These are real Ray workers all
-the same: Ray's own worker program runs in a fork instead of a new interpreter. Tests that start the command line start
-their workers the usual way.
+the same: Ray's own worker program runs in a fork instead of a new interpreter. Tests whose
+command line starts a Ray of its own start workers the usual way.
 """
 
 import gc
@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -44,8 +45,8 @@ def python(folder: Path) -> Iterator[Path]:
         try:
             if not any(line == b"warm\n" for line in server.stdout):  # what is imported may print, too
                 raise RuntimeError("the process that workers are forked from did not come up")
-            here = {"here": __file__, "folder": Path(__file__).parent}
-            script.write_text(SCRIPT.format(python=sys.executable, address=address, **here))
+            paths = {"python": sys.executable, "address": address, "here": __file__, "folder": Path(__file__).parent}
+            script.write_text(SCRIPT.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}))
             script.chmod(0o755)
             yield script
         finally:
@@ -95,6 +96,7 @@ def become(asked: dict, files: list[int], connection: socket.socket) -> None:
     except SystemExit as end:
         if end.code:
             raise
+    sys.stdout.flush()
     connection.sendall(b"0")  # it ended well
 
 
@@ -112,7 +114,9 @@ def ask(address: str, command: list[str]) -> None:
         connection.connect(address)
         socket.send_fds(connection, [f"{len(asked):8d}".encode()], [0, 1, 2])
         connection.sendall(asked)
-        sys.exit(not connection.recv(1))
+        well = connection.recv(1)
+        connection.recv(1)  # until it is gone
+        sys.exit(not well)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ beside two, steering beside plain sampling, and what the critic costs; on the em
 
 An arm names the rewards that are trained: the strict 0/1 GenEval rule, the embedded CLIP's preference, or both.
 Prompts, images, updates, learning rate and seeds are those of the rows of Flow-GRPO in results/learning.jsonl, up to
-the 24th of their 48 steps. The critics of the runs on GenEval then steer held-out
-prompts. A row of results/critic.jsonl is one run.
+the 24th of their 48 steps. The critics of the runs on GenEval then steer held-out prompts. A row of
+results/critic.jsonl is one run.
 """
 
 import argparse

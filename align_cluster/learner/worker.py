@@ -87,8 +87,8 @@ class Learner:
             self.updates += 1
             if changed:
                 self._average()
-        if self.critic and sum(totals.values()):
-            self.critic.update(self._batches(step, pieces, data), self.world / sum(totals.values()), sums, not actor)
+        if self.critic and (whole := sum(totals.values())):
+            self.critic.update(self._batches(step, pieces, data), self.world / whole, sums, not actor)
         self._lag()
         add(sums, "skipped", skipped, 1.0)
         add(sums, "empty", empty, 1.0)

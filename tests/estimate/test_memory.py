@@ -109,9 +109,8 @@ def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
     actor, *critics = (one["learner"] for one in held(configs, 1, tmp_path / "held.json"))
     foreseen, *more = (predicted(config, 1)["learner"] for config in configs)
     assert [foreseen, *more] == pytest.approx([actor, *critics], rel=0.05)
-    assert more[2] > more[0]
-    added = pytest.approx([one - actor for one in critics], rel=0.05, abs=0.03 * actor)
-    assert [one - foreseen for one in more] == added
+    added = pytest.approx([one - actor for one in critics[:2]], abs=0.03 * actor)
+    assert [one - foreseen for one in more[:2]] == added and more[2] > more[0]
 
 
 @pytest.mark.slow

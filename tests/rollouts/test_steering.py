@@ -271,7 +271,7 @@ def test_guidance_raises_the_value_of_what_a_real_network_draws(tiny_pipeline, b
             states.append(x)
 
     def draw(scale):
-        config = Watched.Config(scale=scale, low=level - 1e-3, high=level + 1e-3)
+        config = Watched.Config(scale=scale, clip=1.0, low=level - 1e-3, high=level + 1e-3)
         steering = Watched(config, step, values, np.ones(1), SEEDS)
         states.clear()
         denoise(
@@ -285,4 +285,4 @@ def test_guidance_raises_the_value_of_what_a_real_network_draws(tiny_pipeline, b
             return values(states[4], torch.full((4,), level))[:, 0]
 
     states, level = [], float(step.sigmas[3])
-    assert (draw(1.0) > draw(0.0) + 1e-4).all()
+    assert (draw(4.0) > draw(0.0) + 1e-3).all()

@@ -2,8 +2,8 @@
 and its company once.
 
 On two cores most of a small run is spent in imports, five to ten seconds in each worker. These are real Ray workers all
-the same: Ray's own worker program runs in a fork instead of a new interpreter. Tests whose
-command line starts a Ray of its own start workers the usual way.
+the same: Ray's own worker program runs in a fork instead of a new interpreter. Tests whose command line starts a Ray of
+its own start workers the usual way.
 """
 
 import gc

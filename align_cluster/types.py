@@ -9,17 +9,6 @@ from typing import Any, Literal
 import numpy as np
 
 
-class UserError(Exception):
-    """Something the user can mend: one sentence that says what is wrong, where, and what to do."""
-
-
-RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: the same command again will do
-
-
-class Preempted(Exception):
-    """The machine is taken away: what was done is saved, and the same command with --resume auto goes on."""
-
-
 @dataclass(frozen=True)
 class Prompt:
     """One prompt. `metadata` holds what rewards read: GenEval's tag/include/exclude, or `text` for OCR."""

@@ -34,7 +34,7 @@ from alignment import commit
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.loop import driver
-from align_cluster.loop.crew import Crew
+from align_cluster.loop.workers import Crew
 from align_cluster.observe.sinks import append_jsonl, read_jsonl
 
 ROOT = Path(__file__).parents[1]

@@ -19,10 +19,10 @@ import torch
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import Store
 from align_cluster.checkpoint.writer import Job, Writer
-from align_cluster.config.run import OptimizerConfig
 from align_cluster.learner.engine import Engine, join
+from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.learner.state import Snapshot
-from align_cluster.loop.keeper import State
+from align_cluster.loop.checkpoints import State
 
 WEIGHTS, TENSORS = 19_000_000, 382
 

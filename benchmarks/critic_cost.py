@@ -17,9 +17,9 @@ from align_cluster.backbones.critic import Critic
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
-from align_cluster.estimate.memory import learner as learner_bytes
-from align_cluster.estimate.memory import measure
 from align_cluster.learner.worker import Learner
+from align_cluster.planner.memory import learner as learner_bytes
+from align_cluster.planner.memory import measure
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.guidance import TextBatch
@@ -40,7 +40,7 @@ def cost() -> dict:
 def values(config: RunConfig) -> dict:
     """Medians of paired rounds, one thread: seconds of a rollout, of its values by a learner and by a sampler, and of
     sending the critic to a sampler, which the second way takes at every step."""
-    sampler, learner = Sampler(config.backbone), Learner(config, 0, 1, "127.0.0.1", _free_port())
+    sampler, learner = Sampler(config.backbone), Learner(config.learner_setup, 0, 1, "127.0.0.1", _free_port())
     with active_adapter(sampler.denoiser, "default"):
         add_adapters(sampler.backbone, sampler.denoiser, (CRITIC,))
     critic = Critic(sampler.backbone, sampler.denoiser, 1, config.algorithm.critic)

@@ -51,18 +51,18 @@ from reward_load import (
     wrong,
 )
 
+from align_cluster.cluster.nodes import software
 from align_cluster.cluster.placement import cluster
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.cluster.workers import make_reward_worker
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive
 from align_cluster.config.run import ClusterConfig
-from align_cluster.config.service import DeploymentConfig, ServiceConfig
-from align_cluster.loop.summary import software
-from align_cluster.rewards import service
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.limits import Limits
 from align_cluster.rewards.worker import RewardWorker
+from align_cluster.serving import service
+from align_cluster.serving.config import DeploymentConfig, ServiceConfig
 from align_cluster.types import Prompt, Scores
 
 # isort: split

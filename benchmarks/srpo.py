@@ -31,13 +31,13 @@ from alignment import commit
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
-from align_cluster.evaluate.table import rows as score_rows
-from align_cluster.evaluate.table import summarise
 from align_cluster.learner.batching import cut, total_weight
-from align_cluster.learner.sums import merge
+from align_cluster.learner.reduction import merge
 from align_cluster.learner.worker import Learner
-from align_cluster.loop.credit import Creditor
-from align_cluster.loop.crew import Drawn, step_seed
+from align_cluster.loop.advantages import Creditor
+from align_cluster.loop.workers import Drawn, step_seed
+from align_cluster.observe.table import rows as score_rows
+from align_cluster.observe.table import summarise
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation, plan_step
 from align_cluster.rewards.worker import RewardWorker
@@ -75,7 +75,7 @@ def overrides(method: str, seed: int) -> list[str]:
 def train(config: RunConfig) -> Iterator[dict]:
     """The run's own samplers, rewards, credit and learner in this process, one of each and without Ray, whose start
     would take most of the time of so short a run. Yields a dict a step, with held-out scores where they are due."""
-    learner = Learner(config, 0, 1, "127.0.0.1", free_port())
+    learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port())
     sampler, scorer, creditor = Sampler(config.backbone), RewardWorker(dict(config.rewards)), Creditor(config)
     sources = (config.prompts, config.evaluate.prompts)
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in sources)

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from alignment import commit
 
+from align_cluster.cluster.nodes import software
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.worker import Learner
-from align_cluster.loop.summary import software
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.types import Chunk, Condition, Prompt, Receipt
 from align_cluster.weights import adopt, check, publish
@@ -124,18 +124,18 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    learner = Learner(config, 0, 1, "127.0.0.1", port, threads)
+    learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", port, threads)
     data = [item for pair in zip(records, conditions, strict=True) for item in pair]
 
     backbone, algorithm = learner.backbone, learner.algorithm
     network = add_adapters(backbone, backbone.load_denoiser(), algorithm.adapters)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, config.optimizer.lr)
-    turns = algorithm.turns(config.rollout.steps, records[0].indices.shape[1])
+    inner_passes = algorithm.inner_passes(config.rollout.steps, records[0].indices.shape[1])
     frozen = (["old"] if "old" in algorithm.adapters else []) + ([None] if config.algorithm.kl_beta else [])
 
     def bare() -> None:
-        for _ in range(turns):
+        for _ in range(inner_passes):
             for record, condition in zip(records, conditions, strict=True):
                 x, sigma = torch.from_numpy(record.x0), torch.full((size,), 0.5)
                 sequence = torch.from_numpy(condition.sequence).expand(size, -1, -1)
@@ -151,7 +151,7 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
         optimizer.zero_grad()
 
     result = in_turns(lambda: learner.update(0, pieces, total_weight(pieces), None, *data), bare, rounds)
-    passes = turns * len(chunks) * size
+    passes = inner_passes * len(chunks) * size
     return result | {"samples_x_timesteps_per_s": passes / result["ours_s"]}
 
 

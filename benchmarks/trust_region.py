@@ -52,7 +52,7 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    learner = Learner(config, 0, 1, "127.0.0.1", port)
+    learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", port)
     advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * GROUPS
     pieces = cut(chunks, advantages, [np.ones(size, bool)] * GROUPS, 1, size, seed=0)
     data = [item for pair in zip(records, conditions, strict=True) for item in pair]

@@ -9,8 +9,8 @@ TIME_OF_DAY = {
     "cluster/learners.py": "when a trouble was",
     "cluster/pool.py": "when a trouble was",
     "cluster/nodes.py": "clocks of other machines",
-    "cluster/live.py": "the age of what another process wrote",
-    "loop/watch.py": "the beat that is looked at from other machines",
+    "cluster/run_status.py": "the age of what another process wrote",
+    "loop/heartbeat.py": "the beat that is looked at from other machines",
 }
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from align_cluster.cli import main
-from align_cluster.config.base import masked
 from align_cluster.config.load import load, loads
-from align_cluster.config.service import ServiceConfig
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
+from align_cluster.serving.config import ServiceConfig
+from align_cluster.settings import masked
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "align_cluster"

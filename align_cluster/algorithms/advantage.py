@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 from align_cluster.types import Credit
 
 FLAT = 1e-6  # a group whose rewards spread less than this teaches nothing

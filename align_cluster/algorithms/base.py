@@ -8,9 +8,9 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from align_cluster.config.base import Section
 from align_cluster.rollouts.steps import Step
 from align_cluster.rollouts.windows import Window
+from align_cluster.settings import Section
 
 
 class Policy(Protocol):
@@ -29,18 +29,18 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: b members of one chunk, for the pass number `turn` over them.
+    """One micro-batch: b members of one chunk, in the inner pass number `inner_pass` over them.
 
     advantages [b], or [b, K] where each step has its own; x0 [b, C, H, W]; sigmas [N + 1]; where recorded: indices
     [b, K], before, after, means [b, K, C, H, W] and log_probs [b, K]; `slots` are the recorded steps to train (left
     out: all). With a critic: returns (NaN where a reward does not judge the sample) and values before the update,
     [b, K, R].
-    `generators` gives each member a fresh random stream for this (step, update, turn), whatever the world size.
+    `generators` gives each member a fresh random stream for this (step, update, inner pass), whatever the world size.
     `prompt` is the members' text, `noises` are the seeds of their initial noises, `update` counts the run's optimiser
     updates so far.
     """
 
-    turn: int
+    inner_pass: int
     advantages: torch.Tensor
     x0: torch.Tensor
     sigmas: np.ndarray
@@ -76,7 +76,7 @@ class Algorithm(ABC):
     needs_density: ClassVar[bool]
     needs_flow: ClassVar[bool] = False
     needs_path: ClassVar[bool] = False
-    direct: ClassVar[bool] = False
+    reward_gradient: ClassVar[bool] = False
     offline: ClassVar[bool] = False
     default_step: ClassVar[str]
     behaviour: ClassVar[str]
@@ -100,7 +100,7 @@ class Algorithm(ABC):
         return None
 
     @abstractmethod
-    def turns(self, steps: int, recorded: int) -> int:
+    def inner_passes(self, steps: int, recorded: int) -> int:
         """Passes over each sample in one update, for N-step rollouts of which `recorded` steps are to be trained."""
 
     @abstractmethod

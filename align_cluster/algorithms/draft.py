@@ -7,10 +7,10 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.direct import noised
-from align_cluster.config.base import Section
+from align_cluster.algorithms.reward_gradient import noised
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.windows import Window
+from align_cluster.settings import Section
 
 
 class DRaFT(Algorithm):
@@ -29,7 +29,7 @@ class DRaFT(Algorithm):
         renoised: NonNegativeInt = 0
 
     needs_density = False
-    direct = True
+    reward_gradient = True
     default_step = "euler"
     behaviour = "default"
     adapters = ("default",)
@@ -37,7 +37,7 @@ class DRaFT(Algorithm):
     def states(self, steps: int) -> Window | None:
         return None if self.config.renoised else Window((), (steps - self.config.last,), 1)
 
-    def turns(self, steps: int, recorded: int) -> int:
+    def inner_passes(self, steps: int, recorded: int) -> int:
         return self.config.renoised or 1
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -47,7 +47,7 @@ class DRaFT(Algorithm):
             return policy.step.level(torch.full((len(batch.x0),), k, device=batch.x0.device))
 
         if self.config.renoised:
-            noise = initial_noise(batch.generators(f"noise {batch.turn}"), batch.x0.shape[1:]).to(batch.x0)
+            noise = initial_noise(batch.generators(f"noise {batch.inner_pass}"), batch.x0.shape[1:]).to(batch.x0)
             x = noised(batch.x0, noise, level(steps - 1), policy.step.prediction)
         else:
             x = batch.before[:, 0]

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat
 from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.policy_gradient import PolicyGradient
 from align_cluster.algorithms.terms import guarded_log_ratio
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 
 
 class GRPO(PolicyGradient):

@@ -7,8 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from align_cluster.algorithms.base import Algorithm, Batch, Policy
 from align_cluster.algorithms.terms import nft_policy_loss
-from align_cluster.config.base import Section
 from align_cluster.rollouts.denoise import initial_noise
+from align_cluster.settings import Section
 
 
 class NFT(Algorithm):
@@ -37,7 +37,7 @@ class NFT(Algorithm):
     behaviour = "old"
     adapters = ("default", "old")
 
-    def turns(self, steps: int, recorded: int) -> int:
+    def inner_passes(self, steps: int, recorded: int) -> int:
         return min(steps, self.config.timesteps or max(1, int(0.99 * steps)))
 
     def optimality(self, advantages: torch.Tensor) -> torch.Tensor:
@@ -55,11 +55,11 @@ class NFT(Algorithm):
         return (a / (2 * clip) + 0.5).clamp(0, 1)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        # Each sample visits a random permutation of the rollout's own levels, one a turn, with fresh noise each time.
+        # Each sample visits a random permutation of the rollout's own levels, one in each inner pass, with fresh noise.
         levels = torch.from_numpy(batch.sigmas[:-1]).float()
         orders = [torch.randperm(len(levels), generator=g) for g in batch.generators("order")]
-        sigma = torch.stack([levels[order[batch.turn]] for order in orders]).to(batch.x0.device)
-        noise = initial_noise(batch.generators(f"noise {batch.turn}"), batch.x0.shape[1:]).to(batch.x0.device)
+        sigma = torch.stack([levels[order[batch.inner_pass]] for order in orders]).to(batch.x0.device)
+        noise = initial_noise(batch.generators(f"noise {batch.inner_pass}"), batch.x0.shape[1:]).to(batch.x0.device)
         level = sigma.view(-1, *[1] * (batch.x0.ndim - 1))
         x_t = (1 - level) * batch.x0 + level * noise
         v_old = policy.velocity(x_t, sigma, "old")

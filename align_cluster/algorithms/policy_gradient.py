@@ -9,7 +9,7 @@ from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl
 
 
 class PolicyGradient(Algorithm):
-    """One trained step a turn: the clipped surrogate of its ratio and, with `kl_beta`, the KL to the base model.
+    """One trained step an inner pass: the clipped surrogate of its ratio and, with `kl_beta`, the KL to the base model.
 
     A Config has clip, clip_high, kl_beta and kl_mode, which mean what they do in GRPO's.
     """
@@ -18,7 +18,7 @@ class PolicyGradient(Algorithm):
     default_step = "flow_sde"
     behaviour = "default"
 
-    def turns(self, steps: int, recorded: int) -> int:
+    def inner_passes(self, steps: int, recorded: int) -> int:
         return recorded
 
     @abstractmethod
@@ -32,7 +32,7 @@ class PolicyGradient(Algorithm):
         return log_ratio, 1.0
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config, slot = self.config, batch.slots[batch.turn]
+        config, slot = self.config, batch.slots[batch.inner_pass]
         k, x, x_next = batch.indices[:, slot], batch.before[:, slot], batch.after[:, slot]
         sigma, high = policy.step.level(k), config.clip_high or config.clip
         mean, std, std_t = policy.step.mean(k, x, policy.velocity(x, sigma))

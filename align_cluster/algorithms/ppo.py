@@ -11,7 +11,7 @@ from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.policy_gradient import PolicyGradient
 from align_cluster.algorithms.terms import clipped_value_loss
 from align_cluster.backbones.base import CRITIC, CriticSection
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 
 
 class WarmUp(Section):

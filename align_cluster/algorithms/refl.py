@@ -6,9 +6,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
 from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.direct import clean
-from align_cluster.config.base import Section
+from align_cluster.algorithms.reward_gradient import clean
 from align_cluster.rollouts.windows import Window
+from align_cluster.settings import Section
 
 
 class ReFL(Algorithm):
@@ -36,7 +36,7 @@ class ReFL(Algorithm):
             return steps
 
     needs_density = False
-    direct = True
+    reward_gradient = True
     default_step = "euler"
     behaviour = "default"
     adapters = ("default",)
@@ -45,7 +45,7 @@ class ReFL(Algorithm):
         first, last = self.config.steps
         return Window((), tuple(range(first, last + 1)), 1)
 
-    def turns(self, steps: int, recorded: int) -> int:
+    def inner_passes(self, steps: int, recorded: int) -> int:
         return 1
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

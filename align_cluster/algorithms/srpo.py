@@ -8,10 +8,10 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.direct import noised, recover
-from align_cluster.config.base import Section
+from align_cluster.algorithms.reward_gradient import noised, recover
 from align_cluster.rewards.words import Template, worded
 from align_cluster.rollouts.denoise import initial_noise, starting_noise
+from align_cluster.settings import Section
 
 LEVELS, EDGE = 1000, 5  # levels are numbered 1 (clean) ... 1000 (noisy); none within 5 of an end is trained
 POSITIVE = ("Natural-lighting", "Detail", "Detailed", "Real")
@@ -79,7 +79,7 @@ class SRPO(Algorithm):
             return injections
 
     needs_density = False
-    direct = True
+    reward_gradient = True
     offline = True
     default_step = "euler"
     behaviour = "default"
@@ -89,7 +89,7 @@ class SRPO(Algorithm):
     def branches(self) -> tuple[str, ...]:
         return ("denoise", "inversion") if self.config.branches == "both" else (self.config.branches,)
 
-    def turns(self, steps: int, recorded: int) -> int:
+    def inner_passes(self, steps: int, recorded: int) -> int:
         return len(self.branches) * self.config.injections
 
     def level(self, number: torch.Tensor) -> torch.Tensor:
@@ -97,14 +97,14 @@ class SRPO(Algorithm):
         return torch.from_numpy(np.linspace(*self.config.levels, LEVELS)).float()[LEVELS - number]
 
     def numbers(self, batch: Batch, injection: int) -> torch.Tensor:
-        """Numbers of the levels that a turn recovers x0 at, one a sample: the same in both branches."""
+        """Numbers of the levels that an inner pass recovers x0 at, one a sample: the same in both branches."""
         low, high = EDGE + (self.config.injections - 1) * self.config.gap, LEVELS - EDGE
         drawn = [int(torch.randint(low, high + 1, (1,), generator=g)) for g in batch.generators("level")]
         return torch.tensor(drawn) - injection * self.config.gap
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config, x0, device = self.config, batch.x0, batch.x0.device
-        injection, place = divmod(batch.turn, len(self.branches))
+        injection, place = divmod(batch.inner_pass, len(self.branches))
         inverts, prediction = self.branches[place] == "inversion", policy.step.prediction
         number = self.numbers(batch, injection)
         gap = torch.minimum(number, LEVELS - number).clamp(max=config.gap)
@@ -139,7 +139,7 @@ class SRPO(Algorithm):
         plain = policy.rewards(x0, [batch.prompt])
         if self.config.relative == "none":
             return plain
-        noise = initial_noise(batch.generators(f"blur {batch.turn}"), x0.shape[1:]).to(x0)
+        noise = initial_noise(batch.generators(f"blur {batch.inner_pass}"), x0.shape[1:]).to(x0)
         blurred = noised(x0, noise, torch.full((len(x0),), self.config.blur), policy.step.prediction)
         return torch.cat([plain, policy.rewards(blurred, [batch.prompt])], 1)
 

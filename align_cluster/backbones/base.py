@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 from align_cluster.types import Condition
 
 
@@ -69,7 +69,9 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     explorable: ClassVar[bool] = False  # has a CLIP text encoder whose token embeddings can be perturbed
     patch: ClassVar[int] = 2  # latent pixels a token, along one side
-    told: float | None = None  # strength of guidance that a distilled network is told, where it is not the settings'
+    distilled_guidance: float | None = (
+        None  # strength of guidance that a distilled network is told, where it is not the settings'
+    )
 
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)

@@ -15,15 +15,15 @@ class Flux(ClipExploration, PipelineBackbone):
     """Velocity network with joint attention over packed latents and T5's sequence; of CLIP-L it gets `pooled` alone."""
 
     class Config(BackboneSection):
-        """Settings of FLUX.1. `embedded_guidance` is the strength that a guidance-distilled network (dev) is told, in
-        rollouts and updates alike unless rollout.embedded_guidance says otherwise; networks without that input
+        """Settings of FLUX.1. `distilled_guidance` is the strength that a guidance-distilled network (dev) is told, in
+        rollouts and updates alike unless rollout.distilled_guidance says otherwise; networks without that input
         (schnell) ignore it. rollout.guidance is true classifier-free guidance, which costs a second forward.
 
         `max_sequence_length: null` is the stock pipeline's 512, or 256 for schnell.
         """
 
         kind: Literal["flux"] = "flux"
-        embedded_guidance: Annotated[float, Field(ge=0)] = 3.5
+        distilled_guidance: Annotated[float, Field(ge=0)] = 3.5
         max_sequence_length: Annotated[int, Field(gt=0, le=512)] | None = None
 
     family = "a FLUX.1"
@@ -53,7 +53,7 @@ class Flux(ClipExploration, PipelineBackbone):
         return self.config.max_sequence_length or (512 if self._distilled else 256)
 
     def call(self, guidance: float) -> dict[str, Any]:
-        arguments = super().call(self.config.embedded_guidance) | {"max_sequence_length": self._sequence_length}
+        arguments = super().call(self.config.distilled_guidance) | {"max_sequence_length": self._sequence_length}
         return arguments | ({"true_cfg_scale": guidance, "negative_prompt": ""} if guidance > 1 else {})
 
     @property
@@ -81,7 +81,7 @@ class Flux(ClipExploration, PipelineBackbone):
         pooled: torch.Tensor,
     ) -> torch.Tensor:
         height, width = x.shape[2:]
-        strength = self.config.embedded_guidance if self.told is None else self.told
+        strength = self.config.distilled_guidance if self.distilled_guidance is None else self.distilled_guidance
         rows, columns = (torch.arange(side // 2, device=x.device) for side in (height, width))
         with self.autocast():
             output = denoiser(

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from align_cluster.backbones.base import Backbone
+from align_cluster.backbones.levels import pipeline_sigmas
 from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.embedded import pipeline_path
-from align_cluster.observe.rundir import atomic
-from align_cluster.rollouts.schedule import pipeline_sigmas
-from align_cluster.types import Condition, Perturbation, UserError
+from align_cluster.errors import UserError
+from align_cluster.files import atomic
+from align_cluster.types import Condition, Perturbation
 
 # Projections of a block in which text and image attend to each other.
 JOINT_ATTENTION = tuple(

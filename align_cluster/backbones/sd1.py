@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from align_cluster.backbones.base import BackboneSection
+from align_cluster.backbones.levels import ddim_levels, diffusion_levels
 from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone
-from align_cluster.rollouts.schedule import ddim_levels, diffusion_levels
-from align_cluster.types import Condition, UserError
+from align_cluster.errors import UserError
+from align_cluster.types import Condition
 
 # Settings of a scheduler: what diffusers takes where one is missing, and what is known here.
 _KNOWN = {

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 
 
 class CheckpointConfig(Section):

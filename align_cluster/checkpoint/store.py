@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1

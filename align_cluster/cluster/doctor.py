@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_cluster.cluster.finding import Finding, size
-from align_cluster.types import UserError
+from align_cluster.cluster.checks import Finding, size
+from align_cluster.errors import UserError
 
 if TYPE_CHECKING:
     from align_cluster.config.run import RunConfig

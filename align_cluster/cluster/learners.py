@@ -13,14 +13,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from align_cluster.cluster.causes import LOST, cause_of, reason
+from align_cluster.cluster.errors import LOST, cause_of, reason
 from align_cluster.cluster.pool import whereabouts
-from align_cluster.cluster.staff import Doing
+from align_cluster.cluster.slots import Doing
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
 from align_cluster.learner.state import Snapshot
 from align_cluster.learner.worker import Learner
-from align_cluster.types import UserError
 
 LOSSES = 4  # in a row, without an update in between, that end the run
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class LearnerGroup:
         address, port = self._wait([self.ranks[0].address.remote()])[0]
         device = "cuda" if plan.learner_gpus else "cpu"
         self.built = [
-            rank.build.remote(self.config, index, plan.learners, address, port, plan.threads, device)
+            rank.build.remote(self.config.learner_setup, index, plan.learners, address, port, plan.threads, device)
             for index, rank in enumerate(self.ranks)
         ]
         if self.snapshot:

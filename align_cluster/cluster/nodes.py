@@ -5,19 +5,20 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from align_cluster.cluster.causes import reason
-from align_cluster.cluster.finding import GIB, Finding
+from align_cluster import __version__
+from align_cluster.cluster.checks import GIB, Finding
+from align_cluster.cluster.errors import reason
 from align_cluster.cluster.placement import reserve, resources
 from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.summary import software
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 PATIENCE_S = 60.0  # for a node's answer, which starts a process there
 DECIDE_RESULTS = ("align_cluster", "torch", "ray")  # other versions than here are an error, those of the rest a warning
@@ -101,3 +102,14 @@ def fit(config: RunConfig) -> Finding:
             return Finding("ok", name, f"fits: {pools}")
     except UserError as error:
         return Finding("fail", name, str(error))
+
+
+def software() -> dict[str, str]:
+    """Versions of what decides a result."""
+    versions = {"align_cluster": __version__}
+    for package in ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

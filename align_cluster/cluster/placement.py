@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align_cluster.config.plan import HALF, Plan
 from align_cluster.config.run import ClusterConfig
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 FULL = ("OutOfDiskError", "ObjectStoreFullError")  # of Ray, whose own text may be inside of another error's
 PATIENCE_S = 5.0  # a run that has just ended gives its resources back within about a second

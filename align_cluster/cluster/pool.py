@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError, RuntimeEnvSetupError
 
-from align_cluster.cluster.causes import LOST, cause_of, reason, start_error
-from align_cluster.cluster.staff import Call, Doing, Done, GivenUp, InputLost, Patience, Seat, Worker
+from align_cluster.cluster.errors import LOST, cause_of, reason, start_error
+from align_cluster.cluster.slots import Call, Doing, Done, GivenUp, InputLost, Patience, Seat, Worker
 
 DEPTH = 2  # calls queued on a worker: the next one is there when the first ends
 TRIES = 4  # of a call whose worker is lost

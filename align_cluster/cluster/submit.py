@@ -12,7 +12,7 @@ from typing import Any
 
 from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
-from align_cluster.types import RETRY, UserError
+from align_cluster.errors import RETRY, UserError
 
 FILE_SETTINGS = ("path", "exclude")  # settings of a prompts block that name a file
 

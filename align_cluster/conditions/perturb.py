@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch.overrides import TorchFunctionMode
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 from align_cluster.types import Perturbation
 
 BATCH = 32  # prompts learned at a time

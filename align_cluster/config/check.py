@@ -12,13 +12,14 @@ from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.algorithms.srpo import NEGATIVE, POSITIVE
 from align_cluster.config.rules import RULES, Problems
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.files import quoted
 from align_cluster.prompts.images import left_out
 from align_cluster.rewards.detectors import DETECTORS, geneval_name
 from align_cluster.rewards.words import split, vocabulary
 from align_cluster.rollouts.steps import STEPS
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import Prompt
 
 
 def check(config: RunConfig) -> list[str]:
@@ -105,7 +106,7 @@ def settings_without_effect(config: RunConfig, train: list[Prompt], held_out: li
         yield "learner.guidance_gradient is both, and rollout.guidance 1 has no second branch: it changes nothing"
     if config.exploration and config.exploration.conditions == 1:
         yield "exploration.conditions is 1, the original prompt alone: nothing is explored"
-    if ALGORITHMS[config.algorithm.kind].direct and config.advantage != AdvantageConfig():
+    if ALGORITHMS[config.algorithm.kind].reward_gradient and config.advantage != AdvantageConfig():
         yield f"advantage: algorithm.kind {config.algorithm.kind} follows rewards' gradients and has no advantages"
     late = config.algorithm.kind == "draft" and config.rollout.schedule.kind in ("native", "sd3")
     if late and config.backbone.kind == "sd3" and config.algorithm.last == 1:

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from align_cluster.config.base import Root
-from align_cluster.config.explain import explain
+from align_cluster.config.messages import explain
 from align_cluster.config.run import RunConfig
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
+from align_cluster.settings import Root
 
 Settings = TypeVar("Settings", bound=Root)
 _NO_RESULT_DEPENDS_ON = ("name", "out", "cluster", "checkpoint")

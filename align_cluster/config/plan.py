@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.run import RunConfig
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 # In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
 TURN = 0.45
@@ -44,7 +44,7 @@ class Plan:
     """Pools, the share of a core and of a GPU that each of their actors asks for, and how a step's work is cut.
 
     `micro_batch` is in images, `critic_batch` in states; `micro_batches` are those of one learner in one update, each
-    visited `turns` times.
+    visited `inner_passes` times.
     `rollout_calls` are the forward passes of the denoiser, with a whole chunk each, that a step's images take.
     `gpus` are those that samplers and learners use, `together` samplers share one, and `hosts` are the places where
     samplers are, which rewards may share.
@@ -70,7 +70,7 @@ class Plan:
     chunks_per_step: int
     updates_per_step: int
     micro_batches: int
-    turns: int
+    inner_passes: int
     rollout_calls: int
     notes: tuple[str, ...] = ()
 
@@ -150,7 +150,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         chunks_per_step=chunks,
         updates_per_step=updates,
         micro_batches=math.ceil(per_update / learners),
-        turns=ALGORITHMS[config.algorithm.kind](config.algorithm).turns(
+        inner_passes=ALGORITHMS[config.algorithm.kind](config.algorithm).inner_passes(
             rollout.steps, config.window.width(rollout.steps) if config.window else 0
         ),
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
@@ -229,7 +229,7 @@ def table(plan: Plan) -> str:
         ("updates a step", f"{plan.updates_per_step}"),
         (
             "an update",
-            f"{plan.micro_batches} micro-batches of {plan.micro_batch} a learner, {plan.turns} passes over each",
+            f"{plan.micro_batches} micro-batches of {plan.micro_batch} a learner, {plan.inner_passes} passes over each",
         ),
     ]
     width = max(len(name) for name, _ in rows)

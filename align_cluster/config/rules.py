@@ -55,7 +55,7 @@ def updates_have_work(config: RunConfig) -> Problems:
 
 def groups_can_compare(config: RunConfig) -> Problems:
     algorithm = ALGORITHMS[config.algorithm.kind]
-    if config.group_members == 1 and not (algorithm.needs_path or algorithm.direct):
+    if config.group_members == 1 and not (algorithm.needs_path or algorithm.reward_gradient):
         yield (
             "rollout.group_size is 1, and an advantage compares an image with others of its prompt; "
             "set it to 2 or more (12 is usual)"
@@ -110,7 +110,7 @@ def algorithm_fits_backbone(config: RunConfig) -> Problems:
 
 
 def rewards_have_gradients(config: RunConfig) -> Problems:
-    if not ALGORITHMS[config.algorithm.kind].direct:
+    if not ALGORITHMS[config.algorithm.kind].reward_gradient:
         return
     able = [kind for kind, reward in REWARDS.items() if issubclass(reward, DifferentiableReward)]
     for name in config.trained:
@@ -158,12 +158,12 @@ def direct_settings_fit(config: RunConfig) -> Problems:
                 f"algorithm.renoised is {algorithm.renoised}, which repeats the last step alone, and algorithm.last is "
                 f"{algorithm.last}; set one of them: last to 1, or renoised to 0"
             )
-    if ALGORITHMS[algorithm.kind].direct and config.step_kind.kind != "euler" and algorithm.kind != "srpo":
+    if ALGORITHMS[algorithm.kind].reward_gradient and config.step_kind.kind != "euler" and algorithm.kind != "srpo":
         yield (
             f"rollout.step.kind is {config.step_kind.kind}, whose steps cannot be repeated from where one began; with "
             f"algorithm.kind {algorithm.kind} leave rollout.step out"
         )
-    if ALGORITHMS[algorithm.kind].direct and not hasattr(BACKBONES[config.backbone.kind], "pixels"):
+    if ALGORITHMS[algorithm.kind].reward_gradient and not hasattr(BACKBONES[config.backbone.kind], "pixels"):
         yield (
             f"algorithm.kind {algorithm.kind} sends gradients through the VAE, and backbone.kind "
             f"{config.backbone.kind} has no differentiable decoder; give it one (`pixels`), or choose another algorithm"
@@ -187,17 +187,17 @@ def images_are_there(config: RunConfig) -> Problems:
 
 
 def told_guidance_fits(config: RunConfig) -> Problems:
-    if config.rollout.embedded_guidance is None:
+    if config.rollout.distilled_guidance is None:
         return
     if config.backbone.kind != "flux":
         yield (
-            f"rollout.embedded_guidance is for guidance-distilled networks, and backbone.kind {config.backbone.kind} "
+            f"rollout.distilled_guidance is for guidance-distilled networks, and backbone.kind {config.backbone.kind} "
             "has no such input; leave it out (rollout.guidance is classifier-free guidance)"
         )
     if ALGORITHMS[config.algorithm.kind].needs_density:
         yield (
-            f"rollout.embedded_guidance makes samplers draw otherwise than the learner, whose log-probs algorithm.kind "
-            f"{config.algorithm.kind} compares with theirs; set backbone.embedded_guidance instead"
+            f"rollout.distilled_guidance makes samplers draw otherwise than the learner, whose log-probs "
+            f"algorithm.kind {config.algorithm.kind} compares with theirs; set backbone.distilled_guidance instead"
         )
 
 

@@ -9,15 +9,14 @@ from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.backbones import BACKBONES
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.conditions.perturb import E2po
-from align_cluster.config.base import Root, Section
+from align_cluster.learner.settings import LearnerConfig, LearnerSetup, OptimizerConfig
 from align_cluster.observe.guards import GuardConfig
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import WINDOWS
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from align_cluster.settings import Root, Section
 
 
 def one_of(kinds: dict[str, type]) -> object:
@@ -34,7 +33,7 @@ class RolloutConfig(Section):
     `step: null` takes the algorithm's own step kind. `schedule` gives training rollouts other noise levels than the
     pipeline's own, which evaluation always uses. `window` says which denoising steps are noisy and which are trained
     (null: 99 %, the first ones). `same_noise` starts a whole group from one noise, as DanceGRPO can; `step` all groups
-    of a step, as SRPO does. `embedded_guidance` is what a guidance-distilled network is told while it draws for
+    of a step, as SRPO does. `distilled_guidance` is what a guidance-distilled network is told while it draws for
     training (null: the backbone's), where the update does not need to draw alike. `offline` takes the images of
     prompts.kind images in the place of drawn ones.
     """
@@ -45,43 +44,11 @@ class RolloutConfig(Section):
     schedule: one_of(SCHEDULES) = SCHEDULES["native"].Config()
     window: one_of(WINDOWS) | None = None
     same_noise: bool | Literal["step"] = False
-    embedded_guidance: Annotated[float, Field(ge=0)] | None = None
+    distilled_guidance: Annotated[float, Field(ge=0)] | None = None
     offline: bool = False
     guidance: Annotated[float, Field(ge=1)] = 1.0
     chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: group_size")
     merge_lora: bool = Field(False, description="samplers add the LoRA into the base's weights, which draws faster")
-
-
-class OptimizerConfig(Section):
-    """AdamW on the LoRA, in fp32. `decay` lets the learning rate fall linearly to `final` x lr after `flat` of the
-    run."""
-
-    lr: PositiveFloat = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    max_grad_norm: PositiveFloat = 1.0
-    schedule: Literal["constant", "linear"] = "constant"
-    flat: Fraction = 0.25
-    final: Fraction = 0.05
-
-
-class LearnerConfig(Section):
-    """The DeepSpeed engine and how a step's work is cut.
-
-    `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which
-    makes the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first
-    update. `guidance_gradient` says through which branch of a guided prediction gradients flow (the official Flow-GRPO
-    code: cond_only). `gradient_checkpointing` computes activations twice instead of keeping them.
-    """
-
-    updates_per_step: PositiveInt = 1
-    micro_batch: PositiveInt | None = None
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    ratio_tolerance: PositiveFloat = 1e-5
-    guidance_gradient: Literal["cond_only", "both"] = "cond_only"
-    gradient_checkpointing: bool = False
 
 
 class ClusterConfig(Section):
@@ -200,3 +167,20 @@ class RunConfig(Root):
     def critic_batch(self) -> int:
         """States that a critic reads at once."""
         return getattr(self.algorithm, "critic_batch", None) or self.micro_batch
+
+    @property
+    def learner_setup(self) -> LearnerSetup:
+        """What a learner rank must know of this run."""
+        return LearnerSetup(
+            seed=self.seed,
+            steps=self.steps,
+            backbone=self.backbone,
+            algorithm=self.algorithm,
+            rewards={name: self.rewards[name] for name in self.trained},
+            step=self.step_kind,
+            guidance=self.rollout.guidance,
+            shaping=self.advantage.shaping,
+            optimizer=self.optimizer,
+            learner=self.learner,
+            critic_batch=self.critic_batch,
+        )

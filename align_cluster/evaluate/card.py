@@ -4,23 +4,21 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
-from align_cluster.evaluate.table import compare
+from align_cluster.evaluate.result import Result
+from align_cluster.files import write_text
 from align_cluster.observe import charts
 from align_cluster.observe.blocks import short
 from align_cluster.observe.curves import smoothing
 from align_cluster.observe.rundata import RunData
-from align_cluster.observe.rundir import write_text
 from align_cluster.observe.style import standalone
-
-if TYPE_CHECKING:
-    from align_cluster.evaluate.export import Result
+from align_cluster.observe.table import compare
 
 CARD = """---
 {front}---

@@ -1,58 +1,23 @@
 """A run's result for other tools: a LoRA file, a merged denoiser or a whole pipeline folder, each with a model card."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align_cluster import __version__
-from align_cluster.backbones import BACKBONES
-from align_cluster.backbones.pipeline import PipelineBackbone
-from align_cluster.config.load import dump, load
-from align_cluster.config.run import RunConfig
+from align_cluster.config.load import dump
+from align_cluster.errors import UserError
 from align_cluster.evaluate.card import write_card
-from align_cluster.evaluate.lora import Lora, bind, check_fits, read_lora
-from align_cluster.observe import rundata
-from align_cluster.observe.rundata import RunData
-from align_cluster.observe.rundir import RunDir, new_folder, write_text
+from align_cluster.evaluate.lora import Lora, bind
+from align_cluster.evaluate.result import Result, finished
+from align_cluster.files import new_folder, write_text
+from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
-from align_cluster.types import UserError
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run left behind, and the base model that it is for."""
-
-    run: RunData
-    config: RunConfig
-    backbone: PipelineBackbone
-    lora: Lora
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """Where the weights come from, as metadata of a safetensors file."""
-        run, config = self.run, self.config
-        rewards = {side: getattr(run, side).get("overall", {}) for side in ("before", "after")}
-        return {
-            "run": run.name,
-            "base_model": config.backbone.path,
-            "backbone": config.backbone.kind,
-            "algorithm": config.algorithm.kind,
-            "steps": str(config.steps),
-            "rank": str(self.lora.rank),
-            "alpha": f"{self.lora.alpha:g}",
-            "config_hash": run.summary["config_hash"],
-            "headline": str(run.headline),
-            **{f"reward_{side}": json.dumps(scores) for side, scores in rewards.items()},
-            "align_cluster": __version__,
-        }
 
 
 def export(run: Path, form: str, out: Path, precision: str | None = None, overrides: Sequence[str] = ()) -> None:
@@ -72,30 +37,6 @@ def export(run: Path, form: str, out: Path, precision: str | None = None, overri
         FORMS[form](result, folder, precision or "fp32")
         write_text(RunDir(folder).config, dump(result.config))
         write_card(folder, out.name, form, result)
-
-
-def finished(run: Path, overrides: Sequence[str] = ()) -> Result:
-    """Read a run that has ended, and see that its LoRA fits its base model; no weights of the base are read."""
-    files = RunDir(run.expanduser())
-    data = rundata.load(files)
-    if not data.summary:
-        steps = f"{len(data.rows)} of {data.config.get('steps', '?')} steps are there"
-        raise UserError(
-            f"{run} has not finished ({steps}), so it has no LoRA; export it once its summary.json is there"
-        )
-    config = load(files.config, overrides)
-    if not files.lora_weights.is_file():
-        raise UserError(f"{run} has lost its {files.lora_weights.relative_to(files.path)}; give the folder as it was")
-    lora, settings = read_lora(files.lora_weights), config.backbone.lora
-    if (lora.rank, lora.alpha) != (settings.rank, settings.alpha):
-        raise UserError(
-            f"{lora.path} has rank {lora.rank} and alpha {lora.alpha:g}, and the run's config.yaml says rank "
-            f"{settings.rank} and alpha {settings.alpha:g}; give the folder as `train` left it"
-        )
-    plain = {"precision": "fp32", "compile": False, "attention": None}
-    backbone = BACKBONES[config.backbone.kind](config.backbone.model_copy(update=plain))
-    check_fits(backbone, lora)
-    return Result(data, config, backbone, lora)
 
 
 def write_lora(result: Result, folder: Path, precision: str) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.base import BackboneSection
 from align_cluster.backbones.pipeline import PipelineBackbone
+from align_cluster.errors import UserError
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
-from align_cluster.types import UserError
 from align_cluster.weights import check, publish
 
 PREFIXES = ("transformer.", "unet.")  # diffusers' names for the denoiser

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
 from align_cluster.evaluate.lora import sampler_with
-from align_cluster.evaluate.table import rows, summarise
+from align_cluster.observe.table import rows, summarise
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import Euler
-from align_cluster.types import Condition, UserError
+from align_cluster.types import Condition
 
 T = TypeVar("T")
 

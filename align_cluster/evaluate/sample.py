@@ -7,22 +7,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from align_cluster.config.base import Section
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
 from align_cluster.evaluate.lora import base_sampler, bind, read_lora
 from align_cluster.evaluate.run import encode, progress
 from align_cluster.evaluate.steer import SavedCritic, Steered
-from align_cluster.evaluate.table import KEYS, rows
+from align_cluster.files import new_folder, write_json
 from align_cluster.observe.blocks import short
 from align_cluster.observe.grids import save_grid
-from align_cluster.observe.rundir import new_folder, write_json
+from align_cluster.observe.table import KEYS, rows
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, read_lines
 from align_cluster.prompts.groups import EVALUATION_STEP, member_seed
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steering import BATCH
 from align_cluster.rollouts.steps import Euler
-from align_cluster.types import Chunk, Condition, Prompt, UserError
+from align_cluster.settings import Section
+from align_cluster.types import Chunk, Condition, Prompt
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,20 @@ from align_cluster.algorithms.gae import RunningMoments
 from align_cluster.backbones.adapters import active_adapter, add_adapters
 from align_cluster.backbones.base import CRITIC, CriticSection
 from align_cluster.backbones.critic import Critic
-from align_cluster.config.base import Root, Section
 from align_cluster.config.check import judges
 from align_cluster.config.load import loads
 from align_cluster.config.run import RunConfig, one_of
-from align_cluster.observe.rundir import RunDir, read_json
+from align_cluster.errors import UserError
+from align_cluster.files import read_json
+from align_cluster.observe.rundir import RunDir
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import Sampler
 from align_cluster.rollouts.steering import BATCH, STEERING, Steering
 from align_cluster.rollouts.steps import STEPS, Euler
-from align_cluster.types import Chunk, Condition, Prompt, UserError
+from align_cluster.settings import Root, Section
+from align_cluster.types import Chunk, Condition, Prompt
 
 COMPUTE = {
     "actor": "actor passes",

@@ -10,9 +10,9 @@ import torch
 from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.backbones.critic import Critic
-from align_cluster.config.run import OptimizerConfig
 from align_cluster.learner.engine import MOMENTS, agree
-from align_cluster.learner.sums import add
+from align_cluster.learner.reduction import add
+from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Record
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from align_cluster.config.run import OptimizerConfig
+from align_cluster.learner.settings import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 

@@ -7,7 +7,7 @@ import torch
 from align_cluster.algorithms.base import Policy
 from align_cluster.backbones.adapters import active_adapter
 from align_cluster.backbones.base import Backbone
-from align_cluster.learner.judge import Judge
+from align_cluster.learner.reward_gradient import Judge
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import Step
 

@@ -19,11 +19,13 @@ class TrustProbe:
         self.parameters, self.world = parameters, world
         self.fisher = FisherProbe(parameters, seed)
 
-    def begin(self, policy: Policy, record: Record, rows: slice, turn: int) -> None:
-        """Before the update: the Fisher matrix and the scores on members `rows` at their trained step number `turn`."""
+    def begin(self, policy: Policy, record: Record, rows: slice, inner_pass: int) -> None:
+        """Before the update: the Fisher matrix and the scores on members `rows` at trained step `inner_pass`."""
         arrays = (record.indices, record.before, record.after)
         self.policy = policy
-        self.k, self.x, x_next = (torch.tensor(array[rows, turn], device=self.parameters[0].device) for array in arrays)
+        self.k, self.x, x_next = (
+            torch.tensor(array[rows, inner_pass], device=self.parameters[0].device) for array in arrays
+        )
         self.mean, self.std = self._step()
         log_prob = policy.step.density(self.mean, self.std, x_next)
         self.estimate = self.fisher.estimate(self.mean, self.std, log_prob, reduce=self._average)

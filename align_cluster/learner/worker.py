@@ -13,14 +13,14 @@ from align_cluster.algorithms.base import Batch
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.critic import Critic
-from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Piece
 from align_cluster.learner.critic import CriticLearner
 from align_cluster.learner.engine import Engine, join
-from align_cluster.learner.judge import Judge
 from align_cluster.learner.policy import LearnerPolicy
+from align_cluster.learner.reduction import add
+from align_cluster.learner.reward_gradient import Judge
+from align_cluster.learner.settings import LearnerSetup
 from align_cluster.learner.state import Snapshot, capture, restore
-from align_cluster.learner.sums import add
 from align_cluster.learner.trust_probe import PROBED, TrustProbe
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.rollouts.steps import STEPS
@@ -32,26 +32,26 @@ class Learner:
     """A rank of the learner. A plain class: a test builds it in its own process, the cluster wraps it in an actor."""
 
     def __init__(
-        self, config: RunConfig, rank: int, world: int, address: str, port: int, threads: int = 1, device: str = "cpu"
+        self, setup: LearnerSetup, rank: int, world: int, address: str, port: int, threads: int = 1, device: str = "cpu"
     ) -> None:
         torch.set_num_threads(threads)
         join(rank, world, address, port, device)
-        self.config, self.rank, self.world = config, rank, world
-        self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
-        self.backbone = BACKBONES[config.backbone.kind](config.backbone, device)
+        self.setup, self.rank, self.world = setup, rank, world
+        self.algorithm = ALGORITHMS[setup.algorithm.kind](setup.algorithm)
+        self.backbone = BACKBONES[setup.backbone.kind](setup.backbone, device)
         self.denoiser = add_adapters(self.backbone, self.backbone.load_denoiser(), self.algorithm.adapters)
-        if config.learner.gradient_checkpointing:
+        if setup.learner.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-        self.engine = Engine(self.denoiser, config.optimizer, config.learner.zero_stage)
+        self.engine = Engine(self.denoiser, setup.optimizer, setup.learner.zero_stage)
         self.critic = self._critic()
         self.judge = self._judge(threads)
         self.updates = 0
-        self.ema = self._read("default") if config.learner.ema else None
+        self.ema = self._read("default") if setup.learner.ema else None
 
     def learning_rate(self) -> float:
         """Learning rate of the next update: flat, then linear in the run's progress."""
-        settings = self.config.optimizer
-        progress = self.updates / (self.config.steps * self.config.learner.updates_per_step)
+        settings = self.setup.optimizer
+        progress = self.updates / (self.setup.steps * self.setup.learner.updates_per_step)
         if settings.schedule == "constant" or progress < settings.flat:
             return settings.lr
         left = (1 - progress) / (1 - settings.flat)
@@ -75,14 +75,16 @@ class Learner:
         """
         started = time.perf_counter()
         sums: dict[str, list[float]] = {}
-        turns = self.algorithm.turns(len(data[0].sigmas) - 1, len(data[0].slots))
+        inner_passes = self.algorithm.inner_passes(len(data[0].sigmas) - 1, len(data[0].slots))
         skipped = empty = 0
         for update, total in sorted(totals.items()):
             mine = [piece for piece in pieces if piece.update == update]
             changed = bool(total) and actor
             empty += not total
             if changed:
-                changed = self._update_actor(step, mine, self.world / (total * turns), turns, null, data, sums)
+                changed = self._update_actor(
+                    step, mine, self.world / (total * inner_passes), inner_passes, null, data, sums
+                )
                 skipped += not changed
             self.updates += 1
             if changed:
@@ -100,19 +102,21 @@ class Learner:
         step: int,
         mine: list[Piece],
         scale: float,
-        turns: int,
+        inner_passes: int,
         null: Condition | None,
         data: tuple[Record | Condition, ...],
         sums: dict[str, list[float]],
     ) -> bool:
         """One update; whether it changed anything."""
-        looking, sound = self._look(turns, mine[0], data, null), True
-        for turn in range(turns):
+        looking, sound = self._look(inner_passes, mine[0], data, null), True
+        for inner_pass in range(inner_passes):
             for number, piece in enumerate(mine):
-                loss = self._loss(step, turn, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums)
+                loss = self._loss(
+                    step, inner_pass, piece, data[2 * piece.source], data[2 * piece.source + 1], null, sums
+                )
                 sound = sound and bool(torch.isfinite(loss))
                 # Also where it is not finite: the other ranks take part in what a backward pass exchanges.
-                self.engine.backward(loss * scale, last=turn == turns - 1 and number == len(mine) - 1)
+                self.engine.backward(loss * scale, last=inner_pass == inner_passes - 1 and number == len(mine) - 1)
         rate = self.learning_rate()
         norm = self.engine.step(rate, sound)
         add(sums, "lr", rate, 1.0)
@@ -126,14 +130,14 @@ class Learner:
     def _loss(
         self,
         step: int,
-        turn: int,
+        inner_pass: int,
         piece: Piece,
         record: Record,
         condition: Condition,
         null: Condition | None,
         sums: dict[str, list[float]],
     ) -> torch.Tensor:
-        batch = self._batch(step, turn, piece, record, self.backbone.device)
+        batch = self._batch(step, inner_pass, piece, record, self.backbone.device)
         policy = self._policy(record, condition, null, len(piece.weights))
         loss, metrics = self.algorithm.loss(policy, batch)
         weights = torch.from_numpy(piece.weights).to(self.backbone.device)
@@ -145,7 +149,7 @@ class Learner:
             )
         return (loss * weights).sum()
 
-    def _batch(self, step: int, turn: int, piece: Piece, record: Record, device: torch.device) -> Batch:
+    def _batch(self, step: int, inner_pass: int, piece: Piece, record: Record, device: torch.device) -> Batch:
         rows = slice(piece.start, piece.stop)
 
         def part(array: np.ndarray | None) -> torch.Tensor | None:
@@ -158,7 +162,7 @@ class Learner:
             return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
 
         return Batch(
-            turn,
+            inner_pass,
             torch.tensor(piece.advantages, device=device),
             part(record.x0),
             record.sigmas,
@@ -177,18 +181,17 @@ class Learner:
         )
 
     def _judge(self, threads: int) -> Judge | None:
-        if not self.algorithm.direct:
+        if not self.algorithm.reward_gradient:
             return None
-        trained = {name: self.config.rewards[name] for name in self.config.trained}
-        return Judge(self.backbone, trained, threads, self.config.learner.gradient_checkpointing)
+        return Judge(self.backbone, self.setup.rewards, threads, self.setup.learner.gradient_checkpointing)
 
     def _critic(self) -> CriticLearner | None:
         if not self.algorithm.critic:
             return None
-        critic = Critic(self.backbone, self.denoiser, len(self.config.trained), self.algorithm.critic)
-        if self.config.learner.gradient_checkpointing:  # of a copy, too
+        critic = Critic(self.backbone, self.denoiser, len(self.setup.rewards), self.algorithm.critic)
+        if self.setup.learner.gradient_checkpointing:  # of a copy, too
             critic.network.enable_gradient_checkpointing()
-        return CriticLearner(critic, self.algorithm, self.config.optimizer, self.world, self.config.critic_batch)
+        return CriticLearner(critic, self.algorithm, self.setup.optimizer, self.world, self.setup.critic_batch)
 
     def _batches(
         self, step: int, mine: list[Piece], data: tuple[Record | Condition, ...]
@@ -222,21 +225,23 @@ class Learner:
 
     @cached_property
     def probe(self) -> TrustProbe:
-        return TrustProbe(self.engine.trainable, self.config.seed, self.world)
+        return TrustProbe(self.engine.trainable, self.setup.seed, self.world)
 
-    def _look(self, turns: int, piece: Piece, data: tuple[Record | Condition, ...], null: Condition | None) -> bool:
+    def _look(
+        self, inner_passes: int, piece: Piece, data: tuple[Record | Condition, ...], null: Condition | None
+    ) -> bool:
         """Begin to measure the coming update, if it is one of those that SLAS's adaptive exponent asks for; each time
         at another of the trained steps."""
-        shaping = self.config.advantage.shaping
+        shaping = self.setup.shaping
         if not shaping or shaping.gamma != "adaptive" or self.updates % shaping.refresh:
             return False
         record, condition = data[2 * piece.source], data[2 * piece.source + 1]
         rows = slice(piece.start, min(piece.stop, piece.start + PROBED))
         policy = self._policy(record, condition, null, rows.stop - rows.start, self.denoiser)
-        checkpointing = self.config.learner.gradient_checkpointing
+        checkpointing = self.setup.learner.gradient_checkpointing
         if checkpointing:  # whose graph cannot be differentiated twice
             self.denoiser.disable_gradient_checkpointing()
-        self.probe.begin(policy, record, rows, self.updates // shaping.refresh % turns)
+        self.probe.begin(policy, record, rows, self.updates // shaping.refresh % inner_passes)
         if checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         return True
@@ -251,15 +256,15 @@ class Learner:
     ) -> LearnerPolicy:
         """The network (behind its engine unless given) under the original condition, whatever the samples were drawn
         under."""
-        kind = self.config.step_kind
+        kind = self.setup.step
         return LearnerPolicy(
             self.backbone,
             network or self.engine.deepspeed,
             self.denoiser,
             STEPS[kind.kind](kind, record.sigmas, self.backbone.prediction),
             TextBatch.build([condition] * count, null, self.backbone.device),
-            self.config.rollout.guidance,
-            self.config.learner.guidance_gradient == "both",
+            self.setup.guidance,
+            self.setup.learner.guidance_gradient == "both",
             self.judge,
         )
 
@@ -272,7 +277,7 @@ class Learner:
         """EMA of the default adapter with Flow-GRPO's warm-up, min((1 + u) / (10 + u), ema)."""
         if self.ema is None:
             return
-        decay = min((1 + self.updates) / (10 + self.updates), self.config.learner.ema)
+        decay = min((1 + self.updates) / (10 + self.updates), self.setup.learner.ema)
         for name, value in self._read("default").items():
             self.ema[name].lerp_(value, 1 - decay)
 

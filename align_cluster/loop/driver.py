@@ -11,23 +11,24 @@ from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
 from align_cluster.config.plan import Plan, derive
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
+from align_cluster.files import storage, write_json, write_text
+from align_cluster.loop.advantages import Creditor
+from align_cluster.loop.checkpoints import Keeper
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.credit import Creditor
-from align_cluster.loop.crew import Crew
-from align_cluster.loop.critic_credit import CriticCreditor, save_critic
+from align_cluster.loop.critic_advantages import CriticCreditor, save_critic
 from align_cluster.loop.evaluation import Evaluation
-from align_cluster.loop.keeper import Keeper
+from align_cluster.loop.heartbeat import Watch
 from align_cluster.loop.preempt import preemptible
 from align_cluster.loop.resume import Place, place
 from align_cluster.loop.summary import step_metrics, summary
-from align_cluster.loop.watch import Watch
+from align_cluster.loop.workers import Crew
 from align_cluster.observe.progress import Progress, table
 from align_cluster.observe.report import write_report
-from align_cluster.observe.rundir import storage, write_json, write_text
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_step
-from align_cluster.types import Chunk, Prompt, UserError
+from align_cluster.types import Chunk, Prompt
 
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
@@ -38,7 +39,11 @@ def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool =
     `preemptible`."""
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)
-    with Progress(config.steps, STAGES) as bars, place(config, out, resume, bars.note) as begun, storage(begun.run):
+    with (
+        Progress(config.steps, STAGES) as bars,
+        place(config, out, resume, bars.note) as begun,
+        storage(begun.run.path),
+    ):
         run = begun.run
         if begun.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")

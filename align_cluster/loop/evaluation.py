@@ -1,11 +1,12 @@
 """Held-out evaluation and sample grids inside a run, with the run's own workers."""
 
 from align_cluster.config.run import RunConfig
-from align_cluster.evaluate.table import headline_column, rows, summarise
-from align_cluster.loop.crew import Crew, Sync
+from align_cluster.files import write_json
+from align_cluster.loop.workers import Crew, Sync
 from align_cluster.observe.grids import save_grid
-from align_cluster.observe.rundir import RunDir, write_json
+from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
+from align_cluster.observe.table import headline_column, rows, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
 from align_cluster.types import Prompt
 

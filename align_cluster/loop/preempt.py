@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from align_cluster.checkpoint.writer import THREAD
-from align_cluster.types import RETRY, Preempted
+from align_cluster.errors import RETRY, Preempted
 
 GRACE_S = 15.0  # for leaving in good order; Kubernetes and Slurm send SIGKILL after 30 s
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align_cluster.checkpoint.store import Damaged, Store
+from align_cluster.cluster.nodes import software
 from align_cluster.config.load import differences
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.keeper import State
-from align_cluster.loop.summary import software
-from align_cluster.observe.rundir import RunDir, read_json, write_text
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
+from align_cluster.files import read_json, write_text
+from align_cluster.loop.checkpoints import State
+from align_cluster.observe.rundir import RunDir
 
 Note = Callable[[str], None]
 

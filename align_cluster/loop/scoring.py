@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from align_cluster.cluster.pool import DEPTH, Pool
-from align_cluster.cluster.staff import Done, GivenUp
+from align_cluster.cluster.slots import Done, GivenUp
 from align_cluster.config.plan import RewardPool
 from align_cluster.rewards.mix import unscored
 from align_cluster.types import Chunk, Failure, Scores

@@ -1,16 +1,15 @@
 """Numbers of one step and of the software, for the run's records."""
 
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from align_cluster import __version__
+from align_cluster.cluster.nodes import software
 from align_cluster.config.load import config_hash
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.crew import Crew, Drawn, Sync
+from align_cluster.loop.workers import Crew, Drawn, Sync
 from align_cluster.rewards.mix import concatenate
 from align_cluster.types import Credit, Scores
 
@@ -119,14 +118,3 @@ def summary(
         "config_hash": config_hash(config),
         "versions": software(),
     }
-
-
-def software() -> dict[str, str]:
-    """Versions of what decides a result."""
-    versions = {"align_cluster": __version__}
-    for package in ("torch", "ray", "deepspeed", "diffusers", "transformers", "peft", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

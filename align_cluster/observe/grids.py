@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from align_cluster.observe.rundir import atomic
+from align_cluster.files import atomic
 
 PAPER, INK = (255, 255, 255), (40, 44, 52)
 MARGIN, GAP, TEXT = 12, 6, 16

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 
 WINDOW = 20  # steps that a gradient norm is compared with
 SMOOTH = 5  # steps whose mean reward is one value

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from align_cluster.evaluate.table import comparison_table, headline_column
+from align_cluster.observe.table import comparison_table, headline_column
 
 SHOWN_REWARDS = 3
 

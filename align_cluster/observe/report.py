@@ -3,9 +3,10 @@
 from html import escape
 from pathlib import Path
 
+from align_cluster.files import write_text
 from align_cluster.observe import curves, sections
 from align_cluster.observe.rundata import load
-from align_cluster.observe.rundir import RunDir, write_text
+from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.style import CSS
 
 PAGE = """<!doctype html>

@@ -6,12 +6,13 @@ from typing import Any
 
 import yaml
 
-from align_cluster.evaluate.table import headline_column
+from align_cluster.errors import UserError
+from align_cluster.files import read_json
 from align_cluster.observe.charts import Point
 from align_cluster.observe.metrics import describe
-from align_cluster.observe.rundir import RunDir, read_json
+from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
-from align_cluster.types import UserError
+from align_cluster.observe.table import headline_column
 
 
 @dataclass

@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from align_cluster.evaluate.table import compare
 from align_cluster.observe import charts
 from align_cluster.observe.blocks import duration, facts_table, panel, short
 from align_cluster.observe.charts import number
 from align_cluster.observe.rundata import RunData
+from align_cluster.observe.table import compare
 
 GRID_WIDTH, GRID_BYTES = 1280, 1_500_000  # a larger grid is embedded smaller, as JPEG
 

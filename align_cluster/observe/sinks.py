@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from align_cluster.files import STORAGE
 from align_cluster.observe.metrics import describe
-from align_cluster.observe.rundir import STORAGE, RunDir
+from align_cluster.observe.rundir import RunDir
 
 
 class MetricWriter:

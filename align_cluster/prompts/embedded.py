@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from align_cluster.config.base import Section
 from align_cluster.embedded import scene
+from align_cluster.settings import Section
 from align_cluster.types import Prompt
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictInt, ValidationError
 
-from align_cluster.config.base import Section
-from align_cluster.types import Prompt, UserError
+from align_cluster.errors import UserError
+from align_cluster.settings import Section
+from align_cluster.types import Prompt
 
 RELATIONS = ("left of", "right of", "above", "below")
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')

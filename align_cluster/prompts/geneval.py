@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from align_cluster.config.base import Section
+from align_cluster.errors import UserError
 from align_cluster.prompts.files import RELATIONS, JsonlPrompts
-from align_cluster.types import Prompt, UserError
+from align_cluster.settings import Section
+from align_cluster.types import Prompt
 
 _NAMES = (
     "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign "

@@ -7,7 +7,8 @@ import hashlib
 from functools import lru_cache
 from typing import Literal
 
-from align_cluster.types import Chunk, Prompt, UserError
+from align_cluster.errors import UserError
+from align_cluster.types import Chunk, Prompt
 
 EVALUATION_STEP = -1  # `Chunk.step` of evaluation images: their seeds never meet those of training
 

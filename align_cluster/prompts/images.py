@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from align_cluster.config.base import Section
-from align_cluster.types import Prompt, UserError
+from align_cluster.errors import UserError
+from align_cluster.settings import Section
+from align_cluster.types import Prompt
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "metadata.jsonl"

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch.nn import functional as F
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 from align_cluster.types import FailureKind, Prompt
 
 

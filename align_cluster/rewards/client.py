@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 from pydantic import model_validator
 
-from align_cluster.config.base import Section
+from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.hedge import Call, hedged
 from align_cluster.rewards.wire import MEDIA_TYPE, Encoding, decode_answer, encode_request
-from align_cluster.types import FailureKind, Prompt, Scores, UserError
+from align_cluster.settings import Section
+from align_cluster.types import FailureKind, Prompt, Scores
 
 # The kind of a refusal by its HTTP status; others are "unavailable".
 KINDS: dict[int, FailureKind] = dict.fromkeys((400, 413, 415, 422), "bad_input") | dict.fromkeys((408, 504), "timeout")

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from align_cluster.config.base import Section
 from align_cluster.embedded.detector import Detection, detect
 from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts.geneval import CLASSES
 from align_cluster.rewards.loading import extra, loading
+from align_cluster.settings import Section
 
 BATCH = 8  # images that a model sees at a time, whatever the size of a chunk
 

@@ -6,10 +6,11 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
 
+from align_cluster.errors import UserError
 from align_cluster.rewards.base import Result, Reward, RewardError, RewardSection
 from align_cluster.rewards.client import RewardClient, Token, address
 from align_cluster.rewards.wire import Encoding
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import Prompt
 
 
 class Http(Reward):

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
-from align_cluster.config.base import Section
 from align_cluster.rewards.image_files import Format, decode, size_of
+from align_cluster.settings import Section
 
 Model = TypeVar("Model", bound=BaseModel)
 

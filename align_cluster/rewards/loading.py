@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 # What torch, transformers and open_clip raise over files that are missing, cut off or of another model.
 UNREADABLE = (

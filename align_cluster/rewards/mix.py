@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardSection
-from align_cluster.types import Failure, Scores, UserError
+from align_cluster.types import Failure, Scores
 
 
 def unscored(rewards: Sequence[str], failure: Failure) -> Scores:

@@ -4,9 +4,9 @@ from typing import Literal
 
 import torch
 
+from align_cluster.errors import UserError
 from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.loading import open_clip_model
-from align_cluster.types import UserError
 
 
 class OpenClipScore(EmbeddingReward):

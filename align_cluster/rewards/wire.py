@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from align_cluster.config.base import Section
 from align_cluster.rewards.image_files import encode
 from align_cluster.rewards.limits import (
     Limits,
@@ -30,6 +29,7 @@ from align_cluster.rewards.limits import (
     read_json,
     validated,
 )
+from align_cluster.settings import Section
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
 
 MEDIA_TYPE = "application/vnd.align-cluster.score"

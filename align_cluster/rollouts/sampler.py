@@ -14,13 +14,13 @@ from align_cluster.backbones.adapters import Merged, adapter_parameters, add_ada
 from align_cluster.backbones.base import BackboneSection
 from align_cluster.conditions.cache import cached
 from align_cluster.conditions.perturb import E2po, gamma
-from align_cluster.config.base import Section
 from align_cluster.prompts.images import read_image
 from align_cluster.rollouts.denoise import Path, Policy, Velocity, denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import Window
+from align_cluster.settings import Section
 from align_cluster.types import Chunk, Condition, DrawInfo, Manifest, Perturbation, Receipt, Record
 from align_cluster.weights import adopt
 
@@ -31,8 +31,8 @@ class DrawRequest:
 
     `version` names the weights, `window` the denoising steps that are noisy and those to record. `means` asks for the
     means of the recorded densities, `path` for records of all steps, trained or not. `rho` is E2PO's share of the noise
-    range in which perturbed conditions hold. `told` is the strength that a guidance-distilled network is told (None:
-    the backbone's). `offline` takes the prompts' own images and draws nothing.
+    range in which perturbed conditions hold. `distilled_guidance` is what a guidance-distilled network is given
+    (None: the backbone's). `offline` takes the prompts' own images and draws nothing.
     """
 
     version: int
@@ -44,7 +44,7 @@ class DrawRequest:
     schedule: Section = SCHEDULES["native"].Config()
     rho: float = 1.0
     path: bool = False
-    told: float | None = None
+    distilled_guidance: float | None = None
     offline: bool = False
 
 
@@ -124,7 +124,7 @@ class Sampler:
         if request.offline:
             path = Path(self._given(chunk))
         else:
-            self.backbone.told = request.told
+            self.backbone.distilled_guidance = request.distilled_guidance
             velocity, policy = self._velocities(chunk, condition, null, request, perturbation)
             path = denoise(
                 velocity,
@@ -209,6 +209,6 @@ def fingerprint(chunk: Chunk, request: DrawRequest, condition_key: str, perturba
     """Hash of everything that decides a draw; the driver compares the one that comes back with its own."""
     settings = (request.step.model_dump_json(), request.schedule.model_dump_json())
     facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means, request.rho)
-    facts += (request.path, request.told, request.offline)
+    facts += (request.path, request.distilled_guidance, request.offline)
     members = (chunk.seeds, chunk.noises, chunk.variants, condition_key, perturbation_key)
     return hashlib.blake2b(repr((facts, members)).encode(), digest_size=8).hexdigest()

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from align_cluster.config.base import Section
+from align_cluster.errors import UserError
 from align_cluster.rollouts.steps import STEPS, Dpm2, Step
-from align_cluster.types import UserError
+from align_cluster.settings import Section
 
 Values = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> [B, R], differentiable
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 
 
 @dataclass(frozen=True)

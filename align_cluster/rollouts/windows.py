@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from align_cluster.config.base import Section
+from align_cluster.settings import Section
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from align_cluster.algorithms.base import Batch, Policy
+from align_cluster.backbones.levels import ddim_levels, linear_sigmas
 from align_cluster.rollouts.denoise import denoise
-from align_cluster.rollouts.schedule import ddim_levels, linear_sigmas
 from align_cluster.rollouts.steps import STEPS, Step
 
 SHAPE = (2, 1, 1)
@@ -115,7 +115,7 @@ class ToyPolicy(Policy):
         )
         return SimpleNamespace(path=path, seeds=seeds, indices=torch.from_numpy(own))
 
-    def batch(self, rollout: SimpleNamespace, advantages: torch.Tensor, turn: int = 0, moment: int = 0) -> Batch:
+    def batch(self, rollout: SimpleNamespace, advantages: torch.Tensor, inner_pass: int = 0, moment: int = 0) -> Batch:
         """The learner's micro-batch of a whole rollout."""
 
         def generators(purpose: str) -> list[torch.Generator]:
@@ -124,7 +124,7 @@ class ToyPolicy(Policy):
 
         path = rollout.path
         return Batch(
-            turn,
+            inner_pass,
             advantages,
             path.x0,
             self.sigmas,

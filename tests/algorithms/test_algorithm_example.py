@@ -31,8 +31,10 @@ def test_the_readmes_algorithm_has_fewer_than_20_lines_and_aligns_the_toy(make_p
         scores.append(rewards.mean().item())
         values = normalise(rewards.numpy()[None], np.ones((1, 64), bool), AdvantageConfig(), np.zeros((1, 64), int))[0]
         optimizer.zero_grad()
-        for turn in range(algorithm.turns(6, 5)):
-            loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.from_numpy(values).float(), turn, update))
+        for inner_pass in range(algorithm.inner_passes(6, 5)):
+            loss, _ = algorithm.loss(
+                policy, policy.batch(rollout, torch.from_numpy(values).float(), inner_pass, update)
+            )
             loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
         optimizer.step()

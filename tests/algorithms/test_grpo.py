@@ -62,10 +62,10 @@ def draw(make_policy, name: str, per_sample: bool):
     return policy, policy.rollout(SEEDS, own_steps() if per_sample else range(TURNS))
 
 
-def one_step(policy, rollout, row: int, turn: int, adapter: str | None = "default"):
+def one_step(policy, rollout, row: int, inner_pass: int, adapter: str | None = "default"):
     """(mean [2, 1, 1] of one recorded step of one sample, and that step's entry of each table), without a batch."""
-    k, table = int(rollout.indices[row, turn]), policy.step.coefficients()
-    x = rollout.path.before[row, turn]
+    k, table = int(rollout.indices[row, inner_pass]), policy.step.coefficients()
+    x = rollout.path.before[row, inner_pass]
     output = policy.velocity(x[None], policy.step.level(torch.tensor([k])), adapter)[0]
     entry = {name: float(values[k]) for name, values in vars(table).items()}
     return entry["x"] * x + entry["output"] * output, entry | {"dt": float(policy.sigmas[k + 1] - policy.sigmas[k])}
@@ -75,12 +75,15 @@ def one_step(policy, rollout, row: int, turn: int, adapter: str | None = "defaul
 @pytest.mark.parametrize("name", NOISY)
 def test_with_unchanged_weights_the_ratio_is_one(make_policy, name, per_sample):
     policy, rollout = draw(make_policy, name, per_sample)
-    for turn in range(TURNS):
-        _, metrics = grpo().loss(policy, policy.batch(rollout, ADVANTAGES, turn))
+    for inner_pass in range(TURNS):
+        _, metrics = grpo().loss(policy, policy.batch(rollout, ADVANTAGES, inner_pass))
         assert (metrics["log_ratio"] == 0).all()  # to the bit, where 1e-6 would do
         assert metrics["clip_high"].sum() == metrics["clip_low"].sum() == 0
     disturb(policy)
-    changed = [grpo().loss(policy, policy.batch(rollout, ADVANTAGES, turn))[1]["log_ratio"] for turn in range(TURNS)]
+    changed = [
+        grpo().loss(policy, policy.batch(rollout, ADVANTAGES, inner_pass))[1]["log_ratio"]
+        for inner_pass in range(TURNS)
+    ]
     assert (torch.stack(changed).abs() > 1e-6).all()
 
 
@@ -88,12 +91,12 @@ def test_with_unchanged_weights_the_ratio_is_one(make_policy, name, per_sample):
 @pytest.mark.parametrize("name", NOISY)
 def test_the_gradient_at_ratio_one_is_that_of_advantage_weighted_log_probs(make_policy, name, per_sample):
     policy, rollout = draw(make_policy, name, per_sample)
-    for turn in range(TURNS):
-        loss, _ = grpo().loss(policy, policy.batch(rollout, ADVANTAGES, turn))
+    for inner_pass in range(TURNS):
+        loss, _ = grpo().loss(policy, policy.batch(rollout, ADVANTAGES, inner_pass))
         expected = 0
         for row, advantage in enumerate(ADVANTAGES.clamp(-5, 5)):
-            mean, table = one_step(policy, rollout, row, turn)
-            x_next = rollout.path.after[row, turn]
+            mean, table = one_step(policy, rollout, row, inner_pass)
+            x_next = rollout.path.after[row, inner_pass]
             if name == "cps":
                 log_prob = -((x_next - mean) ** 2).mean()
             else:
@@ -134,10 +137,12 @@ def test_no_advantage_and_no_kl_is_no_gradient(drawn):
 def test_gradients_accumulated_over_steps_are_those_of_the_joint_loss(drawn):
     policy, rollout = drawn
     algorithm = grpo(kl_beta=0.1)
-    joint = sum(algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, turn))[0].sum() for turn in range(TURNS))
+    joint = sum(
+        algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, inner_pass))[0].sum() for inner_pass in range(TURNS)
+    )
     expected = gradient(joint, policy.parameters)
-    for turn in range(TURNS):
-        algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, turn))[0].sum().backward()
+    for inner_pass in range(TURNS):
+        algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, inner_pass))[0].sum().backward()
     accumulated = torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
     torch.testing.assert_close(accumulated, expected, rtol=1e-5, atol=1e-7)
 
@@ -148,8 +153,8 @@ def test_kl_to_the_base_is_zero_without_gradient_while_the_adapter_is_zero(make_
     policy = make_policy(**NOISY[name])
     torch.nn.init.ones_(policy.adapters["old"].out.bias)  # an adapter that is not the base
     rollout = policy.rollout(SEEDS, own_steps())
-    for turn in range(TURNS):
-        loss, metrics = grpo(kl_beta=3.0, kl_mode=mode).loss(policy, policy.batch(rollout, torch.zeros(8), turn))
+    for inner_pass in range(TURNS):
+        loss, metrics = grpo(kl_beta=3.0, kl_mode=mode).loss(policy, policy.batch(rollout, torch.zeros(8), inner_pass))
         assert (metrics["kl"] == 0).all() and (loss == 0).all()
         assert gradient(loss.sum(), policy.parameters).abs().max() == 0
 
@@ -158,11 +163,11 @@ def test_kl_to_the_base_is_zero_without_gradient_while_the_adapter_is_zero(make_
 @pytest.mark.parametrize("name", NOISY)
 def test_kl_of_samples_at_different_steps_is_that_of_each_ones_own_step(make_policy, name, mode):
     policy, rollout = draw(make_policy, name, per_sample=True)
-    for turn in range(TURNS):
-        _, metrics = grpo(kl_beta=1.0, kl_mode=mode).loss(policy, policy.batch(rollout, ADVANTAGES, turn))
+    for inner_pass in range(TURNS):
+        _, metrics = grpo(kl_beta=1.0, kl_mode=mode).loss(policy, policy.batch(rollout, ADVANTAGES, inner_pass))
         for row in range(8):
-            mean, table = one_step(policy, rollout, row, turn)
-            reference, _ = one_step(policy, rollout, row, turn, None)
+            mean, table = one_step(policy, rollout, row, inner_pass)
+            reference, _ = one_step(policy, rollout, row, inner_pass, None)
             std = table["std_t"] if mode == "no_dt" else table["std"]
             exact = torch.distributions.kl_divergence(*(torch.distributions.Normal(m, std) for m in (mean, reference)))
             expected = exact.sum() if mode == "exact_sum" else exact.mean()
@@ -189,13 +194,13 @@ def test_kl_pulls_a_changed_policy_back_and_the_base_carries_no_gradient(drawn):
 @pytest.mark.parametrize("name", GAUSSIAN)
 def test_a_guarded_ratio_of_unchanged_weights_is_one_and_teaches_the_deviation_times_as_much(make_policy, name, weight):
     policy, rollout = draw(make_policy, name, per_sample=True)
-    for turn in range(TURNS):
-        batch = policy.batch(rollout, ADVANTAGES, turn)
+    for inner_pass in range(TURNS):
+        batch = policy.batch(rollout, ADVANTAGES, inner_pass)
         plain, _ = grpo().loss(policy, batch)
         guarded, metrics = grpo(ratio="guard", guard_weight=weight).loss(policy, batch)
         assert (metrics["log_ratio"] == 0).all() and metrics["clip_high"].sum() == metrics["clip_low"].sum() == 0
         for row in range(8):
-            _, table = one_step(policy, rollout, row, turn)
+            _, table = one_step(policy, rollout, row, inner_pass)
             share = 1 / -table["dt"] if weight == "inverse_dt" else 1.0
             assert guarded[row].item() == pytest.approx(-share * ADVANTAGES[row].clamp(-5, 5).item(), rel=1e-6)
             expected = table["std"] * share * gradient(plain[row], policy.parameters)
@@ -206,15 +211,15 @@ def test_a_guarded_ratio_of_unchanged_weights_is_one_and_teaches_the_deviation_t
 @pytest.mark.parametrize("name", GAUSSIAN)
 def test_a_guarded_ratio_of_changed_weights_is_the_shift_of_the_mean_along_the_noise(make_policy, name):
     policy, rollout = draw(make_policy, name, per_sample=True)
-    old = [[one_step(policy, rollout, row, turn)[0].detach() for row in range(8)] for turn in range(TURNS)]
+    old = [[one_step(policy, rollout, row, inner_pass)[0].detach() for row in range(8)] for inner_pass in range(TURNS)]
     disturb(policy, 0.05)
     algorithm = grpo(ratio="guard", guard_weight="none", clip=0.05, clip_high=0.02)
-    for turn in range(TURNS):
-        loss, metrics = algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, turn))
+    for inner_pass in range(TURNS):
+        loss, metrics = algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, inner_pass))
         for row, advantage in enumerate(ADVANTAGES.clamp(-5, 5).tolist()):
-            mean, table = one_step(policy, rollout, row, turn)
-            noise = (rollout.path.after[row, turn] - old[turn][row]) / table["std"]
-            ratio = ((mean - old[turn][row]) * noise).mean().exp().item()
+            mean, table = one_step(policy, rollout, row, inner_pass)
+            noise = (rollout.path.after[row, inner_pass] - old[inner_pass][row]) / table["std"]
+            ratio = ((mean - old[inner_pass][row]) * noise).mean().exp().item()
             clipped = min(max(ratio, 0.95), 1.02)
             assert loss[row].item() == pytest.approx(max(-advantage * ratio, -advantage * clipped), rel=1e-4)
             assert metrics["clip_high"][row].item() == (ratio > 1.02)

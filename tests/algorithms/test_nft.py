@@ -55,14 +55,18 @@ def test_a_rollout_records_nothing_but_its_final_latents(policy):
     assert not nft().needs_density and nft().behaviour == "old"
 
 
-@pytest.mark.parametrize(("timesteps", "steps", "turns"), [(None, 10, 9), (None, 1, 1), (3, 10, 3), (20, 10, 10)])
-def test_turns_are_99_percent_of_the_levels_or_what_was_asked_for(timesteps, steps, turns):
-    assert nft(timesteps=timesteps).turns(steps, 0) == turns
+@pytest.mark.parametrize(
+    ("timesteps", "steps", "inner_passes"), [(None, 10, 9), (None, 1, 1), (3, 10, 3), (20, 10, 10)]
+)
+def test_turns_are_99_percent_of_the_levels_or_what_was_asked_for(timesteps, steps, inner_passes):
+    assert nft(timesteps=timesteps).inner_passes(steps, 0) == inner_passes
 
 
 def test_each_sample_visits_each_rollout_level_at_most_once_in_its_own_order(policy):
     rollout = policy.rollout(SEEDS, adapter="old")
-    visited = torch.stack([levels_seen(policy, policy.batch(rollout, ADVANTAGES, turn))[0][0] for turn in range(6)], 1)
+    visited = torch.stack(
+        [levels_seen(policy, policy.batch(rollout, ADVANTAGES, inner_pass))[0][0] for inner_pass in range(6)], 1
+    )
     levels = torch.from_numpy(policy.sigmas[:-1]).float()
     for row in visited:
         torch.testing.assert_close(row.sort(descending=True).values, levels)
@@ -72,8 +76,8 @@ def test_each_sample_visits_each_rollout_level_at_most_once_in_its_own_order(pol
 def test_all_velocities_of_a_turn_share_noise_and_each_turn_and_moment_draws_its_own(policy):
     rollout = policy.rollout(SEEDS, adapter="old")
 
-    def noise(turn: int, moment: int = 0) -> torch.Tensor:
-        seen = levels_seen(policy, policy.batch(rollout, ADVANTAGES, turn, moment))
+    def noise(inner_pass: int, moment: int = 0) -> torch.Tensor:
+        seen = levels_seen(policy, policy.batch(rollout, ADVANTAGES, inner_pass, moment))
         assert all(torch.equal(x, seen[0][1]) and torch.equal(s, seen[0][0]) for s, x in seen)
         level = seen[0][0].view(-1, 1, 1, 1)
         return (seen[0][1] - (1 - level) * rollout.path.x0) / level

@@ -90,14 +90,14 @@ def test_draft_ends_where_the_rollout_did_and_has_its_gradient(make_policy, kind
 def test_draft_lv_noises_the_drawn_image_again_each_turn_anew(make_policy):
     policy = touched(make_policy("euler", STEPS))
     algorithm = DRaFT(DRaFT.Config(renoised=2))
-    assert algorithm.states(STEPS) is None and algorithm.turns(STEPS, 0) == 2
+    assert algorithm.states(STEPS) is None and algorithm.inner_passes(STEPS, 0) == 2
     rollout = policy.rollout(SEEDS)
     losses = []
-    for turn in (0, 1):
-        batch = policy.batch(rollout, torch.zeros(len(SEEDS)), turn)
+    for inner_pass in (0, 1):
+        batch = policy.batch(rollout, torch.zeros(len(SEEDS)), inner_pass)
         loss, _ = algorithm.loss(policy, batch)
         sigma = float(policy.sigmas[-2])
-        noise = initial_noise(batch.generators(f"noise {turn}"), (2, 1, 1))
+        noise = initial_noise(batch.generators(f"noise {inner_pass}"), (2, 1, 1))
         x = (1 - sigma) * rollout.path.x0 + sigma * noise
         ended = x - sigma * policy.velocity(x, torch.full((len(SEEDS),), sigma))
         torch.testing.assert_close(-loss, policy.rewards(ended, ["goal"])[:, 0], rtol=1e-5, atol=1e-5)

@@ -5,8 +5,8 @@ from pydantic import ValidationError
 
 from align_cluster.algorithms.base import Batch, Policy
 from align_cluster.algorithms.srpo import LEVELS, NEGATIVE, POSITIVE, SRPO
+from align_cluster.backbones.levels import ddim_levels, linear_sigmas
 from align_cluster.rollouts.denoise import starting_noise
-from align_cluster.rollouts.schedule import ddim_levels, linear_sigmas
 from align_cluster.rollouts.steps import STEPS
 
 SHAPE = (2, 3, 3)
@@ -44,14 +44,14 @@ class Linear(Policy):
 X0 = torch.randn(len(SEEDS), *SHAPE, generator=torch.Generator().manual_seed(3))
 
 
-def batch(turn=0, update=0, noises=SEEDS):
+def batch(inner_pass=0, update=0, noises=SEEDS):
     def generators(purpose):
         return [torch.Generator().manual_seed(seed * 1000 + len(purpose)) for seed in SEEDS]
 
     none = [None] * 4
     indices = torch.empty(len(SEEDS), 0, dtype=torch.int64)
     return Batch(
-        turn, torch.zeros(len(SEEDS)), X0, linear_sigmas(4, 3.0), indices, *none, generators, None, None, None,
+        inner_pass, torch.zeros(len(SEEDS)), X0, linear_sigmas(4, 3.0), indices, *none, generators, None, None, None,
         "a cat", noises, update,
     )  # fmt: skip
 
@@ -60,9 +60,9 @@ def made(**settings):
     return SRPO(SRPO.Config(**{"margin": None, **settings}))
 
 
-def gradient(algorithm, turn, policy=None):
+def gradient(algorithm, inner_pass, policy=None):
     policy = policy or Linear()
-    loss, _ = algorithm.loss(policy, batch(turn))
+    loss, _ = algorithm.loss(policy, batch(inner_pass))
     return torch.autograd.grad(loss.sum(), policy.leaf)[0]
 
 
@@ -78,8 +78,8 @@ def test_levels_are_those_of_the_official_code():
 
 def test_both_branches_recover_at_one_level_from_either_side_of_it():
     algorithm, policy = made(truncate_timesteps=False), Linear()
-    for turn in (0, 1):
-        algorithm.loss(policy, batch(turn))
+    for inner_pass in (0, 1):
+        algorithm.loss(policy, batch(inner_pass))
     target = algorithm.level(algorithm.numbers(batch(), 0))
     above, below = policy.fed
     assert (above > target).all() and (below < target).all()
@@ -87,8 +87,8 @@ def test_both_branches_recover_at_one_level_from_either_side_of_it():
 
 
 def test_a_perfect_network_recovers_its_own_x0_whatever_the_branch():
-    for turn in (0, 1):
-        _, metrics = made().loss(Linear(), batch(turn))
+    for inner_pass in (0, 1):
+        _, metrics = made().loss(Linear(), batch(inner_pass))
         assert metrics["recovery"].max() < 1e-4
 
 
@@ -109,14 +109,14 @@ def test_gradients_of_the_two_branches_cancel_what_is_common_to_the_words():
     """S3: equal gaps, k_A = k_B and C+ == C-: the reward's own taste pushes up in one and down in the other."""
     settings = {"discount_denoise": (0.2, 0.2), "discount_inversion": (0.2, 0.2), "positive": ["x"], "negative": ["x"]}
     algorithm = made(**settings)
-    a, b = (gradient(algorithm, turn) for turn in (0, 1))
+    a, b = (gradient(algorithm, inner_pass) for inner_pass in (0, 1))
     assert a.abs().max() > 1e-3
     torch.testing.assert_close(a, -b, rtol=1e-3, atol=1e-5)
 
 
 def test_gradients_of_the_two_branches_add_up_along_the_difference_of_the_words():
     algorithm, policy = made(form="difference"), Linear(bias=3.0)
-    a, b = (gradient(algorithm, turn, Linear(bias=3.0)) for turn in (0, 1))
+    a, b = (gradient(algorithm, inner_pass, Linear(bias=3.0)) for inner_pass in (0, 1))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     difference = policy.embedding("Natural-lighting. a cat") - policy.embedding("Concept art. a cat")
     push = -a[0]  # on the output, which the image follows with the other sign
@@ -126,16 +126,16 @@ def test_gradients_of_the_two_branches_add_up_along_the_difference_of_the_words(
 def test_without_a_discount_the_released_form_is_the_difference():
     """S4."""
     nothing = {"discount_denoise": (0.0, 0.0), "discount_inversion": (0.0, 0.0)}
-    for turn in (0, 1):
-        torch.testing.assert_close(gradient(made(**nothing), turn), gradient(made(form="difference"), turn))
+    for inner_pass in (0, 1):
+        torch.testing.assert_close(gradient(made(**nothing), inner_pass), gradient(made(form="difference"), inner_pass))
 
 
 def test_with_equal_words_the_released_form_is_the_reward_times_its_discount():
     """S5, in both branches."""
     algorithm = made(positive=["x"], negative=["x"], discount_denoise=(0.3, 0.3), discount_inversion=(0.7, 0.7))
-    for turn, k in ((0, 0.3), (1, 0.7)):
+    for inner_pass, k in ((0, 0.3), (1, 0.7)):
         policy = Linear()
-        _, metrics = algorithm.loss(policy, batch(turn))
+        _, metrics = algorithm.loss(policy, batch(inner_pass))
         plain = policy.rewards(X0, ["x. a cat"])[:, 0]
         torch.testing.assert_close(metrics["reward"], k * plain, rtol=1e-3, atol=1e-3)
 
@@ -160,9 +160,9 @@ def test_each_branch_reads_its_discount_where_the_official_code_does():
     algorithm = made(positive=["x"], negative=["x"], discount_denoise=(0.0, 1.0), discount_inversion=(0.0, 1.0))
     number = algorithm.numbers(batch(), 0)
     gap = torch.minimum(torch.minimum(number, LEVELS - number), torch.tensor(100))
-    for turn, place in ((0, number), (1, (number - gap).clamp(min=1))):
+    for inner_pass, place in ((0, number), (1, (number - gap).clamp(min=1))):
         policy = Linear()
-        _, metrics = algorithm.loss(policy, batch(turn))
+        _, metrics = algorithm.loss(policy, batch(inner_pass))
         k = torch.linspace(0, 1, LEVELS)[place]
         torch.testing.assert_close(metrics["reward"], k * policy.rewards(X0, ["x. a cat"])[:, 0], rtol=1e-3, atol=1e-3)
 
@@ -200,7 +200,7 @@ def test_a_template_says_where_the_words_go():
 def test_plain_direct_align_follows_the_prompts_own_reward():
     algorithm, policy = made(relative="none", branches="denoise"), Linear()
     loss, metrics = algorithm.loss(policy, batch())
-    assert policy.asked == [["a cat"]] and algorithm.turns(25, 0) == 1 and "preference" not in metrics
+    assert policy.asked == [["a cat"]] and algorithm.inner_passes(25, 0) == 1 and "preference" not in metrics
     torch.testing.assert_close(-loss, policy.rewards(X0, ["a cat"])[:, 0], rtol=1e-3, atol=1e-3)
 
 
@@ -218,29 +218,32 @@ def test_a_reward_that_reads_no_text_compares_an_image_with_itself_under_a_littl
 
 def test_several_injections_take_consecutive_levels_and_weigh_late_ones_less():
     algorithm = made(injections=3, branches="denoise", form="difference", late=(0.1, 1.0))
-    assert algorithm.turns(25, 0) == 3
+    assert algorithm.inner_passes(25, 0) == 3
     first, second, third = (algorithm.numbers(batch(), injection) for injection in range(3))
     assert (first - second == 100).all() and (second - third == 100).all()
     assert (third >= 5).all() and (first <= 995).all()
     plain = made(injections=3, branches="denoise", form="difference")
-    for turn, number in enumerate((first, second, third)):
+    for inner_pass, number in enumerate((first, second, third)):
         weight = 0.1 + 0.9 * (number - 1) / (LEVELS - 1)
         torch.testing.assert_close(
-            gradient(algorithm, turn), weight.view(-1, 1, 1, 1) * gradient(plain, turn), rtol=1e-4, atol=1e-6
+            gradient(algorithm, inner_pass),
+            weight.view(-1, 1, 1, 1) * gradient(plain, inner_pass),
+            rtol=1e-4,
+            atol=1e-6,
         )
 
 
 def test_levels_are_a_function_of_the_sample_and_not_of_its_batch():
     algorithm, whole = made(), batch()
     numbers = algorithm.numbers(whole, 0)
-    assert len(set(numbers.tolist())) > 1 and torch.equal(numbers, algorithm.numbers(batch(turn=1), 0))
+    assert len(set(numbers.tolist())) > 1 and torch.equal(numbers, algorithm.numbers(batch(inner_pass=1), 0))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_networks_that_predict_noise_take_the_same_two_branches(prediction):
     policy = Linear(prediction=prediction)
-    for turn in (0, 1):
-        loss, _ = made(levels=(0.95, 0.7)).loss(policy, batch(turn))
+    for inner_pass in (0, 1):
+        loss, _ = made(levels=(0.95, 0.7)).loss(policy, batch(inner_pass))
         assert torch.isfinite(torch.autograd.grad(loss.sum(), policy.leaf)[0]).all()
 
 

@@ -82,13 +82,13 @@ def test_grpo_moves_points_to_the_target_in_50_updates(make_policy, run):
             rewards, untrained = reward(rollout), reward(policy.rollout(seeds, adapter=None, noisy=noisy))
             scores.append(untrained.mean().item())
             gains.append(rewards.mean().item() - scores[-1])
-            credited, turns = credit(rewards, "group"), algorithm.turns(STEPS, indices.shape[1])
+            credited, inner_passes = credit(rewards, "group"), algorithm.inner_passes(STEPS, indices.shape[1])
         optimizer.zero_grad()
-        for turn in range(turns):
-            loss, metrics = algorithm.loss(policy, policy.batch(rollout, credited, turn, update))
+        for inner_pass in range(inner_passes):
+            loss, metrics = algorithm.loss(policy, policy.batch(rollout, credited, inner_pass, update))
             on_policy = update % settings["reuse"] == 0
             assert on_policy == bool(metrics["log_ratio"].abs().max() < 1e-6)
-            (loss.mean() / turns).backward()
+            (loss.mean() / inner_passes).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
         optimizer.step()
     # Against the untrained policy with the same noise, whose gain is exactly the 0 of the first rollout.
@@ -129,8 +129,8 @@ def test_nft_moves_mass_to_the_rewarded_mode(make_policy, beta):
         rewards = (rollout.path.x0[:, 0, 0, 0] > 0).float()
         credited = credit(rewards, "global")
         optimizer.zero_grad()
-        for turn in range(4):
-            loss, _ = algorithm.loss(policy, policy.batch(rollout, credited, turn, update))
+        for inner_pass in range(4):
+            loss, _ = algorithm.loss(policy, policy.batch(rollout, credited, inner_pass, update))
             (loss.mean() / 4).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
         optimizer.step()
@@ -181,10 +181,10 @@ def test_gradients_of_rewards_move_points_in_50_updates(make_policy, run, predic
         chosen = recorded_indices(Chunk(update, 0, 0, Prompt(0, ""), tuple(seeds)), window) if window else ()
         rollout = policy.rollout(seeds, chosen)
         optimizer.zero_grad()
-        turns = algorithm.turns(STEPS, 1)
-        for turn in range(turns):
-            loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.zeros(IMAGES), turn, update))
-            (loss.mean() / turns).backward()
+        inner_passes = algorithm.inner_passes(STEPS, 1)
+        for inner_pass in range(inner_passes):
+            loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.zeros(IMAGES), inner_pass, update))
+            (loss.mean() / inner_passes).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
         optimizer.step()
     before, after = reward(None), reward("default")

@@ -5,7 +5,7 @@ import torch
 
 from align_cluster.backbones.adapters import Merged, active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import add_adapters
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 from .contract import TEXT, Case, noise_of, random_state, sample
 

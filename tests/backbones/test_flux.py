@@ -44,7 +44,7 @@ def test_the_guidance_that_dev_is_told_changes_its_velocity_and_schnell_is_told_
     changes = {}
     for name, path in (("dev", folder), ("schnell", schnell_folder)):
         weak, strong = (
-            Flux(Flux.Config(path=str(path), embedded_guidance=guidance, **SETTINGS)) for guidance in (1.0, 3.5)
+            Flux(Flux.Config(path=str(path), distilled_guidance=guidance, **SETTINGS)) for guidance in (1.0, 3.5)
         )
         denoiser, (condition,) = weak.load_denoiser(), weak.encode([TEXT])
         changes[name] = (predict(weak, denoiser, condition) - predict(strong, denoiser, condition)).abs().max()
@@ -108,7 +108,7 @@ def test_perturbations_spread_clip_ls_pooled_vector_and_change_nothing_else(flux
 def test_bf16_changes_a_velocity_by_rounding_only_and_answers_in_fp32(folder):
     # In bf16 the network rounds 1000 sigma and 1000 times the guidance; 500 and 2000 stay what they are.
     fine, coarse = (
-        Flux(Flux.Config(path=str(folder), **SETTINGS | {"precision": precision, "embedded_guidance": 2.0}))
+        Flux(Flux.Config(path=str(folder), **SETTINGS | {"precision": precision, "distilled_guidance": 2.0}))
         for precision in ("fp32", "bf16")
     )
     denoiser, (condition,) = fine.load_denoiser(), fine.encode([TEXT])
@@ -121,9 +121,9 @@ def test_a_sampler_can_be_told_another_strength_of_guidance_than_the_settings(fl
     denoiser, (condition,) = flux.load_denoiser(), flux.encode([TEXT])
     own = predict(flux, denoiser, condition)
     try:
-        flux.told = flux.config.embedded_guidance
+        flux.distilled_guidance = flux.config.distilled_guidance
         assert torch.equal(predict(flux, denoiser, condition), own)
-        flux.told = 0.0
+        flux.distilled_guidance = 0.0
         assert not torch.equal(predict(flux, denoiser, condition), own)
     finally:
-        flux.told = None
+        flux.distilled_guidance = None

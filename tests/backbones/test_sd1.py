@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.backbones.levels import ddim_timesteps
 from align_cluster.backbones.sd1 import SD1
 from align_cluster.conditions.perturb import E2po, render, tokenize
-from align_cluster.rollouts.schedule import ddim_timesteps
+from align_cluster.errors import UserError
 from align_cluster.rollouts.steps import Euler
-from align_cluster.types import UserError
 
 from .contract import TEXT, Case, noise_of, sample
 

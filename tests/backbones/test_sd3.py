@@ -6,8 +6,8 @@ import torch
 
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.conditions.perturb import E2po, render, tokenize
+from align_cluster.errors import UserError
 from align_cluster.rollouts.guidance import TextBatch
-from align_cluster.types import UserError
 
 TEXTS = ["a photo of a red circle", "two blue squares"]
 

@@ -8,7 +8,7 @@ import torch
 
 from .tokenizers import clip_tokenizer, t5_tokenizer
 
-SETTINGS = {"height": 64, "width": 64, "max_sequence_length": 16, "embedded_guidance": 2.5}
+SETTINGS = {"height": 64, "width": 64, "max_sequence_length": 16, "distilled_guidance": 2.5}
 
 
 def build(folder: Path, distilled: bool = True) -> None:
@@ -66,7 +66,7 @@ def draw(pipe: Any, texts: list[str], noise: torch.Tensor, steps: int, guidance:
         texts,
         negative_prompt=[""] * len(texts),
         true_cfg_scale=guidance,
-        guidance_scale=SETTINGS["embedded_guidance"],
+        guidance_scale=SETTINGS["distilled_guidance"],
         max_sequence_length=SETTINGS["max_sequence_length"],
         latents=pipe._pack_latents(noise, *noise.shape),
         height=height,

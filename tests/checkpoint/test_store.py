@@ -9,7 +9,7 @@ import pytest
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import MANIFEST, Damaged, Store
 from align_cluster.checkpoint.writer import Job, Writer
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 FILES = {"state.safetensors": bytes(range(256)) * 100, "run.json": b'{"step": 1}'}
 

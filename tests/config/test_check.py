@@ -9,7 +9,7 @@ from align_cluster.backbones.sd3 import SD3
 from align_cluster.cli import main
 from align_cluster.config.check import check
 from align_cluster.config.load import load
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

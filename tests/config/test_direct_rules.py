@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from align_cluster.config.check import check
+from align_cluster.errors import UserError
 from align_cluster.prompts.images import survey
-from align_cluster.types import UserError
 
 CLIP = ["advantage={}", "rewards.judge.kind=clip_score"]
 WORDS = ["algorithm.positive=[large]", "algorithm.negative=[small]"]
@@ -29,7 +29,7 @@ PROBLEMS = [
     ([*DRAFT, "rollout.step.kind=dpm2"], ["rollout.step.kind is dpm2", "algorithm.kind draft leave rollout.step out"]),
     ([*REFL, "rollout.offline=true", "prompts.kind=embedded"], ["rollout.offline", "algorithm.kind to srpo"]),
     ([*SRPO, "rollout.offline=true"], ["prompts.kind embedded has none", "set it to images"]),
-    ([*SRPO, "rollout.embedded_guidance=1"], ["guidance-distilled", "backbone.kind sd3", "leave it out"]),
+    ([*SRPO, "rollout.distilled_guidance=1"], ["guidance-distilled", "backbone.kind sd3", "leave it out"]),
     (
         [*REFL, "rewards.judge.kind=pickscore", "algorithm.margin=2.0"],
         ["algorithm.margin is 2", "usually about 20", "set it to null"],

@@ -5,10 +5,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from align_cluster.config.explain import explain
 from align_cluster.config.load import config_hash, dump, json_schema, load, loads
+from align_cluster.config.messages import explain
 from align_cluster.config.run import RunConfig
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 
 def complaint(text, *overrides):

@@ -6,8 +6,9 @@ import pytest
 
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive, table
+from align_cluster.errors import UserError
 from align_cluster.prompts.groups import plan_step
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import Prompt
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -6,7 +6,7 @@ import torch
 
 from align_cluster.embedded import pipeline_path, scene
 from align_cluster.embedded.render import coverage, render
-from align_cluster.embedded.tokenizer import MAX_LENGTH, build
+from align_cluster.pretraining.tokenizer import MAX_LENGTH, build
 
 
 @pytest.mark.parametrize("task", scene.TASKS)

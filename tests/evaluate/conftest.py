@@ -13,10 +13,11 @@ import torch
 from align_cluster.backbones.adapters import add_adapters
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.config.load import config_hash, dump, load
-from align_cluster.evaluate.table import summarise
+from align_cluster.files import write_json, write_text
 from align_cluster.observe.grids import save_grid
-from align_cluster.observe.rundir import RunDir, write_json, write_text
+from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
+from align_cluster.observe.table import summarise
 from align_cluster.rollouts.sampler import Sampler
 
 from ..backbones.contract import TEXT, Case, random_state

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from align_cluster.backbones import BACKBONES
 from align_cluster.cli import main
 from align_cluster.config.load import load
+from align_cluster.errors import UserError
 from align_cluster.evaluate.export import export
 from align_cluster.evaluate.sample import Wanted, sample
 from align_cluster.observe.rundir import RunDir
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import Prompt
 
 from ..backbones.contract import TEXT, noise_of
 

@@ -8,10 +8,11 @@ import pytest
 
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.config.load import load
+from align_cluster.errors import UserError
 from align_cluster.evaluate.lora import find_lora, read_lora, sampler_with
 from align_cluster.evaluate.run import evaluate
-from align_cluster.evaluate.table import rows
-from align_cluster.types import Prompt, Scores, UserError
+from align_cluster.observe.table import rows
+from align_cluster.types import Prompt, Scores
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 

@@ -11,9 +11,10 @@ from PIL import Image
 from align_cluster.cli import main
 from align_cluster.config.load import dump, load
 from align_cluster.embedded import pipeline_path
+from align_cluster.errors import UserError
 from align_cluster.evaluate.sample import Wanted, read_prompts, sample
 from align_cluster.observe.grids import GAP, LINE, MARGIN
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import Prompt
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 METADATA = {"tag": "single_object", "include": [{"class": "circle", "count": 1, "color": "red"}], "exclude": []}

@@ -14,8 +14,9 @@ from align_cluster.backbones.critic import Critic
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.cli import main
 from align_cluster.config.load import dump, load
-from align_cluster.loop.critic_credit import CriticCreditor, save_critic
-from align_cluster.observe.rundir import RunDir, write_text
+from align_cluster.files import write_text
+from align_cluster.loop.critic_advantages import CriticCreditor, save_critic
+from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.guidance import TextBatch
 

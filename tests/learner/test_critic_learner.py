@@ -14,8 +14,8 @@ from align_cluster.backbones.adapters import add_adapters
 from align_cluster.backbones.base import CriticSection
 from align_cluster.backbones.critic import Critic
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.config.run import OptimizerConfig
 from align_cluster.learner.critic import CriticLearner
+from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Chunk, Prompt, Record
 

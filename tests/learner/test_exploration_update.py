@@ -78,7 +78,7 @@ def make_learner() -> Iterator[Callable[[str], Learner]]:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            learners[kind] = Learner(settings(kind), 0, 1, "127.0.0.1", port)
+            learners[kind] = Learner(settings(kind).learner_setup, 0, 1, "127.0.0.1", port)
         return learners[kind]
 
     yield make

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.backbones.levels import sd3_sigmas
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
-from align_cluster.rollouts.schedule import sd3_sigmas
 from align_cluster.types import Chunk, Condition, Prompt, Record
 
 GUIDANCE, COUNT, STEP = 4.5, 2, 0.05
@@ -48,7 +48,7 @@ def learner(network, settings, branches: str) -> Learner:
     made = object.__new__(Learner)
     made.backbone, made.denoiser = network
     made.engine, made.judge = SimpleNamespace(deepspeed=made.denoiser), None
-    made.config = RunConfig.model_validate(
+    made.setup = RunConfig.model_validate(
         {
             "name": "test",
             "steps": 1,
@@ -60,7 +60,7 @@ def learner(network, settings, branches: str) -> Learner:
             "learner": {"guidance_gradient": branches},
             "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}},
         }
-    )
+    ).learner_setup
     return made
 
 

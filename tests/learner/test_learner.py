@@ -7,7 +7,7 @@ import pytest
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Piece
-from align_cluster.learner.sums import merge
+from align_cluster.learner.reduction import merge
 from align_cluster.learner.worker import Learner
 from align_cluster.types import Chunk, Prompt, Record
 
@@ -30,7 +30,7 @@ def learner(updates_per_step: int = 2, **optimizer) -> Learner:
         }
     )
     made = object.__new__(Learner)
-    made.config, made.updates = config, 0
+    made.setup, made.updates = config.learner_setup, 0
     return made
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from align_cluster.backbones.levels import sd3_sigmas
 from align_cluster.learner.trust_probe import TrustProbe
-from align_cluster.rollouts.schedule import sd3_sigmas
 from align_cluster.rollouts.steps import FlowSde
 
 SHAPE = (2, 3, 3)
@@ -31,26 +31,26 @@ def drawn() -> tuple[Linear, SimpleNamespace]:
     indices = torch.tensor([[0, 3], [1, 2], [4, 0], [2, 1], [3, 4]])
     before, noise = (torch.randn(5, 2, *SHAPE, generator=generator) for _ in range(2))
     after = torch.empty_like(before)
-    for turn in range(2):
-        k, x = indices[:, turn], before[:, turn]
+    for inner_pass in range(2):
+        k, x = indices[:, inner_pass], before[:, inner_pass]
         mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.level(k)))
-        after[:, turn] = (mean + std.view(-1, 1, 1, 1) * noise[:, turn]).detach()
+        after[:, inner_pass] = (mean + std.view(-1, 1, 1, 1) * noise[:, inner_pass]).detach()
     record = SimpleNamespace(indices=indices.numpy(), before=before.numpy(), after=after.numpy())
     return policy, record
 
 
-@pytest.mark.parametrize("turn", [0, 1])
-def test_an_update_is_measured_on_the_chosen_members_at_their_own_steps(drawn, turn):
+@pytest.mark.parametrize("inner_pass", [0, 1])
+def test_an_update_is_measured_on_the_chosen_members_at_their_own_steps(drawn, inner_pass):
     policy, record = drawn
     probe, change = TrustProbe([policy.matrix], 0, 1), 0.05 * torch.randn(18, 18)
-    k, x = torch.from_numpy(record.indices[1:4, turn]), torch.from_numpy(record.before[1:4, turn])
+    k, x = torch.from_numpy(record.indices[1:4, inner_pass]), torch.from_numpy(record.before[1:4, inner_pass])
 
     def laws() -> torch.distributions.Normal:
         mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.level(k)))
         return torch.distributions.Normal(mean.detach().double(), std.double().view(-1, 1, 1, 1))
 
     start = laws()
-    probe.begin(policy, record, slice(1, 4), turn)
+    probe.begin(policy, record, slice(1, 4), inner_pass)
     with torch.no_grad():
         policy.matrix += change
     found = probe.finish(0.25)

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from align_cluster.checkpoint.store import Store
+from align_cluster.cluster.nodes import software
 from align_cluster.config.load import dump, load
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
+from align_cluster.files import write_json, write_text
 from align_cluster.learner.state import Snapshot
-from align_cluster.loop.keeper import State
+from align_cluster.loop.checkpoints import State
 from align_cluster.loop.resume import place
-from align_cluster.loop.summary import software
-from align_cluster.observe.rundir import RunDir, write_json, write_text
-from align_cluster.types import UserError
+from align_cluster.observe.rundir import RunDir
 
 TINY = Path(__file__).parents[1] / "system" / "tiny.yaml"
 
@@ -120,8 +121,8 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_in_its_place(run, tm
     for step in (2, 4):
         (run.checkpoints / f"step_00000{step}" / "run.json").write_bytes(b"")
     notes = []
-    told = pytest.raises(UserError, match="holds no checkpoint that can be read")
-    with told, place(tiny(), tmp_path, "auto", notes.append):
+    distilled_guidance = pytest.raises(UserError, match="holds no checkpoint that can be read")
+    with distilled_guidance, place(tiny(), tmp_path, "auto", notes.append):
         pass
     assert [note.split()[1][-11:] for note in notes[1:]] == ["step_000004", "step_000002"]
     assert run.metrics.read_text().count("\n") == 5

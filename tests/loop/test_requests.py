@@ -6,8 +6,8 @@ import pytest
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.crew import Crew
 from align_cluster.loop.driver import plan_chunks
+from align_cluster.loop.workers import Crew
 from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
 from align_cluster.rollouts.schedule import NativeSchedule
 from align_cluster.rollouts.steps import Euler

@@ -8,10 +8,11 @@ import pytest
 
 from align_cluster.embedded.render import render
 from align_cluster.embedded.scene import prompts
-from align_cluster.evaluate.table import summarise
+from align_cluster.files import write_json, write_text
 from align_cluster.observe.grids import save_grid
-from align_cluster.observe.rundir import RunDir, write_json, write_text
+from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
+from align_cluster.observe.table import summarise
 
 TASKS = {"single_object": (0.58, 0.86), "colors": (0.5, 0.81), "two_object": (0.41, 0.47), "counting": (0.46, 0.6)}
 CONFIG = """name: {name}

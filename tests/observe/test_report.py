@@ -6,10 +6,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from align_cluster.errors import UserError
+from align_cluster.files import write_json, write_text
 from align_cluster.observe.report import write_report
-from align_cluster.observe.rundir import RunDir, write_json, write_text
+from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter, append_jsonl
-from align_cluster.types import UserError
 
 VOID = {"meta", "img", "br", "link", "line", "rect", "circle", "path", "polygon"}
 

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from align_cluster.observe.rundir import RunDir, atomic, read_json, write_json, write_text
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
+from align_cluster.files import atomic, read_json, write_json, write_text
+from align_cluster.observe.rundir import RunDir
 
 from .mounts import in_mount, needs_mounts
 
@@ -119,7 +120,7 @@ def test_a_read_only_disk_is_one_sentence(tmp_path, code, said):
     python = f"""
 from pathlib import Path
 from align_cluster.observe.rundir import RunDir
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 folder = Path({str(tmp_path)!r})
 try:
     {code}
@@ -135,13 +136,14 @@ from pathlib import Path
 import numpy as np
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.observe.rundir import RunDir, storage
-from align_cluster.types import UserError
+from align_cluster.observe.rundir import RunDir
+from align_cluster.files import storage
+from align_cluster.errors import UserError
 run = RunDir(Path({folder!r}) / "run")
 backbone = SD3(SD3.Config(path="embedded"))
 weights = adapter_parameters(add_adapters(backbone, backbone.load_denoiser(), ("default",)), "default")
 try:
-    with storage(run):
+    with storage(run.path):
         backbone.save_lora({{name: np.array(value.detach()) for name, value in weights.items()}}, run.lora)
 except UserError as error:
     print(error)

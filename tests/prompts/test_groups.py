@@ -3,8 +3,9 @@ from collections import Counter
 
 import pytest
 
+from align_cluster.errors import UserError
 from align_cluster.prompts.groups import EVALUATION_STEP, epoch_order, member_seed, plan_evaluation, plan_step, spread
-from align_cluster.types import Chunk, Prompt, UserError
+from align_cluster.types import Chunk, Prompt
 
 PROMPTS = [Prompt(i, f"prompt {i}", {"tag": ("colors", "counting", "ocr")[i % 3]}) for i in range(23)]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from align_cluster.errors import UserError
 from align_cluster.prompts.images import ImagePrompts, left_out, read_image, survey
-from align_cluster.types import UserError
 
 
 @pytest.fixture

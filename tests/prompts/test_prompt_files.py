@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from align_cluster.errors import UserError
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, parse, quoted
-from align_cluster.types import UserError
 
 
 def text_prompts(tmp_path, content, **settings):

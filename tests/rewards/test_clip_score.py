@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
-from align_cluster.embedded.tokenizer import build
+from align_cluster.pretraining.tokenizer import build
 from align_cluster.rewards.clip_score import ClipScore
 
 from .helpers import batched, floats, middle, prompts, refusal

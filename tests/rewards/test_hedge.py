@@ -111,7 +111,7 @@ def test_without_hedging_a_slow_answer_is_waited_for():
 
 
 def test_a_reward_of_a_run_hedges_at_a_service_that_is_slow_once(http_server):
-    from align_cluster.rewards.api import create_app
+    from align_cluster.serving.api import create_app
 
     class Backend:
         calls = 0

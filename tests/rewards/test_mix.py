@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardSection
 from align_cluster.rewards.mix import beside, concatenate, table
-from align_cluster.types import Failure, Scores, UserError
+from align_cluster.types import Failure, Scores
 
 NAN = float("nan")
 

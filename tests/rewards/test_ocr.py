@@ -6,8 +6,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
+from align_cluster.errors import UserError
 from align_cluster.rewards.ocr import READABLE_SIDE, Ocr, edit_distance, enlarged, plain, similarity
-from align_cluster.types import Prompt, UserError
+from align_cluster.types import Prompt
 
 
 @pytest.mark.parametrize(

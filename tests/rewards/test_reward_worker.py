@@ -3,12 +3,13 @@ import pytest
 
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
+from align_cluster.errors import UserError
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import Result
 from align_cluster.rewards.failure import checked
 from align_cluster.rewards.geneval import GenEval
 from align_cluster.rewards.worker import RewardWorker
-from align_cluster.types import Failure, Prompt, UserError
+from align_cluster.types import Failure, Prompt
 
 RECORD = scene.prompts("colors", "held_out")[0]
 IMAGES = render([RECORD] * 2, 1).permute(0, 2, 3, 1).numpy()

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from align_cluster.backbones.levels import ddim_levels, sd3_sigmas
 from align_cluster.rollouts.denoise import Path, denoise, initial_noise
-from align_cluster.rollouts.schedule import ddim_levels, sd3_sigmas
 from align_cluster.rollouts.steps import STEPS
 
 SHAPE = (4, 3, 5)

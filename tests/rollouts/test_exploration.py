@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import adapter_parameters
+from align_cluster.backbones.levels import sd3_sigmas
 from align_cluster.conditions.perturb import E2po
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
-from align_cluster.rollouts.schedule import Sd3Schedule, sd3_sigmas
+from align_cluster.rollouts.schedule import Sd3Schedule
 from align_cluster.rollouts.steps import Dpm2, Euler, FlowSde
 from align_cluster.rollouts.windows import Window
 from align_cluster.types import Chunk, Perturbation, Prompt

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import adapter_parameters
+from align_cluster.backbones.levels import flux_sigmas, sd3_sigmas
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint, recorded_indices
-from align_cluster.rollouts.schedule import FluxSchedule, LinearSchedule, Sd3Schedule, flux_sigmas, sd3_sigmas
+from align_cluster.rollouts.schedule import FluxSchedule, LinearSchedule, Sd3Schedule
 from align_cluster.rollouts.steps import STEPS as KINDS
 from align_cluster.rollouts.steps import Cps, DanceSde, Dpm2, Euler, FlowDdim, FlowSde
 from align_cluster.rollouts.windows import FractionWindow, Window

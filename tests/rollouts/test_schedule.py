@@ -3,9 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from align_cluster.embedded import pipeline_path
-from align_cluster.rollouts.schedule import (
-    SCHEDULES,
+from align_cluster.backbones.levels import (
     ddim_levels,
     ddim_timesteps,
     flux_sigmas,
@@ -13,7 +11,9 @@ from align_cluster.rollouts.schedule import (
     sd3_sigmas,
     shift_map,
 )
-from align_cluster.types import UserError
+from align_cluster.embedded import pipeline_path
+from align_cluster.errors import UserError
+from align_cluster.rollouts.schedule import SCHEDULES
 
 STEPS = (1, 2, 6, 10, 28, 40)
 

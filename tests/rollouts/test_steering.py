@@ -10,9 +10,10 @@ import torch
 from align_cluster.backbones.adapters import add_adapters
 from align_cluster.backbones.base import CriticSection
 from align_cluster.backbones.critic import Critic
+from align_cluster.backbones.levels import ddim_levels, sd3_sigmas
+from align_cluster.errors import UserError
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.guidance import TextBatch
-from align_cluster.rollouts.schedule import ddim_levels, sd3_sigmas
 from align_cluster.rollouts.steering import (
     STEERING,
     clipped,
@@ -23,7 +24,6 @@ from align_cluster.rollouts.steering import (
     weighted,
 )
 from align_cluster.rollouts.steps import STEPS, Dpm2
-from align_cluster.types import UserError
 
 from ..backbones.contract import TEXT, Case
 from ..backbones.test_critic import shake

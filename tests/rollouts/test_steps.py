@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from align_cluster.rollouts.schedule import ddim_levels, ddim_timesteps, linear_sigmas, sd3_sigmas, shift_map
+from align_cluster.backbones.levels import ddim_levels, ddim_timesteps, linear_sigmas, sd3_sigmas, shift_map
 from align_cluster.rollouts.steps import (
     STEPS,
     Coefficients,

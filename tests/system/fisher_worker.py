@@ -12,9 +12,9 @@ import torch
 
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.config.run import OptimizerConfig
 from align_cluster.learner.engine import Engine, join
 from align_cluster.learner.fisher import FisherProbe, probing
+from align_cluster.learner.settings import OptimizerConfig
 
 UPDATES, SAMPLES = 2, 4
 

@@ -21,7 +21,7 @@ from align_cluster.cluster import doctor
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.load import load
 from align_cluster.loop import driver
-from align_cluster.loop.crew import Crew
+from align_cluster.loop.workers import Crew
 
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 OVERRIDES = (

@@ -33,7 +33,7 @@ class Job:
         self.config = type(plain).model_validate(config)
         self.rank, self.world = rank, world
         self.drawn, self.texts = ZERO["records"](self.config), ZERO["conditions"](self.config)
-        self.learner = Learner(self.config, rank, world, "127.0.0.1", port)
+        self.learner = Learner(self.config.learner_setup, rank, world, "127.0.0.1", port)
 
     def step(self, step: int) -> dict:
         pieces = self.cut(step)

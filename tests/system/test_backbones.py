@@ -14,11 +14,11 @@ import pytest
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.config.check import check
+from align_cluster.errors import UserError
 from align_cluster.evaluate.lora import read_lora
 from align_cluster.evaluate.run import evaluate
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
-from align_cluster.types import UserError
 
 from ..backbones.contract import Case
 

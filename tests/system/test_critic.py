@@ -14,10 +14,10 @@ from align_cluster.backbones.critic import Critic
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.cli import main
 from align_cluster.config.check import check
+from align_cluster.errors import UserError
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
-from align_cluster.types import UserError
 
 PPO = (
     *("rewards.geneval.weight=2", "rewards.clip.weight=-1", "rollout.group_size=2", "steps=3"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from align_cluster.cluster import doctor
-from align_cluster.cluster.finding import GIB
+from align_cluster.cluster.checks import GIB
 from align_cluster.cluster.nodes import judge
 
 NODE = {"Resources": {"CPU": 8.0, "object_store_memory": 4.0 * GIB}}

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from align_cluster.loop import driver
-from align_cluster.loop.crew import Crew
+from align_cluster.loop.workers import Crew
 
 
 def saboteur(when: str, rank: int, pid_of, killed: list[int]) -> type[Crew]:

@@ -10,11 +10,12 @@ import time
 import pytest
 
 from align_cluster.cli import main
-from align_cluster.cluster.live import examine_run
+from align_cluster.cluster.run_status import examine_run
+from align_cluster.files import write_json, write_text
 from align_cluster.loop import driver
-from align_cluster.loop.crew import Crew
-from align_cluster.loop.watch import Watch
-from align_cluster.observe.rundir import RunDir, write_json, write_text
+from align_cluster.loop.heartbeat import Watch
+from align_cluster.loop.workers import Crew
+from align_cluster.observe.rundir import RunDir
 
 WORKER = {"name": "sampler-0", "place": "10.0.0.2 pid 77", "phase": "draw (1, 0, 0)", "seconds": 3.0, "waiting": True}
 STATE = {

@@ -9,8 +9,8 @@ import pytest
 
 from align_cluster.cluster.placement import reserve, slots
 from align_cluster.config.plan import Plan, derive
+from align_cluster.errors import UserError
 from align_cluster.loop import driver
-from align_cluster.types import UserError
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 
 from align_cluster.cluster import learners, staff
 from align_cluster.cluster import pool as pool_module
-from align_cluster.cluster.causes import reason
+from align_cluster.cluster.errors import reason
 from align_cluster.cluster.pool import DEPTH, Pool, stream
-from align_cluster.cluster.staff import STRIKES, GivenUp, Patience
+from align_cluster.cluster.slots import STRIKES, GivenUp, Patience
 from align_cluster.cluster.workers import make_reward_worker
 from align_cluster.config.plan import derive
-from align_cluster.types import UserError
+from align_cluster.errors import UserError
 
 
 class Sleeper:

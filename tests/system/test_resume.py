@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from align_cluster.checkpoint.store import Store
+from align_cluster.errors import Preempted, UserError
 from align_cluster.loop import driver
-from align_cluster.loop.crew import Crew
-from align_cluster.loop.keeper import State
+from align_cluster.loop.checkpoints import State
+from align_cluster.loop.workers import Crew
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
-from align_cluster.types import Preempted, UserError
 
 from ..observe.mounts import in_mount, needs_mounts
 from .conftest import TINY

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from align_cluster.config.load import loads
-from align_cluster.config.service import ServiceConfig
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.worker import RewardWorker
+from align_cluster.serving.config import ServiceConfig
 from align_cluster.types import Prompt
 
 from .test_reward_service import free_port
@@ -41,7 +41,7 @@ start_timeout_s: 120
 @pytest.fixture(scope="module")
 def service(local_ray: Any) -> Iterator[tuple[str, ExitStack]]:
     """The URL, and what closing ends the service."""
-    from align_cluster.rewards.service import serving
+    from align_cluster.serving.service import serving
 
     config = loads(SERVICE, "service.yaml", [f"port={free_port()}"], ServiceConfig)
     with ExitStack() as stack:

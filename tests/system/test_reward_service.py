@@ -14,16 +14,17 @@ from PIL import Image
 
 from align_cluster.cli import main
 from align_cluster.config.load import loads
-from align_cluster.config.service import ServiceConfig
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
+from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.http import Http
 from align_cluster.rewards.image_files import encode
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
 from align_cluster.rewards.worker import RewardWorker
-from align_cluster.types import Failure, Prompt, UserError
+from align_cluster.serving.config import ServiceConfig
+from align_cluster.types import Failure, Prompt
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
@@ -57,7 +58,7 @@ def config() -> ServiceConfig:
 
 @pytest.fixture(scope="module")
 def url(local_ray: object, config: ServiceConfig) -> Iterator[str]:
-    from align_cluster.rewards.service import serving
+    from align_cluster.serving.service import serving
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REWARD_SERVICE_TOKEN", TOKEN)
@@ -238,7 +239,7 @@ def test_a_service_that_is_gone_is_unavailable():
 
 
 def test_a_port_that_is_taken_and_a_cluster_that_is_too_small_are_told_at_once(local_ray, config):
-    from align_cluster.rewards.service import _fits, _port_is_free
+    from align_cluster.serving.service import _fits, _port_is_free
 
     with socket.socket() as taken, pytest.raises(UserError, match="choose another port"):
         taken.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from align_cluster.loop import driver
-from align_cluster.loop.crew import Crew
+from align_cluster.loop.workers import Crew
 
 MOMENTS = ("before rollout", "in rollout", "in scoring", "before update", "in publish", "after publish")
 

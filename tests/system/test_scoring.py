@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from align_cluster.cluster.pool import Pool, stream
-from align_cluster.cluster.staff import Patience
+from align_cluster.cluster.slots import Patience
 from align_cluster.cluster.workers import make_reward_worker
 from align_cluster.config.plan import RewardPool, derive
 from align_cluster.embedded import scene

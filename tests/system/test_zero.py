@@ -14,7 +14,7 @@ from align_cluster.algorithms.base import Batch, Policy
 from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.learner.batching import share
-from align_cluster.learner.sums import merge
+from align_cluster.learner.reduction import merge
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rollouts.steps import FlowSde
 from align_cluster.types import Prompt
@@ -95,10 +95,10 @@ def plain_run(config) -> list[dict]:
     count, left = 0, []
     for step in range(config.steps):
         pieces, norms = WORKER["cut_step"](config, drawn, step), []
-        turns = algorithm.turns(4, 2)
+        inner_passes = algorithm.inner_passes(4, 2)
         for update in range(config.learner.updates_per_step):
             sources = sorted({piece.source for piece in pieces if piece.update == update})
-            weight = sum(valid[source].sum() for source in sources) * turns
+            weight = sum(valid[source].sum() for source in sources) * inner_passes
             optimizer.zero_grad()
             for source in sources:
                 record, keep = drawn[source], torch.from_numpy(valid[source])
@@ -106,12 +106,12 @@ def plain_run(config) -> list[dict]:
                     None if array is None else torch.tensor(array)
                     for array in (record.before, record.after, record.log_probs)
                 ]
-                for turn in range(turns):
+                for inner_pass in range(inner_passes):
                     policy = PlainPolicy(
                         backbone, denoiser, FlowSde(FlowSde.Config(), record.sigmas), texts[source], len(keep), reward
                     )
                     batch = Batch(
-                        turn,
+                        inner_pass,
                         torch.from_numpy(advantages[source]),
                         torch.tensor(record.x0),
                         record.sigmas,

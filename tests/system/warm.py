@@ -24,7 +24,7 @@ from pathlib import Path
 # Without ray: it reads its environment, which is each worker's own, when it is imported.
 MODULES = (
     *("align_cluster.rollouts.sampler", "align_cluster.learner.worker", "align_cluster.rewards.worker"),
-    *("align_cluster.rewards.clip_score", "align_cluster.rewards.geneval", "align_cluster.embedded.networks"),
+    *("align_cluster.rewards.clip_score", "align_cluster.rewards.geneval", "align_cluster.pretraining.networks"),
     *("transformers.models.clip.modeling_clip", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"),
     *("deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
 )

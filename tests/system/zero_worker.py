@@ -122,7 +122,7 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
     stage, algorithm = case.split(":")
     config = settings(int(stage), algorithm)
     drawn, texts = records(config), conditions(config)
-    learner = Learner(config, rank, world, "127.0.0.1", port)
+    learner = Learner(config.learner_setup, rank, world, "127.0.0.1", port)
     left = []
 
     def state(name: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,268 @@
+"""The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from align_cluster import __version__
+from align_cluster.cli import commands
+
+DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
+EPILOG = """\
+start here:
+  align-cluster train configs/quickstart.yaml        minutes on two cores, no GPU
+  align-cluster sample runs/quickstart --prompt "a photo of a red circle"
+
+Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
+
+RESUME = (
+    "go on with the newest run of this name that has a checkpoint, or begin one (auto); or with a run directory; or "
+    "branch off from a checkpoint's folder"
+)
+
+# Libraries say much that users need not read; Ray's workers inherit these.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a mistake the user can mend, 75 when a run was told to end by
+    SIGTERM and should be started again, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        return args.command(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from align_cluster.errors import RETRY, Preempted, UserError
+        from align_cluster.settings import masked
+
+        if isinstance(error, Preempted):
+            print("ended by SIGTERM; start again with --resume auto", file=sys.stderr)
+            return RETRY
+        if not isinstance(error, UserError):
+            raise
+        for line in masked(str(error)).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "align-cluster", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"align-cluster {__version__}")
+    group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, summary: str, example: str, *flags: str) -> argparse.ArgumentParser:
+        command = group.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  align-cluster {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=run)
+        for flag in flags:
+            command.add_argument(*ARGUMENTS[flag][0], **ARGUMENTS[flag][1])
+        return command
+
+    for add_some in (_add_planning, _add_results, _add_cluster, _add_rest):
+        add_some(add)
+    return parser
+
+
+def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that take a run file."""
+    train = add(
+        "train",
+        commands.train,
+        "run an alignment job",
+        "train configs/quickstart.yaml --set steps=20 --name short",
+        *("config", "set", "name", "out"),
+    )
+    train.add_argument("--resume", metavar="auto|PATH", help=RESUME)
+    validate = add(
+        "validate",
+        commands.validate,
+        "check a run file in seconds",
+        "validate configs/quickstart.yaml",
+        "config",
+        "set",
+    )
+    validate.add_argument("--resolved", action="store_true", help="print every setting, defaults included, as YAML")
+    plan = add(
+        "plan",
+        commands.plan,
+        "show pools, batches, memory, FLOPs, and whether a run fits",
+        "plan configs/sd35_medium_nft.yaml --gpus 8 --gpu-memory 80",
+        "config",
+        "set",
+        "json",
+    )
+    plan.add_argument("--cores", type=int, help="plan for a cluster with so many CPU cores (default: this machine)")
+    plan.add_argument("--gpus", type=int, help="plan for a cluster with so many GPUs (default: this machine)")
+    plan.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of each GPU in GiB (default: this machine's)"
+    )
+
+
+def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that take what a run left."""
+    sample = add(
+        "sample",
+        commands.sample,
+        "draw images into a folder, with a LoRA or without",
+        'sample --run runs/quickstart --prompt "a photo of a red circle" --count 8 --compare base',
+        *("set", "lora", "base", "seed"),
+    )
+    sample.add_argument("target", nargs="?", metavar="CONFIG|RUN", help="run file, or the folder of a run")
+    sample.add_argument(
+        *("--run", "--config"),
+        dest="source",
+        metavar="CONFIG|RUN",
+        help="the same, named (default: the run that --lora is of)",
+    )
+    sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    sample.add_argument(
+        "--prompts", metavar="FILE", help="prompts from a file, one a line (.txt) or JSON lines (.jsonl)"
+    )
+    sample.add_argument("--steps", type=int, help="denoising steps (default: the run's evaluation steps)")
+    sample.add_argument(
+        "--guidance", type=float, help="guidance scale, 1 is none (default: the run's evaluation guidance)"
+    )
+    sample.add_argument("--count", type=int, default=4, help="images a prompt (default 4)")
+    sample.add_argument(
+        "--compare", choices=["base"], help="draw the base model too, from the same noise, side by side"
+    )
+    sample.add_argument(
+        "--steer",
+        metavar="MODE",
+        help="steer by the run's critic: best_of_n, smc, guidance or guided_best_of_n; settings by --set steer.n=4",
+    )
+    sample.add_argument("--no-score", action="store_true", help="leave the run's rewards out")
+    sample.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: samples, then samples-2 ...)")
+    evaluate = add(
+        "evaluate",
+        commands.evaluate,
+        "score held-out prompts, with a LoRA or without",
+        "evaluate runs/quickstart --out scores.json",
+        *("target", "set", "lora", "base", "json"),
+    )
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the scores to this JSON file")
+    export = add(
+        "export",
+        commands.export,
+        "write a run's result for other tools, with a model card",
+        "export runs/quickstart --to lora --out quickstart-lora",
+        "set",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has finished")
+    export.add_argument(
+        "--to",
+        required=True,
+        metavar="FORM",
+        help="lora (files for diffusers and for ComfyUI), merged (the denoiser) or diffusers (the whole pipeline)",
+    )
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
+    export.add_argument("--precision", help="of merged weights: fp32 (default), bf16 or fp16")
+
+
+def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Commands that talk to a cluster or a service."""
+    submit = add(
+        "submit",
+        commands.submit,
+        "run `train` as a job on a Ray cluster that has align_cluster installed",
+        "submit configs/quickstart.yaml --address http://127.0.0.1:8265 --out /shared/runs",
+        *("config", "set", "name"),
+    )
+    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
+    submit.add_argument(
+        "--out", help="folder for runs on the cluster, an absolute path on storage that outlives the job"
+    )
+    submit.add_argument("--resume", metavar="auto|PATH", help=RESUME)
+    submit.add_argument(
+        "--file", action="append", default=[], type=Path, help="another file that the job needs; repeatable"
+    )
+    submit.add_argument(
+        "--python", default="python", help="Python on the cluster that has align_cluster (default: python)"
+    )
+    submit.add_argument(
+        "--no-wait", action="store_true", help="return once the job is queued, instead of following its log"
+    )
+    add(
+        "serve-rewards",
+        commands.serve_rewards,
+        "serve rewards over HTTP, apart from the jobs that use them",
+        "serve-rewards configs/rewards_service.yaml --set port=9000",
+        *("service", "set"),
+    )
+    score = add(
+        "score",
+        commands.score,
+        "score images with a reward of a service",
+        'score --url http://127.0.0.1:8000 --reward clip --prompt "a photo of a red circle" image.png',
+        "json",
+    )
+    score.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files; read as RGB")
+    score.add_argument("--url", required=True, help="the service, as `serve-rewards` prints it")
+    score.add_argument("--reward", required=True, metavar="NAME", help="name of a reward at the service")
+    score.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt of all images")
+    score.add_argument("--metadata", metavar="JSON", default="{}", help="what the reward reads beside the prompt")
+    score.add_argument("--token-env", metavar="NAME", help="environment variable with the service's token")
+    score.add_argument("--token-file", metavar="FILE", help="file with the service's token")
+    score.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a request (default 60)")
+
+
+def _add_rest(add: Callable[..., argparse.ArgumentParser]) -> None:
+    doctor = add(
+        "doctor",
+        commands.doctor,
+        "check this machine, a cluster before a run, or a run while it works",
+        "doctor --address auto --config configs/sd35_medium_nft.yaml\n  align-cluster doctor runs/quickstart",
+        "json",
+        "set",
+    )
+    doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run: say what it is doing")
+    doctor.add_argument("--address", help="also check this Ray cluster: auto, an address, or a dashboard's URL")
+    doctor.add_argument(
+        "--config", metavar="CONFIG", help="also try whether this run would get its share of the cluster"
+    )
+    doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip")
+    report = add("report", commands.report, "write a run's report.html again", "report runs/quickstart")
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    add("schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
+
+
+# Arguments that several commands share: name -> (flags, settings).
+ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "config": (("config",), {"metavar": "CONFIG", "help": "run file, such as configs/quickstart.yaml"}),
+    "service": (("config",), {"metavar": "CONFIG", "help": "service file, such as configs/rewards_service.yaml"}),
+    "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
+    "set": (
+        ("--set",),
+        {
+            "action": "extend",
+            "nargs": "+",
+            "default": [],
+            "metavar": "PATH=VALUE",
+            "help": "override settings by dotted path, such as optimizer.lr=1e-4; a new kind starts its block anew",
+        },
+    ),
+    "name": (("--name",), {"help": "name of the run (default: the run file's)"}),
+    "out": (("--out",), {"help": "folder that holds runs (default: the run file's)"}),
+    "lora": (("--lora",), {"type": Path, "metavar": "FILE|RUN", "help": "LoRA file, or a run whose LoRA to use"}),
+    "base": (("--base",), {"action": "store_true", "help": "the base model, although RUN has a LoRA"}),
+    "seed": (("--seed",), {"type": int, "default": 0, "help": "seed of the images (default 0)"}),
+    "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""What each command of the command line does with its arguments; returns its exit code. Imports wait until one runs."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from align_cluster.config.run import RunConfig
+
+
+def _config(args: argparse.Namespace) -> "RunConfig":
+    """The checked config of CONFIG, --set, --name and --out; notes go to stderr."""
+    from align_cluster.config.check import check
+    from align_cluster.config.load import load
+
+    overrides = list(args.set)
+    for key in ("name", "out"):
+        if getattr(args, key, None) is not None:
+            overrides.append(f"{key}={json.dumps(getattr(args, key))}")
+    config = load(args.config, overrides)
+    for note in check(config):
+        print(f"note: {note}", file=sys.stderr)
+    return config
+
+
+def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None, Path]:
+    """Config and LoRA file that CONFIG|RUN, --lora and --base name, and the folder that the config is in."""
+    from align_cluster.config.load import load
+    from align_cluster.errors import UserError
+    from align_cluster.evaluate.lora import find_config, find_lora
+    from align_cluster.observe.rundir import RunDir
+
+    named, source = args.target, getattr(args, "source", None)
+    if named and source or not (named or source or args.lora):
+        raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
+    target = Path(named or source or find_config(args.lora)).expanduser()
+    lora = args.lora or (target if target.is_dir() and not args.base else None)
+    file = RunDir(target).config if target.is_dir() else target
+    return load(file, args.set), find_lora(lora) if lora else None, file.parent
+
+
+def train(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from align_cluster.loop.driver import train
+
+    train(config, Path(config.out).expanduser(), args.resume, alone=True)
+    return 0
+
+
+def validate(args: argparse.Namespace) -> int:
+    from align_cluster.config.load import config_hash, dump
+
+    config = _config(args)
+    if args.resolved:
+        print(dump(config), end="")
+        return 0
+    images = config.prompts_per_step * config.group_members
+    print(
+        f"{args.config} is valid: {config.algorithm.kind} on {config.backbone.path}, {config.steps} steps of {images} "
+        f"images ({config.prompts_per_step} prompts x {config.group_members}), config hash {config_hash(config)}"
+    )
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from align_cluster.config.plan import derive, local_resources, table
+    from align_cluster.errors import UserError
+    from align_cluster.planner.report import GIB, estimate, local_gpu, text
+
+    config = _config(args)
+    if args.gpu_memory is not None and not 0 < args.gpu_memory < float("inf"):
+        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; give the GiB of one GPU, such as 80")
+    cores, gpus = local_resources()
+    name, memory = local_gpu()
+    if args.gpu_memory:
+        gpus, memory = max(gpus, 1), args.gpu_memory * GIB
+    plan = derive(config, args.cores or cores, gpus if args.gpus is None else args.gpus)
+    if not args.json:
+        print(table(plan), flush=True)  # what comes next takes a while
+    try:
+        found = estimate(config, plan, memory, name)
+    except UserError as error:
+        print(f"note: memory and FLOPs are not known: {error}", file=sys.stderr)
+        found = None
+    if args.json:
+        print(json.dumps(asdict(plan) | {"estimate": found and asdict(found) | {"fits": found.fits}}, indent=2))
+    elif found:
+        print(f"\n{text(config, plan, found)}")
+    return 0
+
+
+def sample(args: argparse.Namespace) -> int:
+    from itertools import count
+
+    from align_cluster.evaluate.sample import Wanted, read_prompts, sample
+    from align_cluster.evaluate.steer import spent
+
+    prompts, steer = read_prompts(args.prompt, args.prompts), _steering(args)
+    config, lora, run = _target(args)
+    scored = not args.no_score
+    wanted = Wanted(args.count, args.seed, args.steps, args.guidance, bool(args.compare), scored, steer, run)
+    free = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
+    out = args.out.expanduser() if args.out else next(path for path in free if not path.exists())
+    drawn = sample(config, lora, prompts, out, wanted)
+    print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
+    for model, means in drawn["means"].items():
+        print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
+    if steer:
+        print(f"{steer.kind}: {spent(drawn['steer']['compute'])}; plain sampling: {spent(drawn['steer']['plain'])}")
+    return 0
+
+
+def _steering(args: argparse.Namespace) -> Any:
+    """Settings of --steer and --set steer.x=y, which leave `args.set`; None without them."""
+    from align_cluster.errors import UserError
+    from align_cluster.evaluate.steer import read_settings
+
+    own = [override for override in args.set if override.startswith("steer.")]
+    args.set = [override for override in args.set if override not in own]
+    if own and not args.steer:
+        raise UserError(f"--set {own[0]} needs --steer with the name of a mode, such as --steer best_of_n")
+    return read_settings(args.steer, own) if args.steer else None
+
+
+def export(args: argparse.Namespace) -> int:
+    from align_cluster.evaluate.export import export
+
+    export(args.run, args.to, args.out.expanduser(), args.precision, args.set)
+    print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from align_cluster.evaluate.run import evaluate
+    from align_cluster.files import write_json
+
+    config, lora, _ = _target(args)
+    scores = evaluate(config, lora)
+    if args.out:
+        write_json(args.out, scores)
+    if args.json:
+        print(json.dumps(scores, indent=2))
+    else:
+        from rich.console import Console
+
+        from align_cluster.observe.table import evaluation_table
+
+        Console().print(evaluation_table(scores, f"held-out scores, {lora or 'base model'}"))
+    return 0
+
+
+def submit(args: argparse.Namespace) -> int:
+    from align_cluster.cluster.submit import submit
+
+    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume)
+
+
+def serve_rewards(args: argparse.Namespace) -> int:
+    from align_cluster.config.load import load
+    from align_cluster.errors import UserError
+    from align_cluster.serving.config import ServiceConfig
+
+    config = load(args.config, args.set, ServiceConfig)
+    try:
+        from align_cluster.serving.service import run
+    except ImportError as error:
+        raise UserError(f"serving needs a package more ({error}); pip install 'align-cluster[serve]'") from None
+    run(config)
+    return 0
+
+
+def score(args: argparse.Namespace) -> int:
+    from align_cluster.errors import UserError
+    from align_cluster.rewards.base import RewardError
+    from align_cluster.rewards.client import RewardClient, Token, read_image
+    from align_cluster.types import Prompt
+
+    try:
+        prompt = Prompt(0, args.prompt, dict(json.loads(args.metadata)))
+    except (ValueError, TypeError):
+        raise UserError(
+            f'--metadata {args.metadata}: write it as a JSON object such as \'{{"text": "OPEN"}}\''
+        ) from None
+    token = Token(env=args.token_env, file=args.token_file).read() if args.token_env or args.token_file else None
+    client = RewardClient(args.url, token, args.timeout)
+    rows: list[dict[str, Any]] = []
+    for path in args.images:
+        image = read_image(path)
+        try:
+            scores = client.score([args.reward], image[None], [prompt])
+        except RewardError as error:
+            raise UserError(f"{path} has no score: {error}") from None
+        failure = scores.failures.get(args.reward)
+        value = float(scores.values[args.reward][0]) if scores.valid[args.reward][0] else None
+        rows.append({"image": str(path), "score": value, "failure": failure and failure.message})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            score = f"{row['score']:.4f}" if row["score"] is not None else row["failure"] or "does not apply"
+            print(f"{score}  {row['image']}")
+    return 1 if any(row["failure"] for row in rows) else 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from align_cluster.cluster.checks import render
+    from align_cluster.cluster.doctor import examine
+    from align_cluster.cluster.run_status import examine_run
+    from align_cluster.errors import UserError
+
+    if args.config and not args.address:
+        raise UserError("--config is tried on a cluster; add --address auto, or ask `plan` about this machine")
+    if args.run:
+        findings = examine_run(args.run)
+    else:
+        findings = examine(args.address, args.quick, _config(args) if args.config else None)
+    print(render(findings, as_json=args.json))
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from align_cluster.observe.report import write_report
+
+    print(write_report(args.run))
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    from align_cluster.config.load import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0

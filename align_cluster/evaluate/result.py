@@ -1,0 +1,70 @@
+"""What a finished run left behind."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align_cluster import __version__
+from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.pipeline import PipelineBackbone
+from align_cluster.config.load import load
+from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
+from align_cluster.evaluate.lora import Lora, check_fits, read_lora
+from align_cluster.observe import rundata
+from align_cluster.observe.rundata import RunData
+from align_cluster.observe.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind, and the base model that it is for."""
+
+    run: RunData
+    config: RunConfig
+    backbone: PipelineBackbone
+    lora: Lora
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Where the weights come from, as metadata of a safetensors file."""
+        run, config = self.run, self.config
+        rewards = {side: getattr(run, side).get("overall", {}) for side in ("before", "after")}
+        return {
+            "run": run.name,
+            "base_model": config.backbone.path,
+            "backbone": config.backbone.kind,
+            "algorithm": config.algorithm.kind,
+            "steps": str(config.steps),
+            "rank": str(self.lora.rank),
+            "alpha": f"{self.lora.alpha:g}",
+            "config_hash": run.summary["config_hash"],
+            "headline": str(run.headline),
+            **{f"reward_{side}": json.dumps(scores) for side, scores in rewards.items()},
+            "align_cluster": __version__,
+        }
+
+
+def finished(run: Path, overrides: Sequence[str] = ()) -> Result:
+    """Read a run that has ended, and see that its LoRA fits its base model; no weights of the base are read."""
+    files = RunDir(run.expanduser())
+    data = rundata.load(files)
+    if not data.summary:
+        steps = f"{len(data.rows)} of {data.config.get('steps', '?')} steps are there"
+        raise UserError(
+            f"{run} has not finished ({steps}), so it has no LoRA; export it once its summary.json is there"
+        )
+    config = load(files.config, overrides)
+    if not files.lora_weights.is_file():
+        raise UserError(f"{run} has lost its {files.lora_weights.relative_to(files.path)}; give the folder as it was")
+    lora, settings = read_lora(files.lora_weights), config.backbone.lora
+    if (lora.rank, lora.alpha) != (settings.rank, settings.alpha):
+        raise UserError(
+            f"{lora.path} has rank {lora.rank} and alpha {lora.alpha:g}, and the run's config.yaml says rank "
+            f"{settings.rank} and alpha {settings.alpha:g}; give the folder as `train` left it"
+        )
+    plain = {"precision": "fp32", "compile": False, "attention": None}
+    backbone = BACKBONES[config.backbone.kind](config.backbone.model_copy(update=plain))
+    check_fits(backbone, lora)
+    return Result(data, config, backbone, lora)

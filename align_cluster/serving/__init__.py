@@ -1,0 +1,1 @@
+"""Rewards as a service over HTTP."""

@@ -1,0 +1,238 @@
+"""A reward service on Ray Serve: one deployment a reward, and an HTTP ingress before them. Needs the extra `serve`."""
+
+import align_cluster.cluster  # noqa: F401 - before ray, see there
+
+# isort: split
+import asyncio
+import hashlib
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+from align_cluster import __version__
+from align_cluster.cluster.placement import cluster
+from align_cluster.config.run import ClusterConfig
+from align_cluster.errors import UserError
+from align_cluster.rewards import REWARDS
+from align_cluster.rewards.base import FailurePolicy, RewardError, RewardSection
+from align_cluster.rewards.batching import MicroBatcher
+from align_cluster.rewards.client import RewardClient
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.serving.api import create_app
+from align_cluster.serving.config import DeploymentConfig, ServiceConfig
+from align_cluster.types import Prompt, Scores
+
+APP = "align-cluster-rewards"
+TRIES = 4  # of a request whose worker dies; scoring it again is harmless
+LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+ONCE = FailurePolicy(retries=0)  # whoever asks tries again, as the policy of his run says
+
+
+class Scorer:
+    """One worker of one reward."""
+
+    def __init__(self, name: str, config: RewardSection, settings: DeploymentConfig) -> None:
+        rewards = {name: config.model_copy(update={"on_failure": ONCE})}
+        device = "cuda" if settings.gpus else "cpu"
+        self.batcher = MicroBatcher(lambda: RewardWorker(rewards, settings.threads, device), settings.batch)
+
+    async def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        return await self.batcher.score(images, prompts)
+
+    async def ready(self) -> bool:
+        return True
+
+
+class Ingress:
+    """The HTTP side: checks and decodes requests, and asks the deployments."""
+
+    def __init__(self, config: ServiceConfig, token: bytes | None, deployments: dict[str, Any]) -> None:
+        self.config, self.token, self.deployments = config, token, deployments
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return create_app(self.config.limits, describe(self.config.rewards), self.token, self)
+
+    async def score(self, reward: str, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        for wait in range(TRIES):
+            try:
+                return await self.deployments[reward].score.remote(images, prompts)
+            except LOST as error:
+                lost = error
+                await asyncio.sleep(0.2 * 2**wait)
+        raise RewardError("unavailable", f"lost {TRIES} workers in a row: {str(lost).splitlines()[0]}")
+
+    async def unready(self) -> list[str]:
+        async def silent(name: str) -> bool:
+            try:
+                return not await asyncio.wait_for(self._ready(name), 5)
+            except (*LOST, asyncio.TimeoutError):
+                return True
+
+        answers = await asyncio.gather(*map(silent, self.deployments))
+        return [name for name, missing in zip(self.deployments, answers, strict=True) if missing]
+
+    async def _ready(self, name: str) -> bool:
+        return await self.deployments[name].ready.remote()
+
+
+def describe(rewards: Mapping[str, RewardSection]) -> list[dict[str, object]]:
+    """What clients learn of each reward. The version changes with the package and with the reward's settings."""
+    return [
+        {
+            "name": name,
+            "kind": config.kind,
+            "about": (REWARDS[config.kind].__doc__ or "").strip(),
+            "inputs": {"images": "RGB, 8 bits", "prompts": "text, and the metadata that the kind reads"},
+            "version": f"{__version__}+{hashlib.sha256(_settings(config).encode()).hexdigest()[:12]}",
+        }
+        for name, config in rewards.items()
+    ]
+
+
+def _settings(config: RewardSection) -> str:
+    return json.dumps(config.model_dump(mode="json", exclude=set(RewardSection.model_fields)), sort_keys=True)
+
+
+def _deployment(name: str, reward: RewardSection, settings: DeploymentConfig) -> Any:
+    most = settings.max_replicas or settings.min_replicas
+    scaling: dict[str, Any] = {"num_replicas": settings.min_replicas}
+    if most > settings.min_replicas:
+        autoscaling = AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=most,
+            target_ongoing_requests=settings.target_queue,
+            upscale_delay_s=settings.upscale_s,
+            downscale_delay_s=settings.downscale_s,
+            look_back_period_s=settings.upscale_s,
+            metrics_interval_s=min(10.0, settings.upscale_s / 3),
+        )
+        scaling = {"autoscaling_config": autoscaling}
+    return serve.deployment(
+        Scorer,
+        name=name,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        max_ongoing_requests=max(settings.batch, int(2 * settings.target_queue)),
+        health_check_period_s=settings.health_check_s,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        max_constructor_retry_count=1,
+        **scaling,
+    ).bind(name, reward, settings)
+
+
+def application(config: ServiceConfig, token: str | None) -> Any:
+    """The Serve application. Of the token, only a digest travels."""
+    deployments = {name: _deployment(name, reward, config.deployment(name)) for name, reward in config.rewards.items()}
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=4 * config.limits.concurrency + 64,  # room to answer 429 and the health checks
+        graceful_shutdown_timeout_s=max(config.deployment(name).drain_s for name in config.rewards),
+        max_constructor_retry_count=1,
+    )
+    digest = hashlib.sha256(token.encode()).digest() if token else None
+    return ingress.bind(config, digest, deployments)
+
+
+@contextmanager
+def serving(config: ServiceConfig) -> Iterator[str]:
+    """The service, for the length of a with block; yields its URL once every reward answers. What is in work at the
+    end is finished first. UserError says why it cannot start."""
+    token = config.token.read() if config.token else None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with cluster(ClusterConfig(address=config.address)):
+        _fits(config)
+        _port_is_free(config)
+        serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+        try:
+            target = serve.RunTarget(application(config, token), name=APP, route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
+            yield _url_when_ready(config)
+        finally:
+            serve.delete(APP)
+            if not serve.status().applications:  # a cluster that was joined may serve other things
+                serve.shutdown()
+
+
+def run(config: ServiceConfig) -> None:
+    """Serve until the process is told to end, and then finish what has begun."""
+    end = threading.Event()
+    with serving(config) as url:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: end.set())
+        print(f"{url} serves {', '.join(config.rewards)}; documentation at {url}/docs, Ctrl-C ends it", flush=True)
+        end.wait()
+        print("finishing what has begun", flush=True)
+
+
+def _fits(config: ServiceConfig) -> None:
+    total = ray.cluster_resources()
+    shares = [config.deployment(name) for name in config.rewards]
+    for kind, asked in (("CPU", "cpus"), ("GPU", "gpus")):
+        need = sum(getattr(share, asked) * share.min_replicas for share in shares)
+        if need > total.get(kind, 0) + 1e-6:
+            raise UserError(
+                f"deployments need {need:g} {kind} for their min_replicas, and the cluster has {total.get(kind, 0):g}: "
+                f"lower {asked} or min_replicas (a fraction is fine), or join a larger cluster with address"
+            )
+
+
+def _head_address() -> str:
+    """The node of the cluster that Serve listens at."""
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+
+
+def _port_is_free(config: ServiceConfig) -> None:
+    if _head_address() != ray.util.get_node_ip_address():
+        return  # nothing that can be tried from here
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"host {config.host}, port {config.port} cannot be served at ({error}); choose another port"
+            ) from None
+
+
+def _url_when_ready(config: ServiceConfig) -> str:
+    host = _head_address() if config.host in ("0.0.0.0", "::") else config.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    client = RewardClient(url, timeout_s=10)
+    deadline = time.monotonic() + config.start_timeout_s
+    while True:
+        status = serve.status().applications[APP]
+        if status.status == "DEPLOY_FAILED":
+            raise UserError(f"the service cannot start: {_reason(status)}")
+        try:
+            if status.status == "RUNNING":
+                client.ready()
+                return url
+        except RewardError as error:
+            late = str(error)
+        else:
+            late = f"{status.status.value.lower()} {_reason(status)}"
+        if time.monotonic() > deadline:
+            raise UserError(f"the service was not ready within start_timeout_s, {config.start_timeout_s:g} s: {late}")
+        time.sleep(0.2)
+
+
+def _reason(status: Any) -> str:
+    """The user's error in what Ray tells of a failed start, or its last line."""
+    text = "\n".join([status.message, *(deployment.message for deployment in status.deployments.values())])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]
+    return (said or lines or ["no reason is known"])[-1]

@@ -1,0 +1,105 @@
+import io
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from align_cluster.observe.table import compare, comparison_table, evaluation_table, headline_column, summarise
+
+
+def row(task: str, prompt: int, **scores: float | None) -> dict:
+    return {"task": task, "prompt_id": prompt, **scores}
+
+
+def printed(table) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_overall_is_the_mean_of_task_means_not_of_images():
+    rows = [row("colors", 0, s=1.0), *(row("counting", i, s=0.0) for i in range(9))]
+    scores = summarise(rows)
+    assert scores["tasks"] == {"colors": {"s": 1.0}, "counting": {"s": 0.0}}
+    assert scores["overall"] == {"s": 0.5}
+    assert scores["count"] == 10 and scores["prompts"] == 10
+
+
+@pytest.mark.parametrize("lost", [None, math.nan])
+def test_a_failed_score_is_left_out_and_never_a_zero(lost):
+    scores = summarise([row("a", 0, s=0.8, t=1.0), row("a", 0, s=lost, t=0.0), row("b", 1, s=lost, t=0.5)])
+    assert scores["tasks"] == {"a": {"s": 0.8, "t": 0.5}, "b": {"t": 0.5}}
+    assert scores["overall"] == {"s": 0.8, "t": 0.5}
+
+
+def test_a_column_without_any_score_is_absent():
+    scores = summarise([row("a", 0, s=0.5, t=None)])
+    assert scores["overall"] == {"s": 0.5} and scores["interval"] == {"s": [0.5, 0.5]}
+
+
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="no images"):
+        summarise([])
+
+
+def test_the_interval_redraws_prompts_inside_tasks():
+    """Against a plain loop that redraws whole prompts, one at a time."""
+    rng = np.random.default_rng(5)
+    scores = {task: rng.uniform(size=(12, 3)) for task in ("a", "b")}
+    rows = [row(t, p, s=v) for t, grid in scores.items() for p, images in enumerate(grid) for v in images]
+    redrawn = [np.mean([grid[rng.integers(0, 12, 12)].mean() for grid in scores.values()]) for _ in range(4000)]
+    result = summarise(rows, resamples=4000)
+    assert result["interval"]["s"] == pytest.approx(np.percentile(redrawn, (2.5, 97.5)), abs=0.01)
+    low, high = result["interval"]["s"]
+    assert low < result["overall"]["s"] < high
+
+
+def test_images_of_one_prompt_do_not_narrow_the_interval():
+    few = [row("a", p, s=float(p % 2)) for p in range(20)]
+    many = [row("a", p, s=float(p % 2)) for p in range(20) for _ in range(10)]
+    assert summarise(few)["interval"]["s"] == pytest.approx(summarise(many)["interval"]["s"])
+
+
+def test_the_interval_depends_on_the_seed_alone():
+    rows = [row("a", p, s=p / 30) for p in range(30)]
+    assert summarise(rows) == summarise(rows)
+    assert summarise(rows, seed=1)["interval"] != summarise(rows)["interval"]
+
+
+def test_compare_gives_the_change_where_both_sides_have_the_score():
+    before = {"overall": {"s": 0.25}, "tasks": {"a": {"s": 0.25}}}
+    after = {"overall": {"s": 0.75, "t": 1.0}, "tasks": {"a": {"s": 0.75}, "b": {"t": 1.0}}}
+    assert compare(before, after) == {
+        "overall": {
+            "s": {"before": 0.25, "after": 0.75, "change": 0.5},
+            "t": {"before": None, "after": 1.0, "change": None},
+        },
+        "tasks": {
+            "a": {"s": {"before": 0.25, "after": 0.75, "change": 0.5}},
+            "b": {"t": {"before": None, "after": 1.0, "change": None}},
+        },
+    }
+    assert compare(before, {})["overall"]["s"]["change"] is None
+
+
+@pytest.mark.parametrize(
+    "wanted, shown", [("reward/clip", "reward/clip"), ("clip", "reward/clip"), ("gone", "x"), (None, "x")]
+)
+def test_the_headline_is_found_with_or_without_its_prefix(wanted, shown):
+    assert headline_column(wanted, ["x", "reward/clip"]) == shown
+    assert headline_column(wanted, []) is None
+
+
+def test_the_evaluation_table_shows_tasks_overall_and_interval():
+    text = printed(
+        evaluation_table(summarise([row("[bold]a", 0, **{"reward/s": 0.25}), row("b", 1, **{"reward/s": 0.5})]))
+    )
+    for part in ("[bold]a", "0.250", "overall", "0.375", "0.375 – 0.375", "2 images of 2 prompts"):
+        assert part in text
+
+
+def test_the_comparison_table_signs_the_change():
+    before, after = (summarise([row("a", 0, s=value)]) for value in (0.5, 0.4))
+    assert "-0.100" in printed(comparison_table(before, after, "s"))
+    assert "–" in printed(comparison_table(before, {}, "s"))

@@ -1,0 +1,96 @@
+"""Every run that can train can be counted; both tables are read here, so that a new file is covered by itself."""
+
+import pytest
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.backbones import BACKBONES
+from align_cluster.config.load import loads
+from align_cluster.config.plan import derive
+from align_cluster.config.run import RunConfig
+from align_cluster.planner.memory import learner, measure, predictions
+from align_cluster.planner.meta_backbone import shell
+from align_cluster.planner.report import estimate, image_flops, text
+
+from ..backbones.contract import Case
+
+TEXT = """\
+name: counted
+steps: 1
+backbone: {kind: KIND, path: FOLDER, precision: fp32, lora: {rank: 4}}
+prompts: {kind: embedded}
+rollout: {group_size: 2, steps: 4, guidance: 2}
+rewards: {clip: {kind: clip_score}}
+algorithm: {kind: ALGORITHM}
+evaluate: {prompts: {kind: embedded, split: held_out}}
+"""
+PAIRS = [
+    (kind, name) for kind in BACKBONES for name in ALGORITHMS if BACKBONES[kind].flow or not ALGORITHMS[name].needs_flow
+]
+
+
+@pytest.fixture
+def job(tiny_pipeline):
+    """Function (backbone, algorithm, *overrides) -> a run on that backbone's tiny pipeline."""
+
+    def make(kind: str, algorithm: str, *overrides: str) -> RunConfig:
+        case = Case(kind, tiny_pipeline(kind))
+        given = [f"backbone.{name}={value}" for name, value in getattr(case.tiny, "SETTINGS", {}).items()]
+        run = TEXT.replace("KIND", kind).replace("FOLDER", str(case.folder)).replace("ALGORITHM", algorithm)
+        return loads(run, "run.yaml", [*given, *overrides])
+
+    return make
+
+
+def asked(config: RunConfig) -> list[str | None]:
+    return predictions(config, ALGORITHMS[config.algorithm.kind](config.algorithm), shell(config.backbone, "cpu"))
+
+
+@pytest.mark.parametrize(("kind", "algorithm"), PAIRS)
+def test_the_predictions_of_every_loss_are_known(kind, algorithm, job):
+    found = asked(job(kind, algorithm))
+    assert found.count("default") == 1 and found.index("default") == (1 if algorithm == "nft" else 0)
+
+
+def test_a_loss_without_reference_asks_for_no_reference(job):
+    assert asked(job("sd3", "nft")) == ["old", "default", None]
+    assert asked(job("sd3", "nft", "algorithm.kl_beta=0")) == ["old", "default"]
+    assert asked(job("sd3", "grpo")) == ["default", None]
+    assert asked(job("sd3", "grpo", "algorithm.kl_beta=0")) == ["default"]
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_every_backbone_is_counted_with_a_critic(kind, job):
+    config = job(kind, "ppo")
+    plan = derive(config, 1, 0)
+    sizes = measure(config, plan, "cpu")
+    assert 0 < sizes.checkpointed.bytes < sizes.update.bytes and sizes.update.flops < sizes.checkpointed.flops
+    assert sizes.draw.flops < sizes.update.flops, "backward costs something"
+    assert sizes.critic.flops > 0 and sizes.critic_trained > sizes.adapter
+    plain = measure(job(kind, "grpo", "algorithm.kl_beta=0"), plan, "cpu")
+    assert plain.update == sizes.update, "the critic is counted apart"
+    assert learner(config, plan, sizes).weights > learner(config, plan, plain).weights
+    assert image_flops(config, plan, sizes)["update"] > image_flops(job(kind, "grpo"), plan, plain)["update"]
+
+
+def test_a_run_is_told_in_words(job):
+    config = job("sd3", "nft")
+    plan = derive(config, 2, 0)
+    said = text(config, plan, estimate(config, plan))
+    for words in ("LoRA", "of rank 4", "rollout : reward : update", "sampler", "with ZeRO 3", "with checkpointing"):
+        assert words in said
+    assert "seconds" not in said and "fits" not in said, "no GPUs are planned for"
+
+
+def test_a_learner_that_follows_gradients_of_rewards_holds_the_vae_and_the_rewards_too(job):
+    config = job("flux", "srpo", "rewards.clip.path=openai/clip-vit-large-patch14")
+    plan = derive(config, 1, 0)
+    sizes, other = measure(config, plan, "cpu"), measure(job("flux", "grpo", "algorithm.kl_beta=0"), plan, "cpu")
+    assert sizes.update == other.update and other.judge.bytes == other.rewards == 0
+    assert 0 < sizes.frugal.bytes < sizes.judge.bytes and sizes.judge.flops > 2 * sizes.decode.flops
+    assert sizes.rewards == 4 * 427.6e6 and sizes.seen == 369e6
+    held, plain = learner(config, plan, sizes), learner(config, plan, other)
+    assert held.weights == plain.weights + sizes.vae + sizes.rewards
+    assert held.activations == plain.activations + sizes.judge.bytes + 2 * sizes.seen  # a micro-batch of two
+    frugal = config.model_copy(update={"learner": config.learner.model_copy(update={"gradient_checkpointing": True})})
+    assert learner(frugal, plan, sizes).activations == sizes.checkpointed.bytes + sizes.frugal.bytes + sizes.seen
+    assert image_flops(config, plan, sizes)["update"] > image_flops(config, plan, other)["update"] + 2 * 162.0e9

@@ -1,0 +1,239 @@
+"""The HTTP side of a service without Ray, on a real socket; and what its client makes of services that misbehave."""
+
+import asyncio
+import hashlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from align_cluster.errors import UserError
+from align_cluster.rewards.base import RewardError
+from align_cluster.rewards.client import RewardClient
+from align_cluster.rewards.http import Http
+from align_cluster.rewards.limits import Limits
+from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
+from align_cluster.types import Failure, Prompt, Scores
+
+IMAGES = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+PROMPTS = [Prompt(i, f"p{i}") for i in range(3)]
+LIMITS = Limits(body_bytes=20_000, concurrency=2, body_timeout_s=0.5, score_timeout_s=0.5)
+TOKEN = "secret"
+
+
+class Backend:
+    """`bright` is an image's first byte, `nan` undefined; the others fail in their way."""
+
+    names = ["bright", "nan", "late", "gone", "broken"]
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+
+    async def score(self, reward, images, prompts):
+        count = len(images)
+        if reward == "late":
+            await asyncio.sleep(5)
+        if reward == "gone":
+            raise ConnectionError("lost the worker")
+        if reward == "broken":
+            return Scores(
+                {reward: np.full(count, np.nan)},
+                {reward: np.zeros(count, bool)},
+                {reward: Failure("bad_input", "RewardError: not an image", count)},
+            )
+        values = images[:, 0, 0, 0] * (1.0 if reward == "bright" else np.nan)
+        return Scores({reward: values}, {reward: np.isfinite(values)})
+
+    async def unready(self):
+        return self.missing
+
+
+@pytest.fixture(scope="module")
+def service(http_server) -> Iterator[tuple[str, Backend]]:
+    from align_cluster.serving.api import create_app
+
+    backend = Backend()
+    described = [{"name": name, "kind": "test"} for name in Backend.names]
+    with http_server(create_app(LIMITS, described, hashlib.sha256(TOKEN.encode()).digest(), backend)) as url:
+        yield url, backend
+
+
+def opened(url, length, body=b"", **headers):
+    """A connection that has sent the headers of a request to score, and a part of its body."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+    connection.putrequest("POST", "/v1/score")
+    named = {"Authorization": f"Bearer {TOKEN}", "Content-Type": MEDIA_TYPE, **length, **headers}
+    for name, value in named.items():
+        connection.putheader(name, value)
+    connection.endheaders(body or None)
+    return connection
+
+
+def answer(connection):
+    with connection.getresponse() as response:
+        return response.status, json.loads(response.read())["detail"]
+
+
+def test_failures_of_rewards_are_typed_and_leave_the_others_alone(service):
+    client = RewardClient(service[0], TOKEN)
+    scores = client.score(["late", "gone", "broken", "bright", "nan"], IMAGES, PROMPTS)
+    assert scores.failures == {
+        "late": Failure("timeout", "no score in 0.5 s", 3),
+        "gone": Failure("unavailable", "lost the worker", 3),
+        "broken": Failure("bad_input", "RewardError: not an image", 3),
+    }
+    np.testing.assert_array_equal(scores.values["bright"], [0, 1, 2])
+    assert scores.valid["bright"].all() and not any(scores.valid[name].any() for name in ("late", "gone", "nan"))
+
+
+def test_a_service_counts_images_and_failures(service):
+    def read():
+        connection = http.client.HTTPConnection(service[0].removeprefix("http://"))
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+    client = RewardClient(service[0], TOKEN)
+    client.score(["bright"], IMAGES, PROMPTS)
+    before = read()
+    client.score(["bright", "broken"], IMAGES, PROMPTS)
+    after = read()
+    for name, more in [
+        ('align_cluster_images_total{reward="bright"}', 3),
+        ('align_cluster_failures_total{kind="bad_input",reward="broken"}', 3),
+        ('align_cluster_requests_total{status="200"}', 1),
+        ("align_cluster_request_seconds_count", 1),
+        ('align_cluster_reward_seconds_count{reward="bright"}', 1),
+    ]:
+        assert after[name] - before.get(name, 0) == more
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit(service):
+    with_chunks = opened(service[0], {"Transfer-Encoding": "chunked"}, b"2710\r\n" + bytes(10_000) + b"\r\n")
+    with_chunks.send(b"2711\r\n" + bytes(10_001) + b"\r\n")
+    assert answer(with_chunks) == (413, "the body has more than 20000 bytes, the most that this service takes")
+
+
+def test_an_announced_giant_is_refused_before_it_is_sent(service):
+    status, sentence = answer(opened(service[0], {"Content-Length": str(10**12)}))
+    assert status == 413 and str(10**12) in sentence
+
+
+def test_a_slow_client_is_told_so(service):
+    status, sentence = answer(opened(service[0], {"Content-Length": "100"}, b"12345"))
+    assert status == 408 and "0.5 s" in sentence
+
+
+def test_more_requests_than_the_limit_are_answered_at_once(service):
+    slow = [opened(service[0], {"Content-Length": "100"}, b"12345") for _ in range(2)]
+    time.sleep(0.1)
+    with pytest.raises(RewardError, match="429: 2 requests are in work") as caught:
+        RewardClient(service[0], TOKEN).score(["bright"], IMAGES, PROMPTS)
+    assert caught.value.kind == "unavailable"
+    assert [answer(connection)[0] for connection in slow] == [408, 408]
+    assert RewardClient(service[0], TOKEN).score(["bright"], IMAGES, PROMPTS).valid["bright"].all()
+
+
+def test_a_client_that_leaves_gives_its_place_back(service):
+    for _ in range(4):
+        opened(service[0], {"Content-Length": "100"}, b"12345").close()
+    time.sleep(0.2)
+    assert RewardClient(service[0], TOKEN).score(["bright"], IMAGES, PROMPTS).valid["bright"].all()
+
+
+def test_a_service_is_ready_while_all_rewards_are(service):
+    url, backend = service
+    RewardClient(url).ready()
+    backend.missing = ["late"]
+    with pytest.raises(RewardError, match="503: not ready: late"):
+        RewardClient(url).ready()
+    backend.missing = []
+
+
+@pytest.mark.parametrize(
+    "body", [bytes(100_000), encode_request(["bright"], np.repeat(IMAGES, 200, 0), PROMPTS, "raw")]
+)
+def test_a_refusal_reaches_a_client_that_still_sends(service, body, monkeypatch):
+    monkeypatch.setattr("align_cluster.rewards.client.encode_request", lambda *_: body)
+    with pytest.raises(RewardError, match="413") as caught:
+        RewardClient(service[0], TOKEN).score(["bright"], IMAGES, PROMPTS)
+    assert caught.value.kind == "bad_input"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        (b"", "unavailable", "does not answer"),
+        (b"SSH-2.0-OpenSSH\r\n", "unavailable", "does not answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}", "unavailable", "does not answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "unavailable", "something else than scores"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere\r\nContent-Length: 0\r\n\r\n", "unavailable", "302: Found"),
+        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\n\r\nhtml", "unavailable", "502: Bad Gateway"),
+        (b"HTTP/1.1 504 Timeout\r\nContent-Length: 0\r\n\r\n", "timeout", "504"),
+        (b'HTTP/1.1 422 No\r\nContent-Length: 14\r\n\r\n{"detail":"x"}', "bad_input", "422: x"),
+        (None, "timeout", "within 0.3 s"),
+        ("drip", "timeout", "within 0.3 s"),
+    ],
+)
+def test_services_that_misbehave_fail_in_their_kind(said, kind, words):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(5)
+                connection.recv(2**16)
+                if said == "drip":
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                    for _ in range(10):
+                        time.sleep(0.1)
+                        try:
+                            connection.sendall(b" ")
+                        except OSError:
+                            return
+                elif said is None:
+                    time.sleep(0.6)
+                else:
+                    connection.sendall(said)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(RewardError, match=words) as caught:
+            client = RewardClient(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3)
+            client.score(["bright"], IMAGES, PROMPTS)
+        thread.join()
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "10.0.0.5:8000",
+        "ftp://a",
+        "http://",
+        "http://[::1",
+        "http://a:99999",
+        "http://a b",
+        "http://me:pw@a",
+        "http://a?b",
+    ],
+)
+def test_what_is_no_address_is_refused_with_an_example(url):
+    with pytest.raises(UserError, match="such as http://10.0.0.5:8000"):
+        RewardClient(url)
+    password = "@" in url  # no setting at all may hold one
+    with pytest.raises(ValidationError, match="without a user or password" if password else "such as http://10.0.0.5"):
+        Http.Config(url=url, reward="clip")
+
+
+def test_a_host_that_nobody_knows_is_unavailable():
+    with pytest.raises(RewardError) as caught:
+        RewardClient("http://no-such-host.invalid", timeout_s=2).ready()
+    assert caught.value.kind == "unavailable"

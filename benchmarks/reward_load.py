@@ -15,7 +15,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from align_cluster.embedded import scene, tokenizer
+from align_cluster.embedded import scene
+from align_cluster.pretraining import tokenizer
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.clip_score import ClipScore

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from align_cluster.cluster import learners, staff
+from align_cluster.cluster import learners, slots
 from align_cluster.cluster import pool as pool_module
 from align_cluster.cluster.errors import reason
 from align_cluster.cluster.pool import DEPTH, Pool, stream
@@ -271,7 +271,7 @@ def test_the_reason_of_a_loss_is_one_line():
 
 
 def test_a_successor_whose_constructor_fails_is_a_loss_where_others_came_up(make_pool, local_ray, monkeypatch, pid_of):
-    monkeypatch.setattr(staff, "STRIKES", 3)
+    monkeypatch.setattr(slots, "STRIKES", 3)
     monkeypatch.setattr(pool_module, "BACKOFF_S", 0.1)
     pool = bring_up(make_pool(2))
     broken = local_ray.remote(Adder).options(num_cpus=0)

@@ -47,6 +47,9 @@ class Perturbation:
     pairwise: float
 
 
+ChunkId = tuple[int, int, int]  # step, group, first member
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The unit of work: consecutive members of one prompt group, always batched together.
@@ -70,7 +73,7 @@ class Chunk:
         object.__setattr__(self, "variants", self.variants or (0,) * len(self.seeds))
 
     @property
-    def id(self) -> tuple[int, int, int]:
+    def id(self) -> ChunkId:
         return self.step, self.group, self.first
 
 

@@ -30,11 +30,11 @@ from typing import Any
 
 import ray
 from alignment import commit
+from hooked import HookedWorkers
 
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.loop import driver
-from align_cluster.loop.workers import Crew
 from align_cluster.observe.sinks import append_jsonl, read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -101,13 +101,13 @@ def schedule(seed: int, steps: int, counts: dict[str, int]) -> list[Kill]:
     return kills
 
 
-def saboteur(folder: Path) -> type[Crew]:
-    """A Crew that carries out the folder's schedule, and keeps record of its kills and of finished steps."""
+def saboteur(folder: Path) -> type[HookedWorkers]:
+    """A worker group that carries out the folder's schedule, and keeps record of its kills and of finished steps."""
     left = {kill["id"]: Kill(**kill) for kill in json.loads((folder / "schedule.json").read_text())}
     for row in read_jsonl(folder / "kills.jsonl"):
         left.pop(row["id"])
 
-    class Saboteur(Crew):
+    class Saboteur(HookedWorkers):
         step = 0
 
         def strike(self, moment: str, after_s: float = 0.0) -> None:
@@ -136,19 +136,19 @@ def saboteur(folder: Path) -> type[Crew]:
             if kind == "driver":
                 return [("driver", os.getpid())]
             if kind == "learner":
-                return [(f"learner-{rank}", process(home)) for rank, home in enumerate(self.learners.homes)]
+                return [(f"learner-{rank}", process(home)) for rank, home in enumerate(self.ranks.locations)]
             workers = self.samplers.workers if kind == "sampler" else self.rewards[0].workers
             workers = [worker for worker in workers if worker.calls] or workers
-            return [(worker.name, process(worker.place) if worker.place else worker.actor) for worker in workers]
+            return [(worker.name, process(worker.location) if worker.location else worker.actor) for worker in workers]
 
         def draw(self, chunks, request):
             self.step = chunks[0].step + 1  # of an evaluation, a number that no kill has
             self.strike("before rollout")
-            drawn, times = super().draw(chunks, request)
+            rollout = super().draw(chunks, request)
             if self.step > 0:
-                ids = [list(item.info.chunk.id) for item in drawn]
+                ids = [list(item.chunk.id) for item in rollout.drawn]
                 append_jsonl(folder / "drawn.jsonl", {"step": self.step, "chunks": ids})
-            return drawn, times
+            return rollout
 
         def report(self, stage, done, total):
             super().report(stage, done, total)
@@ -190,7 +190,7 @@ def config_of(steps: int) -> RunConfig:
 
 def drive(folder: Path, steps: int) -> None:
     """One life of the driver: from the start, or from where the one before was killed."""
-    driver.Crew = saboteur(folder)
+    driver.WorkerGroup = saboteur(folder)
     driver.train(config_of(steps), folder, "auto")
 
 

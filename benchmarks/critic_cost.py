@@ -17,6 +17,7 @@ from align_cluster.backbones.critic import Critic
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import TrainingChunk
 from align_cluster.learner.worker import Learner
 from align_cluster.planner.memory import learner as learner_bytes
 from align_cluster.planner.memory import measure
@@ -55,7 +56,7 @@ def values(config: RunConfig) -> dict:
         records[:] = [sampler.draw(*pair, None, request)[2] for pair in zip(chunks, conditions, strict=True)]
 
     def on_learner() -> None:
-        learner.values(*(part for pair in zip(records, conditions, strict=True) for part in pair))
+        learner.values([TrainingChunk(*pair) for pair in zip(records, conditions, strict=True)])
 
     @torch.no_grad()
     def on_sampler() -> None:

@@ -51,10 +51,10 @@ from reward_load import (
     wrong,
 )
 
+from align_cluster.cluster.actors import make_reward_worker
 from align_cluster.cluster.nodes import software
 from align_cluster.cluster.placement import cluster
 from align_cluster.cluster.pool import Pool, stream
-from align_cluster.cluster.workers import make_reward_worker
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive
 from align_cluster.config.run import ClusterConfig

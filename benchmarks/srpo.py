@@ -31,11 +31,11 @@ from alignment import commit
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import cut, total_weight
-from align_cluster.learner.reduction import merge
+from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work, reduce_metrics
 from align_cluster.learner.worker import Learner
-from align_cluster.loop.advantages import Creditor
-from align_cluster.loop.workers import Drawn, step_seed
+from align_cluster.loop.advantages import AdvantageEstimator
+from align_cluster.loop.requests import step_seed
+from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.observe.table import rows as score_rows
 from align_cluster.observe.table import summarise
 from align_cluster.prompts import PROMPTS
@@ -76,20 +76,24 @@ def train(config: RunConfig) -> Iterator[dict]:
     """The run's own samplers, rewards, credit and learner in this process, one of each and without Ray, whose start
     would take most of the time of so short a run. Yields a dict a step, with held-out scores where they are due."""
     learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port())
-    sampler, scorer, creditor = Sampler(config.backbone), RewardWorker(dict(config.rewards)), Creditor(config)
+    sampler, scorer, estimator = (
+        Sampler(config.backbone),
+        RewardWorker(dict(config.rewards)),
+        AdvantageEstimator(config),
+    )
     sources = (config.prompts, config.evaluate.prompts)
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in sources)
     rollout, held = config.rollout, config.evaluate
     fixed = plan_evaluation(held_out, held.count, held.images_per_prompt, held.images_per_prompt, config.seed)
     conditions: dict = {}
 
-    def draw(chunks: list, request: DrawRequest) -> list[Drawn]:
+    def draw(chunks: list, request: DrawRequest) -> list[DrawnChunk]:
         new = [text for text in dict.fromkeys(chunk.prompt.text for chunk in chunks) if text not in conditions]
         conditions.update(zip(new, sampler.encode(new), strict=True))
         drawn = []
         for chunk in chunks:
             info, images, record = sampler.draw(chunk, conditions[chunk.prompt.text], None, request)
-            drawn.append(Drawn(info, images, record, scorer.score(images, [chunk.prompt] * len(images))))
+            drawn.append(DrawnChunk(info, images, record, scorer.score(images, [chunk.prompt] * len(images))))
         return drawn
 
     def adopt(source: str, version: int) -> None:
@@ -97,7 +101,7 @@ def train(config: RunConfig) -> Iterator[dict]:
 
     def evaluate(version: int) -> dict:
         adopt("evaluation", version)
-        drawn = draw(fixed, DrawRequest(version, held.steps or rollout.steps, Euler.Config(), held.guidance))
+        drawn = draw(fixed, DrawRequest(version, held.steps or rollout.steps, Euler.Config(), guidance=held.guidance))
         return summarise([row for item in drawn for row in score_rows(item.info.chunk.prompt, item.scores)])["overall"]
 
     yield {"held_out": evaluate(0)}
@@ -108,12 +112,16 @@ def train(config: RunConfig) -> Iterator[dict]:
         chunks = plan_step(prompts, config.seed, step, config.prompts_per_step, rollout.group_size, rollout.group_size)
         planned = window.plan(rollout.steps, step, step_seed(config, step)) if window else None
         kept = planned or algorithm.states(rollout.steps)
-        drawn = draw(chunks, DrawRequest(version, rollout.steps, config.step_kind, rollout.guidance, kept))
-        credit = creditor.assign(step, drawn)
-        pieces = cut(chunks, list(credit.advantages), list(credit.valid), 1, rollout.group_size, step)
-        data = [part for item in drawn for part in (item.record, conditions[item.info.chunk.prompt.text])]
-        trained = merge([learner.update(step, pieces, total_weight(pieces), None, *data)])
-        row = {"seconds": time.perf_counter() - started, "train/grad_norm": trained["grad_norm"][0]}
+        drawn = draw(
+            chunks, DrawRequest(version, rollout.steps, config.step_kind, guidance=rollout.guidance, window=kept)
+        )
+        credit = estimator.assign(step, drawn)
+        micro_batches = make_micro_batches(
+            chunks, list(credit.advantages), list(credit.valid), updates=1, size=rollout.group_size, seed=step
+        )
+        pairs = [TrainingChunk(item.record, conditions[item.chunk.prompt.text]) for item in drawn]
+        trained = reduce_metrics([learner.update(rank_work(step, micro_batches, pairs))])
+        row = {"seconds": time.perf_counter() - started, "train/grad_norm": trained["grad_norm"].mean}
         row |= {name: float(np.mean([item.scores.values[name] for item in drawn])) for name in ("preference", "clip")}
         yield row | ({"held_out": evaluate(version + 1)} if (step + 1) % held.every == 0 else {})
 

@@ -71,7 +71,7 @@ def drawn(config: RunConfig) -> tuple[Sampler, DrawRequest, list[Chunk], list[Co
     sampler = Sampler(config.backbone, config.cluster.threads)
     steps, size = config.rollout.steps, config.rollout.group_size
     window = config.window.plan(steps, 0, 0) if config.window else None
-    request = DrawRequest(0, steps, config.step_kind, config.rollout.guidance, window)
+    request = DrawRequest(0, steps, config.step_kind, guidance=config.rollout.guidance, window=window)
     chunks = [Chunk(0, g, 0, Prompt(g, text), tuple(range(g * size, (g + 1) * size))) for g, text in enumerate(PROMPTS)]
     return sampler, request, chunks, sampler.encode(list(PROMPTS))
 
@@ -113,19 +113,21 @@ def bench_learner(rounds: int) -> dict[str, dict[str, float]]:
 
 def _learner(kind: str, rounds: int) -> dict[str, float]:
     from align_cluster.backbones.adapters import active_adapter, add_adapters
-    from align_cluster.learner.batching import cut, total_weight
+    from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 
     config = config_of(kind, "learner.updates_per_step=1", "steps=100000")
     sampler, request, chunks, conditions = drawn(config)
     records = [sampler.draw(c, condition, None, request)[2] for c, condition in zip(chunks, conditions, strict=True)]
     size, threads = config.rollout.group_size, config.cluster.threads
     advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * len(chunks)
-    pieces = cut(chunks, advantages, [np.ones(size, bool)] * len(chunks), 1, size, seed=0)
+    valid = [np.ones(size, bool)] * len(chunks)
+    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=size, seed=0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", port, threads)
-    data = [item for pair in zip(records, conditions, strict=True) for item in pair]
+    pairs = [TrainingChunk(*pair) for pair in zip(records, conditions, strict=True)]
+    work = rank_work(0, micro_batches, pairs)
 
     backbone, algorithm = learner.backbone, learner.algorithm
     network = add_adapters(backbone, backbone.load_denoiser(), algorithm.adapters)
@@ -150,7 +152,7 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    result = in_turns(lambda: learner.update(0, pieces, total_weight(pieces), None, *data), bare, rounds)
+    result = in_turns(lambda: learner.update(work), bare, rounds)
     passes = inner_passes * len(chunks) * size
     return result | {"samples_x_timesteps_per_s": passes / result["ours_s"]}
 
@@ -198,7 +200,7 @@ def bench_sync(rounds: int) -> dict[str, dict[str, float]]:
             receiver = ray.remote(Receiver).options(num_cpus=0)
             for count in (1, 2, 4):
                 pool = Pool("sampler", lambda name, _, r=receiver, n=named: r.remote(name, n), count, timeout_s=120)
-                pool.assemble()
+                pool.wait_until(lambda p=pool: len(p.ready_workers) == p.size)
                 times = []
                 for version in range(rounds + 2):
                     started = time.perf_counter()

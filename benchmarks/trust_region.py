@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from align_cluster.config.load import load
-from align_cluster.learner.batching import cut, total_weight
+from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.types import Chunk, Prompt
@@ -54,14 +54,16 @@ def main() -> None:
         port = free.getsockname()[1]
     learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", port)
     advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * GROUPS
-    pieces = cut(chunks, advantages, [np.ones(size, bool)] * GROUPS, 1, size, seed=0)
-    data = [item for pair in zip(records, conditions, strict=True) for item in pair]
-    learner.update(0, pieces, total_weight(pieces), None, *data)  # caches, allocator, lazy parts
+    valid = [np.ones(size, bool)] * GROUPS
+    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=size, seed=0)
+    pairs = [TrainingChunk(*pair) for pair in zip(records, conditions, strict=True)]
+    work = rank_work(0, micro_batches, pairs)
+    learner.update(work)  # caches, allocator, lazy parts
 
     times: dict[bool, list[float]] = {True: [], False: []}
     refresh = config.advantage.shaping.refresh
     for update in range(1, UPDATES):
-        spent = seconds(lambda: learner.update(0, pieces, total_weight(pieces), None, *data))
+        spent = seconds(lambda: learner.update(work))
         times[update % refresh == 0].append(spent)
     measured, plain = (statistics.median(times[kind]) for kind in (True, False))
     share = (measured - plain) / (refresh * (plain + drawing) + measured - plain)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,6 +20,7 @@ import torch  # noqa: E402
 from align_cluster.backbones.sd3 import SD3  # noqa: E402
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,39 +27,57 @@ class Policy(Protocol):
         [b, C, H, W], each under J texts, with a gradient to the latents."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: b members of one chunk, in the inner pass number `inner_pass` over them.
+@dataclass(frozen=True, kw_only=True)
+class RecordedSteps:
+    """Holds what a rollout recorded of K denoising steps of each of b samples.
 
-    advantages [b], or [b, K] where each step has its own; x0 [b, C, H, W]; sigmas [N + 1]; where recorded: indices
-    [b, K], before, after, means [b, K, C, H, W] and log_probs [b, K]; `slots` are the recorded steps to train (left
-    out: all). With a critic: returns (NaN where a reward does not judge the sample) and values before the update,
-    [b, K, R].
-    `generators` gives each member a fresh random stream for this (step, update, inner pass), whatever the world size.
-    `prompt` is the members' text, `noises` are the seeds of their initial noises, `update` counts the run's optimiser
-    updates so far.
+    `indices` [b, K] number the steps; `before` [b, K, C, H, W] are the latents that they started from. Where the step
+    kind has a density: `after` [b, K, C, H, W] are the latents that they drew, `log_probs` [b, K] their log-densities,
+    and `means` [b, K, C, H, W] the densities' means if the algorithm needs them. `slots` are the recorded steps to
+    train (left out: all); a whole path holds others too.
+    """
+
+    indices: torch.Tensor
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    means: torch.Tensor | None = None
+    slots: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots is None:
+            object.__setattr__(self, "slots", tuple(range(self.indices.shape[1])))
+
+
+@dataclass(frozen=True)
+class CriticTargets:
+    """Holds what a critic learns from: `returns` (NaN where a reward does not judge the sample) and the `values` before
+    the update, both [b, K, R]."""
+
+    returns: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Holds one micro-batch, b members of one chunk, in inner pass number `inner_pass` of an update.
+
+    `update` counts the run's optimiser updates so far. `advantages` are [b], or [b, K] where each step has its own;
+    `x0` [b, C, H, W] are final latents and `sigmas` [N + 1] the rollout's noise levels. `prompt` is the members' text
+    and `noises` are the seeds of their initial noises. `generators` gives each member a fresh random stream for this
+    (step, update, inner pass) and a purpose, whatever the world size.
     """
 
     inner_pass: int
     advantages: torch.Tensor
     x0: torch.Tensor
     sigmas: np.ndarray
-    indices: torch.Tensor
-    before: torch.Tensor | None
-    after: torch.Tensor | None
-    log_probs: torch.Tensor | None
-    means: torch.Tensor | None
+    recorded: RecordedSteps
     generators: Callable[[str], list[torch.Generator]]
-    slots: tuple[int, ...] | None = None
-    returns: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    critic: CriticTargets | None = None
     prompt: str = ""
     noises: tuple[int, ...] = ()
     update: int = 0
-
-    def __post_init__(self) -> None:
-        if self.slots is None:
-            object.__setattr__(self, "slots", tuple(range(self.indices.shape[1])))
 
 
 class Algorithm(ABC):

@@ -50,7 +50,7 @@ class DRaFT(Algorithm):
             noise = initial_noise(batch.generators(f"noise {batch.inner_pass}"), batch.x0.shape[1:]).to(batch.x0)
             x = noised(batch.x0, noise, level(steps - 1), policy.step.prediction)
         else:
-            x = batch.before[:, 0]
+            x = batch.recorded.before[:, 0]
         for k in range(steps - self.config.last, steps):
             x = policy.step.advance(k, x, policy.velocity(x, level(k)))
         reward = policy.rewards(x, [batch.prompt])[:, 0]

@@ -47,8 +47,11 @@ class GRPO(PolicyGradient):
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         if self.config.ratio == "plain":
             return log_ratio, 1.0
-        log_ratio = guarded_log_ratio(batch.after[:, slot], mean, batch.means[:, slot], std)
+        log_ratio = guarded_log_ratio(batch.recorded.after[:, slot], mean, batch.recorded.means[:, slot], std)
         if self.config.guard_weight == "none":
             return log_ratio, 1.0
-        k, levels = batch.indices[:, slot], torch.tensor(batch.sigmas, device=mean.device)  # records may be read-only
+        k, levels = (
+            batch.recorded.indices[:, slot],
+            torch.tensor(batch.sigmas, device=mean.device),
+        )  # records may be read-only
         return log_ratio, 1 / (levels[k] - levels[k + 1]).float()

@@ -32,11 +32,12 @@ class PolicyGradient(Algorithm):
         return log_ratio, 1.0
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config, slot = self.config, batch.slots[batch.inner_pass]
-        k, x, x_next = batch.indices[:, slot], batch.before[:, slot], batch.after[:, slot]
+        config, recorded = self.config, batch.recorded
+        slot = recorded.slots[batch.inner_pass]
+        k, x, x_next = recorded.indices[:, slot], recorded.before[:, slot], recorded.after[:, slot]
         sigma, high = policy.step.level(k), config.clip_high or config.clip
         mean, std, std_t = policy.step.mean(k, x, policy.velocity(x, sigma))
-        log_ratio = policy.step.density(mean, std, x_next) - batch.log_probs[:, slot]
+        log_ratio = policy.step.density(mean, std, x_next) - recorded.log_probs[:, slot]
         clipped, weight = self.ratio(batch, slot, mean, std, log_ratio)
         loss, ratio = clipped_surrogate(clipped, self.advantage(batch, slot), config.clip, high)
         metrics = {

@@ -49,7 +49,7 @@ class ReFL(Algorithm):
         return 1
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        x, level = batch.before[:, 0], policy.step.level(batch.indices[:, 0])
+        x, level = batch.recorded.before[:, 0], policy.step.level(batch.recorded.indices[:, 0])
         x0 = clean(x, policy.velocity(x, level), level, policy.step.prediction)
         reward = policy.rewards(x0, [batch.prompt])[:, 0]
         margin, metrics = self.config.margin, {"reward": reward.detach()}

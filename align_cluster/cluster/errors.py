@@ -1,4 +1,4 @@
-"""Why a worker or an object was lost: Ray's errors as causes and as one line."""
+"""Turns Ray's errors into the cause and into one line that says why a worker or an object was lost."""
 
 import re
 
@@ -17,12 +17,12 @@ LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, RuntimeEnvSetupErro
 
 
 def cause_of(error: RayTaskError) -> BaseException:
-    """The exception that the remote code raised, of its own type where it has one."""
+    """Returns the exception that the remote code raised, with its own type where Ray kept it."""
     return getattr(error, "cause", None) or error
 
 
 def reason(error: BaseException) -> str:
-    """One line that says why a worker or an object was lost; Ray's own text is a page."""
+    """Returns one line that says why a worker or an object was lost; Ray's own text is a page."""
     text = str(error).strip() or type(error).__name__
     if getattr(error, "actor_init_failed", False):
         return text.splitlines()[-1].strip()[:300]  # what its constructor raised
@@ -32,8 +32,8 @@ def reason(error: BaseException) -> str:
 
 
 def start_error(name: str, error: RayError) -> Exception:
-    """Why a worker could not start. Ray hands over only the text of what its constructor raised, from which a
-    UserError is made again."""
+    """Returns why a worker could not start. Ray hands over only the text of what its constructor raised, so a UserError
+    is made again from it."""
     _, found, sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
     if found:
         return UserError(sentence.strip())

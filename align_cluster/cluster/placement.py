@@ -1,4 +1,4 @@
-"""Joining Ray, and refusing at once what the cluster cannot hold."""
+"""Joins Ray, and refuses at once what the cluster cannot hold."""
 
 import os
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from align_cluster.config.plan import HALF, Plan
 from align_cluster.config.run import ClusterConfig
 from align_cluster.errors import UserError
 
-FULL = ("OutOfDiskError", "ObjectStoreFullError")  # of Ray, whose own text may be inside of another error's
-PATIENCE_S = 5.0  # a run that has just ended gives its resources back within about a second
+FULL = ("OutOfDiskError", "ObjectStoreFullError")  # Ray's errors; their text may stand inside another error's
+PATIENCE_S = 5.0  # a run that has just ended returns its resources within about a second, on a busy machine later
 
 
 @contextmanager
 def cluster(config: ClusterConfig) -> Iterator[None]:
-    """A Ray connection for the length of a run: a private Ray on this machine, or the cluster at `config.address`."""
+    """Connects to Ray for the length of a run: a private Ray on this machine, or the cluster at `config.address`."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     joined = ray.is_initialized()
     if not joined:
@@ -47,22 +47,22 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
 
 
 def resources() -> tuple[int, int]:
-    """(CPU cores, GPUs) of the whole cluster."""
+    """Returns (CPU cores, GPUs) of the whole cluster."""
     total = ray.cluster_resources()
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
 
 
 def reward_role(pool: str) -> str:
-    """Under which name the places of a reward pool's workers are kept."""
+    """Returns the name under which the places of a reward pool's workers are kept."""
     return f"reward {pool}"
 
 
 def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
-    """What the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
+    """Returns what the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
 
-    Samplers and a learner rank that take turns share a bundle, and with it a GPU, and with them reward workers that ask
-    for a small part of one. A bundle with a learner holds a whole GPU: Ray would put two half ones on the same device,
-    where NCCL refuses two ranks.
+    Samplers and a learner rank that alternate share a bundle, and with it a GPU. Reward workers that ask for a small
+    part of a GPU share it too. A bundle with a learner holds a whole GPU, because Ray would put two halves on the same
+    device, where NCCL refuses two ranks.
     """
     first_learner = plan.samplers if plan.apart else 0
     places = {
@@ -92,10 +92,10 @@ def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
 
 @contextmanager
 def reserve(plan: Plan) -> Iterator[dict[str, list[PlacementGroupSchedulingStrategy]]]:
-    """The run's share of the cluster, taken whole or not at all: for each role, where its worker number i runs.
+    """Reserves the run's share of the cluster, whole or not at all; yields for each role where worker number i runs.
 
-    UserError, naming what is missing, where the cluster does not have it, or others hold it and do not give it back
-    within seconds.
+    Raises UserError, which names what is missing, where the cluster does not have it, or where others hold it and do
+    not give it back within seconds.
     """
     bundles, places = slots(plan)
     total, free = ray.cluster_resources(), ray.available_resources()

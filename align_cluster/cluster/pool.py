@@ -1,33 +1,45 @@
-"""A supervised pool of identical workers: what a worker that is lost or hangs had to do goes to another one."""
+"""A supervised pool of identical workers. Another worker does what a lost or hanging one had to do."""
 
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError, RuntimeEnvSetupError
 
 from align_cluster.cluster.errors import LOST, cause_of, reason, start_error
-from align_cluster.cluster.slots import Call, Doing, Done, GivenUp, InputLost, Patience, Seat, Worker
+from align_cluster.cluster.slots import Call, GivenUp, InputLost, RetryPolicy, Slot, Worker, WorkerStatus
 
-DEPTH = 2  # calls queued on a worker: the next one is there when the first ends
-TRIES = 4  # of a call whose worker is lost
-LATE_TRIES = 2  # of a call that is not answered in time
-BACKOFF_S = 0.5  # before the third worker of a seat; twice as long before each later one
-REST_S = 300.0  # for which it is
+DEPTH = 2  # calls queued on a worker, so that the next one is there when the first ends
+MAX_TRIES = 4  # workers that one call may lose before the run ends: a call that kills its worker would kill them all
+MAX_LATE_TRIES = 2  # times that one call may be late before the run ends, each as long as the pool's deadline
+BACKOFF_S = 0.5  # pause before the third worker of a slot; each later pause is twice as long
+QUARANTINE_S = 300.0  # how long a slot is left alone after MAX_FAILURES: time for a node to be mended
 log = logging.getLogger(__name__)
 
 
-class Pool:
-    """`size` actors, number i made by `make(name, i)`. A call whose worker was lost goes to another one, up to 3 times.
+@dataclass(frozen=True)
+class Done:
+    """Holds a finished call: its first result by value, the others as references."""
 
-    A lost worker's successor comes at once, the next ones with growing pauses; after STRIKES in a row its seat is
-    quarantined for REST_S, and the others do the work. Errors that the work itself raises are not retried: they rise to
-    the caller as they are. `grow` hires up to `most` workers where the cluster has room for them; their index is `size`
-    or more. `prove` raises where an answer to a broadcast is not what it must be.
+    pool: "Pool"
+    key: Hashable
+    value: Any
+    refs: tuple
+
+
+class Pool:
+    """Keeps `size` actors at work; `make(name, i)` makes number i. A call whose worker was lost goes to another one.
+
+    The pool restarts a lost worker at once, then after 0.5, 1 and 2 s. After MAX_FAILURES in a row it quarantines the
+    slot for QUARANTINE_S, and the other workers do the work. It does not retry errors that the work itself raises: they
+    rise to the caller as they are. `grow` adds workers, up to `max_size`, where the cluster has room for them; their
+    index is `size` or more. `verify` raises where an answer to a broadcast is not what it must be. `events` are the
+    last troubles, each with its time of day.
     """
 
     def __init__(
@@ -36,81 +48,83 @@ class Pool:
         make: Callable[[str, int], Any],
         size: int,
         timeout_s: float,
-        most: int | None = None,
-        patience: Patience | None = None,
-        prove: Callable[[Any], None] = lambda answer: None,
+        max_size: int | None = None,
+        retry_policy: RetryPolicy | None = None,
+        verify: Callable[[Any], None] = lambda answer: None,
     ) -> None:
         self.name, self.make, self.size, self.timeout_s = name, make, size, timeout_s
-        self.most, self.patience, self.prove = most or size, patience, prove
+        self.max_size, self.retry_policy, self.verify = max_size or size, retry_policy, verify
         self.waiting: deque[Call] = deque()
-        self.news: tuple[str, tuple] | None = None
-        self.born = self.lost = 0
-        self.came_up = False
-        self.troubles: deque[tuple[float, str]] = deque(maxlen=20)  # with the time of day
-        self.seats = [Seat(index) for index in range(size)]
+        self.broadcast_state: tuple[str, tuple] | None = None
+        self.started = self.lost = 0
+        self.ever_ready = False
+        self.events: deque[tuple[float, str]] = deque(maxlen=20)
+        self.slots = [Slot(index) for index in range(size)]
         self.workers: list[Worker] = []
-        for seat in self.seats:
-            self._hire(seat)
+        for slot in self.slots:
+            self._start_worker(slot)
 
-    def _hire(self, seat: Seat) -> None:
-        name = f"{self.name}-{self.born}"
-        self.born += 1
-        actor = self.make(name, seat.index)
-        worker = Worker(name, actor, seat, seat.index >= self.size, actor.__ray_call__.remote(whereabouts))
-        if self.news:
-            method, args = self.news
-            worker.state = getattr(actor, method).remote(*args)
-        self.workers = sorted([*self.workers, worker], key=lambda w: w.seat.index)
+    def _start_worker(self, slot: Slot) -> None:
+        name = f"{self.name}-{self.started}"
+        self.started += 1
+        actor = self.make(name, slot.index)
+        worker = Worker(name, actor, slot, slot.index >= self.size, actor.__ray_call__.remote(location_of))
+        if self.broadcast_state:
+            method, args = self.broadcast_state
+            worker.adopting = getattr(actor, method).remote(*args)
+        self.workers = sorted([*self.workers, worker], key=lambda w: w.slot.index)
 
     @property
     def busy(self) -> bool:
+        """Tells whether calls are queued or in work."""
         return bool(self.waiting or any(worker.calls for worker in self.workers))
 
     @property
-    def staff(self) -> list[Worker]:
-        """Workers that calls may go to."""
-        return [worker for worker in self.workers if worker.up]
+    def ready_workers(self) -> list[Worker]:
+        """Returns the workers that calls may go to."""
+        return [worker for worker in self.workers if worker.ready]
 
     @property
-    def room(self) -> bool:
-        """Whether a call would go to a worker at once, or to the first one that comes."""
-        return not self.waiting and (not self.staff or any(len(worker.calls) < DEPTH for worker in self.staff))
+    def has_room(self) -> bool:
+        """Tells whether a call would go to a worker at once, or to the first one that comes."""
+        ready = self.ready_workers
+        return not self.waiting and (not ready or any(len(worker.calls) < DEPTH for worker in ready))
 
     @property
-    def vacant(self) -> list[Seat]:
-        """Seats without a worker."""
-        taken = [worker.seat for worker in self.workers]
-        return [seat for seat in self.seats if seat not in taken]
+    def empty_slots(self) -> list[Slot]:
+        """Returns the slots without a worker."""
+        taken = [worker.slot for worker in self.workers]
+        return [slot for slot in self.slots if slot not in taken]
 
     def grow(self) -> None:
-        """Hire one worker more, unless `most` are there, or one is still coming or missing."""
-        if len(self.workers) < self.most and all(worker.up for worker in self.workers) and not self.vacant:
-            used = {worker.seat.index for worker in self.workers}
-            self._hire(Seat(next(index for index in range(self.size, self.most) if index not in used)))
+        """Starts one worker more, unless `max_size` are there, or one is still starting or missing."""
+        if len(self.workers) < self.max_size and all(worker.ready for worker in self.workers) and not self.empty_slots:
+            used = {worker.slot.index for worker in self.workers}
+            self._start_worker(Slot(next(index for index in range(self.size, self.max_size) if index not in used)))
 
     def trim(self) -> None:
-        """Let those go that `grow` hired and that had nothing to do since the last `trim`."""
-        for worker in [worker for worker in self.staff if worker.spare and not (worker.used or worker.calls)]:
-            self._drop(worker)
-        for worker in self.staff:
+        """Stops the spare workers that had nothing to do since the last `trim`."""
+        for worker in [worker for worker in self.ready_workers if worker.spare and not (worker.used or worker.calls)]:
+            self._stop_worker(worker)
+        for worker in self.ready_workers:
             worker.used = False
 
-    def _drop(self, worker: Worker) -> None:
+    def _stop_worker(self, worker: Worker) -> None:
         ray.kill(worker.actor)
         self.workers.remove(worker)
 
     def submit(self, key: Hashable, method: str, *args: Any, returns: int = 1) -> None:
-        """Queue one call; `stream` yields its result."""
+        """Queues one call; `stream` yields its result."""
         self.waiting.append(Call(key, method, args, returns))
         self._feed()
 
     def _feed(self) -> None:
-        """Hand out calls, the first ones first, and none to a seat that it was lost on while there is another one."""
+        """Hands out calls in their order. A call avoids the slots that it was lost on while there are others."""
         for call in list(self.waiting):
-            able = [w for w in self.staff if w.seat.index not in call.seats] or self.staff
+            able = [w for w in self.ready_workers if w.slot.index not in call.slots] or self.ready_workers
             worker = min(able, key=lambda w: len(w.calls), default=None)
             if worker is None or len(worker.calls) >= DEPTH:
-                if all(len(w.calls) >= DEPTH for w in self.staff):
+                if all(len(w.calls) >= DEPTH for w in self.ready_workers):
                     return
                 continue
             self.waiting.remove(call)
@@ -122,112 +136,117 @@ class Pool:
             worker.calls[refs[0]] = (call, tuple(refs[1:]))
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Give this state to every worker and to all that come later, before any work. Returns the answers of those
-        that are up, one at least; who is late is replaced."""
-        self.news = (method, args)
-        asked = [worker for worker in self.workers if worker.up]
+        """Gives a state to every worker, and to all that start later before they get any work.
+
+        Returns the answers of the workers that are ready, which are one at least. A worker that is late is replaced.
+        """
+        self.broadcast_state = (method, args)
+        asked = [worker for worker in self.workers if worker.ready]
         for worker in self.workers:
-            worker.state, worker.since = getattr(worker.actor, method).remote(*args), time.monotonic()
-        self._until(lambda: self.staff and not any(worker in self.workers and not worker.up for worker in asked))
-        return [worker.answer for worker in self.staff]
+            worker.adopting, worker.since = getattr(worker.actor, method).remote(*args), time.monotonic()
 
-    def assemble(self) -> None:
-        """Wait until all workers are up."""
-        self._until(lambda: not self.vacant and all(worker.up for worker in self.workers))
+        def answered() -> bool:
+            late = any(worker in self.workers and not worker.ready for worker in asked)
+            return bool(self.ready_workers) and not late
 
-    def _until(self, there: Callable[[], bool]) -> None:
-        """Take in who comes up until `there` holds."""
+        self.wait_until(answered)
+        return [worker.answer for worker in self.ready_workers]
+
+    def wait_until(self, there: Callable[[], bool]) -> None:
+        """Takes in workers that get ready until `there` holds. TimeoutError names who is missing."""
         began = time.monotonic()
         while not there():
-            refs = [ref for worker in self.workers for ref in (worker.arrival, worker.state) if ref is not None]
+            refs = [ref for worker in self.workers for ref in (worker.starting, worker.adopting) if ref is not None]
             for ref in _wait(refs, [self], 1.0):
                 self.collect(ref)
-            self.tend()
+            self.supervise()
             waited = time.monotonic() - began
-            if waited > LATE_TRIES * self.timeout_s and not there():
+            if waited > MAX_LATE_TRIES * self.timeout_s and not there():
                 raise TimeoutError(f"{self.name} is not ready after {waited:.0f} s: {self.missing()}")
 
     def missing(self) -> str:
-        """Who is not there, for messages."""
-        states = [(f"{worker.name} is {worker.phase}", worker.seat) for worker in self.workers if not worker.up]
-        states += [(f"nobody is on seat {seat.index}", seat) for seat in self.vacant]
-        return "; ".join(state + (f", after: {seat.error}" if seat.error else "") for state, seat in states)
+        """Says which workers are not ready, and why."""
+        states = [(f"{worker.name} is {worker.phase}", worker.slot) for worker in self.workers if not worker.ready]
+        states += [(f"nobody is on slot {slot.index}", slot) for slot in self.empty_slots]
+        return "; ".join(state + (f", after: {slot.error}" if slot.error else "") for state, slot in states)
 
     def _replace(self, worker: Worker, error: Exception) -> list[Done]:
-        """Let the worker go and put its calls at the head of the queue, in their order; returns what is given up. Only
-        the call in work may be to blame."""
+        """Stops a worker and puts its calls back at the head of the queue, in their order.
+
+        Returns the results of calls that are given up. Only the call in work can have killed the worker.
+        """
         if worker not in self.workers:
             return []
         never_up = isinstance(error, RuntimeEnvSetupError) or getattr(error, "actor_init_failed", False)
-        if never_up and not worker.spare and not self.came_up:
+        if never_up and not worker.spare and not self.ever_ready:
             raise start_error(worker.name, error) from error
-        calls, seat = [call for call, _ in worker.calls.values()], worker.seat
-        self._drop(worker)
+        calls, slot = [call for call, _ in worker.calls.values()], worker.slot
+        self._stop_worker(worker)
         if never_up and worker.spare:
-            self.most = self.size
-            self._note(f"{self.name} does not grow: {start_error(worker.name, error)}")
+            self.max_size = self.size
+            self._log_event(f"{self.name} does not grow: {start_error(worker.name, error)}")
             return []
         self.lost += 1
-        seat.strikes, seat.error = seat.strikes + 1, reason(error)
-        given_up = self._give_up(calls, seat, error)
+        slot.failures, slot.error = slot.failures + 1, reason(error)
+        given_up = self._give_up(calls, slot, error)
         self.waiting.extendleft(reversed(calls))
-        pause = REST_S if seat.quarantined else BACKOFF_S * 2 ** (seat.strikes - 2) if seat.strikes > 1 else 0.0
-        seat.due = time.monotonic() + pause
-        self._note(self._obituary(worker, calls, pause))
+        pause = QUARANTINE_S if slot.quarantined else BACKOFF_S * 2 ** (slot.failures - 2) if slot.failures > 1 else 0.0
+        slot.due = time.monotonic() + pause
+        self._log_event(self._loss_message(worker, calls, pause))
         for other in list(self.workers):
-            if other.spare and other.arrival is not None and not worker.spare:
-                self._drop(other)  # it might take the room that the successor needs
-        if all(seat.quarantined for seat in self.vacant) and not self.workers:
-            raise RuntimeError(f"{self.name}: no worker lives long enough to do anything, the last with: {seat.error}")
-        self._fill()
+            if other.spare and other.starting is not None and not worker.spare:
+                self._stop_worker(other)  # it might take the room that the new worker needs
+        if all(slot.quarantined for slot in self.empty_slots) and not self.workers:
+            raise RuntimeError(f"{self.name}: no worker lives long enough to do anything, the last with: {slot.error}")
+        self._restart_due()
         return given_up
 
-    def _fill(self) -> None:
-        """Hire the successors whose time has come."""
-        for seat in self.vacant:
-            if time.monotonic() >= seat.due:
-                self._hire(seat)
+    def _restart_due(self) -> None:
+        """Starts a new worker on each empty slot whose pause is over."""
+        for slot in self.empty_slots:
+            if time.monotonic() >= slot.due:
+                self._start_worker(slot)
 
-    def _obituary(self, worker: Worker, calls: list[Call], pause: float) -> str:
-        where, seat = f" ({worker.place})" if worker.place else "", worker.seat
+    def _loss_message(self, worker: Worker, calls: list[Call], pause: float) -> str:
+        where, slot = f" ({worker.location})" if worker.location else "", worker.slot
         work = f"{len(calls)} calls go to others" if calls else "it had no work"
         if worker.spare:
             after = "it was a spare one"
-        elif seat.quarantined:
-            after = f"seat {seat.index} is quarantined for {pause:g} s after {seat.strikes} workers in a row"
+        elif slot.quarantined:
+            after = f"slot {slot.index} is quarantined for {pause:g} s after {slot.failures} workers in a row"
         else:
-            after = f"a successor comes in {pause:g} s" if pause else "a successor comes"
-        return f"{worker.name}{where} was lost: {seat.error}; {work}; {after}"
+            after = f"a new one starts in {pause:g} s" if pause else "a new one starts"
+        return f"{worker.name}{where} was lost: {slot.error}; {work}; {after}"
 
-    def _note(self, text: str) -> None:
-        self.troubles.append((time.time(), text))
+    def _log_event(self, text: str) -> None:
+        self.events.append((time.time(), text))
         log.warning("%s", text)
 
-    def _give_up(self, calls: list[Call], seat: Seat, error: Exception) -> list[Done]:
-        """Take the call in work away where it has lost too many workers."""
+    def _give_up(self, calls: list[Call], slot: Slot, error: Exception) -> list[Done]:
+        """Takes the call in work out of `calls` where it has lost too many workers, and returns its result."""
         if not calls:
             return []
         call, late = calls[0], isinstance(error, TimeoutError)
         call.losses += 1
-        call.seats.add(seat.index)
-        if call.losses < (self.patience.tries if self.patience else LATE_TRIES if late else TRIES):
+        call.slots.add(slot.index)
+        if call.losses < (self.retry_policy.tries if self.retry_policy else MAX_LATE_TRIES if late else MAX_TRIES):
             return []
         del calls[0]
-        if not self.patience and late:
+        if not self.retry_policy and late:
             raise error
-        if not self.patience:
+        if not self.retry_policy:
             raise RuntimeError(
-                f"{self.name}: {call.method}({call.key}) lost its worker {call.losses} times: {seat.error}"
+                f"{self.name}: {call.method}({call.key}) lost its worker {call.losses} times: {slot.error}"
             ) from error
-        message = f"{self.name} lost {call.losses} workers: {seat.error}"
-        seat.strikes = 0  # it is the call's fault
+        message = f"{self.name} lost {call.losses} workers: {slot.error}"
+        slot.failures = 0  # the call is to blame, not the slot
         return [Done(self, call.key, GivenUp("timeout" if late else "unavailable", message), ())]
 
     def collect(self, ref: Any) -> list[Done]:
-        """What has come of a reference that is ready."""
+        """Returns the calls that a ready reference finishes, and takes in starts and answers to broadcasts."""
         worker = next((w for w in self.workers if ref in w.refs), None)
         if worker is None:
-            return []  # its worker has been replaced meanwhile
+            return []  # the worker has been replaced meanwhile
         value: Any
         try:
             value = ray.get(ref, timeout=self.timeout_s)
@@ -240,77 +259,79 @@ class Pool:
             if not isinstance(cause_of(error), ObjectLostError):
                 raise cause_of(error) from error
             value = InputLost(reason(cause_of(error)))
-        except ObjectLostError as error:  # the result went down with its node, and soon the worker is known to have
+        except ObjectLostError as error:  # the result went down with its node; Ray will soon say so of the worker
             return self._replace(worker, error)
         worker.since = time.monotonic()
         if ref not in worker.calls:
             return self._arrived(worker, ref, value)
         call, refs = worker.calls.pop(ref)
-        worker.seat.strikes = 0
+        worker.slot.failures = 0
         self._feed()
         return [Done(self, call.key, value, refs)]
 
     def _arrived(self, worker: Worker, ref: Any, value: Any) -> list[Done]:
-        if ref == worker.arrival:
-            worker.arrival, worker.place = None, value
+        if ref == worker.starting:
+            worker.starting, worker.location = None, value
         elif isinstance(value, InputLost):
             return self._replace(worker, RuntimeError(value.message))
         else:
-            self.prove(value)
-            worker.state, worker.answer = None, value
-        if worker.up:
-            self.came_up = worker.used = True
+            self.verify(value)
+            worker.adopting, worker.answer = None, value
+        if worker.ready:
+            self.ever_ready = worker.used = True
             self._feed()
         return []
 
-    def tend(self) -> list[Done]:
-        """Hire successors whose time has come, and replace workers that are over the deadline with what they do."""
-        self._fill()
+    def supervise(self) -> list[Done]:
+        """Starts workers that are due and replaces those over their deadline. Returns calls that are given up."""
+        self._restart_due()
         now, given_up = time.monotonic(), []
         for worker in list(self.workers):
-            limit = self.patience.deadline_s if self.patience and worker.calls else self.timeout_s
-            works = worker.arrival is None and (worker.calls or worker.state is not None)
+            limit = self.retry_policy.deadline_s if self.retry_policy and worker.calls else self.timeout_s
+            works = worker.starting is None and (worker.calls or worker.adopting is not None)
             if works and now - worker.since > limit:
                 error = TimeoutError(f"{worker.name} gave no answer to {worker.phase} in {limit:g} s")
                 given_up += self._replace(worker, error)
         return given_up
 
-    def roster(self) -> list[Doing]:
-        """What every worker does, and what has become of the seats that are empty. Another thread may ask."""
+    def status(self) -> list[WorkerStatus]:
+        """Says what every worker does, and what has become of empty slots. Another thread may call it."""
         now = time.monotonic()
         found = [
-            Doing(w.name, w.place, w.phase, w.since, bool(w.calls) or not (w.up or w.spare)) for w in list(self.workers)
+            WorkerStatus(w.name, w.location, w.phase, w.since, bool(w.calls) or not (w.ready or w.spare))
+            for w in list(self.workers)
         ]
-        for seat in self.vacant:
-            state = "quarantined" if seat.quarantined else "lost"
-            text = f"{state}, next try in {max(0.0, seat.due - now):.0f} s; last error: {seat.error}"
-            found.append(Doing(f"{self.name} seat {seat.index}", "", text, now))
+        for slot in self.empty_slots:
+            state = "quarantined" if slot.quarantined else "lost"
+            text = f"{state}, next try in {max(0.0, slot.due - now):.0f} s; last error: {slot.error}"
+            found.append(WorkerStatus(f"{self.name} slot {slot.index}", "", text, now))
         return found
 
     def shutdown(self) -> None:
+        """Ends all workers."""
         for worker in self.workers:
             ray.kill(worker.actor)
         self.workers = []
 
 
-def whereabouts(actor: Any) -> str:
-    """Node and process of the actor that this runs in."""
+def location_of(actor: Any) -> str:
+    """Returns the node and process of the actor that this runs in."""
     return f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
 
 
 def stream(*pools: Pool) -> Iterator[Done]:
-    """Results of all pools as they come, until nothing is queued or running; new work may be submitted in between.
+    """Yields results of all pools as they come, until nothing is queued or running. New work may be added meanwhile.
 
-    Raises TimeoutError, naming who is waited for, when work waits for workers that do not come for the pools' deadline.
+    Raises TimeoutError, which names who is waited for, when no worker gets ready for the pools' deadline.
     """
     deadline = max(pool.timeout_s for pool in pools)
-    tick = min(5.0, deadline / 4, *(pool.patience.deadline_s / 4 for pool in pools if pool.patience))
+    tick = min(5.0, deadline / 4, *(pool.retry_policy.deadline_s / 4 for pool in pools if pool.retry_policy))
     heard = time.monotonic()
     while any(pool.busy for pool in pools):
         refs = {ref: pool for pool in pools for worker in pool.workers for ref in worker.refs}
         ready = _wait(list(refs), pools, tick)
         found = [done for ref in ready for done in refs[ref].collect(ref)]
-        found += [done for pool in pools for done in pool.tend()]
+        found += [done for pool in pools for done in pool.supervise()]
         if ready or found or any(worker.calls for pool in pools for worker in pool.workers):
             heard = time.monotonic()
         yield from found
@@ -320,10 +341,18 @@ def stream(*pools: Pool) -> Iterator[Done]:
 
 
 def _wait(refs: list, pools: Sequence[Pool], seconds: float) -> list:
-    """The references that are ready, at most one, after so many seconds or when a successor is to be hired."""
-    due = [seat.due - time.monotonic() for pool in pools for seat in pool.vacant]
+    """Returns at most one ready reference, after at most `seconds` or when a new worker is due."""
+    due = [slot.due - time.monotonic() for pool in pools for slot in pool.empty_slots]
     seconds = max(0.0, min([seconds, *due]))
     if not refs:
         time.sleep(seconds)
         return []
     return ray.wait(refs, num_returns=1, timeout=seconds)[0]
+
+
+def fetch(references: Any, timeout_s: float) -> Any:
+    """Returns what references refer to. Raises TimeoutError where the object store does not bring it in time."""
+    try:
+        return ray.get(references, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise TimeoutError(f"the object store did not bring what is there within {timeout_s:g} s") from error

@@ -1,109 +1,106 @@
-"""What a pool knows of its workers and their work: plain records."""
+"""What a pool knows of its workers and their work, as plain records."""
 
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align_cluster.types import FailureKind
 
-if TYPE_CHECKING:
-    from align_cluster.cluster.pool import Pool
-
-STRIKES = 5  # workers lost in a row on one seat, until it is left alone
+MAX_FAILURES = 5  # workers lost in a row on one slot before it is quarantined: more than an unlucky node restart costs
 
 
 @dataclass
 class Call:
-    """One unit of work: which method, with what; `returns` splits the result into that many objects. `seats` are
-    those whose worker was lost with it."""
+    """Describes one unit of work: which method to call, and with what.
+
+    `returns` splits the result into that many objects. `losses` counts the workers that were lost with it, and `slots`
+    are the slots where that happened.
+    """
 
     key: Hashable
     method: str
     args: tuple
     returns: int = 1
     losses: int = 0
-    seats: set[int] = field(default_factory=set)
+    slots: set[int] = field(default_factory=set)
 
 
 @dataclass
-class Seat:
-    """A place for a worker: `strikes` count those lost there since one of them finished a call, `error` is the last
-    one's, and the next may come at `due` (monotonic seconds)."""
+class Slot:
+    """Keeps the history of one place for a worker.
+
+    `failures` counts the workers lost there since one of them finished a call, and `error` says why the last one was
+    lost. The next worker starts at `due` (monotonic seconds).
+    """
 
     index: int
-    strikes: int = 0
+    failures: int = 0
     due: float = 0.0
     error: str = ""
 
     @property
     def quarantined(self) -> bool:
-        return self.strikes >= STRIKES
+        """Tells whether so many workers were lost in a row that the slot is left alone for a while."""
+        return self.failures >= MAX_FAILURES
 
 
 @dataclass
 class Worker:
-    """One actor and the calls queued on it, by the reference that is waited for; the first is the one in work.
+    """Holds one actor and the calls queued on it, by the reference that is waited for; the first call is in work.
 
-    `arrival` and `state` are references to its start and to its answer to the pool's broadcast, None once they have
-    come: then it gets calls. `place` is its node and process, `since` when it began what it does now. `spare` workers
-    came for a backlog; `used` tells whether they were of use.
+    `starting` refers to its start and `adopting` to its answer to the pool's broadcast; each is None once it has come,
+    and then the worker gets calls. `location` is its node and process, `since` the time when it began what it does now.
+    The pool starts `spare` workers for a backlog; `used` tells whether they had anything to do.
     """
 
     name: str
     actor: Any
-    seat: Seat
+    slot: Slot
     spare: bool
-    arrival: Any
-    state: Any = None
+    starting: Any
+    adopting: Any = None
     answer: Any = None
-    place: str = ""
+    location: str = ""
     used: bool = False
     since: float = field(default_factory=time.monotonic)
     calls: dict = field(default_factory=dict)
 
     @property
-    def up(self) -> bool:
-        return self.arrival is None and self.state is None
+    def ready(self) -> bool:
+        """Tells whether calls may go to the worker."""
+        return self.starting is None and self.adopting is None
 
     @property
     def refs(self) -> tuple:
-        return tuple(ref for ref in (self.arrival, self.state, *self.calls) if ref is not None)
+        """Returns all references that the pool waits for."""
+        return tuple(ref for ref in (self.starting, self.adopting, *self.calls) if ref is not None)
 
     @property
     def phase(self) -> str:
-        if self.arrival is not None:
+        """Says in words what the worker does."""
+        if self.starting is not None:
             return "waiting for room, or starting" if self.spare else "starting"
-        if self.state is not None:
+        if self.adopting is not None:
             return "taking over the weights"
         call = next((call for call, _ in list(self.calls.values())), None)
         return f"{call.method} {call.key}" if call else "idle"
 
 
 @dataclass(frozen=True)
-class Doing:
-    """What one worker does, and since when (monotonic seconds). `waiting` tells whether somebody waits for it."""
+class WorkerStatus:
+    """Says what one worker does, and since when (monotonic seconds). `waiting` tells whether somebody waits for it."""
 
     worker: str
-    place: str
+    location: str
     phase: str
     since: float
     waiting: bool = True
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished call: its first result by value, the others as references."""
-
-    pool: "Pool"
-    key: Hashable
-    value: Any
-    refs: tuple
-
-
-@dataclass(frozen=True)
 class GivenUp:
-    """In the place of a result: why there is none."""
+    """Stands in the place of a result and says why there is none."""
 
     kind: FailureKind
     message: str
@@ -111,15 +108,18 @@ class GivenUp:
 
 @dataclass(frozen=True)
 class InputLost:
-    """In the place of a result: something that the call was given went down with its node."""
+    """Stands in the place of a result where one of the call's arguments went down with its node."""
 
     message: str
 
 
 @dataclass(frozen=True)
-class Patience:
-    """With work that may hang or kill its workers: after `deadline_s` of one call its worker is replaced, and after
-    `tries` workers the call's result is a GivenUp."""
+class RetryPolicy:
+    """Bounds work that may hang or kill its workers.
+
+    A worker that is busy with one call for more than `deadline_s` is replaced. After `tries` workers the call's result
+    is a GivenUp.
+    """
 
     deadline_s: float
     tries: int

@@ -1,4 +1,4 @@
-"""`train` as a Ray job: upload the run file and what it names, start it on the cluster, follow its log."""
+"""Runs `train` as a Ray job: uploads the run file and what it names, starts it on the cluster, follows its log."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import RETRY, UserError
 
-FILE_SETTINGS = ("path", "exclude")  # settings of a prompts block that name a file
+FILE_SETTINGS = ("path", "exclude")  # the settings of a prompts block that name a file
 
 
 def submit(
@@ -25,8 +25,9 @@ def submit(
     python: str = "python",
     resume: str | None = None,
 ) -> int:
-    """Start the run as a job on the cluster whose dashboard is at `address`; returns 0 if it succeeded, 75 if it was
-    told to end and should be submitted again, 1 if it failed. `resume` is `train`'s.
+    """Starts the run as a job on the cluster whose dashboard is at `address`. `resume` means what it means for `train`.
+
+    Returns 0 if the run succeeded, 75 if it was told to end and should be submitted again, and 1 if it failed.
 
     The job's working directory holds the resolved config, the prompt files that it names, and `files`, nothing else:
     align_cluster itself must be installed on the cluster, for `python` there. With `wait` the log is shown as it is
@@ -63,10 +64,10 @@ def submit(
 
 
 def connect(address: str | None) -> Any:
-    """A JobSubmissionClient, with the authentication that the cluster asks for. UserError where nothing answers.
+    """Returns a JobSubmissionClient with the authentication that the cluster asks for.
 
-    Ray decides whether to send a token by RAY_AUTH_MODE, which it reads while it is imported; so the cluster is asked
-    first.
+    Raises UserError where nothing answers. Ray decides whether to send a token by RAY_AUTH_MODE, which it reads while
+    it is imported; so the cluster is asked first.
     """
     import requests
 
@@ -101,7 +102,7 @@ def connect(address: str | None) -> Any:
 
 
 def fill(folder: Path, config: RunConfig, files: Sequence[Path]) -> None:
-    """Write the job's working directory: config.yaml, the prompt files that it names (paths rewritten), and `files`."""
+    """Writes the job's working directory: config.yaml, prompt files that it names (paths rewritten), and `files`."""
     data = config.model_dump(mode="json")
     data["cluster"]["address"] = "auto"
     for block in (data["prompts"], data["evaluate"]["prompts"]):

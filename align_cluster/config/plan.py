@@ -5,7 +5,7 @@ The user states groups and updates; this module alone turns them into worker cou
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.run import RunConfig
@@ -25,6 +25,7 @@ class RewardPool:
 
     name: str
     rewards: tuple[str, ...]
+    _: KW_ONLY
     workers: int
     most: int
     cpus: float
@@ -186,17 +187,17 @@ def _reward_pools(config: RunConfig, left: float, most: float) -> tuple[RewardPo
         )
     share = _floor(min(most, left / count)) if count else 0.0
     count = config.cluster.reward_workers
-    return (*([RewardPool("shared", shared, count, count, share)] if shared else []),) + tuple(
+    return (*([RewardPool("shared", shared, workers=count, most=count, cpus=share)] if shared else []),) + tuple(
         RewardPool(
             name,
             (name,),
-            pool.workers,
-            pool.max_workers or pool.workers,
-            pool.cpus or share,
-            pool.gpus,
-            pool.batch,
-            pool.batching == "ordered",
-            pool.pip,
+            workers=pool.workers,
+            most=pool.max_workers or pool.workers,
+            cpus=pool.cpus or share,
+            gpus=pool.gpus,
+            batch=pool.batch,
+            ordered=pool.batching == "ordered",
+            pip=pool.pip,
         )
         for name, pool in own.items()
     )

@@ -32,7 +32,9 @@ def evaluate(config: RunConfig, lora: Path | None = None) -> dict[str, Any]:
     sampler = sampler_with(config.backbone, lora, config.cluster.threads)
     conditions = encode(sampler, [chunk.prompt.text for chunk in chunks], settings.guidance)
     rewards = RewardWorker(dict(config.rewards), config.cluster.threads)
-    request = DrawRequest(sampler.version, settings.steps or config.rollout.steps, Euler.Config(), settings.guidance)
+    request = DrawRequest(
+        sampler.version, settings.steps or config.rollout.steps, Euler.Config(), guidance=settings.guidance
+    )
     table: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     for chunk in progress(chunks, "evaluating"):

@@ -128,7 +128,7 @@ class Studio:
 
     def draw(self, prompts: list[Prompt], model: str, ending: str = "", steered: Steered | None = None) -> np.ndarray:
         """Images of all prompts [B, H, W, 3], drawn with the weights that the sampler holds."""
-        request = DrawRequest(self.sampler.version, self.wanted.steps, Euler.Config(), self.wanted.guidance)
+        request = DrawRequest(self.sampler.version, self.wanted.steps, Euler.Config(), guidance=self.wanted.guidance)
         drawn, tries = [], steered.tries if steered else None
         for chunk in progress(_chunks(prompts, self.wanted, tries), f"drawing {model}"):
             condition, null = self.conditions[chunk.prompt.text], self.conditions.get("")

@@ -1,19 +1,26 @@
-"""Cutting a step into micro-batches: pure functions, so that the work does not depend on the number of ranks."""
+"""A step's work on its way to the learner's ranks, and their metrics on the way back.
+
+Pure functions and records, so that neither the work nor its result depends on the number of ranks.
+"""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from align_cluster.types import Chunk
+from align_cluster.types import Chunk, Condition, Record
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One micro-batch: members `start` to `stop` of chunk number `source`, in optimiser update `update` of the step.
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Holds members `start` to `stop` of chunk number `source`, which are part of optimiser update `update` of the
+    step.
 
-    advantages fp32 and weights fp32 (1, or 0 where the sample is masked or the piece is padding), each [stop - start];
-    with a critic advantages are [stop - start, N], and returns and values [stop - start, N, R].
+    `advantages` fp32 [stop - start] and `weights` fp32 [stop - start] (1, or 0 where the sample is masked or the
+    micro-batch is padding). With a critic, advantages are [stop - start, N], one for each denoising step, and `returns`
+    and `values` are [stop - start, N, R], one for each reward.
     """
 
     update: int
@@ -25,57 +32,161 @@ class Piece:
     returns: np.ndarray | None = None
     values: np.ndarray | None = None
 
+    @property
+    def rows(self) -> slice:
+        """The members' rows in their chunk."""
+        return slice(self.start, self.stop)
 
-def assign(chunks: int, updates: int, seed: int) -> list[tuple[int, int]]:
-    """(update, chunk number) for each chunk of a step: shuffled (seeded), then dealt out evenly."""
+
+@dataclass(frozen=True)
+class TrainingChunk:
+    """Pairs what a sampler recorded of one chunk with the condition that the policy is trained under."""
+
+    record: Record
+    condition: Condition
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """Holds all that one rank needs for one step of training.
+
+    The micro-batches' `source` counts in `chunks`. `totals` give the sum of sample weights of each update over all
+    ranks. `null` is the empty prompt's condition where guidance needs it. Without `train_actor` only the critic learns.
+    """
+
+    step: int
+    micro_batches: Sequence[MicroBatch]
+    chunks: Sequence[TrainingChunk]
+    totals: dict[int, float]
+    null: Condition | None = None
+    train_actor: bool = True
+
+    def chunk_of(self, micro_batch: MicroBatch) -> TrainingChunk:
+        """Returns the chunk that a micro-batch's members belong to."""
+        return self.chunks[micro_batch.source]
+
+
+def assign_updates(chunks: int, updates: int, seed: int) -> list[tuple[int, int]]:
+    """Returns (update, chunk number) for each chunk of a step: chunks are shuffled by `seed`, then dealt out evenly."""
     order = list(range(chunks))
     random.Random(seed).shuffle(order)
     return [(position * updates // chunks, chunk) for position, chunk in enumerate(order)]
 
 
-def cut(
-    chunks: list[Chunk],
-    advantages: list[np.ndarray],
-    valid: list[np.ndarray],
+def make_micro_batches(
+    chunks: Sequence[Chunk],
+    advantages: Sequence[np.ndarray],
+    valid: Sequence[np.ndarray],
+    *,
     updates: int,
-    micro_batch: int,
+    size: int,
     seed: int,
     targets: dict[str, list[np.ndarray]] | None = None,
-) -> list[Piece]:
-    """Pieces of one step, update by update, cut into micro-batches. `targets` are the returns and values of each chunk,
-    where there is a critic."""
-    pieces = []
-    for update, source in assign(len(chunks), updates, seed):
-        for start in range(0, len(chunks[source].seeds), micro_batch):
-            stop = min(start + micro_batch, len(chunks[source].seeds))
+) -> list[MicroBatch]:
+    """Cuts a step into micro-batches of at most `size` samples, ordered by update.
+
+    `advantages` and `valid` have one array a chunk. `targets` give the critic's `returns` and `values` of each chunk. A
+    masked sample gets weight 0 and advantage 0, even where its advantage is not a number.
+    """
+    found = []
+    for update, source in assign_updates(len(chunks), updates, seed):
+        members = len(chunks[source].seeds)
+        for start in range(0, members, size):
+            stop = min(start + size, members)
             weights = valid[source][start:stop].astype(np.float32)
             given = advantages[source][start:stop]
             given = np.where(weights.reshape(-1, *[1] * (given.ndim - 1)) > 0, given, 0).astype(np.float32)
             more = {name: columns[source][start:stop].astype(np.float32) for name, columns in (targets or {}).items()}
-            pieces.append(Piece(update, source, start, stop, given, weights, **more))
-    return pieces
+            found.append(
+                MicroBatch(
+                    update=update, source=source, start=start, stop=stop, advantages=given, weights=weights, **more
+                )
+            )
+    return found
 
 
-def share(pieces: list[Piece], rank: int, world: int) -> tuple[list[Piece], list[int]]:
-    """One rank's pieces and the chunks that it needs for them; `source` then counts within those chunks.
+def rank_share(micro_batches: Sequence[MicroBatch], rank: int, world: int) -> tuple[list[MicroBatch], list[int]]:
+    """Returns one rank's micro-batches and the numbers of the chunks that it needs; `source` then counts in these.
 
-    A rank gets every world-th piece of each update, padded with weightless copies so that all ranks run as many.
+    A rank gets every world-th micro-batch of each update. Copies without weight pad the shares, so that all ranks run
+    equally many and meet in the same collectives.
     """
     mine = []
-    for update in sorted({piece.update for piece in pieces}):
-        of_update = [piece for piece in pieces if piece.update == update]
+    for update in sorted({item.update for item in micro_batches}):
+        of_update = [item for item in micro_batches if item.update == update]
         rounds = -(-len(of_update) // world)
-        for turn in range(rounds):
-            index = turn * world + rank
-            piece = of_update[index % len(of_update)]
-            mine.append(piece if index < len(of_update) else replace(piece, weights=np.zeros_like(piece.weights)))
-    sources = sorted({piece.source for piece in mine})
-    return [replace(piece, source=sources.index(piece.source)) for piece in mine], sources
+        for number in range(rounds):
+            index = number * world + rank
+            item = of_update[index % len(of_update)]
+            mine.append(item if index < len(of_update) else replace(item, weights=np.zeros_like(item.weights)))
+    sources = sorted({item.source for item in mine})
+    return [replace(item, source=sources.index(item.source)) for item in mine], sources
 
 
-def total_weight(pieces: list[Piece]) -> dict[int, float]:
-    """Sum of sample weights of each update, over all ranks."""
+def total_weights(micro_batches: Sequence[MicroBatch]) -> dict[int, float]:
+    """Returns the sum of sample weights of each update over all ranks."""
     totals: dict[int, float] = {}
-    for piece in pieces:
-        totals[piece.update] = totals.get(piece.update, 0.0) + float(piece.weights.sum())
+    for item in micro_batches:
+        totals[item.update] = totals.get(item.update, 0.0) + float(item.weights.sum())
     return totals
+
+
+def rank_work(
+    step: int,
+    micro_batches: Sequence[MicroBatch],
+    chunks: Sequence[Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    null: Condition | None = None,
+    train_actor: bool = True,
+) -> StepWork:
+    """Returns one rank's work for a step. `chunks` are all of the step; the work holds those that the rank needs."""
+    mine, sources = rank_share(micro_batches, rank, world)
+    return StepWork(
+        step=step,
+        micro_batches=mine,
+        chunks=[chunks[source] for source in sources],
+        totals=total_weights(micro_batches),
+        null=null,
+        train_actor=train_actor,
+    )
+
+
+class RankMetric(NamedTuple):
+    """Sums one metric on one rank, so that the mean over all ranks can be taken later."""
+
+    total: float
+    weight: float
+    largest: float
+
+
+class Reduced(NamedTuple):
+    """One metric over all ranks: the weighted mean, and the largest magnitude."""
+
+    mean: float
+    largest: float
+
+
+class MetricSums:
+    """Collects the metrics of one rank during a step."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, RankMetric] = {}
+
+    def add(self, name: str, value: float, weight: float = 1.0, largest: float | None = None) -> None:
+        """Adds a value that counts with `weight`; `largest` is its magnitude where `value` is a sum already."""
+        total, weights, most = self.sums.get(name, (0.0, 0.0, 0.0))
+        magnitude = abs(value) if largest is None else largest
+        self.sums[name] = RankMetric(total + value, weights + weight, max(most, magnitude))
+
+
+def reduce_metrics(ranks: Sequence[dict[str, RankMetric]]) -> dict[str, Reduced]:
+    """Reduces each metric over all ranks that have it."""
+    reduced = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        entries = [rank[name] for rank in ranks if name in rank]
+        weight = sum(entry[1] for entry in entries)
+        mean = sum(entry[0] for entry in entries) / max(weight, 1e-9)
+        reduced[name] = Reduced(mean, max(entry[2] for entry in entries))
+    return reduced

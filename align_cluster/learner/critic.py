@@ -1,6 +1,7 @@
-"""Trains a critic beside the actor: an optimiser of its own, the same on every rank."""
+"""The critic's training beside the actor. Its optimiser is its own and does the same on every rank."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
@@ -10,8 +11,8 @@ import torch
 from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.backbones.critic import Critic
+from align_cluster.learner.batching import MetricSums
 from align_cluster.learner.engine import MOMENTS, agree
-from align_cluster.learner.reduction import add
 from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Record
@@ -19,10 +20,19 @@ from align_cluster.types import Record
 State = tuple[int, int, int]  # number of the micro-batch, row in it, step
 
 
-class CriticLearner:
-    """AdamW on the critic's head and adapter, which are small and whole on every rank; gradients are averaged.
+@dataclass(frozen=True)
+class CriticBatch:
+    """Holds one micro-batch of the critic, on any device: the samples, their one condition, and their weights [b]."""
 
-    The critic reads `batch` states at once.
+    samples: Batch
+    text: TextBatch
+    weights: torch.Tensor
+
+
+class CriticLearner:
+    """Trains the critic's head and adapter with AdamW. They are small and whole on every rank; gradients are averaged.
+
+    One forward pass reads `batch` states.
     """
 
     def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int, batch: int) -> None:
@@ -34,7 +44,7 @@ class CriticLearner:
 
     @torch.no_grad()
     def values(self, record: Record, text: TextBatch) -> np.ndarray:
-        """Values fp32 [B, N, R] of the states that a record's steps started from; `text` is its one condition."""
+        """Returns values fp32 [B, N, R] of the states that a record's steps started from, under its one condition."""
         device, shape = text.sequence.device, record.indices.shape
         levels = torch.tensor(record.sigmas[record.indices.ravel()], dtype=torch.float32, device=device)
         states = torch.tensor(record.before, device=device).flatten(0, 1)
@@ -46,18 +56,19 @@ class CriticLearner:
 
     def update(
         self,
-        batches: list[tuple[Batch, TextBatch, torch.Tensor]],
+        batches: list[CriticBatch],
         scale: float,
-        sums: dict[str, list[float]],
+        metrics: MetricSums,
         pretraining: bool = False,
     ) -> None:
-        """One optimiser update an epoch, over states of all samples that are not masked. `batches` are micro-batches,
-        on any device, with the one condition of each and its samples' weights; `scale` is the number of ranks over the
-        total weight. In `pretraining` values are not clipped. Where a loss or the gradient is not finite on any rank
-        the weights stay as they are."""
+        """Makes one optimiser update an epoch from states of all samples that are not masked.
+
+        `scale` is the number of ranks over the total weight. In `pretraining` values are not clipped. Where a loss or
+        the gradient is not finite on any rank, the weights stay as they are.
+        """
         device = self.critic.backbone.device
         for epoch in range(self.algorithm.config.critic_epochs):
-            sound, slots = True, [self._slots(batch, epoch) for batch, *_ in batches]
+            sound, slots = True, [self._slots(batch.samples, epoch) for batch in batches]
             share = scale / len(slots[0][0])
             for part in self._passes(slots, batches):
                 x, sigma, sequence, pooled, before, returns, weights = (
@@ -69,34 +80,33 @@ class CriticLearner:
                 sound = sound and bool(torch.isfinite(total))
                 with self.critic.active():
                     total.backward()
-                add(sums, "value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
+                metrics.add("value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
             norm = self._step(sound)
-            add(sums, "critic_skipped", float(norm is None), 1.0)
+            metrics.add("critic_skipped", float(norm is None))
             if norm is not None:
-                add(sums, "critic_grad_norm", norm, 1.0)
+                metrics.add("critic_grad_norm", norm)
 
     def _slots(self, batch: Batch, epoch: int) -> list[list[int]]:
-        """Which states of each sample are trained on: as the sample's own stream of the moment says, so that ranks and
+        """Returns the states of each sample to train on. The sample's own random stream chooses them, so ranks and
         micro-batches make no difference."""
-        samples, count = batch.indices.shape
+        samples, count = batch.recorded.indices.shape
         wanted = self.algorithm.config.critic_states
         if wanted is None or wanted >= count:
             return [list(range(count))] * samples
         streams = batch.generators(f"critic states {epoch}")
         return [sorted(torch.randperm(count, generator=stream)[:wanted].tolist()) for stream in streams]
 
-    def _passes(
-        self, slots: list[list[list[int]]], batches: list[tuple[Batch, TextBatch, torch.Tensor]]
-    ) -> Iterator[list[State]]:
-        """States that one forward pass reads: `batch` of them, under texts of one length. Masked samples have none."""
+    def _passes(self, slots: list[list[list[int]]], batches: list[CriticBatch]) -> Iterator[list[State]]:
+        """Yields the states of each forward pass: `batch` of them, under texts of one length. Masked samples have
+        none."""
 
         def length(state: State) -> int:
-            return batches[state[0]][1].sequence.shape[1]
+            return batches[state[0]].text.sequence.shape[1]
 
         states = [
             (number, row, slot)
-            for number, (rows, (_, _, weights)) in enumerate(zip(slots, batches, strict=True))
-            for row, (own, weight) in enumerate(zip(rows, weights.tolist(), strict=True))
+            for number, (rows, batch) in enumerate(zip(slots, batches, strict=True))
+            for row, (own, weight) in enumerate(zip(rows, batch.weights.tolist(), strict=True))
             for slot in (own if weight else ())
         ]
         for _, alike in groupby(sorted(states, key=length), length):
@@ -119,7 +129,7 @@ class CriticLearner:
         return float(norm) if fine else None
 
     def state(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """Steps of its AdamW, and weights by name with the moments under "<moment>/<name>"."""
+        """Returns the steps of its AdamW, and weights by name with the moments under "<moment>/<name>"."""
         found, steps = self.critic.state(), 0
         for name, state in self._moments().items():
             found |= {f"{key}/{name}": state[key] for key in MOMENTS}
@@ -127,7 +137,7 @@ class CriticLearner:
         return steps, found
 
     def restore(self, steps: int, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Takes over what `state` returned."""
         own = self._moments()
         for name, moments in own.items():
             moments["step"].fill_(steps)
@@ -136,7 +146,7 @@ class CriticLearner:
         self.critic.restore({name: value for name, value in state.items() if not name.startswith(MOMENTS)})
 
     def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """AdamW's state of each trained weight by its name in the critic's; made here where no step has made it."""
+        """Returns AdamW's state of each trained weight by name. It makes the state where no step has made it yet."""
         named = {f"head.{name}": value for name, value in self.critic.head.named_parameters()}
         named |= {f"adapter.{name}": value for name, value in self.critic.adapter.items()}
         for parameter in named.values():
@@ -146,20 +156,22 @@ class CriticLearner:
         return {name: self.optimizer.state[parameter] for name, parameter in named.items()}
 
 
-def _gathered(states: list[State], batches: list[tuple[Batch, TextBatch, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-    """x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]."""
+def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Tensor, ...]:
+    """Returns x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]."""
 
     def parts() -> Iterator[tuple[torch.Tensor, ...]]:
         for number, own in groupby(states, itemgetter(0)):
-            batch, text, weights = batches[number]
+            samples, weights = batches[number].samples, batches[number].weights
+            recorded, critic = samples.recorded, samples.critic
             _, row, slot = torch.tensor(list(own), device=weights.device).T
-            levels = torch.tensor(batch.sigmas, dtype=torch.float32, device=weights.device)[batch.indices[row, slot]]
-            targets = batch.values[row, slot], batch.returns[row, slot], weights[row]
-            yield batch.before[row, slot], levels, *_repeated(text, len(row)), *targets
+            sigmas = torch.tensor(samples.sigmas, dtype=torch.float32, device=weights.device)
+            levels = sigmas[recorded.indices[row, slot]]
+            targets = critic.values[row, slot], critic.returns[row, slot], weights[row]
+            yield recorded.before[row, slot], levels, *_repeated(batches[number].text, len(row)), *targets
 
     return tuple(torch.cat(column) for column in zip(*parts(), strict=True))
 
 
 def _repeated(text: TextBatch, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its one condition, `count` times."""
+    """Returns the batch's one condition `count` times."""
     return text.sequence.expand(count, -1, -1), text.pooled.expand(count, -1)

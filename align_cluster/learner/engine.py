@@ -1,4 +1,4 @@
-"""A small face on DeepSpeed: ZeRO 0-3 over trainable adapters, any number of micro-batches per update, CPU or GPU."""
+"""Wraps DeepSpeed: ZeRO 0-3 over trainable adapters, with any number of micro-batches per update, on CPU or GPU."""
 
 import os
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ import torch
 
 from align_cluster.learner.settings import OptimizerConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of the two tensors that AdamW keeps for each weight
 
 
 def join(rank: int, world: int, address: str, port: int, device: str) -> None:
-    """Join the learner's process group; once per process, before an Engine is built."""
+    """Joins the learner's process group. Call it once per process, before an Engine is built."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     if device == "cpu":
@@ -26,7 +26,7 @@ def join(rank: int, world: int, address: str, port: int, device: str) -> None:
 
 
 def agree(sound: bool, device: torch.device) -> bool:
-    """Whether all ranks say yes; all of them must ask."""
+    """Tells whether all ranks are `sound`. All ranks must call it together."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return sound
     answer = torch.tensor(float(sound), device=device)
@@ -35,7 +35,7 @@ def agree(sound: bool, device: torch.device) -> bool:
 
 
 class Engine:
-    """Gradient accumulation, clipping and AdamW over a module's trainable parameters.
+    """Accumulates and clips gradients and steps AdamW over a module's trainable parameters.
 
     ZeRO averages gradients over ranks, so the caller scales each loss by the number of ranks over the total weight.
     """
@@ -69,15 +69,15 @@ class Engine:
         )
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate the gradient of one micro-batch; `last` marks the update's final one, the same on every rank."""
+        """Accumulates the gradient of one micro-batch. `last` marks the update's final one, the same on every rank."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
     def step(self, lr: float, sound: bool = True) -> float | None:
-        """Apply the accumulated gradient; returns its global norm before clipping.
+        """Applies the accumulated gradient and returns its global norm before clipping.
 
-        None, on every rank, where the gradient is not finite or any rank says that its losses were not `sound`: the
-        gradient is dropped then, and nothing changes.
+        Returns None on every rank where the gradient is not finite, or where any rank says that its losses were not
+        `sound`. The gradient is then dropped, and nothing changes.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -90,7 +90,7 @@ class Engine:
                 return float(norm)
             self.adamw.zero_grad()
             return None
-        if not sound:  # DeepSpeed drops a gradient that is not finite, and all that it keeps with it
+        if not sound:  # a gradient of NaN makes DeepSpeed drop it together with everything that it has accumulated
             for partition in self.deepspeed.optimizer.averaged_gradients.values():
                 for gradient in partition:
                     gradient.fill_(torch.nan)
@@ -98,20 +98,22 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else None
 
     def moments(self) -> tuple[int, dict[str, list[torch.Tensor]]]:
-        """AdamW's steps so far, and its moments by name: a whole fp32 tensor for each trainable parameter. All ranks
-        must enter."""
+        """Returns AdamW's steps so far and its moments by name, a whole fp32 tensor for each trainable parameter.
+
+        All ranks must call it together.
+        """
         steps = {int(state["step"]) for state in self._states()}
         return max(steps), {key: [self._whole(p, key) for p in self.trainable] for key in MOMENTS}
 
     def restore(self, weights: list[torch.Tensor], steps: int, moments: dict[str, list[torch.Tensor]]) -> None:
-        """Take over whole tensors, as `moments` gives them, of any number of ranks and any stage."""
+        """Takes over whole tensors, as `moments` returns them, from any number of ranks and any stage."""
         import deepspeed
 
         with self.gathered(self.trainable, write=True):
             for parameter, value in zip(self.trainable, weights, strict=True):
                 if parameter.numel():
                     parameter.copy_(value)
-        # What a step starts from are masters of DeepSpeed's own, but for stage 0.
+        # Except in stage 0, DeepSpeed steps fp32 masters of its own, which must follow.
         if self.stage in (1, 2):
             self.deepspeed.optimizer.refresh_fp32_params()
         elif self.stage == 3:
@@ -129,8 +131,11 @@ class Engine:
                     deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
     def _states(self) -> list[dict[str, torch.Tensor]]:
-        """State of each tensor that AdamW really steps: a parameter, or this rank's flat part of all of them. Made here
-        where no step has made it yet, as torch would."""
+        """Returns the state of each tensor that AdamW really steps: a parameter, or this rank's flat part of all of
+        them.
+
+        It makes the state, as torch would, where no step has made it yet.
+        """
         optimizer = self.deepspeed.optimizer
         flat = self.trainable
         if self.stage:
@@ -154,8 +159,8 @@ class Engine:
 
     @contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter], write: bool = False) -> Iterator[None]:
-        """Whole tensors inside; under ZeRO-3 all ranks must enter. With `write`, rank 0's values hold for all
-        afterwards."""
+        """Makes parameters whole inside the context; under ZeRO-3 all ranks must enter. With `write`, rank 0's values
+        hold for all ranks afterwards."""
         if self.stage < 3:
             context = nullcontext()
         else:
@@ -167,7 +172,7 @@ class Engine:
 
 
 def _own_part(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole tensor under stage 3, which fills the last part up."""
+    """Returns this rank's part of a whole tensor under stage 3, which pads the last part."""
     size = parameter.ds_tensor.ds_numel
     flat = value.flatten()
     padded = torch.nn.functional.pad(flat, (0, size * torch.distributed.get_world_size() - len(flat)))

@@ -1,4 +1,4 @@
-"""How sharply a policy changes with its trainable parameters: the Fisher's largest eigenvalue and the score's norm.
+"""Estimates how sharply a policy changes with its parameters: the Fisher's largest eigenvalue, and the score's norm.
 
 A step of a * E[advantage * score] has KL <= a^2 lambda_max G^2 E[advantage^2] / 2, with G the largest norm of a
 sample's score d log_prob / d theta (SLAS, appendix E). All of it counts per latent dimension, as the log-probs do.
@@ -15,25 +15,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class FisherEstimate:
-    """`lambda_max`, a bound from below that rises with the iterations, is of all ranks' samples; `score_norm` is the
-    largest norm of a score among this rank's."""
+    """Holds one estimate.
+
+    `lambda_max` belongs to the samples of all ranks and is a bound from below that rises with the iterations.
+    `score_norm` is the largest norm of a score among this rank's samples.
+    """
 
     lambda_max: float
     score_norm: float
 
 
 def probing() -> AbstractContextManager[None]:
-    """Belongs around the forward whose graph is probed: fused attention kernels have no second derivative."""
+    """Switches fused attention off for the forward pass that is probed, because it has no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def fisher_product(
     mean: torch.Tensor, std: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Function v -> H v, flat fp32 [P], of the Gaussians N(mean_i, std_i^2): H = mean_i J_i^T J_i / (std_i^2 D).
+    """Returns the function v -> H v, flat fp32 [P], of Gaussians N(mean_i, std_i^2):
 
-    mean [b, ...] with its graph, std [b], D the dimensions of mean_i, J_i [D, P] its derivative by the parameters.
-    A parameter that the mean does not depend on counts as zeros.
+    H = mean_i J_i^T J_i / (std_i^2 D).
+
+    mean is [b, ...] with its graph, std is [b]. D is the number of dimensions of mean_i, and J_i [D, P] its derivative
+    by the parameters. A parameter that the mean does not depend on counts as zeros.
     """
     # J^T u is linear in u, so its derivative by u along v is J v: two backward passes a product, over graphs that all
     # products share. Forward mode repeats the forward for each product, needs unfused attention as well, and took four
@@ -54,8 +59,11 @@ def fisher_product(
 
 
 class FisherProbe:
-    """Estimates for one set of parameters. `vector`, unit [P], is the last eigenvector and the next start; it begins
-    the same on all ranks, which must call `estimate` together, on equally many samples, with the same iterations."""
+    """Estimates for one set of parameters.
+
+    `vector`, unit [P], is the last eigenvector and the next start. It begins the same on all ranks, which must call
+    `estimate` together, on equally many samples, with the same number of iterations.
+    """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], seed: int) -> None:
         self.parameters = list(parameters)
@@ -71,17 +79,18 @@ class FisherProbe:
         iterations: int = 4,
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> FisherEstimate:
-        """Power iteration from the last eigenvector, and the samples' scores one by one.
+        """Iterates powers from the last eigenvector, and computes the samples' scores one by one.
 
-        mean [b, ...] and log_prob [b] with their graphs, made under `probing`; std [b]. `reduce` averages a flat tensor
-        over ranks. The forward must call the module itself, not its DeepSpeed engine, which hooks its outputs.
+        mean [b, ...] and log_prob [b] come with their graphs, made under `probing`; std is [b]. `reduce` averages a
+        flat tensor over ranks. The forward must call the module itself, not its DeepSpeed engine, which hooks its
+        outputs.
         """
         product, largest = fisher_product(mean, std, self.parameters), 0.0
         for _ in range(iterations):
             image = product(self.vector)
             image = reduce(image) if reduce else image
             largest = float(image.norm())
-            if 0 < largest < math.inf:  # else H is zero (or not finite), and the vector as good as any
+            if 0 < largest < math.inf:  # otherwise H is zero or not finite, and any vector will do
                 self.vector = image / largest
         scores = (_flat_gradient(one, self.parameters) for one in log_prob)
         return FisherEstimate(largest, max(float(score.norm()) for score in scores))

@@ -1,23 +1,56 @@
-"""The learner's network as algorithms see it."""
+"""What the learner hands to an algorithm: its network as a policy, and the gradient of the trained rewards."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from align_cluster.algorithms.base import Policy
 from align_cluster.backbones.adapters import active_adapter
 from align_cluster.backbones.base import Backbone
-from align_cluster.learner.reward_gradient import Judge
+from align_cluster.rewards import REWARDS
+from align_cluster.rewards.base import RewardSection
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import Step
 
 
-@dataclass(frozen=True)
-class LearnerPolicy(Policy):
-    """One base with adapters behind a DeepSpeed engine, for one micro-batch's conditions and one rollout step kind.
+class RewardGradient:
+    """Computes rewards of the images that latents decode to, with a gradient to the latents. Nothing in it is trained.
 
-    `network` is called, `denoiser` is the module below it whose adapters are switched. `judge` is there for algorithms
-    that follow rewards' gradients.
+    The VAE computes in the backbone's precision, rewards in fp32. With `checkpointing` it keeps no activations: images
+    go one by one through VAE and rewards, and once more in the backward pass, which also recomputes the VAE's blocks.
+    """
+
+    def __init__(
+        self, backbone: Backbone, rewards: Mapping[str, RewardSection], threads: int, checkpointing: bool
+    ) -> None:
+        self.backbone, self.checkpointing = backbone, checkpointing
+        self.parts = [(section.weight, REWARDS[section.kind](section)) for section in rewards.values()]
+        for _, reward in self.parts:
+            reward.load(str(backbone.device), threads)
+        if checkpointing:
+            backbone.checkpoint_decoder()
+
+    def __call__(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """Returns weighted sums of scores, fp32 [b, J], of latents fp32 [b, C, H, W] under J texts."""
+        if not self.checkpointing:
+            return self._score(latents, texts)
+        rows = [checkpoint(self._score, row, texts, use_reentrant=False) for row in latents.split(1)]
+        return torch.cat(rows)
+
+    def _score(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        images = ((self.backbone.pixels(latents) + 1) / 2).clamp(0, 1)
+        return sum(weight * reward.against(images, texts) for weight, reward in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerPolicy(Policy):
+    """Shows one base with adapters to an algorithm, for one micro-batch's conditions and one kind of rollout step.
+
+    `network` is called; `denoiser` is the module below its engine, whose adapters are switched. `reward_gradient` is
+    there for algorithms that follow the gradient of rewards. With `null_gradient`, gradients flow through the null
+    branch of a guided prediction too.
     """
 
     backbone: Backbone
@@ -27,11 +60,13 @@ class LearnerPolicy(Policy):
     text: TextBatch
     guidance: float
     null_gradient: bool = False
-    judge: Judge | None = None
+    reward_gradient: RewardGradient | None = None
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
+        """Predicts under an adapter, or under the bare base for None. Only the default adapter carries gradient."""
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
             return guided_velocity(self.backbone, self.network, x, sigma, self.text, self.guidance, self.null_gradient)
 
     def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        return self.judge(latents, texts)
+        """Returns the trained rewards of latents under each of the texts, with a gradient to the latents."""
+        return self.reward_gradient(latents, texts)

@@ -13,8 +13,10 @@ from align_cluster.settings import Fraction, Section
 
 
 class OptimizerConfig(Section):
-    """AdamW on the LoRA, in fp32. `decay` lets the learning rate fall linearly to `final` x lr after `flat` of the
-    run."""
+    """Configures AdamW on the LoRA, in fp32.
+
+    With `schedule: linear` the learning rate is flat for the share `flat` of the run, then falls to `final` x lr.
+    """
 
     lr: PositiveFloat = 3e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -27,7 +29,7 @@ class OptimizerConfig(Section):
 
 
 class LearnerConfig(Section):
-    """The DeepSpeed engine and how a step's work is cut.
+    """Configures the DeepSpeed engine, and how a step's work is cut.
 
     `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which
     makes the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first
@@ -46,7 +48,7 @@ class LearnerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerSetup:
-    """Everything of a run that a learner rank must know; `RunConfig.learner_setup` makes it.
+    """Holds everything of a run that a learner rank must know; `RunConfig.learner_setup` makes it.
 
     `rewards` are the trained ones by name, `step` is the kind of step that training rollouts take, `guidance` their
     classifier-free guidance, `shaping` SLAS's settings where advantages are shaped, and `critic_batch` the number of

@@ -1,31 +1,50 @@
-"""A learner's whole state in one record: what a checkpoint keeps, and what a lost rank is rebuilt from.
+"""A learner's whole state in one record. A checkpoint keeps it, and a lost rank is rebuilt from it.
 
-Random streams are functions of (seed, step) and are no state; neither is anything that the engine derives from weights,
-moments and counts. Tensors are whole and fp32, so ranks and ZeRO stage may differ where the state is taken up again.
+Random streams are functions of (seed, step), so they are no state. Neither is anything that the engine derives from
+weights, moments and counts. Tensors are whole and fp32, so that the number of ranks and the ZeRO stage may differ where
+a learner goes on from the state.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from align_cluster.algorithms.base import Algorithm
 from align_cluster.backbones.adapters import adapter_parameters
-from align_cluster.backbones.base import CRITIC
-from align_cluster.learner.engine import MOMENTS
+from align_cluster.backbones.base import CRITIC, Backbone
+from align_cluster.learner.critic import CriticLearner
+from align_cluster.learner.engine import MOMENTS, Engine
+from align_cluster.learner.trust_probe import TrustProbe
 from align_cluster.types import Manifest
 from align_cluster.weights import checksum, publish, view
 
-if TYPE_CHECKING:
-    from align_cluster.learner.worker import Learner
+
+class HasState(Protocol):
+    """Names the parts of a learner that its state is read from and written to."""
+
+    algorithm: Algorithm
+    backbone: Backbone
+    denoiser: torch.nn.Module
+    engine: Engine
+    critic: CriticLearner | None
+    probe: TrustProbe | None
+    ema: dict[str, torch.Tensor] | None
+    updates: int
+    rank: int
+
+    def make_probe(self) -> TrustProbe:
+        """Returns the probe, made at first use."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after an update: counts by name, and tensors in one buffer.
+    """Holds the state after an update: counts by name, and tensors in one buffer.
 
-    adapter/<adapter>/<parameter>, ema/<parameter>, <moment>/<parameter> of the default adapter; where there is a critic
-    critic/<parameter> and critic/<moment>/<parameter>; probe/vector where SLAS has estimated a Fisher matrix.
+    Tensors are named adapter/<adapter>/<parameter>, ema/<parameter>, and <moment>/<parameter> for the default adapter.
+    With a critic there are critic/<parameter> and critic/<moment>/<parameter>. Where SLAS has estimated a Fisher matrix
+    there is probe/vector.
     """
 
     counts: dict[str, int]
@@ -34,25 +53,26 @@ class Snapshot:
 
     @classmethod
     def of(cls, counts: dict[str, int], tensors: dict[str, np.ndarray]) -> "Snapshot":
+        """Packs counts and named tensors into a snapshot."""
         return cls(counts, *publish(tensors, counts["updates"]))
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Views of the buffer by name."""
+        """Returns views of the buffer by name."""
         return {tensor.name: view(self.buffer, tensor) for tensor in self.manifest.tensors}
 
     def critic(self) -> dict[str, np.ndarray]:
-        """The critic's weights by name."""
+        """Returns the critic's weights by name."""
         found = under("critic/", self.tensors())
         return {name: value for name, value in found.items() if not name.startswith(MOMENTS)}
 
 
 def under(prefix: str, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is named prefix..., without the prefix."""
+    """Returns the entries whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
-def capture(learner: "Learner") -> Snapshot | None:
-    """The state, on rank 0; None on the others. All ranks must call it together."""
+def capture(learner: HasState) -> Snapshot | None:
+    """Returns the state on rank 0, and None on the other ranks. All ranks must call it together."""
     steps, moments = learner.engine.moments()
     counts, found = {"updates": learner.updates, "steps": steps}, {}
     names = list(adapter_parameters(learner.denoiser, "default"))
@@ -69,15 +89,15 @@ def capture(learner: "Learner") -> Snapshot | None:
     if learner.critic:
         counts["critic_steps"], critic = learner.critic.state()
         found |= {f"critic/{name}": value for name, value in critic.items()}
-    if "probe" in vars(learner):
+    if learner.probe:
         found["probe/vector"] = learner.probe.fisher.vector
     return Snapshot.of(counts, {name: value.detach().float().cpu().numpy() for name, value in found.items()})
 
 
-def restore(learner: "Learner", snapshot: Snapshot) -> None:
-    """Bring a learner to the state of a snapshot, whatever it did before; all ranks must call it together.
+def restore(learner: HasState, snapshot: Snapshot) -> None:
+    """Brings a learner to the state of a snapshot, whatever it did before. All ranks must call it together.
 
-    ValueError where the snapshot is damaged, or of another kind of learner.
+    Raises ValueError where the snapshot is damaged or belongs to another kind of learner.
     """
     if checksum(snapshot.buffer) != snapshot.manifest.checksum:
         raise ValueError("the learner's state was damaged on its way here")
@@ -113,6 +133,6 @@ def restore(learner: "Learner", snapshot: Snapshot) -> None:
         learner.ema = {name: value.to(device) for name, value in (average or default).items()}
     if learner.critic:
         learner.critic.restore(counts["critic_steps"], critic)
-    vars(learner).pop("probe", None)
+    learner.probe = None
     if vector is not None:
-        learner.probe.fisher.vector = vector.to(device)
+        learner.make_probe().fisher.vector = vector.to(device)

@@ -1,4 +1,4 @@
-"""What SLAS's adaptive exponent wants to know of one update: how far it moved the policy, and what bounds that."""
+"""Measures for SLAS's adaptive exponent how far one update moved the policy, and what bounds that."""
 
 import torch
 
@@ -6,13 +6,13 @@ from align_cluster.algorithms.base import Policy
 from align_cluster.learner.fisher import FisherProbe, probing
 from align_cluster.types import Record
 
-PROBED = 4  # samples a rank on which the Fisher matrix is estimated
+PROBED = 4  # samples of each rank that the Fisher matrix is estimated on: a product costs two backward passes of each
 
 
 class TrustProbe:
-    """Looks at one update from both sides, on a few samples of one denoising step. All ranks must call it together.
+    """Looks at one update before and after, on a few samples of one denoising step. All ranks must call it together.
 
-    Its policy must call the network itself and not a DeepSpeed engine, which hooks its outputs.
+    The policy must call the network itself and not its DeepSpeed engine, because the engine hooks outputs.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], seed: int, world: int) -> None:
@@ -20,7 +20,9 @@ class TrustProbe:
         self.fisher = FisherProbe(parameters, seed)
 
     def begin(self, policy: Policy, record: Record, rows: slice, inner_pass: int) -> None:
-        """Before the update: the Fisher matrix and the scores on members `rows` at trained step `inner_pass`."""
+        """Estimates, before the update, the Fisher matrix and the scores of members `rows` at trained step
+        `inner_pass`.
+        """
         arrays = (record.indices, record.before, record.after)
         self.policy = policy
         self.k, self.x, x_next = (
@@ -32,7 +34,7 @@ class TrustProbe:
         self.mean, self.start = self.mean.detach(), self._flat()
 
     def finish(self, gradient_norm: float) -> dict[str, float]:
-        """After it: lengths, and the KL a latent dimension by which the update moved the policy on those samples."""
+        """Returns, after the update, lengths and the KL per latent dimension by which it moved the policy."""
         with torch.no_grad():
             moved, _ = self._step()
         kl = ((moved - self.mean) ** 2).flatten(1).mean(1) / (2 * self.std**2)

@@ -1,1 +1,1 @@
-"""The loop: one page that reads as the algorithm (driver.py) and the crew of workers that it directs (crew.py)."""
+"""The loop: one page that reads as the algorithm (driver.py), and the workers that it directs (workers.py)."""

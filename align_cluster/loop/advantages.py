@@ -1,4 +1,4 @@
-"""From a step's scores to its advantages, and the one piece of state that credit keeps: SLAS's adaptive exponent."""
+"""Turns a step's scores into advantages. Its one piece of state is SLAS's adaptive exponent."""
 
 from typing import Any
 
@@ -8,56 +8,64 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import credit, linear
 from align_cluster.algorithms.trust import TrustRegion
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import assign
-from align_cluster.loop.workers import Drawn, step_seed
+from align_cluster.learner.batching import Reduced, assign_updates
+from align_cluster.loop.requests import step_seed
+from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
 
-LARGEST = ("lambda_max", "score_norm", "step_norm", "gradient_norm")  # over ranks; all but score_norm are alike there
+LARGEST = (
+    "lambda_max",
+    "score_norm",
+    "step_norm",
+    "gradient_norm",
+)  # the largest over ranks; only score_norm differs between them
 
 
-class Creditor:
-    """Assigns credit step by step, over all groups of a step at once."""
+class AdvantageEstimator:
+    """Estimates advantages step by step, over all groups of a step at once."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         shaping = config.advantage.shaping
         self.trust = TrustRegion(shaping) if shaping and shaping.gamma == "adaptive" else None
 
-    def assign(self, step: int, drawn: list[Drawn], values: None = None) -> Credit:
-        """Advantages [P, M] of a step from all its scores; groups are the rows."""
+    def assign(self, step: int, drawn: list[DrawnChunk], values: None = None) -> Credit:
+        """Returns advantages [P, M] of a step from all its scores; groups are the rows. `values` belong to a critic."""
         if ALGORITHMS[self.config.algorithm.kind].reward_gradient:
             shape = (self.config.prompts_per_step, self.config.group_members)
-            return Credit(np.zeros(shape, np.float32), np.ones(shape, bool), {})  # its learner asks rewards itself
+            return Credit(
+                np.zeros(shape, np.float32), np.ones(shape, bool), {}
+            )  # the learner follows the rewards' gradient itself
         arguments = self._arguments(step, drawn)
         return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
 
-    def observe(self, step: int, drawn: list[Drawn], trained: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """Take in what the learner measured during its update, if it did; what to log of it."""
+    def observe(self, step: int, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
+        """Takes in what the learner measured during its update, if it did, and returns metrics of it."""
         if self.trust is None or "lambda_max" not in trained:
             return {}
         values, applies, valid, weights, settings, batches = self._arguments(step, drawn)
         u = linear(values, applies, valid, weights, settings, batches)
-        estimates = {name: trained[name][1] for name in LARGEST} | {"step_kl": trained["step_kl"][0]}
+        estimates = {name: trained[name].largest for name in LARGEST} | {"step_kl": trained["step_kl"].mean}
         return self.trust.observe(estimates, u[valid])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Returns what a checkpoint keeps."""
         return {"trust": self.trust.state()} if self.trust else {}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Arrays that a checkpoint keeps."""
+        """Returns the arrays that a checkpoint keeps."""
         return {}
 
     def restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Go on from the state of an earlier run."""
+        """Goes on from the state of an earlier run."""
         if self.trust:
             self.trust.restore(state["trust"])
 
-    def _arguments(self, step: int, drawn: list[Drawn]) -> tuple:
+    def _arguments(self, step: int, drawn: list[DrawnChunk]) -> tuple:
         shape = (self.config.prompts_per_step, self.config.group_members)
         values, applies, valid, weights = table([item.scores for item in drawn], self.config.rewards)
-        parts = assign(len(drawn), self.config.learner.updates_per_step, step_seed(self.config, step))
+        parts = assign_updates(len(drawn), self.config.learner.updates_per_step, step_seed(self.config, step))
         updates = {chunk: update for update, chunk in parts}
         batches = np.concatenate([[updates[i]] * len(item.info.chunk.seeds) for i, item in enumerate(drawn)])
         whole = ~lost([item.scores for item in drawn], self.config.rewards).reshape(shape).any(1, keepdims=True)

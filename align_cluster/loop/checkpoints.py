@@ -1,8 +1,8 @@
-"""What a run is between two steps: kept on disk every few steps, and in memory for the moment in which it is ended.
+"""The state of a run between two steps. It goes to disk every few steps, and stays in memory for the moment of an end.
 
-A checkpoint holds the learner's whole state, credit's, the counters of the loop, the times, and metrics.jsonl and
-evaluations.jsonl up to then. Prompts, seeds, windows and perturbed conditions are functions of (seed, step), so the
-number of steps is the cursor of all of them.
+A checkpoint holds the whole state of the learner and of the advantage estimator, the counters of the loop, the times,
+and metrics.jsonl and evaluations.jsonl up to then. Prompts, seeds, windows and perturbed conditions are functions of
+(seed, step), so the number of steps is the cursor of all of them.
 """
 
 import json
@@ -19,11 +19,11 @@ from align_cluster.cluster.nodes import software
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.learner.state import Snapshot, under
-from align_cluster.loop.advantages import Creditor
+from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.critic_advantages import CriticCreditor
-from align_cluster.loop.workers import Crew
-from align_cluster.observe.guards import Guard
+from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
+from align_cluster.loop.workers import WorkerGroup
+from align_cluster.observe.guards import Alarm, Guard
 from align_cluster.observe.sinks import MetricWriter
 
 STATE, FACTS = "state.safetensors", "run.json"
@@ -31,8 +31,11 @@ STATE, FACTS = "state.safetensors", "run.json"
 
 @dataclass(frozen=True)
 class State:
-    """A run after `step` steps. `facts` are plain JSON; `credit` are arrays that credit keeps; `texts` gives the
-    content of the run's line files by name."""
+    """Holds a run after `step` steps.
+
+    `facts` are plain JSON, `credit` the arrays that the advantage estimator keeps, and `texts` returns the content of
+    the run's line files by name.
+    """
 
     step: int
     facts: dict[str, Any]
@@ -41,7 +44,7 @@ class State:
     texts: Callable[[], dict[str, bytes]] = dict
 
     def files(self) -> dict[str, bytes]:
-        """What a checkpoint of it consists of."""
+        """Returns the files of a checkpoint by name."""
         from safetensors.numpy import save
 
         tensors = {f"learner/{name}": value for name, value in self.learner.tensors().items()}
@@ -51,6 +54,7 @@ class State:
 
     @classmethod
     def of(cls, step: int, files: dict[str, bytes]) -> "State":
+        """Reads the files of a checkpoint."""
         from safetensors.numpy import load
 
         facts, tensors = json.loads(files[FACTS]), load(files[STATE])
@@ -64,52 +68,48 @@ class State:
         )
 
 
-class Keeper:
-    """Saves a run and brings it back. As a context manager it saves the last finished step, if it has not yet, when an
-    error, Ctrl-C or SIGTERM ends what runs inside."""
+class CheckpointManager:
+    """Saves a run, brings it back, and rolls it back.
+
+    As a context manager it saves the last finished step, unless that is saved already, when an error, Ctrl-C or SIGTERM
+    ends what runs inside.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         store: Store,
-        crew: Crew,
-        creditor: Creditor | CriticCreditor,
+        workers: WorkerGroup,
+        estimator: AdvantageEstimator | CriticAdvantageEstimator,
         clock: Clock,
+        guard: Guard,
         note: Callable[[str], None],
     ) -> None:
-        self.config, self.store, self.crew, self.creditor, self.clock = config, store, crew, creditor, clock
-        self.note, self.guard = note, Guard(config.guard, config.trained)
+        self.config, self.store, self.workers, self.estimator = config, store, workers, estimator
+        self.clock, self.guard, self.note = clock, guard, note
         self.rollbacks = self.resumed = 0
         self.writer = Writer(store, config.checkpoint, note)
         self.latest: State | None = None
 
     def restore(self, state: State) -> tuple[dict, dict | None]:
-        """Bring workers, credit and clock to where the run was; the base model's scores and the self-check of then."""
+        """Brings all parts to where the run was; returns the base model's scores and the self-check of that time."""
         facts = state.facts
-        self.crew.learners.restore(state.learner)
-        # The version that the samplers had is published anew.
-        self.crew.version, self.crew.images_drawn = facts["version"] - 1, facts["images_drawn"]
-        self.crew.lost_before = facts["workers_lost"]
-        self.creditor.restore(facts["credit"], state.credit)
+        self.workers.ranks.restore(state.learner)
+        self.workers.weights.version = facts["version"] - 1  # the samplers' version is published anew
+        self.workers.rollouts.images_drawn = facts["images_drawn"]
+        self.workers.lost_before = facts["workers_lost"]
+        self.estimator.restore(facts["credit"], state.credit)
         self.clock.restore(facts["clock"])
         self.guard.restore(facts["guard"])
         self.rollbacks = facts["rollbacks"]
         self.resumed, self.writer.saved = facts["resumed"] + 1, state.step
         return facts["before"], facts["self_check"]
 
-    def roll_back_if_needed(self, step: int, values: dict[str, float]) -> bool:
-        """Look for collapse after a step; whether the run was rolled back, so that samplers need its weights.
+    def roll_back(self, alarm: Alarm) -> None:
+        """Brings the weights back to the last good checkpoint; the caller publishes them. Prompts and seeds go on.
 
-        UserError where a rule says stop, or no rollback is left.
+        Raises UserError where there is no such checkpoint, or where the run has rolled back too often.
         """
-        alarm = self.guard.watch(step, values)
-        if alarm is None:
-            return False
-        if alarm.action == "stop":
-            raise UserError(f"{alarm.message}; stopped, as guard.{alarm.rule}.action says")
-        self.note(alarm.message)
-        if alarm.action == "warn":
-            return False
         self.writer.wait()
         found = self.store.newest(self.note, lambda about: about["good"])
         if found is None or self.rollbacks == self.config.guard.rollbacks:
@@ -117,23 +117,22 @@ class Keeper:
             raise UserError(f"{alarm.message}; stopped: {why}")
         state = State.of(*found)
         self.note(f"rolled back to the weights after step {state.step}; prompts and seeds go on")
-        self.crew.learners.restore(state.learner)
-        self.creditor.restore(state.facts["credit"], state.credit)
+        self.workers.ranks.restore(state.learner)
+        self.estimator.restore(state.facts["credit"], state.credit)
         self.guard.rolled_back()
         self.rollbacks += 1
-        return True
 
     def step(
         self, step: int, metrics: MetricWriter, score: float | None, before: dict, self_check: dict | None
     ) -> None:
-        """`step` steps are done. Saves them if that is due, with the scores of the base model and the self-check."""
+        """Takes note that `step` steps are done, and saves them if that is due."""
         facts = {
             "config": self.config.model_dump(mode="json"),
             "versions": software(),
-            "version": self.crew.version,
-            "images_drawn": self.crew.images_drawn,
-            "workers_lost": self.crew.workers_lost,
-            "credit": self.creditor.state(),
+            "version": self.workers.weights.version,
+            "images_drawn": self.workers.rollouts.images_drawn,
+            "workers_lost": self.workers.lost,
+            "credit": self.estimator.state(),
             "clock": self.clock.state(),
             "guard": self.guard.state(),
             "rollbacks": self.rollbacks,
@@ -142,7 +141,7 @@ class Keeper:
             "self_check": self_check,
         }
         facts = json.loads(json.dumps(facts))  # what is saved later must not change with the run
-        self.latest = State(step, facts, self.crew.learners.snapshot, self.creditor.arrays(), metrics.mark())
+        self.latest = State(step, facts, self.workers.ranks.snapshot, self.estimator.arrays(), metrics.mark())
         settings = self.config.checkpoint
         best = settings.keep_best and score is not None
         if best or step == self.config.steps or (settings.every and step % settings.every == 0):
@@ -151,7 +150,7 @@ class Keeper:
     def _save(self, score: float | None = None) -> None:
         self.writer.save(Job(self.latest.step, self.latest.files, {"score": score, "good": self.guard.good}))
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(

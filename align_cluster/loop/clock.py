@@ -1,4 +1,4 @@
-"""Wall time by stage, and which stage it is."""
+"""Measures wall time by stage, and knows which stage it is."""
 
 import time
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ from typing import Any
 
 
 class Clock:
-    """Seconds by stage: of the current step (`step`) and since the start (`total`). `number` is the step at work, from
-    1, and `doing` the stage with the time that it began (monotonic)."""
+    """Counts seconds by stage, of the current step (`step`) and since the start (`total`).
+
+    `number` is the step at work, from 1. `doing` is the stage at work with the time that it began (monotonic).
+    """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -18,37 +20,44 @@ class Clock:
         self.total: dict[str, float] = {}
 
     def add(self, stage: str, seconds: float) -> None:
+        """Adds seconds to a stage."""
         for table in (self.step, self.total):
             table[stage] = table.get(stage, 0.0) + seconds
 
+    def add_all(self, seconds: dict[str, float]) -> None:
+        """Adds seconds by stage that were measured elsewhere."""
+        for stage, spent in seconds.items():
+            self.add(stage, spent)
+
     @contextmanager
     def at(self, name: str) -> Iterator[None]:
-        """The time inside is stage `name`; nothing is counted."""
+        """Says that the time inside is stage `name`, without counting it."""
         outer, self.doing = self.doing, (name, time.monotonic())
         yield
         self.doing = outer
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time inside as stage `name`."""
+        """Counts the time inside as stage `name`."""
         started = time.perf_counter()
         with self.at(name):
             yield
         self.add(name, time.perf_counter() - started)
 
     def next_step(self, number: int) -> None:
+        """Begins to count step `number`."""
         self.step, self.number = {}, number
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Returns what a checkpoint keeps."""
         return {"wall": self.wall(), "total": dict(self.total)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Count on from `state()` of an earlier run; the time in between is nobody's."""
+        """Counts on from `state()` of an earlier run. The time in between does not count."""
         self.began -= state["wall"]
         for stage, seconds in state["total"].items():
             self.total[stage] = self.total.get(stage, 0.0) + seconds
 
     def wall(self) -> float:
-        """Seconds since the clock was made."""
+        """Returns the seconds since the run began, over all its parts."""
         return time.perf_counter() - self.began

@@ -1,4 +1,4 @@
-"""Credit for each denoising step, with a critic: rewards normalised over the run, GAE, and the warm-up's end."""
+"""Turns scores and a critic's values into an advantage for each denoising step, by GAE over normalised rewards."""
 
 import json
 from collections import deque
@@ -8,7 +8,9 @@ import numpy as np
 from align_cluster.algorithms.gae import RunningMoments, explained_variance, gae, whiten
 from align_cluster.config.run import RunConfig
 from align_cluster.files import atomic, write_text
-from align_cluster.loop.workers import Drawn
+from align_cluster.learner.batching import Reduced
+from align_cluster.loop.learning import CriticValues
+from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.observe.charts import Series, scatter_chart
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.style import standalone
@@ -20,8 +22,8 @@ SHOWN = 8  # steps whose values and rewards are drawn at the end
 LOW = 0.5  # noise below which the warm-up asks what the critic explains
 
 
-class CriticCreditor:
-    """Assigns credit step by step. Its state, `moments` and the warm-up's, belongs into a checkpoint."""
+class CriticAdvantageEstimator:
+    """Estimates advantages step by step. Its state, the rewards' `moments` and the warm-up's, goes into checkpoints."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -30,9 +32,9 @@ class CriticCreditor:
         self.updates, self.warm = 0, config.algorithm.warm_up.updates == 0
         self.recent: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=SHOWN)
 
-    def assign(self, step: int, drawn: list[Drawn], found: tuple[np.ndarray, np.ndarray]) -> Credit:
-        """Advantages [P, G, N] of a step; `found` are the critic's values [S, N, R] and the noise levels [N + 1]."""
-        values, sigmas = found[0].astype(np.float64), found[1]
+    def assign(self, step: int, drawn: list[DrawnChunk], found: CriticValues) -> Credit:
+        """Returns advantages [P, G, N] of a step from its scores and the critic's values."""
+        values, sigmas = found.values.astype(np.float64), found.sigmas
         settings, scores = self.config.algorithm, [item.scores for item in drawn]
         rewards, applies, valid, weights = table(scores, self.config.rewards)
         shape = (self.config.prompts_per_step, self.config.group_members)
@@ -65,22 +67,22 @@ class CriticCreditor:
             self.warm,
         )
 
-    def observe(self, step: int, drawn: list[Drawn], trained: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """Nothing is to be taken in after an update."""
+    def observe(self, step: int, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
+        """Counts updates; there is nothing to log of them."""
         self.updates += self.config.learner.updates_per_step
         return {}
 
     def state(self) -> dict:
-        """What a checkpoint keeps."""
+        """Returns what a checkpoint keeps."""
         moments = {name: moments.state() for name, moments in self.moments.items()}
         return {"moments": moments, "updates": self.updates, "warm": self.warm}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Arrays that a checkpoint keeps: what the pictures at the end are drawn of."""
+        """Returns the arrays that a checkpoint keeps, from which the pictures at the end are drawn."""
         return {f"{i:02d}/{j}": array for i, item in enumerate(self.recent) for j, array in enumerate(item)}
 
     def restore(self, state: dict, arrays: dict[str, np.ndarray]) -> None:
-        """Go on from the state of an earlier run."""
+        """Goes on from the state of an earlier run."""
         self.moments = {name: RunningMoments.restored(state["moments"][name]) for name in self.names}
         self.updates, self.warm = state["updates"], state["warm"]
         self.recent.clear()
@@ -88,7 +90,7 @@ class CriticCreditor:
             self.recent.append(tuple(arrays[f"{i}/{j}"] for j in range(3)))
 
     def _normalised(self, rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
-        """Rewards [R, S] by the moments of all that the run has seen, these included; 0 where there is none."""
+        """Normalises rewards [R, S] by the moments of all that the run has seen, these included; 0 where none is."""
         normal = np.zeros_like(rewards)
         for row, name in enumerate(self.names):
             self.moments[name].observe(rewards[row, judged[row]])
@@ -126,17 +128,19 @@ class CriticCreditor:
         return found
 
 
-def save_critic(run: RunDir, config: RunConfig, state: dict[str, np.ndarray], creditor: CriticCreditor) -> None:
+def save_critic(
+    run: RunDir, config: RunConfig, state: dict[str, np.ndarray], estimator: CriticAdvantageEstimator
+) -> None:
     """Write the critic's weights, what its values mean, and pictures of how well it knew, into the run's folder."""
     from safetensors.numpy import save_file
 
     run.critic.mkdir(exist_ok=True)
     with atomic(run.critic / "critic.safetensors") as file:
         save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, file)
-    facts = {"rewards": creditor.names, "critic": config.algorithm.critic.model_dump(), **creditor.state()}
+    facts = {"rewards": estimator.names, "critic": config.algorithm.critic.model_dump(), **estimator.state()}
     write_text(run.critic / "critic.json", json.dumps(facts, indent=1))
-    for r, name in enumerate(creditor.names):
-        write_text(run.critic / f"{name}.svg", standalone(scatter(name, r, list(creditor.recent))))
+    for r, name in enumerate(estimator.names):
+        write_text(run.critic / f"{name}.svg", standalone(scatter(name, r, list(estimator.recent))))
 
 
 def scatter(name: str, r: int, recent: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:

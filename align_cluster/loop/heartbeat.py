@@ -1,5 +1,4 @@
-"""What a run is doing, for people who look at it from outside: state.json every few seconds, and a line in the log when
-somebody is waited for too long."""
+"""Tells people outside what a run is doing: state.json every few seconds, and a log line when a worker is late."""
 
 import logging
 import os
@@ -11,29 +10,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from align_cluster.cluster.slots import Doing
+from align_cluster.cluster.slots import WorkerStatus
 from align_cluster.config.run import RunConfig
 from align_cluster.files import write_json
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.workers import Crew
+from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.rundir import RunDir
 
 BEAT_S = 2.0
 log = logging.getLogger(__name__)
 
 
-class Watch:
-    """A thread beside the loop, which says what the loop does even while that waits. It asks nothing of the workers:
-    what a worker does, and since when, is what it was last given to do."""
+class Heartbeat:
+    """Runs a thread beside the loop, which says what the loop does even while the loop waits.
 
-    def __init__(self, path: Path, config: RunConfig, clock: Clock, crew: Crew) -> None:
-        self.file, self.config, self.clock, self.crew = RunDir(path).state, config, clock, crew
-        self.told: dict[tuple[str, str], float] = {}
-        self.mute: set[str | None] = set()
+    It asks nothing of the workers: what a worker does is what it was last given to do.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, clock: Clock, workers: WorkerGroup) -> None:
+        self.file, self.config, self.clock, self.workers = RunDir(path).state, config, clock, workers
+        self.said: dict[tuple[str, str], float] = {}  # when to say again that a worker is late
+        self.failures: set[str | None] = set()  # errors of the disk that were logged once
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Heartbeat":
         self.thread.start()
         return self
 
@@ -57,15 +58,18 @@ class Watch:
         try:
             write_json(self.file, state)
         except OSError as error:
-            if error.strerror not in self.mute:
-                self.mute.add(error.strerror)
+            if error.strerror not in self.failures:
+                self.failures.add(error.strerror)
                 log.warning("%s cannot be written (%s); `doctor` shows an old state", self.file, error.strerror)
 
     def state(self) -> dict[str, Any]:
-        """Content of state.json. Ages are in seconds, since a clock may be set; `beat` alone is a time of day."""
+        """Returns the content of state.json.
+
+        Ages are in seconds, because a clock may be set; only `beat` is a time of day.
+        """
         now = time.monotonic()
         phase, since = self.clock.doing
-        troubles = sorted(trouble for group in self.crew.groups for trouble in list(group.troubles))
+        events = sorted(trouble for group in self.workers.groups for trouble in list(group.events))
         return {
             "host": platform.node(),
             "pid": os.getpid(),
@@ -74,22 +78,22 @@ class Watch:
             "steps": self.config.steps,
             "phase": phase,
             "seconds": round(now - since, 1),
-            "progress": {stage: list(counts) for stage, counts in self.crew.progress.items()},
+            "progress": {stage: list(counts) for stage, counts in self.workers.progress.items()},
             "late_s": self.config.cluster.late_s,
-            "workers": [_entry(doing, now) for group in self.crew.groups for doing in group.roster()],
-            "troubles": [{"at": at, "what": text} for at, text in troubles[-20:]],
+            "workers": [_entry(doing, now) for group in self.workers.groups for doing in group.status()],
+            "troubles": [{"at": at, "what": text} for at, text in events[-20:]],
             "error": None,
         }
 
     def late(self, state: dict[str, Any]) -> Iterator[str]:
-        """Who is waited for, each said once and then whenever the time has doubled."""
+        """Yields a sentence for each worker that is late: once, and again whenever its time has doubled."""
         limit = self.config.cluster.late_s
         for worker in state["workers"]:
             name, phase, seconds = worker["name"], worker["phase"], worker["seconds"]
             if seconds < limit:
-                self.told.pop((name, phase), None)  # it has answered since
-            elif worker["waiting"] and seconds >= self.told.get((name, phase), limit):
-                self.told[name, phase] = 2 * seconds
+                self.said.pop((name, phase), None)  # it has answered since
+            elif worker["waiting"] and seconds >= self.said.get((name, phase), limit):
+                self.said[name, phase] = 2 * seconds
                 where = f" ({worker['place']})" if worker["place"] else ""
                 yield (
                     f"step {state['step']}: the driver, in {state['phase']} since {state['seconds']:.0f} s, waits for "
@@ -97,10 +101,10 @@ class Watch:
                 )
 
 
-def _entry(doing: Doing, now: float) -> dict[str, Any]:
+def _entry(doing: WorkerStatus, now: float) -> dict[str, Any]:
     return {
         "name": doing.worker,
-        "place": doing.place,
+        "place": doing.location,
         "phase": doing.phase,
         "seconds": round(now - doing.since, 1),
         "waiting": doing.waiting,

@@ -1,4 +1,4 @@
-"""SIGTERM, by which clusters announce that they take a machine away."""
+"""Handles SIGTERM, by which clusters announce that they take a machine away."""
 
 import os
 import signal
@@ -11,40 +11,40 @@ from typing import Any
 from align_cluster.checkpoint.writer import THREAD
 from align_cluster.errors import RETRY, Preempted
 
-GRACE_S = 15.0  # for leaving in good order; Kubernetes and Slurm send SIGKILL after 30 s
+GRACE_S = 15.0  # seconds for leaving in good order, half of the 30 s after which Kubernetes and Slurm send SIGKILL
 
 
 @contextmanager
 def preemptible(alone: bool) -> Iterator[None]:
-    """SIGTERM stops what runs inside like Ctrl-C, at once, and comes out as Preempted. Enter it after ray.init, which
-    sets a handler of its own.
+    """Lets SIGTERM stop what runs inside at once, as Ctrl-C does, and raises Preempted then. Enter it after ray.init,
+    which sets a handler of its own.
 
-    `alone`: the process has nothing else to do, so it is ended with RETRY where Ray does not let go of it. That happens
-    where Ray's own processes got the signal too.
+    `alone` says that the process has nothing else to do. It then ends with RETRY where Ray does not let go of it, which
+    happens where Ray's own processes got the signal too.
     """
-    told = False
+    signalled = False
 
     def stop(*_: Any) -> None:
-        nonlocal told
-        if told:  # a second one must not stop the saving
+        nonlocal signalled
+        if signalled:  # a second one must not stop the saving
             return
-        told = True
+        signalled = True
         if alone:
             threading.Thread(target=_leave, daemon=True).start()
         raise KeyboardInterrupt  # the one exception that Ray lets through from a signal handler
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can be told
+        yield  # only the main thread gets signals
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        if told:
+        if signalled:
             raise Preempted from None
         raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if told else before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if signalled else before)
 
 
 def _leave() -> None:

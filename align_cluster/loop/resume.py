@@ -1,4 +1,4 @@
-"""Which directory a run works in, and what it goes on from."""
+"""Decides which directory a run works in, and what it goes on from."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Place:
-    """A run directory that is ours, where its checkpoints are, and the state to go on from (None: a new run)."""
+class StartingPoint:
+    """Holds a locked run directory, the store of its checkpoints, and the state to go on from (None for a new run)."""
 
     run: RunDir
     store: Store
@@ -28,20 +28,21 @@ class Place:
 
     @property
     def steps(self) -> int:
-        """Steps that are done."""
+        """Returns the number of steps that are done."""
         return self.state.step if self.state else 0
 
     def finished(self, config: RunConfig) -> bool:
-        """Whether nothing is left to do: the run has its summary, and as many steps as are asked for."""
+        """Tells whether nothing is left to do: the run has its summary and all the steps that are asked for."""
         return self.steps >= config.steps and (read_json(self.run.summary) or {}).get("steps", 0) >= config.steps
 
 
 @contextmanager
-def place(config: RunConfig, out: Path, resume: str | None, note: Note) -> Iterator[Place]:
-    """The run's directory, locked. `resume` is None for a new one, "auto" for the newest run of that name that has a
-    checkpoint (or a new one), a run directory, or one checkpoint's folder, from which a new directory branches off.
+def starting_point(config: RunConfig, out: Path, resume: str | None, note: Note) -> Iterator[StartingPoint]:
+    """Yields the run's directory, locked.
 
-    UserError where another process works there, or the checkpoint belongs to a run of other settings.
+    `resume` is None for a new run, "auto" for the newest run of that name that has a checkpoint (or a new one), a run
+    directory, or the folder of one checkpoint, from which a new directory branches off. Raises UserError where another
+    process works there, or the checkpoint belongs to a run of other settings.
     """
     run = _newest(config, out) if resume == "auto" else None
     branch = None
@@ -66,7 +67,7 @@ def place(config: RunConfig, out: Path, resume: str | None, note: Note) -> Itera
             state = _fitting(config, State.of(*found), note)
             store.clean()
             _write_back(run, state)
-            yield Place(run, store, state)
+            yield StartingPoint(run, store, state)
         return
     state = _branch(config, resume, int(branch[1]), note) if branch else None
     run = RunDir.create(out, config.name)
@@ -80,7 +81,7 @@ def place(config: RunConfig, out: Path, resume: str | None, note: Note) -> Itera
                 )
             if state:
                 _write_back(run, state)
-            yield Place(run, store, state)
+            yield StartingPoint(run, store, state)
         except BaseException:
             run.discard_unused()
             raise
@@ -92,7 +93,7 @@ def _store(config: RunConfig, run: RunDir) -> Store:
 
 
 def _newest(config: RunConfig, out: Path) -> RunDir | None:
-    """Of name, name-2, name-3 ... the last one that has a checkpoint."""
+    """Returns the last of name, name-2, name-3 ... that has a checkpoint."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if config.checkpoint.path:
         names |= Store(config.checkpoint.path).folders()
@@ -130,6 +131,6 @@ def _fitting(config: RunConfig, state: State, note: Note) -> State:
 
 
 def _write_back(run: RunDir, state: State) -> None:
-    """The line files as they were: rows of later steps are made again."""
+    """Writes the line files as they were; the rows of later steps are made again."""
     for name, content in state.texts().items():
         write_text(run.path / name, content.decode())

@@ -1,4 +1,4 @@
-"""Numbers of one step and of the software, for the run's records."""
+"""Collects the numbers of one step, and of the whole run, for its records."""
 
 from itertools import combinations
 from pathlib import Path
@@ -9,7 +9,9 @@ from align_cluster.cluster.nodes import software
 from align_cluster.config.load import config_hash
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.workers import Crew, Drawn, Sync
+from align_cluster.loop.learning import Sync
+from align_cluster.loop.rollouts import DrawnChunk
+from align_cluster.loop.workers import WorkerGroup
 from align_cluster.rewards.mix import concatenate
 from align_cluster.types import Credit, Scores
 
@@ -41,13 +43,13 @@ MEAN = {
 
 def step_metrics(
     config: RunConfig,
-    drawn: list[Drawn],
+    drawn: list[DrawnChunk],
     credit: Credit,
     trained: dict[str, tuple[float, float]],
     times: dict[str, float],
     sync: Sync,
 ) -> dict[str, float]:
-    """Everything that one step reports, under the names of `observe.metrics`."""
+    """Returns everything that one step reports, under the names that `observe.metrics` declares."""
     scores = concatenate([item.scores for item in drawn])
     tasks = np.array([item.info.chunk.prompt.task for item in drawn for _ in item.info.chunk.seeds])
     values: dict[str, float] = dict(credit.metrics)
@@ -75,7 +77,7 @@ def step_metrics(
 
 
 def correlations(scores: Scores) -> dict[str, float]:
-    """Pearson's correlation of each two rewards over the images that both have scored, where both vary."""
+    """Returns Pearson's correlation of each two rewards over the images that both have scored, where both vary."""
     found = {}
     for first, second in combinations(scores.values, 2):
         both = scores.valid[first] & scores.valid[second]
@@ -90,14 +92,14 @@ def summary(
     headline: str,
     before: dict,
     after: dict,
-    crew: Crew,
+    workers: WorkerGroup,
     clock: Clock,
     sync: Sync,
     lora: Path,
     self_check: dict[str, float] | None,
     resumed: int = 0,
 ) -> dict:
-    """Content of summary.json: what the run did, how long it took, and what it ended with."""
+    """Returns the content of summary.json: what the run did, how long it took, and what it ended with."""
     wall = clock.wall()
     return {
         "name": config.name,
@@ -106,14 +108,14 @@ def summary(
         "headline": headline,
         "before": before,
         "after": after,
-        "images_drawn": crew.images_drawn,
-        "images_per_s": crew.images_drawn / wall,
+        "images_drawn": workers.rollouts.images_drawn,
+        "images_per_s": workers.rollouts.images_drawn / wall,
         "wall_seconds": wall,
         "stage_seconds": {**clock.total, "start and rest": wall - sum(clock.total.values())},
         "resumed": resumed,
         "lora_path": str(lora),
         "lora_checksum": sync.manifest.checksum,
-        "workers_lost": crew.workers_lost,
+        "workers_lost": workers.lost,
         "self_check": self_check,
         "config_hash": config_hash(config),
         "versions": software(),

@@ -5,12 +5,14 @@ next, as PaLM's authors did (arXiv 2204.02311, section 5.1): the same prompts ag
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
+from align_cluster.errors import UserError
 from align_cluster.settings import Section
 
 WINDOW = 20  # steps that a gradient norm is compared with
@@ -124,6 +126,19 @@ class Guard:
                 )
                 alarms.append(Alarm(name, rule.action, message))
         return max(alarms, key=lambda alarm: ACTIONS.index(alarm.action), default=None)
+
+    def rollback_wanted(self, step: int, values: dict[str, float], note: Callable[[str], None]) -> Alarm | None:
+        """Watches one step and acts on its alarm: notes a warning, returns an alarm that asks for a rollback.
+
+        Raises UserError where a rule says stop.
+        """
+        alarm = self.watch(step, values)
+        if alarm is None:
+            return None
+        if alarm.action == "stop":
+            raise UserError(f"{alarm.message}; stopped, as guard.{alarm.rule}.action says")
+        note(alarm.message)
+        return alarm if alarm.action == "rollback" else None
 
     def _measure(self, values: dict[str, float]) -> dict[str, float]:
         found = {"not_finite": values.get("train/skipped", 0.0), "zero_std": values.get("group/zero_std_ratio", 0.0)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.base import Algorithm, Batch, Policy, RecordedSteps
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.critic import Critic
 from align_cluster.backbones.pipeline import PipelineBackbone
@@ -101,7 +101,15 @@ def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
             return backbone.pixels(x)
 
         def update() -> None:
-            policy = LearnerPolicy(backbone, denoiser, denoiser, None, text, guidance, both)
+            policy = LearnerPolicy(
+                backbone=backbone,
+                network=denoiser,
+                denoiser=denoiser,
+                step=None,
+                text=text,
+                guidance=guidance,
+                null_gradient=both,
+            )
             outputs = [policy.velocity(x, sigma, name) for name in asked]
             torch.autograd.backward(sum(output.square().mean() for output in outputs))
             denoiser.zero_grad()
@@ -192,11 +200,11 @@ def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackb
     one, flat = torch.zeros(1, 1, 2, 2), torch.zeros(1, steps)
     path, advantages = one[:, None].expand(1, steps, 1, 2, 2), flat if algorithm.critic else flat[:, 0]
     indices = torch.arange(steps)[None]
-    recorded = {"before": path, "after": path, "log_probs": flat, "means": path}
+    recorded = RecordedSteps(indices=indices, before=path, after=path, log_probs=flat, means=path)
     streams = {"generators": lambda _: [torch.Generator()], "noises": (0,)}
     algorithm.loss(
         policy,
-        Batch(inner_pass=0, advantages=advantages, x0=one, sigmas=sigmas, indices=indices, **recorded, **streams),
+        Batch(inner_pass=0, advantages=advantages, x0=one, sigmas=sigmas, recorded=recorded, **streams),
     )
     return policy.adapters
 

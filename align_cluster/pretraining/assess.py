@@ -35,7 +35,7 @@ def assess(sampler: Sampler, guidance: float, prompts: int, steps: int, seed: in
     texts = [*dict.fromkeys(chunk.prompt.text for chunk in chunks), ""]
     conditions = dict(zip(texts, sampler.encode(texts), strict=True))
     judge = RewardWorker({"geneval": REWARDS["geneval"].Config(), "ocr": REWARDS["ocr"].Config()})
-    request = DrawRequest(0, steps, Euler.Config(), guidance)
+    request = DrawRequest(0, steps, Euler.Config(), guidance=guidance)
     table, images = [], []
     for chunk in chunks:
         _, drawn, _ = sampler.draw(chunk, conditions[chunk.prompt.text], conditions[""], request)

@@ -3,7 +3,7 @@
 import hashlib
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,7 @@ class DrawRequest:
     version: int
     steps: int
     step: Section
+    _: KW_ONLY
     guidance: float = 1.0
     window: Window | None = None
     means: bool = False

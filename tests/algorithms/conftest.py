@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from align_cluster.algorithms.base import Batch, Policy
+from align_cluster.algorithms.base import Batch, Policy, RecordedSteps
 from align_cluster.backbones.levels import ddim_levels, linear_sigmas
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.steps import STEPS, Step
@@ -124,16 +124,18 @@ class ToyPolicy(Policy):
 
         path = rollout.path
         return Batch(
-            inner_pass,
-            advantages,
-            path.x0,
-            self.sigmas,
-            rollout.indices,
-            path.before,
-            path.after,
-            path.log_probs,
-            path.means,
-            generators,
+            inner_pass=inner_pass,
+            advantages=advantages,
+            x0=path.x0,
+            sigmas=self.sigmas,
+            recorded=RecordedSteps(
+                indices=rollout.indices,
+                before=path.before,
+                after=path.after,
+                log_probs=path.log_probs,
+                means=path.means,
+            ),
+            generators=generators,
             prompt="goal",
             noises=tuple(rollout.seeds),
             update=moment,

@@ -3,7 +3,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from align_cluster.algorithms.base import Batch, Policy
+from align_cluster.algorithms.base import Batch, Policy, RecordedSteps
 from align_cluster.algorithms.srpo import LEVELS, NEGATIVE, POSITIVE, SRPO
 from align_cluster.backbones.levels import ddim_levels, linear_sigmas
 from align_cluster.rollouts.denoise import starting_noise
@@ -48,12 +48,17 @@ def batch(inner_pass=0, update=0, noises=SEEDS):
     def generators(purpose):
         return [torch.Generator().manual_seed(seed * 1000 + len(purpose)) for seed in SEEDS]
 
-    none = [None] * 4
-    indices = torch.empty(len(SEEDS), 0, dtype=torch.int64)
     return Batch(
-        inner_pass, torch.zeros(len(SEEDS)), X0, linear_sigmas(4, 3.0), indices, *none, generators, None, None, None,
-        "a cat", noises, update,
-    )  # fmt: skip
+        inner_pass=inner_pass,
+        update=update,
+        advantages=torch.zeros(len(SEEDS)),
+        x0=X0,
+        sigmas=linear_sigmas(4, 3.0),
+        recorded=RecordedSteps(indices=torch.empty(len(SEEDS), 0, dtype=torch.int64)),
+        generators=generators,
+        prompt="a cat",
+        noises=noises,
+    )
 
 
 def made(**settings):

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from align_cluster.learner.batching import cut, share, total_weight
+from align_cluster.learner.batching import make_micro_batches, rank_share, total_weights
 from align_cluster.types import Chunk, Prompt
 
 SIZES = (3, 1, 4, 2, 5, 3, 3)
@@ -17,27 +17,27 @@ def step(sizes=SIZES, masked: float = 0.2):
     return chunks, advantages, [rng.uniform(size=size) >= masked for size in sizes]
 
 
-def all_shares(pieces, world):
-    """(piece, chunk number in the step) of every rank, padding included."""
+def all_shares(micro_batches, world):
+    """(micro-batch, chunk number in the step) of every rank, padding included."""
     for rank in range(world):
-        mine, sources = share(pieces, rank, world)
-        yield [(piece, sources[piece.source]) for piece in mine]
+        mine, sources = rank_share(micro_batches, rank, world)
+        yield [(item, sources[item.source]) for item in mine]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("updates", [1, 2, 3, 7])
-def test_every_sample_is_in_exactly_one_piece(micro_batch, updates):
+def test_every_sample_is_in_exactly_one_micro_batch(micro_batch, updates):
     chunks, advantages, valid = step()
-    pieces = cut(chunks, advantages, valid, updates, micro_batch, seed=4)
-    members = Counter((p.source, m) for p in pieces for m in range(p.start, p.stop))
+    micro_batches = make_micro_batches(chunks, advantages, valid, updates=updates, size=micro_batch, seed=4)
+    members = Counter((p.source, m) for p in micro_batches for m in range(p.start, p.stop))
     assert members == {(g, m): 1 for g, size in enumerate(SIZES) for m in range(size)}
-    for piece in pieces:
-        assert 1 <= piece.stop - piece.start <= micro_batch
-        rows = slice(piece.start, piece.stop)
-        np.testing.assert_array_equal(piece.weights, valid[piece.source][rows])
-        expected = np.where(valid[piece.source][rows], advantages[piece.source][rows], 0)
-        np.testing.assert_array_equal(piece.advantages, expected)
-        assert piece.weights.dtype == piece.advantages.dtype == np.float32
+    for item in micro_batches:
+        assert 1 <= item.stop - item.start <= micro_batch
+        rows = slice(item.start, item.stop)
+        np.testing.assert_array_equal(item.weights, valid[item.source][rows])
+        expected = np.where(valid[item.source][rows], advantages[item.source][rows], 0)
+        np.testing.assert_array_equal(item.advantages, expected)
+        assert item.weights.dtype == item.advantages.dtype == np.float32
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 9])
@@ -45,13 +45,13 @@ def test_every_sample_is_in_exactly_one_piece(micro_batch, updates):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 def test_every_sample_counts_exactly_once_in_any_world(micro_batch, updates, world):
     chunks, advantages, valid = step()
-    pieces = cut(chunks, advantages, valid, updates, micro_batch, seed=4)
+    micro_batches = make_micro_batches(chunks, advantages, valid, updates=updates, size=micro_batch, seed=4)
     counted, rounds = Counter(), []
-    for mine in all_shares(pieces, world):
-        rounds.append([piece.update for piece, _ in mine])
-        for piece, source in mine:
+    for mine in all_shares(micro_batches, world):
+        rounds.append([item.update for item, _ in mine])
+        for item, source in mine:
             for member, weight, advantage in zip(
-                range(piece.start, piece.stop), piece.weights, piece.advantages, strict=True
+                range(item.start, item.stop), item.weights, item.advantages, strict=True
             ):
                 if weight:
                     counted[source, member] += 1
@@ -61,47 +61,50 @@ def test_every_sample_counts_exactly_once_in_any_world(micro_batch, updates, wor
     assert sorted(set(rounds[0])) == list(range(updates))
 
 
-def test_padding_is_a_weightless_copy_of_a_piece_of_the_same_update():
+def test_padding_is_a_weightless_copy_of_a_micro_batch_of_the_same_update():
     chunks, advantages, valid = step(masked=0)
-    pieces = cut(chunks, advantages, valid, 1, 9, seed=0)
+    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=9, seed=0)
     padded = [
-        (rank, piece) for rank, mine in enumerate(all_shares(pieces, 4)) for piece, _ in mine if not piece.weights.any()
+        (rank, item)
+        for rank, mine in enumerate(all_shares(micro_batches, 4))
+        for item, _ in mine
+        if not item.weights.any()
     ]
-    assert [rank for rank, _ in padded] == [3]  # seven pieces on four ranks
+    assert [rank for rank, _ in padded] == [3]  # seven micro-batches on four ranks
     assert (padded[0][1].stop - padded[0][1].start) == len(padded[0][1].weights)
 
 
 def test_the_total_weight_of_an_update_does_not_depend_on_the_world():
     chunks, advantages, valid = step()
-    pieces = cut(chunks, advantages, valid, 3, 2, seed=4)
-    totals = total_weight(pieces)
+    micro_batches = make_micro_batches(chunks, advantages, valid, updates=3, size=2, seed=4)
+    totals = total_weights(micro_batches)
     assert set(totals) == {0, 1, 2} and sum(totals.values()) == sum(v.sum() for v in valid)
     for world in range(1, 6):
-        shared = [piece for mine in all_shares(pieces, world) for piece, _ in mine]
-        assert total_weight(shared) == totals
+        shared = [item for mine in all_shares(micro_batches, world) for item, _ in mine]
+        assert total_weights(shared) == totals
 
 
 def test_a_rank_asks_only_for_the_chunks_that_it_works_on():
     chunks, advantages, valid = step()
-    pieces = cut(chunks, advantages, valid, 1, 2, seed=4)
+    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=2, seed=4)
     for world in (2, 3):
         for rank in range(world):
-            mine, sources = share(pieces, rank, world)
-            assert sources == sorted(set(sources)) and {piece.source for piece in mine} == set(range(len(sources)))
+            mine, sources = rank_share(micro_batches, rank, world)
+            assert sources == sorted(set(sources)) and {item.source for item in mine} == set(range(len(sources)))
             assert len(sources) < len(chunks) or world == 1
 
 
 @pytest.mark.parametrize(("chunks", "updates"), [(7, 1), (7, 2), (7, 3), (8, 4), (5, 5)])
 def test_updates_share_chunks_as_evenly_as_possible(chunks, updates):
-    pieces = cut(*step((3,) * chunks), updates, 3, seed=1)
-    counts = Counter(piece.update for piece in pieces)
+    micro_batches = make_micro_batches(*step((3,) * chunks), updates=updates, size=3, seed=1)
+    counts = Counter(item.update for item in micro_batches)
     assert set(counts) == set(range(updates)) and max(counts.values()) - min(counts.values()) <= 1
-    assert [piece.update for piece in pieces] == sorted(piece.update for piece in pieces)
+    assert [item.update for item in micro_batches] == sorted(item.update for item in micro_batches)
 
 
 def test_which_chunks_an_update_gets_is_a_function_of_the_seed():
     def sources(seed):
-        return [piece.source for piece in cut(*step(), 2, 9, seed)]
+        return [item.source for item in make_micro_batches(*step(), updates=2, size=9, seed=seed)]
 
     assert sources(3) == sources(3)
     assert len({tuple(sources(seed)) for seed in range(20)}) > 10
@@ -110,6 +113,6 @@ def test_which_chunks_an_update_gets_is_a_function_of_the_seed():
 def test_a_masked_sample_has_neither_weight_nor_advantage_even_if_it_is_not_a_number():
     chunks, advantages, valid = step((3,), masked=0)
     advantages[0][1], valid[0][1] = np.nan, False
-    (piece,) = cut(chunks, advantages, valid, 1, 3, seed=0)
-    np.testing.assert_array_equal(piece.advantages, [1, 0, 3])
-    np.testing.assert_array_equal(piece.weights, [1, 0, 1])
+    (item,) = make_micro_batches(chunks, advantages, valid, updates=1, size=3, seed=0)
+    np.testing.assert_array_equal(item.advantages, [1, 0, 3])
+    np.testing.assert_array_equal(item.weights, [1, 0, 1])

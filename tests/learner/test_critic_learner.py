@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from align_cluster.algorithms.base import Batch
+from align_cluster.algorithms.base import Batch, CriticTargets, RecordedSteps
 from align_cluster.algorithms.gae import explained_variance
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.backbones.adapters import add_adapters
 from align_cluster.backbones.base import CriticSection
 from align_cluster.backbones.critic import Critic
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.learner.critic import CriticLearner
+from align_cluster.learner.batching import MetricSums
+from align_cluster.learner.critic import CriticBatch, CriticLearner
 from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Chunk, Prompt, Record
@@ -55,16 +56,22 @@ def rollouts(condition, count: int, seed: int) -> tuple[Record, TextBatch, np.nd
 
 def batch(record: Record, rewards: np.ndarray, values: np.ndarray) -> Batch:
     returns = torch.tensor(rewards, dtype=torch.float32)[:, None, None].expand(-1, 4, 1)
-    arrays = (torch.zeros(len(rewards), 4), torch.tensor(record.x0), record.sigmas, torch.tensor(record.indices))
-    path = torch.tensor(record.before)
-    return Batch(0, *arrays, path, None, None, None, lambda purpose: [], (), returns, torch.tensor(values))
+    return Batch(
+        inner_pass=0,
+        advantages=torch.zeros(len(rewards), 4),
+        x0=torch.tensor(record.x0),
+        sigmas=record.sigmas,
+        recorded=RecordedSteps(indices=torch.tensor(record.indices), before=torch.tensor(record.before), slots=()),
+        generators=lambda purpose: [],
+        critic=CriticTargets(returns, torch.tensor(values)),
+    )
 
 
 def test_it_learns_a_linear_reward_where_there_is_little_noise(learner, condition):
     for update in range(60):
         record, text, rewards = rollouts(condition, 16, update)
         values = learner.values(record, text)
-        learner.update([(batch(record, rewards, values), text, torch.ones(16))], 1 / 16, {})
+        learner.update([CriticBatch(batch(record, rewards, values), text, torch.ones(16))], 1 / 16, MetricSums())
     record, text, rewards = rollouts(condition, 64, 10_000)
     known = [explained_variance(learner.values(record, text)[:, k, 0], rewards) for k in range(4)]
     assert known[3] > 0.9 and known[2] > 0.8 and known[0] < 0.2
@@ -80,13 +87,13 @@ def test_an_update_is_the_gradient_step_of_the_mean_loss_over_samples_and_steps(
     given = batch(record, rewards, values)
     losses, texts = [], (text.sequence.expand(6, -1, -1), text.pooled.expand(6, -1))
     for k in range(4):
-        said = critic(given.before[:, k], torch.full((6,), float(SIGMAS[k])), *texts)
-        losses.append((0.5 * (said - given.returns[:, k]) ** 2)[:, 0] * weights)
+        said = critic(given.recorded.before[:, k], torch.full((6,), float(SIGMAS[k])), *texts)
+        losses.append((0.5 * (said - given.critic.returns[:, k]) ** 2)[:, 0] * weights)
     gradients = torch.autograd.grad(torch.stack(losses).sum() / (4 * 5), critic.trainable, allow_unused=True)
-    sums: dict = {}
-    learner.update([(given, text, weights)], 1 / 5, sums)
+    sums = MetricSums()
+    learner.update([CriticBatch(given, text, weights)], 1 / 5, sums)
     norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
-    assert sums["critic_grad_norm"][0] == pytest.approx(float(norm), rel=1e-4)
+    assert sums.sums["critic_grad_norm"].total == pytest.approx(float(norm), rel=1e-4)
     for parameter, old, gradient in zip(critic.trainable, before, gradients, strict=True):
         clipped = torch.zeros_like(old) if gradient is None else gradient * min(1.0, 1.0 / float(norm))
         step = clipped / (clipped.abs() + 1e-8)  # AdamW's first
@@ -101,15 +108,15 @@ def test_cut_into_micro_batches_the_update_is_the_same(sd35, condition, learner)
     learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.1)  # AdamW's first step is all signs
     start = {name: value.clone() for name, value in learner.critic.state().items()}
     whole = batch(record, rewards, values)
-    learner.update([(whole, text, torch.ones(6))], 1 / 6, {})
+    learner.update([CriticBatch(whole, text, torch.ones(6))], 1 / 6, MetricSums())
     together = {name: value.clone() for name, value in learner.critic.state().items()}
     learner.critic.restore(start)
     parts = []
     for rows in (slice(0, 2), slice(2, 6)):
         piece = Record(record.chunk, 1, record.x0[rows], SIGMAS, record.indices[rows], before=record.before[rows])
         own = TextBatch.build([condition], None, torch.device("cpu"))
-        parts.append((batch(piece, rewards[rows], values[rows]), own, torch.ones(rows.stop - rows.start)))
-    learner.update(parts, 1 / 6, {})
+        parts.append(CriticBatch(batch(piece, rewards[rows], values[rows]), own, torch.ones(rows.stop - rows.start)))
+    learner.update(parts, 1 / 6, MetricSums())
     for name, value in learner.critic.state().items():
         torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)
 
@@ -122,11 +129,11 @@ def test_with_gradient_checkpointing_the_update_is_the_same(sd35, condition, lea
         for parameter in learner.critic.trainable:  # an adapter that begins at zero has no gradient in its other half
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
     start = {name: value.clone() for name, value in learner.critic.state().items()}
-    learner.update([(given, text, torch.ones(4))], 1 / 4, {})
+    learner.update([CriticBatch(given, text, torch.ones(4))], 1 / 4, MetricSums())
     plain = {name: value.clone() for name, value in learner.critic.state().items()}
     learner.critic.restore(start)
     learner.critic.network.train().enable_gradient_checkpointing()
-    learner.update([(given, text, torch.ones(4))], 1 / 4, {})
+    learner.update([CriticBatch(given, text, torch.ones(4))], 1 / 4, MetricSums())
     assert any(name.startswith("adapter") and not torch.equal(plain[name], start[name]) for name in start)
     for name, value in learner.critic.state().items():
         torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-6)
@@ -154,7 +161,7 @@ def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(
         found, last = [], list(learner.critic.head.last.parameters())
         learner._step = lambda sound: found.append([parameter.grad.clone() for parameter in last]) or 0.0
         learner.optimizer.zero_grad()
-        learner.update([(given, text, torch.ones(4))], 1 / 4, {})
+        learner.update([CriticBatch(given, text, torch.ones(4))], 1 / 4, MetricSums())
         return torch.cat([part.flatten() for part in found[0]])
 
     torch.testing.assert_close(torch.stack([gradient([k]) for k in range(4)]).mean(0), gradient([0, 1, 2, 3]))
@@ -168,18 +175,18 @@ def test_however_many_states_are_read_at_once_the_update_is_the_same(learner, co
     for seed, text in enumerate((condition, short)):
         record, batched, rewards = rollouts(text, 3, seed)
         values = learner.values(record, batched)
-        parts.append((batch(record, rewards, values), batched, torch.tensor([1.0, 0, 1])))
+        parts.append(CriticBatch(batch(record, rewards, values), batched, torch.tensor([1.0, 0, 1])))
     learner.optimizer = torch.optim.SGD(learner.critic.trainable, 0.1)
     start = {name: value.clone() for name, value in learner.critic.state().items()}
     read, network = [], learner.critic.forward
     learner.critic.forward = lambda x, *rest: read.append(len(x)) or network(x, *rest)
     learner.batch = 8
-    learner.update(parts, 1 / 4, {})
+    learner.update(parts, 1 / 4, MetricSums())
     assert read == [8, 8]  # nothing of what is masked
     together = {name: value.clone() for name, value in learner.critic.state().items()}
     learner.critic.restore(start)
     learner.batch = batch_size
-    learner.update(parts, 1 / 4, {})
+    learner.update(parts, 1 / 4, MetricSums())
     assert sum(read) == 32 and max(read[2:]) == min(batch_size, 8)
     for name, value in learner.critic.state().items():
         torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)
@@ -206,7 +213,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(learner, condition):
     values = learner.values(record, text)
     before = {name: value.clone() for name, value in learner.critic.state().items()}
     record.before[0, 1] = np.nan
-    sums: dict = {}
-    learner.update([(batch(record, rewards, values), text, torch.ones(2))], 0.5, sums)
-    assert sums["critic_skipped"][0] == 1 and "critic_grad_norm" not in sums
+    sums = MetricSums()
+    learner.update([CriticBatch(batch(record, rewards, values), text, torch.ones(2))], 0.5, sums)
+    assert sums.sums["critic_skipped"].total == 1 and "critic_grad_norm" not in sums.sums
     assert all(torch.equal(value, before[name]) for name, value in learner.critic.state().items())

@@ -17,7 +17,7 @@ import torch
 from align_cluster.backbones.adapters import adapter_parameters
 from align_cluster.conditions.perturb import E2po
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import cut, total_weight
+from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 from align_cluster.learner.worker import Learner
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
@@ -120,8 +120,8 @@ def update(learner: Learner, record: Record, condition: Condition) -> tuple[dict
                 parameter.copy_(torch.from_numpy(state[name]))
     parameters = adapter_parameters(learner.denoiser, "default")
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    pieces = cut([record.chunk], [ADVANTAGES], [np.ones(SIZE, bool)], 1, SIZE, seed=0)
-    metrics = learner.update(0, pieces, total_weight(pieces), None, record, condition)
+    cut = make_micro_batches([record.chunk], [ADVANTAGES], [np.ones(SIZE, bool)], updates=1, size=SIZE, seed=0)
+    metrics = learner.update(rank_work(0, cut, [TrainingChunk(record, condition)]))
     return {name: before[name] - parameter.detach() for name, parameter in parameters.items()}, metrics
 
 

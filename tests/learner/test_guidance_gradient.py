@@ -10,6 +10,7 @@ from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.levels import sd3_sigmas
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import TrainingChunk
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.types import Chunk, Condition, Prompt, Record
@@ -47,7 +48,7 @@ def learner(network, settings, branches: str) -> Learner:
     """A learner whose engine is the bare network."""
     made = object.__new__(Learner)
     made.backbone, made.denoiser = network
-    made.engine, made.judge = SimpleNamespace(deepspeed=made.denoiser), None
+    made.engine, made.reward_gradient = SimpleNamespace(deepspeed=made.denoiser), None
     made.setup = RunConfig.model_validate(
         {
             "name": "test",
@@ -139,7 +140,7 @@ def test_only_the_gradient_of_both_branches_is_that_of_finite_differences(networ
 
 @pytest.mark.parametrize("branches", ["cond_only", "both"])
 def test_the_setting_reaches_the_gradient_of_the_learners_policy(network, inputs, settings, branches):
-    policy = learner(network, settings, branches)._policy(record(), *inputs[3:], COUNT)
+    policy = learner(network, settings, branches)._policy(TrainingChunk(record(), inputs[3]), inputs[4], COUNT)
     found = policy.velocity(*inputs[:2])
     expected = predict(network, inputs, branches == "both")
     assert torch.equal(found, expected)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,8 +7,7 @@ import pytest
 
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import Piece
-from align_cluster.learner.reduction import merge
+from align_cluster.learner.batching import MicroBatch, TrainingChunk, rank_work, reduce_metrics
 from align_cluster.learner.worker import Learner
 from align_cluster.types import Chunk, Prompt, Record
 
@@ -73,30 +73,34 @@ def test_metrics_of_ranks_merge_by_weight_and_keep_the_largest():
         {"loss": (1.0, 1.0, 9.0), "grad_norm": (0.5, 1.0, 0.5)},
         {"loss": (0.0, 0.0, 0.0), "grad_norm": (0.5, 1.0, 0.5)},  # a rank that had padding only
     ]
-    assert merge(ranks) == {"loss": (7 / 4, 9.0), "grad_norm": (0.5, 0.5)}
+    assert reduce_metrics(ranks) == {"loss": (7 / 4, 9.0), "grad_norm": (0.5, 0.5)}
 
 
 def test_a_step_in_which_every_sample_is_masked_merges_to_zero():
-    assert merge([{"loss": (0.0, 0.0, 0.0)}]) == {"loss": (0.0, 0.0)}
+    assert reduce_metrics([{"loss": (0.0, 0.0, 0.0)}]) == {"loss": (0.0, 0.0)}
 
 
 @pytest.mark.parametrize("actor", [True, False])
 def test_a_critic_learns_once_a_step_from_the_pieces_of_all_updates(monkeypatch, actor):
     made, seen = learner(), []
     made.world, made.ema, made.algorithm = 2, None, PPO(PPO.Config())
-    made.critic = SimpleNamespace(update=lambda batches, scale, sums, pretraining: seen.append((batches, scale)))
-    monkeypatch.setattr(made, "_batches", lambda step, pieces, data: pieces)
+    made.critic = SimpleNamespace(update=lambda batches, scale, metrics, pretraining: seen.append((batches, scale)))
+    monkeypatch.setattr(made, "_critic_batches", lambda work: work.micro_batches)
     updated = []
-    monkeypatch.setattr(made, "_update_actor", lambda step, mine, *_: updated.append((mine, len(seen))) or True)
-    pieces = [Piece(update, 0, 0, 2, np.zeros(2), np.ones(2)) for update in (0, 0, 1)]
+    monkeypatch.setattr(made, "_update_actor", lambda work, mine, *_: updated.append((mine, len(seen))) or True)
+    pieces = [
+        MicroBatch(update=update, source=0, start=0, stop=2, advantages=np.zeros(2), weights=np.ones(2))
+        for update in (0, 0, 1)
+    ]
     record = Record(Chunk(0, 0, 0, Prompt(0, "p"), (1, 2)), 0, np.zeros(1), np.ones(4), np.zeros((2, 3), int))
-    made.update(3, pieces, {0: 4.0, 1: 1.0}, None, record, None, actor=actor)
+    work = rank_work(3, pieces, [TrainingChunk(record, None)], train_actor=actor)
+    made.update(replace(work, totals={0: 4.0, 1: 1.0}))
     assert seen == [(pieces, 2 / 5)] and made.updates == 2
     assert updated == ([(pieces[:2], 0), (pieces[2:], 0)] if actor else [])
-    made.update(4, pieces, {0: 0.0, 1: 0.0}, None, record, None, actor=actor)
+    made.update(replace(work, step=4, totals={0: 0.0, 1: 0.0}))
     assert len(seen) == 1
 
 
 def test_a_metric_that_only_some_ranks_have_is_the_mean_of_theirs():
-    found = merge([{"loss": (2.0, 1.0, 2.0)}, {"loss": (4.0, 2.0, 3.0), "value_loss": (3.0, 2.0, 2.5)}])
+    found = reduce_metrics([{"loss": (2.0, 1.0, 2.0)}, {"loss": (4.0, 2.0, 3.0), "value_loss": (3.0, 2.0, 2.5)}])
     assert found == {"loss": (2.0, 3.0), "value_loss": (1.5, 2.5)}

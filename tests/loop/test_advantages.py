@@ -5,9 +5,10 @@ import pytest
 
 from align_cluster.algorithms.trust import bound, largest_gamma
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import cut
-from align_cluster.loop.advantages import Creditor
-from align_cluster.loop.workers import Drawn, step_seed
+from align_cluster.learner.batching import Reduced, make_micro_batches
+from align_cluster.loop.advantages import AdvantageEstimator
+from align_cluster.loop.requests import step_seed
+from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import DrawInfo, Prompt, Scores
 
@@ -38,7 +39,7 @@ def settings(chunk: int = SIZE, updates: int = 1, conditions: int = CONDITIONS, 
 
 def drawn(
     config: RunConfig, step: int = 2, failing: tuple[tuple[int, int], ...] = ()
-) -> tuple[list[Drawn], np.ndarray]:
+) -> tuple[list[DrawnChunk], np.ndarray]:
     """A step's scored chunks, and its rewards [P, M]; `failing` (group, member) have no score."""
     rng = np.random.default_rng(step)
     rewards = rng.standard_t(4, (PROMPTS, SIZE)) + 3 * rng.standard_normal((PROMPTS, 1))
@@ -52,21 +53,21 @@ def drawn(
         members = range(chunk.first, chunk.first + len(chunk.seeds))
         ok = np.array([(chunk.group, member) not in failing for member in members])
         scores = Scores({"clip": rewards[chunk.group, members]}, {"clip": ok}, {} if ok.all() else {"clip": "failed"})
-        items.append(Drawn(DrawInfo(chunk, 1, "", 0.0), None, None, scores, None))
+        items.append(DrawnChunk(DrawInfo(chunk, 1, "", 0.0), None, None, scores, None))
     return items, rewards
 
 
-def measured(step_kl: float = 1e-4) -> dict[str, tuple[float, float]]:
+def measured(step_kl: float = 1e-4) -> dict[str, Reduced]:
     """Learner metrics as they are merged over ranks, (mean, largest magnitude)."""
-    lengths = {name: (value / 3, value) for name, value in LENGTHS.items()}
-    return lengths | {"step_kl": (step_kl, 3 * step_kl), "loss": (0.1, 0.2)}
+    lengths = {name: Reduced(value / 3, value) for name, value in LENGTHS.items()}
+    return lengths | {"step_kl": Reduced(step_kl, 3 * step_kl), "loss": Reduced(0.1, 0.2)}
 
 
 @pytest.mark.parametrize("chunk", [1, 2, SIZE])
 def test_advantages_of_a_group_sum_to_zero_over_all_noises_and_conditions(chunk):
     config = settings(chunk)
     items, rewards = drawn(config)
-    credit = Creditor(config).assign(2, items)
+    credit = AdvantageEstimator(config).assign(2, items)
     expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std() + 1e-4)
     np.testing.assert_allclose(credit.advantages, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(credit.advantages.sum(1), 0, atol=1e-5)
@@ -76,7 +77,7 @@ def test_advantages_of_a_group_sum_to_zero_over_all_noises_and_conditions(chunk)
 def test_a_group_with_a_failed_score_still_sums_to_zero_over_the_rest():
     config = settings(2)
     items, _ = drawn(config, failing=((1, 4), (3, 0)))
-    credit = Creditor(config).assign(2, items)
+    credit = AdvantageEstimator(config).assign(2, items)
     assert [tuple(place) for place in np.argwhere(~credit.valid)] == [(1, 4), (3, 0)]
     assert (credit.advantages[~credit.valid] == 0).all()
     np.testing.assert_allclose(credit.advantages.sum(1), 0, atol=1e-5)
@@ -85,14 +86,16 @@ def test_a_group_with_a_failed_score_still_sums_to_zero_over_the_rest():
 def test_metrics_split_a_group_into_noises_and_conditions():
     config = settings(2)
     items, rewards = drawn(config)
-    metrics = Creditor(config).assign(2, items).metrics
+    metrics = AdvantageEstimator(config).assign(2, items).metrics
     grid = rewards.reshape(PROMPTS, CONDITIONS, NOISES)  # condition by condition
     assert metrics["group/std_across_noises"] == pytest.approx(grid.std(2).mean())
     assert metrics["group/std_across_conditions"] == pytest.approx(grid.std(1).mean())
     assert metrics["group/original_mean"] == pytest.approx(grid[:, 0].mean())
     assert metrics["group/perturbed_mean"] == pytest.approx(grid[:, 1:].mean())
     plain = settings(2, conditions=1)
-    assert not any("conditions" in name or "perturbed" in name for name in Creditor(plain).assign(2, items).metrics)
+    assert not any(
+        "conditions" in name or "perturbed" in name for name in AdvantageEstimator(plain).assign(2, items).metrics
+    )
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -102,7 +105,8 @@ def test_a_batch_is_the_update_that_the_learner_trains_a_sample_in(chunk, update
     items, rewards = drawn(config, step)
     chunks = [item.info.chunk for item in items]
     numbers = [np.arange(len(c.seeds), dtype=np.float32) for c in chunks]
-    pieces = cut(chunks, numbers, [n >= 0 for n in numbers], updates, 2, seed=step_seed(config, step))
+    cut = {"updates": updates, "size": 2, "seed": step_seed(config, step)}
+    pieces = make_micro_batches(chunks, numbers, [n >= 0 for n in numbers], **cut)
     update = np.full((PROMPTS, SIZE), -1)
     for piece in pieces:
         own = chunks[piece.source]
@@ -111,16 +115,18 @@ def test_a_batch_is_the_update_that_the_learner_trains_a_sample_in(chunk, update
     expected = rewards - rewards.mean(1, keepdims=True)
     for number in range(updates):
         expected[update == number] /= rewards[update == number].std() + 1e-4
-    np.testing.assert_allclose(Creditor(config).assign(step, items).advantages, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        AdvantageEstimator(config).assign(step, items).advantages, expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_without_an_adaptive_gamma_there_is_nothing_to_observe():
     for shaping in ({}, {"shaping": {"gamma": 0.5}}):
-        creditor = Creditor(settings(**shaping))
-        items, _ = drawn(creditor.config)
-        before = creditor.assign(2, items)
-        assert creditor.observe(2, items, measured()) == {}
-        np.testing.assert_array_equal(creditor.assign(2, items).advantages, before.advantages)
+        estimator = AdvantageEstimator(settings(**shaping))
+        items, _ = drawn(estimator.config)
+        before = estimator.assign(2, items)
+        assert estimator.observe(2, items, measured()) == {}
+        np.testing.assert_array_equal(estimator.assign(2, items).advantages, before.advantages)
     assert before.metrics["advantage/gamma"] == 0.5
 
 
@@ -131,20 +137,20 @@ def test_without_an_adaptive_gamma_there_is_nothing_to_observe():
 )
 def test_an_adaptive_gamma_is_what_the_last_update_allows_and_shapes_the_next_step(kind, limit):
     config = settings(shaping={"gamma": "adaptive", "bound": kind, "delta": 2e-4, "gamma_max": 5.0})
-    creditor, plain = Creditor(config), Creditor(settings())
+    estimator, plain = AdvantageEstimator(config), AdvantageEstimator(settings())
     items, _ = drawn(config)
     linear = plain.assign(2, items).advantages
-    first = creditor.assign(2, items)
+    first = estimator.assign(2, items)
     np.testing.assert_array_equal(first.advantages, linear)  # nothing is known yet: as without shaping
     assert first.metrics["advantage/gamma"] == 0
 
-    logged = creditor.observe(2, items, measured())
+    logged = estimator.observe(2, items, measured())
     gamma = largest_gamma(linear.astype(np.float64), limit, 5.0)
     assert 0.1 < gamma < 5 and logged["slas/gamma"] == pytest.approx(gamma, abs=1e-4)
     assert logged["slas/bound"] == pytest.approx(limit)
 
     items, _ = drawn(config, step=3)
-    second, linear = creditor.assign(3, items), plain.assign(3, items).advantages
+    second, linear = estimator.assign(3, items), plain.assign(3, items).advantages
     np.testing.assert_allclose(
         second.advantages, np.sign(linear) * np.abs(linear) ** (1 + logged["slas/gamma"]), rtol=1e-4, atol=1e-6
     )
@@ -153,22 +159,22 @@ def test_an_adaptive_gamma_is_what_the_last_update_allows_and_shapes_the_next_st
 
 
 def test_an_update_that_was_not_measured_leaves_gamma_and_a_dangerous_one_lowers_it():
-    creditor = Creditor(settings(shaping={"gamma": "adaptive", "delta": 2e-4}))
-    items, _ = drawn(creditor.config)
-    before = creditor.observe(2, items, measured())["slas/gamma"]
-    assert before > 0 and creditor.observe(2, items, {"loss": (0.1, 0.2)}) == {}
-    assert creditor.assign(2, items).metrics["advantage/gamma"] == before
-    creditor.observe(2, items, measured(step_kl=1.0))  # allows no shaping at all
-    assert creditor.assign(2, items).metrics["advantage/gamma"] == pytest.approx(before * 0.9 / (0.9 + 1))
+    estimator = AdvantageEstimator(settings(shaping={"gamma": "adaptive", "delta": 2e-4}))
+    items, _ = drawn(estimator.config)
+    before = estimator.observe(2, items, measured())["slas/gamma"]
+    assert before > 0 and estimator.observe(2, items, {"loss": (0.1, 0.2)}) == {}
+    assert estimator.assign(2, items).metrics["advantage/gamma"] == before
+    estimator.observe(2, items, measured(step_kl=1.0))  # allows no shaping at all
+    assert estimator.assign(2, items).metrics["advantage/gamma"] == pytest.approx(before * 0.9 / (0.9 + 1))
 
 
 def test_samples_without_a_score_do_not_count_in_the_trust_region():
     config = settings(shaping={"gamma": "adaptive", "delta": 2e-4})
     failing = ((0, 0), (2, 5))
     items, _ = drawn(config, failing=failing)
-    creditor = Creditor(config)
-    logged = creditor.observe(2, items, measured())
-    credit = Creditor(settings()).assign(2, items)
+    estimator = AdvantageEstimator(config)
+    logged = estimator.observe(2, items, measured())
+    credit = AdvantageEstimator(settings()).assign(2, items)
     u = credit.advantages[credit.valid].astype(np.float64)
     assert len(u) == PROMPTS * SIZE - 2
     moment = np.mean((u**2 / np.mean(u**2)) ** (1 + logged["slas/gamma"]))

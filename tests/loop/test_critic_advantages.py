@@ -7,8 +7,9 @@ import pytest
 
 from align_cluster.algorithms.gae import gae
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.critic_advantages import CriticCreditor
-from align_cluster.loop.workers import Drawn
+from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
+from align_cluster.loop.learning import CriticValues
+from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import DrawInfo, Prompt, Scores
 
@@ -34,7 +35,7 @@ def settings(updates: int = 0, **algorithm) -> RunConfig:
     )
 
 
-def drawn(config: RunConfig, seed: int = 0, failing: int | None = None) -> tuple[list[Drawn], np.ndarray]:
+def drawn(config: RunConfig, seed: int = 0, failing: int | None = None) -> tuple[list[DrawnChunk], np.ndarray]:
     """A step's scored chunks, and rewards [2, S]; sample number `failing` has no GenEval score."""
     rewards = np.random.default_rng(seed).normal(size=(2, SAMPLES))
     prompts = [Prompt(i, f"prompt {i}") for i in range(5)]
@@ -43,7 +44,7 @@ def drawn(config: RunConfig, seed: int = 0, failing: int | None = None) -> tuple
         rows = slice(number * SIZE, (number + 1) * SIZE)
         valid = {"clip": np.ones(SIZE, bool), "geneval": np.arange(rows.start, rows.stop) != failing}
         scores = Scores({"clip": rewards[0, rows], "geneval": rewards[1, rows]}, valid, {})
-        items.append(Drawn(DrawInfo(chunk, 1, "", 0.0), None, None, scores, None))
+        items.append(DrawnChunk(DrawInfo(chunk, 1, "", 0.0), None, None, scores, None))
     return items, rewards
 
 
@@ -57,8 +58,8 @@ def normal(rewards: np.ndarray) -> np.ndarray:
 
 
 def test_a_steps_advantages_are_whitened_weighted_means_of_each_heads_gae():
-    creditor, (items, rewards), values = CriticCreditor(settings()), drawn(settings()), said()
-    credit = creditor.assign(0, items, (values, SIGMAS))
+    estimator, (items, rewards), values = CriticAdvantageEstimator(settings()), drawn(settings()), said()
+    credit = estimator.assign(0, items, CriticValues(values, SIGMAS))
     heads = [gae(values[..., r].astype(np.float64), normal(rewards)[r], 1.0, 0.95) for r in range(2)]
     total = (3 * heads[0] - heads[1]) / 4
     expected = np.clip((total - total.mean()) / total.std(), -5, 5).reshape(PROMPTS, SIZE, STEPS)
@@ -70,10 +71,10 @@ def test_a_steps_advantages_are_whitened_weighted_means_of_each_heads_gae():
 
 def test_while_the_actor_waits_values_regress_on_the_rewards_themselves():
     config = settings(warm_up={"updates": 3, "explained_variance": 1.0})
-    creditor, (items, rewards), values = CriticCreditor(config), drawn(config), said()
+    estimator, (items, rewards), values = CriticAdvantageEstimator(config), drawn(config), said()
     for step in range(3):
-        credit = creditor.assign(step, items, (values, SIGMAS))
-        creditor.observe(step, items, {})
+        credit = estimator.assign(step, items, CriticValues(values, SIGMAS))
+        estimator.observe(step, items, {})
         assert credit.actor == (step == 2)  # 2 updates a step
         paid = np.repeat(normal(rewards).T[:, None], STEPS, 1).reshape(PROMPTS, SIZE, STEPS, 2)
         close = np.allclose(credit.returns, paid, rtol=1e-5, atol=1e-5)
@@ -88,35 +89,37 @@ def test_the_actor_begins_when_every_head_explains_enough_of_its_reward_at_low_n
         values = np.zeros((SAMPLES, STEPS, 2), np.float32)
         for head in r:
             values[:, levels, head] = knows[:, levels, head]
-        assert CriticCreditor(config).assign(0, items, (values, SIGMAS)).actor == warm
+        assert CriticAdvantageEstimator(config).assign(0, items, CriticValues(values, SIGMAS)).actor == warm
 
 
 def test_a_reward_that_failed_costs_its_image_and_nothing_else():
     config, values = settings(), said()
     items, _ = drawn(config, failing=1)
     items[0].scores.failures["geneval"] = "failed"
-    creditor = CriticCreditor(config)
-    credit = creditor.assign(0, items, (values, SIGMAS))
+    estimator = CriticAdvantageEstimator(config)
+    credit = estimator.assign(0, items, CriticValues(values, SIGMAS))
     assert credit.valid.tolist() == [[True, False], [True, True], [True, True]]
     assert not credit.advantages[0, 1].any() and np.isnan(credit.returns[0, 1]).all()
     assert credit.advantages[credit.valid].std() == pytest.approx(1, rel=1e-5)
     assert np.isfinite(credit.returns[credit.valid]).all()
-    assert creditor.moments["geneval"].count == creditor.moments["clip"].count == SAMPLES - 1
+    assert estimator.moments["geneval"].count == estimator.moments["clip"].count == SAMPLES - 1
 
 
 def test_a_restored_creditor_goes_on_as_if_nothing_had_happened():
     config = settings(updates=3)
-    one, values = CriticCreditor(config), said()
-    one.assign(0, drawn(config, 0)[0], (values, SIGMAS))
+    one, values = CriticAdvantageEstimator(config), said()
+    one.assign(0, drawn(config, 0)[0], CriticValues(values, SIGMAS))
     one.observe(0, [], {})
-    other = CriticCreditor(config)
+    other = CriticAdvantageEstimator(config)
     other.restore(json.loads(json.dumps(one.state())), one.arrays())
-    for creditor in (one, other):
-        creditor.observe(1, [], {})
-    ours, theirs = (creditor.assign(2, drawn(config, 2)[0], (said(3), SIGMAS)) for creditor in (one, other))
+    for estimator in (one, other):
+        estimator.observe(1, [], {})
+    ours, theirs = (
+        estimator.assign(2, drawn(config, 2)[0], CriticValues(said(3), SIGMAS)) for estimator in (one, other)
+    )
     assert np.array_equal(ours.advantages, theirs.advantages) and np.array_equal(ours.returns, theirs.returns)
     assert ours.metrics == theirs.metrics and ours.actor and theirs.actor
-    assert [len(creditor.recent) for creditor in (one, other)] == [2, 2]
+    assert [len(estimator.recent) for estimator in (one, other)] == [2, 2]
     assert all(np.array_equal(a, b) for a, b in zip(one.recent[0], other.recent[0], strict=True))
 
 
@@ -125,6 +128,8 @@ def test_without_noise_in_the_rewards_there_is_nothing_to_learn():
     items, _ = drawn(config)
     for item in items:
         item.scores.values["clip"][:] = item.scores.values["geneval"][:] = 0.5
-    credit = CriticCreditor(config).assign(0, items, (np.zeros((SAMPLES, STEPS, 2), np.float32), SIGMAS))
+    credit = CriticAdvantageEstimator(config).assign(
+        0, items, CriticValues(np.zeros((SAMPLES, STEPS, 2), np.float32), SIGMAS)
+    )
     assert not credit.advantages.any() and not credit.returns.any()
     assert credit.metrics["value/actor"] == 0  # nothing explains what does not vary

@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 
-from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.driver import plan_chunks
-from align_cluster.loop.workers import Crew
+from align_cluster.loop.requests import evaluation_request, plan_chunks, training_request
 from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
 from align_cluster.rollouts.schedule import NativeSchedule
 from align_cluster.rollouts.steps import Euler
@@ -36,11 +34,8 @@ def settings(algorithm: dict | None = None, rollout: dict | None = None, **more)
 
 
 def request(config: RunConfig, step: int | None) -> DrawRequest:
-    """What a crew that holds version 3 asks for; one without workers can say as well."""
-    crew = object.__new__(Crew)
-    crew.config, crew.version = config, 3
-    crew.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
-    return crew.request(step)
+    """What is asked of samplers that hold weights 3, in a training step or (None) for an evaluation."""
+    return evaluation_request(config, 3) if step is None else training_request(config, step, 3)
 
 
 def chunks(config: RunConfig, step: int) -> list[Chunk]:
@@ -63,7 +58,16 @@ def test_a_training_request_says_all_that_the_settings_say():
     window = SlidingWindow(SlidingWindow.Config(size=2, iters_per_group=1))
     for step in range(4):
         asked, rollout = request(RICH, step), RICH.rollout
-        expected = DrawRequest(3, 4, rollout.step, 3.5, window.plan(4, step, 0), True, rollout.schedule, 0.3)
+        expected = DrawRequest(
+            3,
+            4,
+            rollout.step,
+            guidance=3.5,
+            window=window.plan(4, step, 0),
+            means=True,
+            schedule=rollout.schedule,
+            rho=0.3,
+        )
         assert asked == expected
     assert [request(RICH, step).window.trained for step in range(4)] == [(0, 1), (1, 2), (2,), (0, 1)]
 
@@ -71,7 +75,7 @@ def test_a_training_request_says_all_that_the_settings_say():
 @pytest.mark.parametrize("config", [RICH, settings()], ids=["rich", "plain"])
 def test_an_evaluation_is_plain_ode_sampling_whatever_training_draws(config):
     asked = request(config, None)
-    assert asked == DrawRequest(3, 4, Euler.Config(), 2.0)
+    assert asked == DrawRequest(3, 4, Euler.Config(), guidance=2.0)
     assert isinstance(asked.schedule, NativeSchedule.Config) and asked.window is None and not asked.means
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import cut, share, total_weight
+from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.types import Chunk, Condition, Prompt, Record
@@ -71,12 +71,14 @@ def learner(config: RunConfig, rank: int, world: int, port: int, device: str) ->
         targets = {name: [np.zeros((*each, 1), np.float32)] * len(chunks) for name in ("returns", "values")}
     advantages = [rng.standard_normal(each).astype(np.float32) for _ in chunks]
     valid = [np.ones(size, bool)] * len(chunks)
-    pieces = cut(chunks, advantages, valid, 1, config.learner.micro_batch or size, 0, targets)
-    mine, sources = share(pieces, rank, world)
-    data = [item for source in sources for item in (records[source], text)]
+    micro_batches = make_micro_batches(
+        chunks, advantages, valid, updates=1, size=config.learner.micro_batch or size, seed=0, targets=targets
+    )
+    pairs, null = [TrainingChunk(record, text) for record in records], null if config.rollout.guidance > 1 else None
+    work = rank_work(0, micro_batches, pairs, rank=rank, world=world, null=null)
 
     def update() -> None:
-        made.update(0, mine, total_weight(pieces), null if config.rollout.guidance > 1 else None, *data)
+        made.update(work)
 
     update()  # makes the optimiser's moments
     return most(update, device) - (before if device == "cpu" else 0)
@@ -88,7 +90,7 @@ def sampler(config: RunConfig, device: str) -> int:
     text = condition("text", made.backbone.text_shape)
     null = condition("null", made.backbone.text_shape) if config.rollout.guidance > 1 else None
     chunk = Chunk(0, 0, 0, Prompt(0, "p"), tuple(range(config.rollout.group_size)))
-    request = DrawRequest(0, config.rollout.steps, config.step_kind, config.rollout.guidance)
+    request = DrawRequest(0, config.rollout.steps, config.step_kind, guidance=config.rollout.guidance)
 
     def draw() -> None:
         made.draw(chunk, text, null, request)

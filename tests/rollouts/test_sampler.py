@@ -69,7 +69,7 @@ def test_a_sample_depends_on_its_seed_only_and_not_on_its_neighbours(base, condi
 
 def test_two_samplers_draw_a_chunk_bitwise_alike(base, conditions):
     for step, window in [(FlowSde.Config(), noisy(0, 2)), (Dpm2.Config(), None)]:
-        request = DrawRequest(0, STEPS, step, 3.0, window)
+        request = DrawRequest(0, STEPS, step, guidance=3.0, window=window)
         draws = [sampler.draw(chunk(1, 2, 3), conditions[0], conditions[1], request) for sampler in base]
         (info, images, record), (info2, images2, record2) = draws
         assert info.fingerprint == info2.fingerprint and info.version == info2.version == 0
@@ -129,7 +129,7 @@ def test_guidance_one_is_no_guidance_and_costs_no_second_call(base, conditions):
     images, counts = [], []
     for null, guidance in ((None, 1.0), (conditions[1], 1.0), (conditions[1], 3.0)):
         calls.clear()
-        request = DrawRequest(0, STEPS, Euler.Config(), guidance)
+        request = DrawRequest(0, STEPS, Euler.Config(), guidance=guidance)
         images.append(base[0].draw(chunk(1, 2), conditions[0], null, request)[1])
         counts.append(len(calls))
     watch.remove()
@@ -159,7 +159,7 @@ def test_guidance_is_the_formula_and_only_the_text_branch_carries_gradient(tuned
 def test_our_ode_sample_is_the_stock_pipelines_image(base, conditions, stock, guidance):
     seeds = (3, 4)
     noise = initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], base[0].backbone.latent_shape)
-    request = DrawRequest(0, 6, Euler.Config(), guidance)
+    request = DrawRequest(0, 6, Euler.Config(), guidance=guidance)
     _, images, record = base[0].draw(chunk(*seeds), conditions[0], conditions[1], request)
     arguments = {"num_inference_steps": 6, "guidance_scale": guidance, "max_sequence_length": 0}
     latents = stock([TEXT] * 2, latents=noise.clone(), output_type="latent", **arguments).images

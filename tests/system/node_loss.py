@@ -21,7 +21,10 @@ from align_cluster.cluster import doctor
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.load import load
 from align_cluster.loop import driver
-from align_cluster.loop.workers import Crew
+
+# isort: split
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
+from hooked import HookedWorkers  # noqa: E402
 
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 OVERRIDES = (
@@ -41,26 +44,31 @@ OVERRIDES = (
 )
 
 
-class Observer(Crew):
+class Observer(HookedWorkers):
     """Says what happens to nodes, at which moments of the run."""
 
     facts: dict = {"lost_images": 0, "redrawn": 0, "samplers": []}
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._redraw, self.rollouts.redraw = self.rollouts.redraw, self.redraw
+        self._missed, self.rollouts._draw_again = self.rollouts._draw_again, self.draw_again
+
     def draw(self, chunks, request):
         answer = super().draw(chunks, request)
-        self.facts["samplers"].append(len(self.samplers.staff))
+        self.facts["samplers"].append(len(self.samplers.ready_workers))
         return answer
 
     def redraw(self, drawn):
         self.facts["redrawn"] += len(drawn)
-        super().redraw(drawn)
+        self._redraw(drawn)
 
-    def _draw_again(self, missed, drawn, request):
+    def draw_again(self, missed, progress):
         self.facts["lost_images"] += len(missed)
-        super()._draw_again(missed, drawn, request)
+        self._missed(missed, progress)
 
 
-def saboteur(cluster: Cluster, extra: object) -> type[Crew]:
+def saboteur(cluster: Cluster, extra: object) -> type[HookedWorkers]:
     class Saboteur(Observer):
         node = extra
 
@@ -87,14 +95,14 @@ def saboteur(cluster: Cluster, extra: object) -> type[Crew]:
     return Saboteur
 
 
-def newcomer(cluster: Cluster) -> type[Crew]:
-    """A Crew for whom a node joins after the first step, which has asked for a sampler more than there is room for."""
+def newcomer(cluster: Cluster) -> type[HookedWorkers]:
+    """Workers for whom a node joins after the first step, which has asked for a sampler more than there is room for."""
 
     class Newcomer(Observer):
         def draw(self, chunks, request):
             if chunks[0].step == 1:
                 cluster.add_node(**NODE)
-                self.samplers.assemble()
+                self.samplers.wait_until(lambda: len(self.samplers.ready_workers) == self.samplers.size)
             return super().draw(chunks, request)
 
     return Newcomer
@@ -117,7 +125,7 @@ def lost_input(cluster: Cluster) -> str:
         "maker", lambda name, index: ray.remote(Hand).options(num_cpus=0, resources={"new": 1}).remote(), 1, 120
     )
     looker = Pool("looker", lambda name, index: ray.remote(Hand).options(num_cpus=0).remote(), 1, 120)
-    looker.assemble()
+    looker.wait_until(lambda: len(looker.ready_workers) == looker.size)
     maker.submit(0, "make", returns=2)
     (made,) = stream(maker)
     cluster.remove_node(node, allow_graceful=False)
@@ -130,10 +138,10 @@ def lost_input(cluster: Cluster) -> str:
     return type(done.value).__name__
 
 
-def run(folder: Path, crew: type[Crew], overrides: tuple[str, ...]) -> dict:
+def run(folder: Path, crew: type[HookedWorkers], overrides: tuple[str, ...]) -> dict:
     """One run, and what was seen of it."""
     Observer.facts = {"lost_images": 0, "redrawn": 0, "samplers": []}
-    driver.Crew = crew
+    driver.WorkerGroup = crew
     path = driver.train(load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *overrides]), folder)
     summary = json.loads((path / "summary.json").read_text())
     kept = {key: summary[key] for key in ("lora_checksum", "after", "images_drawn", "workers_lost")}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from align_cluster.learner.batching import cut, share, total_weight
+from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 
 ZERO = runpy.run_path(str(Path(__file__).with_name("zero_worker.py")))
 
@@ -37,9 +37,8 @@ class Job:
 
     def step(self, step: int) -> dict:
         pieces = self.cut(step)
-        mine, sources = share(pieces, self.rank, self.world)
-        data = [item for source in sources for item in (self.drawn[source], self.texts[source])]
-        return self.learner.update(step, mine, total_weight(pieces), None, *data)
+        chunks = [TrainingChunk(*pair) for pair in zip(self.drawn, self.texts, strict=True)]
+        return self.learner.update(rank_work(step, pieces, chunks, rank=self.rank, world=self.world))
 
     def cut(self, step: int) -> list:
         if not self.learner.critic:
@@ -48,7 +47,9 @@ class Job:
         advantages = [np.stack([column, -column], 1) for column in advantages]
         targets = {name: [array[..., None] for array in advantages] for name in ("returns", "values")}
         chunks = [record.chunk for record in self.drawn]
-        return cut(chunks, advantages, valid, 2, ZERO["MICRO_BATCH"], ZERO["SEED"] + step, targets)
+        return make_micro_batches(
+            chunks, advantages, valid, updates=2, size=ZERO["MICRO_BATCH"], seed=ZERO["SEED"] + step, targets=targets
+        )
 
 
 def main() -> None:

@@ -5,15 +5,15 @@ import signal
 import threading
 
 import pytest
+from hooked import HookedWorkers
 
 from align_cluster.loop import driver
-from align_cluster.loop.workers import Crew
 
 
-def saboteur(when: str, rank: int, pid_of, killed: list[int]) -> type[Crew]:
-    """A Crew that kills a learner rank in the second step: before the update, in it, after it, or as it publishes."""
+def saboteur(when: str, rank: int, pid_of, killed: list[int]) -> type[HookedWorkers]:
+    """Workers that kill a learner rank in the second step: before the update, in it, after it, or as it publishes."""
 
-    class Saboteur(Crew):
+    class Saboteur(HookedWorkers):
         def kill(self) -> None:
             killed.append(self.pid)
             os.kill(self.pid, signal.SIGKILL)
@@ -21,7 +21,7 @@ def saboteur(when: str, rank: int, pid_of, killed: list[int]) -> type[Crew]:
         def update(self, step, *args):
             if step != 1:
                 return super().update(step, *args)
-            self.pid = pid_of(self.learners.ranks[rank])
+            self.pid = pid_of(self.ranks.ranks[rank])
             if when == "before":
                 self.kill()
             if when == "in":
@@ -33,7 +33,7 @@ def saboteur(when: str, rank: int, pid_of, killed: list[int]) -> type[Crew]:
 
         def publish(self, source):
             if when == "start" and not killed:
-                self.pid = pid_of(self.learners.ranks[rank])
+                self.pid = pid_of(self.ranks.ranks[rank])
                 self.kill()
             return super().publish(source)
 
@@ -49,7 +49,7 @@ MORE = [("grpo", "before", 1), ("nft", "start", 1), ("grpo", "in", 1), ("ppo", "
 )
 def test_a_rank_killed_at_any_moment_changes_nothing(runs, tiny, train, pid_of, monkeypatch, kind, when, rank):
     quiet, killed = runs[kind], []
-    monkeypatch.setattr(driver, "Crew", saboteur(when, rank, pid_of, killed))
+    monkeypatch.setattr(driver, "WorkerGroup", saboteur(when, rank, pid_of, killed))
     run = train(tiny(kind))
     assert len(killed) == 1 and run.summary["workers_lost"] == 1
     for key in ("lora_checksum", "after", "images_drawn"):
@@ -58,18 +58,18 @@ def test_a_rank_killed_at_any_moment_changes_nothing(runs, tiny, train, pid_of, 
 
 @pytest.mark.slow
 def test_a_rank_that_is_lost_again_and_again_ends_the_run_and_says_why(tiny, train, pid_of, monkeypatch):
-    class NoLearner(Crew):
+    class NoLearner(HookedWorkers):
         def update(self, *args):
-            inner = self.learners._start
+            inner = self.ranks._start
 
             def start():
                 inner()
-                os.kill(pid_of(self.learners.ranks[0]), signal.SIGKILL)
+                os.kill(pid_of(self.ranks.ranks[0]), signal.SIGKILL)
 
-            self.learners._start = start
-            os.kill(pid_of(self.learners.ranks[0]), signal.SIGKILL)
+            self.ranks._start = start
+            os.kill(pid_of(self.ranks.ranks[0]), signal.SIGKILL)
             return super().update(*args)
 
-    monkeypatch.setattr(driver, "Crew", NoLearner)
+    monkeypatch.setattr(driver, "WorkerGroup", NoLearner)
     with pytest.raises(RuntimeError, match="4 learner ranks lost in a row"):
         train(tiny("nft", "evaluate.images_per_prompt=1", "evaluate.grid_every=0"))

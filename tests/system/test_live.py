@@ -8,13 +8,13 @@ import threading
 import time
 
 import pytest
+from hooked import HookedWorkers
 
 from align_cluster.cli import main
 from align_cluster.cluster.run_status import examine_run
 from align_cluster.files import write_json, write_text
 from align_cluster.loop import driver
-from align_cluster.loop.heartbeat import Watch
-from align_cluster.loop.workers import Crew
+from align_cluster.loop.heartbeat import Heartbeat
 from align_cluster.observe.rundir import RunDir
 
 WORKER = {"name": "sampler-0", "place": "10.0.0.2 pid 77", "phase": "draw (1, 0, 0)", "seconds": 3.0, "waiting": True}
@@ -58,7 +58,7 @@ def test_a_worker_that_is_late_or_quarantined_is_pointed_at(run):
     found = run(workers=[late, lost, WORKER | {"name": "idle", "seconds": 999.0, "waiting": False}])
     assert found["sampler-0"].state == found["sampler seat 1"].state == "warn" and found["idle"].state == "ok"
     assert "last error: boom" in found["sampler seat 1"].value
-    assert run(troubles=[{"at": time.time(), "what": "sampler-0 was lost"}]).popitem()[1].value == "sampler-0 was lost"
+    assert run(events=[{"at": time.time(), "what": "sampler-0 was lost"}]).popitem()[1].value == "sampler-0 was lost"
 
 
 def test_a_driver_that_is_gone_or_silent_is_a_failure(run):
@@ -79,23 +79,23 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     """In the second step's draw one sampler stands still; a look from outside then sees it, and so does the log."""
     seen, watches = [], []
 
-    class Slow(Crew):
+    class Slow(HookedWorkers):
         def draw(self, chunks, request):
             if chunks[0].step == 1:
-                self.samplers.assemble()
-                process = int(self.samplers.workers[0].place.split()[-1])
+                self.samplers.wait_until(lambda: len(self.samplers.ready_workers) == self.samplers.size)
+                process = int(self.samplers.workers[0].location.split()[-1])
                 os.kill(process, signal.SIGSTOP)
                 threading.Timer(9, lambda: seen.append(json.loads(watches[0].file.read_text()))).start()
                 threading.Timer(10, os.kill, [process, signal.SIGCONT]).start()
             return super().draw(chunks, request)
 
-    class Seen(Watch):
+    class Seen(Heartbeat):
         def __enter__(self):
             watches.append(self)
             return super().__enter__()
 
-    monkeypatch.setattr(driver, "Crew", Slow)
-    monkeypatch.setattr(driver, "Watch", Seen)
+    monkeypatch.setattr(driver, "WorkerGroup", Slow)
+    monkeypatch.setattr(driver, "Heartbeat", Seen)
     with caplog.at_level(logging.WARNING):
         done = train(tiny("nft", "cluster.late_s=3", "evaluate.grid_every=0"))
     (state,) = seen

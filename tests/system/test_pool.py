@@ -11,10 +11,10 @@ import pytest
 
 from align_cluster.cluster import learners, slots
 from align_cluster.cluster import pool as pool_module
+from align_cluster.cluster.actors import make_reward_worker
 from align_cluster.cluster.errors import reason
 from align_cluster.cluster.pool import DEPTH, Pool, stream
-from align_cluster.cluster.slots import STRIKES, GivenUp, Patience
-from align_cluster.cluster.workers import make_reward_worker
+from align_cluster.cluster.slots import MAX_FAILURES, GivenUp, RetryPolicy
 from align_cluster.config.plan import derive
 from align_cluster.errors import UserError
 
@@ -87,7 +87,7 @@ def make_pool(local_ray, by_value):
 def bring_up(pool: Pool) -> Pool:
     """The pool with all of its workers up."""
     timeout, pool.timeout_s = pool.timeout_s, 240.0
-    pool.assemble()
+    pool.wait_until(lambda: len(pool.ready_workers) == pool.size)
     pool.timeout_s = timeout
     return pool
 
@@ -189,7 +189,7 @@ def test_a_constructor_that_refuses_is_not_hired_again(make_pool):
     pool.submit(0, "add", 1)
     with pytest.raises(UserError, match=r"^rewards.clip.path: there is no such folder; give one$"):
         list(stream(pool))
-    assert pool.born == 1
+    assert pool.started == 1
     pool = make_pool(1, mistake=KeyError("weights"))
     with pytest.raises(RuntimeError, match="(?s)adder-0 could not start.*weights"):
         pool.broadcast("set_offset", 1)
@@ -200,7 +200,7 @@ def test_a_worker_that_is_late_is_replaced_once_and_then_named(make_pool):
     pool.submit((3, 0, 4), "add", 1, 60.0)
     with pytest.raises(TimeoutError, match=r"adder-1 gave no answer to add \(3, 0, 4\) in 8 s"):
         list(stream(pool))
-    assert pool.lost == 2 and "adder-0 gave no answer" in pool.troubles[0][1]
+    assert pool.lost == 2 and "adder-0 gave no answer" in pool.events[0][1]
 
 
 def test_work_of_a_worker_that_hangs_is_done_by_another(make_pool, pid_of):
@@ -223,37 +223,37 @@ def test_who_is_late_for_a_broadcast_is_replaced_and_named_where_nobody_answers(
 def test_a_seat_whose_workers_die_again_and_again_is_quarantined_and_the_others_do_the_work(make_pool, monkeypatch):
     monkeypatch.setattr(pool_module, "BACKOFF_S", 0.1)
     pool = bring_up(make_pool(2, cursed={1}))
-    while pool.lost < STRIKES:
+    while pool.lost < MAX_FAILURES:
         for number in range(2):
             pool.submit(number, "add", number, 0.05)
         assert sorted(done.value for done in stream(pool)) == [0, 1]
-    (seat,) = pool.vacant
-    assert seat.index == 1 and seat.quarantined and 200 < seat.due - time.monotonic() <= 300
-    (doing,) = [doing for doing in pool.roster() if "seat 1" in doing.worker]
-    assert doing.phase.startswith("quarantined, next try in") and seat.error in doing.phase
-    assert "seat 1 is quarantined for 300 s after 5 workers in a row" in pool.troubles[-1][1]
-    seat.due, make = time.monotonic(), pool.make  # time goes by, and the node was mended
+    (slot,) = pool.empty_slots
+    assert slot.index == 1 and slot.quarantined and 200 < slot.due - time.monotonic() <= 300
+    (doing,) = [doing for doing in pool.status() if "slot 1" in doing.worker]
+    assert doing.phase.startswith("quarantined, next try in") and slot.error in doing.phase
+    assert "slot 1 is quarantined for 300 s after 5 workers in a row" in pool.events[-1][1]
+    slot.due, make = time.monotonic(), pool.make  # time goes by, and the node was mended
     pool.make = lambda name, index: make(name, 0)
-    while seat.strikes:
+    while slot.failures:
         for number in range(2):
             pool.submit(number, "add", number, 0.05)
         list(stream(pool))
-    assert len(pool.workers) == 2 and not pool.vacant and pool.lost == STRIKES
+    assert len(pool.workers) == 2 and not pool.empty_slots and pool.lost == MAX_FAILURES
 
 
 def test_workers_that_die_while_they_start_come_with_growing_pauses_and_end_the_run_in_the_end(local_ray, by_value):
-    actor, born = local_ray.remote(Stillborn).options(num_cpus=0), []
+    actor, started = local_ray.remote(Stillborn).options(num_cpus=0), []
 
     def hire(name: str, index: int):
-        born.append(time.monotonic())
+        started.append(time.monotonic())
         return actor.remote()
 
     pool = Pool("stillborn", hire, 1, 60.0)
     pool.submit(0, "add", 1)
     with pytest.raises(RuntimeError, match="stillborn: no worker lives long enough to do anything, the last with: .+"):
         list(stream(pool))
-    assert len(born) == pool.lost == STRIKES
-    pauses = [later - earlier for earlier, later in zip(born, born[1:], strict=False)]
+    assert len(started) == pool.lost == MAX_FAILURES
+    pauses = [later - earlier for earlier, later in zip(started, started[1:], strict=False)]
     assert all(pause > least for pause, least in zip(pauses, (0, 0.5, 1, 2), strict=True))
 
 
@@ -281,8 +281,8 @@ def test_a_successor_whose_constructor_fails_is_a_loss_where_others_came_up(make
         for number in range(2):
             pool.submit(number, "add", number, 0.05)
         assert sorted(done.value for done in stream(pool)) == [0, 1]
-    (seat,) = pool.vacant
-    assert seat.quarantined and seat.error == "OSError: the weights are gone"
+    (slot,) = pool.empty_slots
+    assert slot.quarantined and slot.error == "OSError: the weights are gone"
 
 
 def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of, monkeypatch):
@@ -299,14 +299,14 @@ def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of, monkeypatch):
 
 
 def test_a_pool_grows_while_there_is_a_backlog_and_lets_idle_hands_go(make_pool):
-    pool = bring_up(make_pool(1, most=3))
+    pool = bring_up(make_pool(1, max_size=3))
     for number in range(16):
         pool.submit(number, "add", number, 0.2)
         pool.grow()
-    assert len(pool.workers) == 2 and len(pool.staff) == 1  # the second one is coming; a third may follow it
+    assert len(pool.workers) == 2 and len(pool.ready_workers) == 1  # the second one is coming; a third may follow it
     assert sorted(done.value for done in stream(pool)) == list(range(16))
     spare = pool.workers[1]
-    assert spare in pool.staff and spare.used
+    assert spare in pool.ready_workers and spare.used
     pool.trim()  # it was needed
     pool.submit(0, "add", 0)
     assert [done.value for done in stream(pool)] == [0] and spare in pool.workers
@@ -317,13 +317,13 @@ def test_a_pool_grows_while_there_is_a_backlog_and_lets_idle_hands_go(make_pool)
 
 
 def test_a_lost_spare_hands_its_calls_back_and_is_not_replaced(make_pool, pid_of):
-    pool = bring_up(make_pool(1, most=2))
+    pool = bring_up(make_pool(1, max_size=2))
     pool.grow()
     pid = pid_of(pool.workers[1].actor)
     for number in range(2):
         pool.submit(number, "add", number, 0.5)
     list(stream(pool))
-    assert len(pool.staff) == 2
+    assert len(pool.ready_workers) == 2
     for number in range(8):
         pool.submit(number, "add", number, 0.2)
     assert pool.workers[1].calls
@@ -333,7 +333,7 @@ def test_a_lost_spare_hands_its_calls_back_and_is_not_replaced(make_pool, pid_of
 
 
 def test_a_call_that_hangs_loses_its_workers_and_is_given_up_and_the_others_are_not(make_pool, pid_of):
-    pool = make_pool(1, patience=Patience(deadline_s=2.0, tries=2))
+    pool = make_pool(1, retry_policy=RetryPolicy(deadline_s=2.0, tries=2))
     pid_of(pool.workers[0].actor)
     pool.submit("slow", "add", 1, 600.0)
     for number in range(3):
@@ -346,7 +346,7 @@ def test_a_call_that_hangs_loses_its_workers_and_is_given_up_and_the_others_are_
 
 
 def test_a_call_that_kills_its_workers_is_given_up_where_that_is_wanted(make_pool):
-    pool = make_pool(1, patience=Patience(deadline_s=60.0, tries=2))
+    pool = make_pool(1, retry_policy=RetryPolicy(deadline_s=60.0, tries=2))
     pool.submit("poison", "die")
     pool.submit(1, "add", 1)
     results = {done.key: done.value for done in stream(pool)}
@@ -355,7 +355,7 @@ def test_a_call_that_kills_its_workers_is_given_up_where_that_is_wanted(make_poo
 
 def test_the_time_that_a_worker_takes_to_start_does_not_count_as_work(local_ray, by_value):
     actor = local_ray.remote(Sleeper).options(num_cpus=0)
-    pool = Pool("sleeper", lambda name, index: actor.remote(), 1, 60.0, patience=Patience(1.0, 1))
+    pool = Pool("sleeper", lambda name, index: actor.remote(), 1, 60.0, retry_policy=RetryPolicy(1.0, 1))
     pool.submit(0, "add", 5)
     assert [done.value for done in stream(pool)] == [5] and pool.lost == 0
     pool.shutdown()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hooked import HookedWorkers
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,7 +17,6 @@ from align_cluster.checkpoint.store import Store
 from align_cluster.errors import Preempted, UserError
 from align_cluster.loop import driver
 from align_cluster.loop.checkpoints import State
-from align_cluster.loop.workers import Crew
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
 
@@ -47,10 +47,10 @@ JOBS = {
 TIMES = ("seconds", "time/", "throughput/", "scoring/", "weights/adopt_s")
 
 
-def preempting(moment: str, at: int) -> type[Crew]:
-    """A Crew whose driver is sent SIGTERM at its `at`-th step (from 0), before or after the thing called `moment`."""
+def preempting(moment: str, at: int) -> type[HookedWorkers]:
+    """Workers whose driver is sent SIGTERM at its `at`-th step (from 0), before or after the thing called `moment`."""
 
-    class Preempted(Crew):
+    class Preempted(HookedWorkers):
         sent = False
 
         def send(self, now: str) -> None:
@@ -61,18 +61,18 @@ def preempting(moment: str, at: int) -> type[Crew]:
         def draw(self, chunks, request):
             if chunks[0].step >= 0:
                 self.now = chunks[0].step
-            inner = self.report
+            inner = self.rollouts.report
 
             def report(stage, done, total):
                 inner(stage, done, total)
                 if done:
                     self.send(stage)
 
-            self.report = report
+            self.rollouts.report = report
             try:
                 return super().draw(chunks, request)
             finally:
-                self.report = inner
+                self.rollouts.report = inner
 
         def update(self, *args):
             self.send("before update")
@@ -157,7 +157,7 @@ def test_sigterm_at_any_moment_saves_and_the_resumed_run_has_no_seam(
 ):
     config = tiny(kind, *JOBS[kind])
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "Crew", preempting(moment, at))
+        patch.setattr(driver, "WorkerGroup", preempting(moment, at))
         with pytest.raises(Preempted):
             driver.train(config, tmp_path)
     path = driver.train(config, tmp_path, "auto")

@@ -7,17 +7,17 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from hooked import HookedWorkers
 
 from align_cluster.loop import driver
-from align_cluster.loop.workers import Crew
 
 MOMENTS = ("before rollout", "in rollout", "in scoring", "before update", "in publish", "after publish")
 
 
-def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed: list[int]) -> type[Crew]:
-    """A Crew that kills a worker of the named pool at moments of the second step: one with work, where there is one."""
+def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed: list[int]) -> type[HookedWorkers]:
+    """Workers that kill one of the named pool at moments of the second step: one with work, where there is one."""
 
-    class Saboteur(Crew):
+    class Saboteur(HookedWorkers):
         step, left = 0, list(moments)
 
         def strike(self, moment: str, delay: float = 0.0) -> None:
@@ -26,7 +26,7 @@ def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed:
             self.left.remove(moment)
             pool = self.samplers if pool_name == "samplers" else self.rewards[0]
             victim = next((worker for worker in pool.workers if worker.calls), pool.workers[0])
-            killed.append(int(victim.place.split()[-1]) if victim.place else pid_of(victim.actor))
+            killed.append(int(victim.location.split()[-1]) if victim.location else pid_of(victim.actor))
             threading.Timer(delay, os.kill, [killed[-1], signal.SIGKILL]).start()
 
         def draw(self, chunks, request):
@@ -105,7 +105,7 @@ def test_another_seed_ends_in_another_lora(runs, tiny, train):
 )
 def test_workers_killed_at_any_moment_change_nothing(runs, tiny, train, pid_of, monkeypatch, kind, pool, moments):
     quiet, killed = runs[kind], []
-    monkeypatch.setattr(driver, "Crew", saboteur(pool, moments, pid_of, killed))
+    monkeypatch.setattr(driver, "WorkerGroup", saboteur(pool, moments, pid_of, killed))
     run = train(tiny(kind))
     assert len(killed) == len(moments)
     for key in ("lora_checksum", "after", "images_drawn"):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from align_cluster.cluster.actors import make_reward_worker
 from align_cluster.cluster.pool import Pool, stream
-from align_cluster.cluster.slots import Patience
-from align_cluster.cluster.workers import make_reward_worker
+from align_cluster.cluster.slots import RetryPolicy
 from align_cluster.config.plan import RewardPool, derive
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
@@ -48,7 +48,7 @@ def pool(local_ray, tiny):
     plan = derive(config, 2, 0)
     settings = replace(plan.reward_pools[1], cpus=0.01)
     pool = Pool("clip", lambda name, index: make_reward_worker(config, plan, settings, None), 2, 120)
-    pool.assemble()
+    pool.wait_until(lambda: len(pool.ready_workers) == pool.size)
     yield pool, settings, RewardWorker({"clip": config.rewards["clip"]})
     pool.shutdown()
 
@@ -105,8 +105,8 @@ def test_a_worker_scores_large_chunks_in_parts(pool):
 
 def test_a_scorer_that_hangs_costs_its_chunk_a_typed_failure_and_the_others_nothing(local_ray, by_value):
     actor = local_ray.remote(Moody).options(num_cpus=0)
-    pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, Patience(1.5, 2))
-    scoring = Scoring(pool, RewardPool("a", ("a",), 1, 2, 0.0))
+    pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, RetryPolicy(1.5, 2))
+    scoring = Scoring(pool, RewardPool("a", ("a",), workers=1, most=2, cpus=0.0))
     found = score(scoring, range(6), local_ray)
     for chunk in CHUNKS:
         if chunk.group == 3:
@@ -121,8 +121,8 @@ def test_a_scorer_that_hangs_costs_its_chunk_a_typed_failure_and_the_others_noth
 
 def test_a_chunk_that_is_drawn_again_is_scored_by_whoever_lacks_its_score_and_once(local_ray, by_value):
     actor = local_ray.remote(Moody).options(num_cpus=0)
-    pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 1, Patience(60, 2))
-    scoring = Scoring(pool, RewardPool("a", ("a",), 1, 2, 0.0))
+    pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 1, RetryPolicy(60, 2))
+    scoring = Scoring(pool, RewardPool("a", ("a",), workers=1, most=2, cpus=0.0))
     first, second = CHUNKS[:2]
     scoring.begin([first, second])
     scoring.add(first, IMAGES[:2])
@@ -141,9 +141,9 @@ def test_a_chunk_that_is_drawn_again_is_scored_by_whoever_lacks_its_score_and_on
 
 def test_a_backlog_calls_more_workers(local_ray, by_value):
     actor = local_ray.remote(Moody).options(num_cpus=0)
-    pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, Patience(60, 2))
-    scoring = Scoring(pool, RewardPool("a", ("a",), 1, 2, 0.0))
-    pool.assemble()
+    pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, RetryPolicy(60, 2))
+    scoring = Scoring(pool, RewardPool("a", ("a",), workers=1, most=2, cpus=0.0))
+    pool.wait_until(lambda: len(pool.ready_workers) == pool.size)
     quick = [replace(chunk, prompt=replace(chunk.prompt, id=0)) for chunk in CHUNKS]
     scoring.begin(quick)
     for chunk, workers in zip(quick, (1, 1, 1, 1, 2, 2), strict=True):

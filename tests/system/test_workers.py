@@ -32,7 +32,7 @@ def pool(local_ray, tiny):
     shapes = {name: p.shape for name, p in adapter_parameters(Sampler(backbone).denoiser, "default").items()}
     state = {name: 0.1 * rng.standard_normal(tuple(shape), dtype=np.float32) for name, shape in shapes.items()}
     pool.manifest, buffer = publish(state, version=1)
-    pool.assemble()
+    pool.wait_until(lambda: len(pool.ready_workers) == pool.size)
     check(pool.manifest, pool.broadcast("adopt", pool.manifest, local_ray.put(buffer)), expected=2)
     yield pool
     pool.shutdown()
@@ -74,7 +74,7 @@ def test_stale_weights_are_refused_at_once_with_the_samplers_own_error(pool, con
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(local_ray, pool):
-    good = pool.news[1]
+    good = pool.broadcast_state[1]
     manifest, buffer = publish({"blocks.9.lora_A.weight": np.ones((2, 2), np.float32)}, version=2)
     with pytest.raises(RuntimeError, match=r"weights 2 do not fit: .*blocks\.9\.lora_A\.weight"):
         pool.broadcast("adopt", manifest, local_ray.put(buffer))
@@ -93,7 +93,7 @@ def test_the_successor_of_a_killed_sampler_draws_with_the_current_weights(local_
     for item in done:
         assert item.value.version == 1
         np.testing.assert_array_equal(local_ray.get(item.refs[0]), images)
-    pool.assemble()
-    receipts = pool.broadcast("adopt", *pool.news[1])
+    pool.wait_until(lambda: len(pool.ready_workers) == pool.size)
+    receipts = pool.broadcast("adopt", *pool.broadcast_state[1])
     check(pool.manifest, receipts, expected=2)
     assert {receipt.worker for receipt in receipts} == {"sampler-2", "sampler-1"}

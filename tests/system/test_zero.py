@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.algorithms.base import Batch, Policy
+from align_cluster.algorithms.base import Batch, Policy, RecordedSteps
 from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.learner.batching import share
-from align_cluster.learner.reduction import merge
+from align_cluster.learner.batching import rank_share, reduce_metrics
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rollouts.steps import FlowSde
 from align_cluster.types import Prompt
@@ -102,23 +101,19 @@ def plain_run(config) -> list[dict]:
             optimizer.zero_grad()
             for source in sources:
                 record, keep = drawn[source], torch.from_numpy(valid[source])
-                arrays = [
-                    None if array is None else torch.tensor(array)
-                    for array in (record.before, record.after, record.log_probs)
-                ]
+                named = {"before": record.before, "after": record.after, "log_probs": record.log_probs}
+                arrays = {name: torch.tensor(array) for name, array in named.items() if array is not None}
                 for inner_pass in range(inner_passes):
                     policy = PlainPolicy(
                         backbone, denoiser, FlowSde(FlowSde.Config(), record.sigmas), texts[source], len(keep), reward
                     )
                     batch = Batch(
-                        inner_pass,
-                        torch.from_numpy(advantages[source]),
-                        torch.tensor(record.x0),
-                        record.sigmas,
-                        torch.from_numpy(record.indices),
-                        *arrays,
-                        None,
-                        streams(record, step, update),
+                        inner_pass=inner_pass,
+                        advantages=torch.from_numpy(advantages[source]),
+                        x0=torch.tensor(record.x0),
+                        sigmas=record.sigmas,
+                        recorded=RecordedSteps(indices=torch.from_numpy(record.indices), **arrays),
+                        generators=streams(record, step, update),
                         prompt=record.chunk.prompt.text,
                         noises=record.chunk.noises,
                         update=count,
@@ -163,7 +158,7 @@ def assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) ->
 def test_the_job_exercises_padding_masks_clipping_and_both_signs(reference):
     config = WORKER["settings"](2, "nft")
     pieces = WORKER["cut_step"](config, WORKER["records"](config), 0)
-    shares = [share(pieces, rank, 2)[0] for rank in range(2)]
+    shares = [rank_share(pieces, rank, 2)[0] for rank in range(2)]
     assert sum(len(mine) for mine in shares) > len(pieces)
     advantages, valid = WORKER["credit"]()
     assert min(a.min() for a in advantages) < 0 < max(a.max() for a in advantages)
@@ -208,8 +203,8 @@ def test_every_stage_publishes_the_same_buffer(left, case):
 
 @pytest.mark.parametrize(("case", "world"), CASES)
 def test_metrics_are_means_over_valid_samples_and_the_norm_is_that_before_clipping(left, reference, case, world):
-    first = merge([rank[0]["metrics"] for rank in left[case, world]])
-    alone = merge([rank[0]["metrics"] for rank in left["2" + case[1:], 1]])
+    first = reduce_metrics([rank[0]["metrics"] for rank in left[case, world]])
+    alone = reduce_metrics([rank[0]["metrics"] for rank in left["2" + case[1:], 1]])
     for name in first.keys() - {"seconds"}:
         assert first[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
     norms = reference[case[2:]][0]["norms"]
@@ -219,7 +214,7 @@ def test_metrics_are_means_over_valid_samples_and_the_norm_is_that_before_clippi
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_before_the_first_update_the_ratio_is_one_and_after_it_is_not(left, world):
-    metrics = merge([rank[0]["metrics"] for rank in left["2:grpo", world]])
+    metrics = reduce_metrics([rank[0]["metrics"] for rank in left["2:grpo", world]])
     assert metrics["first_log_ratio"][1] < 1e-6 and metrics["log_ratio"][1] > 1e-4
 
 

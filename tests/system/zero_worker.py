@@ -14,7 +14,7 @@ import torch
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.base import Batch, Policy
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import cut, share, total_weight
+from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import FlowSde
 from align_cluster.rollouts.windows import Window
@@ -101,7 +101,9 @@ def credit() -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 def cut_step(config: RunConfig, drawn: list[Record], step: int) -> list:
     chunks = [record.chunk for record in drawn]
-    return cut(chunks, *credit(), config.learner.updates_per_step, MICRO_BATCH, SEED + step)
+    return make_micro_batches(
+        chunks, *credit(), updates=config.learner.updates_per_step, size=MICRO_BATCH, seed=SEED + step
+    )
 
 
 def with_states(record: Record) -> Record:
@@ -133,12 +135,13 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
     def publish(version: int) -> dict:
         return {source: learner.publish(source, version) for source in ("behaviour", "evaluation")}
 
+    def chunks(records: list[Record]) -> list[TrainingChunk]:
+        return [TrainingChunk(*pair) for pair in zip(records, texts, strict=True)]
+
     for step in range(STEPS):
         pieces = cut_step(config, drawn, step)
-        mine, sources = share(pieces, rank, world)
-        data = [item for source in sources for item in (drawn[source], texts[source])]
-        totals = total_weight(pieces)
-        metrics = learner.update(step, mine, totals, None, *data)
+        work = rank_work(step, pieces, chunks(drawn), rank=rank, world=world)
+        metrics = learner.update(work)
         left.append({"metrics": metrics, "default": state("default"), "published": publish(step + 1)})
 
     # First a loss that is not a number, then a finite one without a finite gradient, and then a sound one again.
@@ -148,15 +151,13 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
     ]
     sound = learner.algorithm.loss
     for given, loss in ((spoiled, sound), (drawn, root_of_zero), (drawn, sound)):
-        data = [item for source in sources for item in (given[source], texts[source])]
         learner.algorithm.loss = loss
         learner.algorithm.old_decay = lambda updates: None
-        metrics = learner.update(STEPS, mine, totals, None, *data)
+        metrics = learner.update(rank_work(STEPS, pieces, chunks(given), rank=rank, world=world))
         left.append({"metrics": metrics, "default": state("default"), "published": publish(STEPS)})
 
-    masked = [replace(piece, weights=0 * piece.weights) for piece in mine]
-    data = [item for source in sources for item in (drawn[source], texts[source])]
-    metrics = learner.update(STEPS, masked, dict.fromkeys(totals, 0.0), None, *data)
+    masked = [replace(piece, weights=0 * piece.weights) for piece in pieces]
+    metrics = learner.update(rank_work(STEPS, masked, chunks(drawn), rank=rank, world=world))
     left.append({"metrics": metrics, "default": state("default"), "published": publish(STEPS)})
     return left
 

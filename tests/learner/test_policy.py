@@ -7,7 +7,7 @@ import torch
 
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.learner.reward_gradient import Judge
+from align_cluster.learner.policy import RewardGradient
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.jpeg import Jpeg
 from align_cluster.types import Prompt
@@ -19,7 +19,7 @@ TEXTS = ["a photo of a red circle", "a photo of a red circle on a light backgrou
 
 def made(frugal=False, precision="fp32", **rewards):
     backbone = SD3(SD3.Config(precision=precision))
-    return Judge(backbone, rewards or {"clip": ClipScore.Config()}, 1, frugal)
+    return RewardGradient(backbone, rewards or {"clip": ClipScore.Config()}, 1, frugal)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def latents():
 
 
 def test_scores_are_those_of_the_images_that_a_sampler_would_decode(latents):
-    judge, reward = made(), ClipScore(ClipScore.Config())
+    rewards, reward = made(), ClipScore(ClipScore.Config())
     reward.load("cpu", 1)
-    images = judge.backbone.decode(latents)
-    found = judge(latents, TEXTS)
+    images = rewards.backbone.decode(latents)
+    found = rewards(latents, TEXTS)
     assert found.shape == (3, 3) and found.dtype == torch.float32
     for column, text in enumerate(TEXTS):
         scores = reward.score(images, [Prompt(0, text)] * 3).values
@@ -48,12 +48,12 @@ def test_rewards_are_summed_by_their_weights(latents):
     torch.testing.assert_close(both(latents, TEXTS), (2.0 - 0.5 * factor) * made()(latents, TEXTS))
 
 
-def gradient(judge, latents):
+def gradient(rewards, latents):
     leaf = latents.clone().requires_grad_()
     weights = torch.tensor([[1.0, -1.0, 0.5], [0.2, 1.0, -1.0], [0.0, 1.0, 0.0]])
-    (judge(leaf, TEXTS) * weights).sum().backward()
-    assert all(parameter.grad is None for parameter in judge.backbone._vae.parameters())
-    return leaf.grad, lambda x: (judge(x, TEXTS) * weights).sum()
+    (rewards(leaf, TEXTS) * weights).sum().backward()
+    assert all(parameter.grad is None for parameter in rewards.backbone._vae.parameters())
+    return leaf.grad, lambda x: (rewards(x, TEXTS) * weights).sum()
 
 
 def test_the_gradient_to_the_latents_is_that_of_finite_differences(latents):
@@ -75,7 +75,7 @@ def test_computing_activations_twice_changes_neither_score_nor_gradient(latents)
 def test_computing_activations_twice_keeps_few_of_them(latents):
     many = latents.repeat(4, 1, 1, 1)
 
-    def kept(judge):
+    def kept(rewards):
         sizes = {}
 
         def pack(tensor):
@@ -83,7 +83,7 @@ def test_computing_activations_twice_keeps_few_of_them(latents):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            held = judge(many.clone().requires_grad_(), TEXTS)
+            held = rewards(many.clone().requires_grad_(), TEXTS)
         assert held.requires_grad
         return sum(sizes.values())
 
@@ -106,9 +106,9 @@ def test_every_backbone_sends_gradients_through_its_decoder_and_reads_images(kin
     grads = []
     for frugal in (False, True):
         backbone = case.backbone()
-        judge = Judge(backbone, {"clip": ClipScore.Config()}, 1, frugal)
+        rewards = RewardGradient(backbone, {"clip": ClipScore.Config()}, 1, frugal)
         x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        judge(x, TEXTS).sum().backward()
+        rewards(x, TEXTS).sum().backward()
         grads.append(x.grad)
     assert grads[0].abs().max() > 0
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3 * grads[0].abs().max().item())

@@ -14,7 +14,7 @@ from align_cluster.errors import UserError
 from align_cluster.files import write_json, write_text
 from align_cluster.learner.state import Snapshot
 from align_cluster.loop.checkpoints import State
-from align_cluster.loop.resume import place
+from align_cluster.loop.resume import starting_point
 from align_cluster.observe.rundir import RunDir
 
 TINY = Path(__file__).parents[1] / "system" / "tiny.yaml"
@@ -59,18 +59,18 @@ def test_a_state_goes_into_files_and_back():
 
 
 def test_auto_takes_the_newest_checkpoint_and_the_rows_up_to_it(run, tmp_path):
-    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+    with starting_point(tiny(), tmp_path, "auto", lambda note: None) as begun:
         assert (begun.run.path, begun.steps) == (run.path, 4)
         assert run.metrics.read_text().count("\n") == 4
-        with pytest.raises(UserError, match="is in use by process"), place(tiny(), tmp_path, "auto", print):
+        with pytest.raises(UserError, match="is in use by process"), starting_point(tiny(), tmp_path, "auto", print):
             pass
 
 
 def test_auto_begins_a_run_where_there_is_none_and_plain_train_never_goes_on(run, tmp_path):
-    with place(tiny("name=other"), tmp_path, "auto", lambda note: None) as begun:
+    with starting_point(tiny("name=other"), tmp_path, "auto", lambda note: None) as begun:
         assert begun.state is None and begun.run.path.name == "other"
         begun.run.metrics.touch()
-    with place(tiny(), tmp_path, None, pytest.fail) as begun:
+    with starting_point(tiny(), tmp_path, None, pytest.fail) as begun:
         assert begun.state is None and begun.run.path.name == "tiny-2"
 
 
@@ -79,17 +79,17 @@ def test_auto_takes_the_last_of_several_runs_that_has_a_checkpoint(run, tmp_path
         (tmp_path / name).mkdir()
     for name in ("tiny-2", "tiny-10", "tiny-big"):
         checkpoints(tiny(), tmp_path / name / "checkpoints", 3)
-    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+    with starting_point(tiny(), tmp_path, "auto", lambda note: None) as begun:
         assert begun.run.path.name == "tiny-10"
 
 
 def test_a_run_directory_can_be_named_from_anywhere(run, tmp_path):
-    with place(tiny("name=x"), tmp_path / "elsewhere", str(run.path), pytest.fail) as begun:
+    with starting_point(tiny("name=x"), tmp_path / "elsewhere", str(run.path), pytest.fail) as begun:
         assert begun.run.path == run.path and begun.steps == 4
 
 
 def test_a_checkpoint_that_is_named_begins_a_directory_of_its_own_with_its_history(run, tmp_path):
-    with place(tiny(), tmp_path, str(run.checkpoints / "step_000002"), pytest.fail) as begun:
+    with starting_point(tiny(), tmp_path, str(run.checkpoints / "step_000002"), pytest.fail) as begun:
         assert begun.run.path.name == "tiny-2" and begun.steps == 2
         assert begun.run.metrics.read_text().count("\n") == 2
     assert run.metrics.read_text().count("\n") == 5 and Store(str(run.checkpoints)).steps() == [2, 4]
@@ -97,22 +97,25 @@ def test_a_checkpoint_that_is_named_begins_a_directory_of_its_own_with_its_histo
 
 def test_a_finished_run_is_known_by_its_summary(run, tmp_path):
     checkpoints(tiny(), run.checkpoints, 9)
-    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+    with starting_point(tiny(), tmp_path, "auto", lambda note: None) as begun:
         assert not begun.finished(tiny())
     write_json(run.summary, {"steps": 9})
-    with place(tiny(), tmp_path, "auto", lambda note: None) as begun:
+    with starting_point(tiny(), tmp_path, "auto", lambda note: None) as begun:
         assert begun.finished(tiny())
-    with place(tiny("steps=12"), tmp_path, "auto", lambda note: None) as begun:
+    with starting_point(tiny("steps=12"), tmp_path, "auto", lambda note: None) as begun:
         assert not begun.finished(tiny("steps=12"))
 
 
 def test_checkpoints_elsewhere_bring_back_a_run_whose_machine_is_gone(tmp_path):
     far = f"checkpoint.path=memory://{tmp_path.name}"
     checkpoints(tiny(), f"memory://{tmp_path.name}/tiny", 6)
-    with pytest.raises(UserError, match="holds checkpoints of another run"), place(tiny(far), tmp_path, None, print):
+    with (
+        pytest.raises(UserError, match="holds checkpoints of another run"),
+        starting_point(tiny(far), tmp_path, None, print),
+    ):
         pass
     assert not list(tmp_path.iterdir())
-    with place(tiny(far), tmp_path, "auto", lambda note: None) as begun:
+    with starting_point(tiny(far), tmp_path, "auto", lambda note: None) as begun:
         assert begun.steps == 6 and begun.run.path == tmp_path / "tiny"
         assert begun.run.metrics.read_text().count("\n") == 6
 
@@ -121,8 +124,8 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_in_its_place(run, tm
     for step in (2, 4):
         (run.checkpoints / f"step_00000{step}" / "run.json").write_bytes(b"")
     notes = []
-    distilled_guidance = pytest.raises(UserError, match="holds no checkpoint that can be read")
-    with distilled_guidance, place(tiny(), tmp_path, "auto", notes.append):
+    told = pytest.raises(UserError, match="holds no checkpoint that can be read")
+    with told, starting_point(tiny(), tmp_path, "auto", notes.append):
         pass
     assert [note.split()[1][-11:] for note in notes[1:]] == ["step_000004", "step_000002"]
     assert run.metrics.read_text().count("\n") == 5
@@ -137,7 +140,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_in_its_place(run, tm
     ],
 )
 def test_what_does_not_make_it_another_run_may_change(run, tmp_path, allowed):
-    with place(tiny(allowed), tmp_path, str(run.path), pytest.fail) as begun:
+    with starting_point(tiny(allowed), tmp_path, str(run.path), pytest.fail) as begun:
         assert begun.steps == 4
 
 
@@ -155,7 +158,7 @@ def test_what_does_not_make_it_another_run_may_change(run, tmp_path, allowed):
     ],
 )
 def test_what_makes_it_another_run_is_refused_by_name(run, tmp_path, changed, said):
-    with pytest.raises(UserError) as refused, place(tiny(changed), tmp_path, str(run.path), pytest.fail):
+    with pytest.raises(UserError) as refused, starting_point(tiny(changed), tmp_path, str(run.path), pytest.fail):
         pass
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
@@ -164,19 +167,22 @@ def test_other_versions_are_told_of_and_no_obstacle(run, tmp_path):
     old = state(tiny(), 5, versions=software() | {"torch": "1.0"})
     Store(str(run.checkpoints)).write(5, old.files(), {})
     notes = []
-    with place(tiny(), tmp_path, str(run.path), notes.append) as begun:
+    with starting_point(tiny(), tmp_path, str(run.path), notes.append) as begun:
         assert begun.steps == 5
     assert len(notes) == 1 and "torch 1.0 -> " in notes[0]
 
 
 @pytest.mark.parametrize("given", ["runs/typo", "."])
 def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, given):
-    with pytest.raises(UserError, match="neither a run directory") as refused, place(tiny(), tmp_path, given, print):
+    with (
+        pytest.raises(UserError, match="neither a run directory") as refused,
+        starting_point(tiny(), tmp_path, given, print),
+    ):
         pass
     assert "\n" not in str(refused.value)
 
 
 def test_a_run_that_fails_before_it_measured_anything_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), place(tiny(), tmp_path, None, print):
+    with pytest.raises(RuntimeError), starting_point(tiny(), tmp_path, None, print):
         raise RuntimeError
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,81 @@
+"""The one place where plain worker classes become Ray actors."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from align_cluster.config.plan import Plan, RewardPool
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import StepWork, TrainingChunk
+from align_cluster.learner.settings import LearnerSetup
+from align_cluster.learner.state import Snapshot
+from align_cluster.learner.worker import Learner
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.rollouts.sampler import Sampler
+from align_cluster.types import Condition, Record
+
+
+def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
+    """Starts a sampler at `place`, or for None wherever the cluster has room."""
+    device = "cuda" if plan.sampler_gpus else "cpu"
+    shares = {"num_cpus": plan.sampler_cpus, "num_gpus": plan.sampler_gpus}
+    actor = ray.remote(Sampler).options(**shares, scheduling_strategy=place or "DEFAULT")
+    return actor.remote(config.backbone, plan.threads, name, device, config.rollout.merge_lora)
+
+
+def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: Any) -> Any:
+    """Starts a reward worker at `place`, or for None wherever the cluster has room."""
+    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "scheduling_strategy": place or "DEFAULT"}
+    if pool.pip:
+        options["runtime_env"] = {"pip": list(pool.pip)}
+    rewards = {name: config.rewards[name] for name in pool.rewards}
+    device = "cuda" if pool.gpus else "cpu"
+    return ray.remote(RewardWorker).options(**options).remote(rewards, plan.threads, device, pool.batch)
+
+
+def make_learner_rank(plan: Plan, place: Any) -> Any:
+    """Starts the process of one learner rank at `place`; `LearnerRank.build` then makes its learner."""
+    shares = {"num_cpus": plan.learner_cpus, "num_gpus": plan.learner_gpus}
+    return ray.remote(LearnerRank).options(**shares, scheduling_strategy=place).remote()
+
+
+class LearnerRank:
+    """Wraps one rank's Learner. It is built in two calls, because the other ranks need rank 0's address first.
+
+    Ray resolves references only where they are arguments of their own, so records and conditions arrive in turns:
+    record, condition, record, condition. They are paired here and nowhere else.
+    """
+
+    def address(self) -> tuple[str, int]:
+        """Returns this node's address and a free port, for the ranks to meet at."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def build(self, setup: LearnerSetup, rank: int, world: int, address: str, port: int, *options: Any) -> None:
+        """Loads the model and joins the other ranks; `options` are threads and device."""
+        self.learner = Learner(setup, rank, world, address, port, *options)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a state."""
+        self.learner.restore(snapshot)
+
+    def update(self, work: StepWork, null: Condition | None, *data: Record | Condition) -> tuple[Any, Snapshot | None]:
+        """Trains on a step's work, whose chunks and null condition come beside it; returns metrics and the state."""
+        metrics = self.learner.update(replace(work, null=null, chunks=_paired(data)))
+        return metrics, self.learner.state()
+
+    def publish(self, source: str, version: int) -> Any:
+        """Returns the manifest and the buffer of an adapter."""
+        return self.learner.publish(source, version)
+
+    def values(self, *data: Record | Condition) -> Any:
+        """Returns the critic's values of each chunk, and the noise levels."""
+        return self.learner.values(_paired(data))
+
+
+def _paired(data: Sequence[Record | Condition]) -> list[TrainingChunk]:
+    return [TrainingChunk(*pair) for pair in zip(data[::2], data[1::2], strict=True)]

@@ -1,0 +1,148 @@
+"""The driver's side of the learner: a step's work for its ranks, and weights from it to the samplers."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import ray
+from ray.exceptions import ObjectLostError
+
+from align_cluster.cluster.learners import LearnerGroup, RankWork
+from align_cluster.cluster.pool import Pool, fetch
+from align_cluster.config.plan import Plan
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import (
+    MicroBatch,
+    RankMetric,
+    Reduced,
+    make_micro_batches,
+    rank_work,
+    reduce_metrics,
+)
+from align_cluster.loop.conditions import ConditionStore
+from align_cluster.loop.requests import step_seed
+from align_cluster.loop.rollouts import DrawnChunk, RolloutCollector
+from align_cluster.types import Credit, Manifest, Receipt
+from align_cluster.weights import check, view
+
+
+class CriticValues(NamedTuple):
+    """Holds the critic's values [S, N, R] of all states of all samples of a step, and the noise levels [N + 1]."""
+
+    values: np.ndarray
+    sigmas: np.ndarray
+
+
+class LearnerClient:
+    """Shares a step's samples out among the learner's ranks.
+
+    Ranks that have their records wait for the others. So where a record is lost, all ranks start anew.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        ranks: LearnerGroup,
+        rollouts: RolloutCollector,
+        conditions: ConditionStore,
+    ) -> None:
+        self.config, self.plan, self.ranks = config, plan, ranks
+        self.rollouts, self.conditions = rollouts, conditions
+
+    def values(self, drawn: list[DrawnChunk]) -> CriticValues:
+        """Asks the critic for its values of a step's samples."""
+        world = self.plan.learners
+
+        def ask() -> list[tuple]:
+            return self.ranks.values([self._data(drawn[rank::world]) for rank in range(world)])
+
+        answers = self.rollouts.recover(drawn, ask, self.ranks.shutdown)
+        found: list[np.ndarray] = [None] * len(drawn)
+        for rank, (values, _) in enumerate(answers):
+            found[rank::world] = values
+        return CriticValues(np.concatenate(found), answers[0][1])
+
+    def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
+        """Trains on one step's samples and returns the learner's metrics over all ranks."""
+        micro_batches, world = self._micro_batches(step, drawn, credit), self.plan.learners
+        null = self.conditions.null(self.config.rollout.guidance)
+
+        def share(rank: int) -> RankWork:
+            work = rank_work(step, micro_batches, drawn, rank=rank, world=world, train_actor=credit.actor)
+            return RankWork(replace(work, chunks=()), self._data(work.chunks))
+
+        def ask() -> list[dict[str, RankMetric]]:
+            return self.ranks.update([share(rank) for rank in range(world)], null)
+
+        return reduce_metrics(self.rollouts.recover(drawn, ask, self.ranks.shutdown))
+
+    def _micro_batches(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> list[MicroBatch]:
+        ends = np.cumsum([len(item.chunk.seeds) for item in drawn])[:-1]
+
+        def by_chunk(table: np.ndarray) -> list[np.ndarray]:
+            return np.split(table.reshape(-1, *table.shape[2:]), ends)
+
+        targets = None
+        if credit.returns is not None:
+            targets = {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)}
+        return make_micro_batches(
+            [item.chunk for item in drawn],
+            by_chunk(credit.advantages),
+            by_chunk(credit.valid),
+            updates=self.config.learner.updates_per_step,
+            size=self.plan.micro_batch,
+            seed=step_seed(self.config, step),
+            targets=targets,
+        )
+
+    def _data(self, drawn: Sequence[DrawnChunk]) -> list[Any]:
+        """Returns references to records and conditions in turns, as a rank takes them."""
+        return [reference for item in drawn for reference in (item.record, self.conditions.of(item.chunk))]
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Describes a weight sync that was proven: the manifest, a reference to the buffer, and the seconds from the buffer
+    to the last receipt."""
+
+    manifest: Manifest
+    buffer: Any
+    seconds: float
+
+
+class WeightSync:
+    """Sends the learner's weights to all samplers and proves that they arrived. `version` is that of the last sync."""
+
+    def __init__(self, timeout_s: float, samplers: Pool, ranks: LearnerGroup) -> None:
+        self.timeout_s, self.samplers, self.ranks = timeout_s, samplers, ranks
+        self.version = 0
+        samplers.verify = self._verify
+
+    def publish(self, source: Literal["behaviour", "evaluation"]) -> Sync:
+        """Sends the adapter that samplers draw with ("behaviour"), or the one that is evaluated and shipped."""
+        self.version += 1
+        while True:
+            manifest, buffer = self.ranks.publish(source, self.version)
+            started = time.perf_counter()
+            try:
+                # The driver's own copy: samplers that start later then do not depend on the learner's node.
+                buffer = ray.put(fetch(buffer, self.timeout_s))
+                break
+            except ObjectLostError:  # it went down with the learner's node, and the learner starts anew
+                continue
+        receipts = self.samplers.broadcast("adopt", manifest, buffer)
+        check(manifest, receipts, len(self.samplers.ready_workers))
+        return Sync(manifest, buffer, time.perf_counter() - started)
+
+    def _verify(self, receipt: Receipt) -> None:
+        """Checks one receipt. A sampler that starts later must prove the published weights, too."""
+        manifest, _ = self.samplers.broadcast_state[1]
+        check(manifest, [receipt], 1)
+
+    def adapter(self, sync: Sync) -> dict[str, np.ndarray]:
+        """Returns published weights by name."""
+        buffer = fetch(sync.buffer, self.timeout_s)
+        return {tensor.name: view(buffer, tensor) for tensor in sync.manifest.tensors}

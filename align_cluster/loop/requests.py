@@ -1,0 +1,59 @@
+"""What a step draws and how: functions of the settings and the step's number, and of nothing else."""
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.config.plan import Plan
+from align_cluster.config.run import RunConfig
+from align_cluster.prompts.groups import plan_step
+from align_cluster.rollouts.sampler import DrawRequest
+from align_cluster.rollouts.steps import Euler
+from align_cluster.types import Chunk, Prompt
+
+
+def step_seed(config: RunConfig, step: int) -> int:
+    """Returns the seed of one step's choices: which noise levels are trained, which groups share an update."""
+    return config.seed * 1_000_003 + step
+
+
+def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int, plan: Plan) -> list[Chunk]:
+    """Returns the chunks that training step `step` draws."""
+    return plan_step(
+        prompts,
+        config.seed,
+        step,
+        config.prompts_per_step,
+        config.rollout.group_size,
+        plan.chunk,
+        config.conditions,
+        config.rollout.same_noise,
+    )
+
+
+def training_request(config: RunConfig, step: int, version: int) -> DrawRequest:
+    """Says how training step `step` draws with weights number `version`."""
+    rollout, window = config.rollout, config.window
+    algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
+    noisy = window and window.plan(rollout.steps, step, step_seed(config, step))
+    return DrawRequest(
+        version=version,
+        steps=rollout.steps,
+        step=config.step_kind,
+        guidance=rollout.guidance,
+        window=noisy or algorithm.states(rollout.steps),
+        means=algorithm.needs_means,
+        schedule=rollout.schedule,
+        rho=config.exploration.rho if config.conditions > 1 else 1.0,
+        path=algorithm.needs_path,
+        distilled_guidance=rollout.distilled_guidance,
+        offline=rollout.offline,
+    )
+
+
+def evaluation_request(config: RunConfig, version: int) -> DrawRequest:
+    """Says how an evaluation draws with weights number `version`: by plain ODE sampling, whatever training does."""
+    held_out = config.evaluate
+    return DrawRequest(
+        version=version,
+        steps=held_out.steps or config.rollout.steps,
+        step=Euler.Config(),
+        guidance=held_out.guidance,
+    )

@@ -22,6 +22,7 @@ from align_cluster.learner.state import Snapshot, under
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
+from align_cluster.loop.summary import Results
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.guards import Alarm, Guard
 from align_cluster.observe.sinks import MetricWriter
@@ -91,8 +92,8 @@ class CheckpointManager:
         self.writer = Writer(store, config.checkpoint, note)
         self.latest: State | None = None
 
-    def restore(self, state: State) -> tuple[dict, dict | None]:
-        """Brings all parts to where the run was; returns the base model's scores and the self-check of that time."""
+    def restore(self, state: State) -> Results:
+        """Brings all parts to where the run was; returns what it had found until then."""
         facts = state.facts
         self.workers.ranks.restore(state.learner)
         self.workers.weights.version = facts["version"] - 1  # the samplers' version is published anew
@@ -103,7 +104,7 @@ class CheckpointManager:
         self.guard.restore(facts["guard"])
         self.rollbacks = facts["rollbacks"]
         self.resumed, self.writer.saved = facts["resumed"] + 1, state.step
-        return facts["before"], facts["self_check"]
+        return Results(before=facts["before"], self_check=facts["self_check"])
 
     def roll_back(self, alarm: Alarm) -> None:
         """Brings the weights back to the last good checkpoint; the caller publishes them. Prompts and seeds go on.
@@ -122,9 +123,7 @@ class CheckpointManager:
         self.guard.rolled_back()
         self.rollbacks += 1
 
-    def step(
-        self, step: int, metrics: MetricWriter, score: float | None, before: dict, self_check: dict | None
-    ) -> None:
+    def step(self, step: int, metrics: MetricWriter, score: float | None, results: Results) -> None:
         """Takes note that `step` steps are done, and saves them if that is due."""
         facts = {
             "config": self.config.model_dump(mode="json"),
@@ -137,8 +136,8 @@ class CheckpointManager:
             "guard": self.guard.state(),
             "rollbacks": self.rollbacks,
             "resumed": self.resumed,
-            "before": before,
-            "self_check": self_check,
+            "before": results.before,
+            "self_check": results.self_check,
         }
         facts = json.loads(json.dumps(facts))  # what is saved later must not change with the run
         self.latest = State(step, facts, self.workers.ranks.snapshot, self.estimator.arrays(), metrics.mark())

@@ -3,17 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.cluster.placement import cluster, reserve, resources
 from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
 from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
-from align_cluster.errors import UserError
 from align_cluster.files import storage, write_json, write_text
-from align_cluster.learner.batching import Reduced
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.checkpoints import CheckpointManager
 from align_cluster.loop.clock import Clock
@@ -23,7 +20,7 @@ from align_cluster.loop.heartbeat import Heartbeat
 from align_cluster.loop.preempt import preemptible
 from align_cluster.loop.requests import plan_chunks, training_request
 from align_cluster.loop.resume import StartingPoint, starting_point
-from align_cluster.loop.summary import step_metrics, summary
+from align_cluster.loop.summary import Results, step_metrics, summary
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.guards import Guard
 from align_cluster.observe.progress import Progress, table
@@ -74,20 +71,20 @@ def align(
     bars: Progress,
 ) -> dict[str, Any]:
     """Runs the loop, from the first evaluation (or where the run stood) to the LoRA; returns the run's summary."""
-    run, clock, guard = start.run, Clock(), Guard(config.guard, config.trained)
+    run, clock, guard, results = start.run, Clock(), Guard(config.guard, config.trained), Results()
     rollouts, learner, weights = workers.rollouts, workers.learner, workers.weights
-    has_critic = getattr(config.algorithm, "critic", None) is not None
+    has_critic = ALGORITHMS[config.algorithm.kind](config.algorithm).critic is not None
     estimator = (CriticAdvantageEstimator if has_critic else AdvantageEstimator)(config)
     checkpoints = CheckpointManager(config, start.store, workers, estimator, clock, guard, bars.note)
     heartbeat = Heartbeat(run.path, config, clock, workers)
     with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
         evaluation = Evaluation(config, held_out, workers, run, metrics)
         if start.state:
-            before, self_check = checkpoints.restore(start.state)
+            results = checkpoints.restore(start.state)
             bars.resume(metrics.first)
         else:
             with clock.stage("evaluate"):
-                before, self_check = evaluation.first(), None
+                results.before = evaluation.first()
             workers.ranks.ready()
         weights.publish("behaviour")
         for step in range(start.steps, config.steps):
@@ -106,7 +103,7 @@ def align(
             with clock.stage("update"):
                 trained = learner.update(step, rollout.drawn, credit)
                 observed = estimator.observe(step, rollout.drawn, trained)
-            self_check = self_check or check_ratio(config, trained)
+            results.check_ratio(trained, config.learner.ratio_tolerance)
             with clock.stage("publish"):
                 sync = weights.publish("behaviour")
             row = explored | observed | rollout.metrics
@@ -120,30 +117,10 @@ def align(
             if evaluation.due(step + 1):
                 with clock.stage("evaluate"):
                     score = evaluation.between(step + 1)
-            checkpoints.step(step + 1, metrics, score, before, self_check)
+            checkpoints.step(step + 1, metrics, score, results)
         with clock.stage("evaluate"):
-            sync, after = evaluation.last(config.steps)
+            sync, results.after = evaluation.last(config.steps)
         if has_critic:
             save_critic(run, config, workers.ranks.critic_state(), estimator)
     lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights.adapter(sync), run.lora)
-    return summary(
-        config, evaluation.headline, before, after, workers, clock, sync, lora, self_check, checkpoints.resumed
-    )
-
-
-def check_ratio(config: RunConfig, trained: dict[str, Reduced]) -> dict[str, float] | None:
-    """Checks that the learner's log-probs equal the rollout's while the weights are unchanged.
-
-    Returns the largest difference, or None where the algorithm has no log-probs. Raises UserError where it is too
-    large.
-    """
-    if "first_log_ratio" not in trained:
-        return None
-    largest = trained["first_log_ratio"].largest
-    if not np.isfinite(largest) or largest > config.learner.ratio_tolerance:
-        raise UserError(
-            "self-check failed: before the first update the learner's log-probs differ from the rollout's by "
-            f"{largest:.2e} (learner.ratio_tolerance is {config.learner.ratio_tolerance:g}): leave "
-            "learner.micro_batch unset so that both batch alike, or set backbone.precision: fp32"
-        )
-    return {"max_abs_log_ratio": largest}
+    return summary(config, results, workers, clock, sync, lora, checkpoints.resumed)

@@ -1,14 +1,19 @@
 """Collects the numbers of one step, and of the whole run, for its records."""
 
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from align_cluster.cluster.nodes import software
 from align_cluster.config.load import config_hash
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
+from align_cluster.learner.batching import Reduced
 from align_cluster.loop.clock import Clock
+from align_cluster.loop.evaluation import headline
 from align_cluster.loop.learning import Sync
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.loop.workers import WorkerGroup
@@ -87,27 +92,43 @@ def correlations(scores: Scores) -> dict[str, float]:
     return found
 
 
+@dataclass
+class Results:
+    """Holds what a run has found so far: held-out scores of the base model and of the result, and the self-check."""
+
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    self_check: dict[str, float] | None = None
+
+    def check_ratio(self, trained: dict[str, Reduced], tolerance: float) -> None:
+        """Checks once that the learner's log-probs equal the rollout's while the weights are unchanged.
+
+        Does nothing where the algorithm has no log-probs. Raises UserError where they differ too much.
+        """
+        if self.self_check or "first_log_ratio" not in trained:
+            return
+        largest = trained["first_log_ratio"].largest
+        if not np.isfinite(largest) or largest > tolerance:
+            raise UserError(
+                "self-check failed: before the first update the learner's log-probs differ from the rollout's by "
+                f"{largest:.2e} (learner.ratio_tolerance is {tolerance:g}): leave learner.micro_batch unset so that "
+                "both batch alike, or set backbone.precision: fp32"
+            )
+        self.self_check = {"max_abs_log_ratio": largest}
+
+
 def summary(
-    config: RunConfig,
-    headline: str,
-    before: dict,
-    after: dict,
-    workers: WorkerGroup,
-    clock: Clock,
-    sync: Sync,
-    lora: Path,
-    self_check: dict[str, float] | None,
-    resumed: int = 0,
-) -> dict:
+    config: RunConfig, results: Results, workers: WorkerGroup, clock: Clock, sync: Sync, lora: Path, resumed: int
+) -> dict[str, Any]:
     """Returns the content of summary.json: what the run did, how long it took, and what it ended with."""
     wall = clock.wall()
     return {
         "name": config.name,
         "seed": config.seed,
         "steps": config.steps,
-        "headline": headline,
-        "before": before,
-        "after": after,
+        "headline": headline(config),
+        "before": results.before,
+        "after": results.after,
         "images_drawn": workers.rollouts.images_drawn,
         "images_per_s": workers.rollouts.images_drawn / wall,
         "wall_seconds": wall,
@@ -116,7 +137,7 @@ def summary(
         "lora_path": str(lora),
         "lora_checksum": sync.manifest.checksum,
         "workers_lost": workers.lost,
-        "self_check": self_check,
+        "self_check": results.self_check,
         "config_hash": config_hash(config),
         "versions": software(),
     }

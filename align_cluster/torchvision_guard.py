@@ -1,8 +1,9 @@
-"""torchvision beside a torch that its operators were not built for, such as the CPU build.
+"""Make `import torchvision` work beside a torch that lacks its compiled operators, such as the CPU build.
 
-open_clip brings torchvision, whose wheels are CUDA builds. Where their operators do not load, `import torchvision` ends
-in "operator torchvision::nms does not exist", and transformers, peft and diffusers, which import it where they see it,
-fail with it. Two declared operators are all it takes: images are transformed as ever, torchvision.ops.nms still raises.
+open_clip brings torchvision, and its wheels are CUDA builds. If their operators do not load, `import torchvision`
+raises "operator torchvision::nms does not exist", and transformers, peft and diffusers fail with it, because they
+import torchvision if it is installed. It is enough to declare two operators: image transforms then work, and
+torchvision.ops.nms still raises.
 """
 
 import sys
@@ -20,12 +21,13 @@ declared: list[Any] = []  # the operators vanish with their torch.library.Librar
 
 
 class TorchvisionGuard(MetaPathFinder):
-    """Has torchvision imported once more, with the operators declared, where the first try fails for want of them.
+    """An import hook that imports torchvision a second time, with the operators declared, if the first import fails.
 
-    Costs nothing before somebody imports torchvision, and changes nothing where that works.
+    It costs nothing before torchvision is imported, and changes nothing if the first import works.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return torchvision's usual import spec with a guarded loader, and None for every other module."""
         if name != "torchvision":
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -35,7 +37,7 @@ class TorchvisionGuard(MetaPathFinder):
 
 
 def install() -> None:
-    """Guard this process from now on. To be called before anything can import torchvision."""
+    """Guard this process from now on. Call this before anything can import torchvision."""
     sys.meta_path.insert(0, TorchvisionGuard())
 
 

@@ -5,7 +5,7 @@ class UserError(Exception):
     """The user can fix this error: the message says in one sentence what is wrong, where, and what to do."""
 
 
-RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: the same command again will do
+RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 class Preempted(Exception):

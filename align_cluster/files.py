@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from align_cluster.errors import UserError
 
-# What a disk says that is full, over its quota or read-only: nothing that a program did wrong.
+# Error numbers of a disk that is full, over its quota, read-only or failing. They are no fault of the program.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 

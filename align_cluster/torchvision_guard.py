@@ -14,10 +14,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# Those that torchvision describes at import without asking whether they were loaded.
+# torchvision registers shape functions for these operators at import, without a check that they were loaded.
 OPERATORS = ("nms", "qnms")
 
-declared: list[Any] = []  # the operators vanish with their torch.library.Library; empty where torchvision needs no help
+declared: list[Any] = []  # keeps the torch.library.Library alive, and with it the operators
 
 
 class TorchvisionGuard(MetaPathFinder):

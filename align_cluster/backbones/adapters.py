@@ -29,7 +29,7 @@ def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[
     """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable."""
     state = torch.get_rng_state()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
         for name in names:
             torch.manual_seed(seed)
             denoiser.add_adapter(lora_config(backbone), adapter_name=name)
@@ -38,7 +38,7 @@ def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[
         if "lora_" in parameter_name:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(f".{names[0]}." in parameter_name and "lora_" in parameter_name)
-    # Kept, because a walk over all modules at each change of adapter would take a tenth of a training step.
+    # This list is kept because a walk over all modules at each change of adapter takes a tenth of a training step.
     denoiser.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
     _activate(denoiser, names[0])
     return denoiser
@@ -58,8 +58,8 @@ def adapter_parameters(denoiser: torch.nn.Module, name: str) -> dict[str, torch.
 
 
 def _activate(denoiser: torch.nn.Module, name: str | None) -> None:
-    # peft's set_adapter() also flips requires_grad, which would disturb the optimiser's hooks; here only the choice of
-    # the active adapter changes.
+    # peft's set_adapter() also changes requires_grad, which would disturb the optimiser's hooks. This changes only the
+    # choice of the active adapter.
     for layer in denoiser.adapted_layers:
         layer._disable_adapters = name is None
         if name is not None:
@@ -97,10 +97,3 @@ class Merged:
             delta = layer.get_delta_weight(self.name)
             merged.copy_(weight.to(delta.device).float() + delta.float())
         _activate(self.denoiser, None)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """The base as it was, with the adapter beside it."""
-        for layer, weight in zip(self.denoiser.adapted_layers, self.base, strict=True):
-            layer.get_base_layer().weight.copy_(weight)
-        _activate(self.denoiser, self.name)

@@ -77,11 +77,9 @@ class Backbone(ABC):
 
     flow: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]]
-    explorable: ClassVar[bool] = False  # has a CLIP text encoder whose token embeddings can be perturbed
-    patch: ClassVar[int] = 2  # latent pixels a token, along one side
-    distilled_guidance: float | None = (
-        None  # strength of guidance that a distilled network is told, where it is not the settings'
-    )
+    explorable: ClassVar[bool] = False
+    patch: ClassVar[int] = 2
+    distilled_guidance: float | None = None
 
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.base import CRITIC, Backbone, CriticSection
 
-FREQUENCIES = 256  # of the sinusoidal embedding of 1000 sigma
+FREQUENCIES = 256  # width of the sinusoidal embedding of 1000 sigma
 
 
 class Pooling(nn.Module):
@@ -83,7 +83,7 @@ class Critic(nn.Module):
         super().__init__()
         if settings.features == "copy":
             denoiser = add_adapters(backbone, backbone.load_denoiser(), (CRITIC,), seed)
-        # In a list, so that the network is no part of this module: only the head and the adapter are saved and trained.
+        # A list hides the network from nn.Module, so that only the head and the adapter are saved and trained.
         self._network, self.backbone, self.settings = [denoiser], backbone, settings
         taps = backbone.taps(denoiser)
         state = torch.get_rng_state()

@@ -20,7 +20,7 @@ from align_cluster.errors import UserError
 from align_cluster.files import atomic
 from align_cluster.types import Condition, Perturbation
 
-# Projections of a block in which text and image attend to each other.
+# The projections of a block with joint attention between text and image.
 JOINT_ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -325,7 +325,7 @@ class ClipExploration:
 
     def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
         """Return the content address of a prompt's perturbations: a hash of everything that they depend on."""
-        # rho is phase 2's: it weighs perturbations that are there already.
+        # rho only weighs the perturbations in a rollout, so the learned perturbations do not depend on it.
         return address(self._clip_identity, str(self.dtype), config.model_dump(exclude={"rho"}), seed, text)
 
     @cached_property

@@ -30,7 +30,7 @@ class QwenImage(PipelineBackbone):
     texts = ("text_encoder", "tokenizer")
     equal_levels = True
     packed = True
-    native_size = 128  # 1024 pixels: the stock pipeline's choice, which no part's config names
+    native_size = 128  # 1024 pixels: the stock pipeline's default, which no part's config names
     # Attention and feed-forward layers of both streams, as in the Flow-GRPO and verl-omni recipes.
     lora_targets = (
         *JOINT_ATTENTION,
@@ -63,7 +63,7 @@ class QwenImage(PipelineBackbone):
     def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return Qwen2.5-VL's hidden states and an empty pooled vector."""
         length = self.config.max_sequence_length
-        # A blank is what the model's authors and all recipes guide away from.
+        # The model's authors and all recipes use a blank as the negative prompt.
         sequence, _ = pipeline.encode_prompt(text or " ", self.text_device, max_sequence_length=length)
         return sequence[0], sequence.new_empty(0)
 
@@ -98,14 +98,14 @@ class QwenImage(PipelineBackbone):
         """The VAE decodes videos, so a latent becomes a video of one frame, scaled back channel by channel."""
         config = self._vae.config
         mean, std = (latents.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
-        video = (latents * std + mean)[:, :, None]  # of one frame
+        video = (latents * std + mean)[:, :, None]  # one frame
         with self.autocast():
             return self._vae.decode(video.to(self.dtype), return_dict=False)[0][:, :, 0].float()
 
     @torch.no_grad()
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """The VAE encodes videos, so an image becomes a video of one frame."""
-        video = (2 * images - 1)[:, :, None].to(self.device, self.dtype)  # of one frame
+        video = (2 * images - 1)[:, :, None].to(self.device, self.dtype)  # one frame
         with self.autocast():
             z = self._vae.encode(video).latent_dist.mode()[:, :, 0].float()
         config = self._vae.config

@@ -15,7 +15,7 @@ from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone
 from align_cluster.errors import UserError
 from align_cluster.types import Condition
 
-# Settings of a scheduler: what diffusers takes where one is missing, and what is known here.
+# Scheduler settings by name: diffusers' default, and the values that this backbone reproduces.
 _KNOWN = {
     "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
     "beta_schedule": ("linear", ("scaled_linear",)),
@@ -41,7 +41,7 @@ class SD1(ClipExploration, PipelineBackbone):
 
     flow = False
     layer = None
-    patch = 1  # the UNet divides odd sizes too
+    patch = 1  # the UNet takes odd sizes too
     family = "a Stable Diffusion 1 or 2"
     pipeline = "StableDiffusionPipeline"
     pipelines = ("StableDiffusionPipeline",)

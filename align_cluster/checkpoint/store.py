@@ -99,7 +99,7 @@ class Store:
         if self.files.exists(folder):
             self.delete(int(folder[-6:]))
         self.files.makedirs(folder, exist_ok=True)
-        for name, data in content.items():  # the manifest is the last one
+        for name, data in content.items():  # the manifest comes last and makes the checkpoint count
             self.files.pipe_file(f"{folder}/{name}", data)
 
     def read(self, step: int) -> tuple[dict[str, bytes], dict[str, Any]]:

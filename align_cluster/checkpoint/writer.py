@@ -8,7 +8,7 @@ from typing import Any
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import Store
 
-THREAD = "checkpoint of step"  # how the threads that write are called
+THREAD = "checkpoint of step"  # prefix of the names of the threads that write
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Writer:
             self.store.write(job.step, job.files(), job.about)
             self.saved = job.step
             self.store.prune(self.config.keep, self.config.keep_best)
-        except Exception as error:  # of whatever file system: none of them may cost the run
+        except Exception as error:  # each file system has its own errors, and none of them may end the run
             before = "there is none before it" if self.saved is None else f"the last one is of step {self.saved}"
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             if self.saved == job.step:

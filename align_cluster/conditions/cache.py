@@ -37,7 +37,7 @@ class Cache(Generic[Record]):
             with np.load(self._path(key), allow_pickle=False) as data:
                 values = {name: data[name] for name in data.files}
             return self.kind(key, **{name: value if value.ndim else value.item() for name, value in values.items()})
-        except Exception:  # a damaged zip file fails in a dozen ways; whatever cannot be read is made again
+        except Exception:  # a damaged zip file raises a dozen kinds of errors, and the record can be made again
             return None
 
     def put(self, record: Record) -> None:

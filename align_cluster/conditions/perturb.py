@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from align_cluster.settings import Section
 from align_cluster.types import Perturbation
 
-BATCH = 32  # prompts learned at a time
-ROUND = 8  # sequences are cut after their end token, at a multiple of this
+BATCH = 32  # prompts that one optimisation learns together
+ROUND = 8  # tokens; a sequence is cut after its end token, at a multiple of this
 
 Level = TypeVar("Level", float, np.ndarray, torch.Tensor)
 

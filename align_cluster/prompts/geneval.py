@@ -2,7 +2,7 @@
 
 The wording follows the published evaluation set, its naive plurals included ("benchs"), because models are evaluated
 on that wording. Prompts that describe the same scene ("a cat and a dog", "a dog and a cat"; "a cat left of a dog",
-"a dog right of a cat") share their split and are excluded together.
+"a dog right of a cat") are in the same split and are excluded together.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _NAMES = (
     "hair_drier toothbrush"
 )
 CLASSES = tuple(name.replace("_", " ") for name in _NAMES.split())
-THINGS = CLASSES[1:]  # coloured persons are never asked for
+THINGS = CLASSES[1:]  # GenEval asks for no coloured persons
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 HELD_OUT_ONE_IN = 10
@@ -186,7 +186,7 @@ class GenevalPrompts:
         return frozenset(scene(p.metadata) for p in JsonlPrompts(JsonlPrompts.Config(path=self.config.exclude)).load())
 
 
-@lru_cache(maxsize=32)  # checking a run file and running it ask for the same ones
+@lru_cache(maxsize=32)  # `validate` and the run itself ask for the same prompts
 def _pool(task: str, wanted: int, split: str, seed: int, banned: frozenset[str]) -> tuple[Record, ...]:
     """Return up to `wanted` distinct records of a task, shuffled by `seed`.
 

@@ -10,7 +10,7 @@ from typing import Literal
 from align_cluster.errors import UserError
 from align_cluster.types import Chunk, Prompt
 
-EVALUATION_STEP = -1  # `Chunk.step` of evaluation images: their seeds never meet those of training
+EVALUATION_STEP = -1  # `Chunk.step` of evaluation images, so that their seeds differ from those of training
 
 
 def member_seed(seed: int, step: int, group: int, member: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from align_cluster.rollouts.steps import Step
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> output like x
-Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same, or None where it would be equal
+Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same; None if it equals the velocity
 
 
 class Steer(Protocol):

@@ -25,7 +25,7 @@ class TextBatch:
         """Stack conditions, and repeat the null condition for each of them if there is one."""
 
         def stack(items: list[Condition]) -> tuple[torch.Tensor, torch.Tensor]:
-            # Conditions are few and repeat within a chunk; copying makes read-only shared memory writable.
+            # Conditions may lie in read-only shared memory, which torch warns about, so they are copied.
             sequence = torch.stack([torch.tensor(item.sequence) for item in items])
             return sequence.to(device), torch.stack([torch.tensor(item.pooled) for item in items]).to(device)
 

@@ -183,7 +183,8 @@ class Step:
 
     def level(self, k: torch.Tensor) -> torch.Tensor:
         """Return the noise levels fp32 [B] that the network is fed at the steps k, int64 [B]."""
-        return torch.tensor(self.sigmas, dtype=torch.float32, device=k.device)[k]  # records may be read-only
+        # torch.tensor copies: sigmas of a record may lie in read-only shared memory.
+        return torch.tensor(self.sigmas, dtype=torch.float32, device=k.device)[k]
 
     def advance(self, k: int, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Return the next latent, like x [B, ...], after step k of all samples; without `noise` it is deterministic."""
@@ -303,7 +304,7 @@ class DanceSde(NoisyStep):
     def level(self, k: torch.Tensor) -> torch.Tensor:
         """Truncate the levels if the settings ask for it."""
         sigma = super().level(k)
-        # In fp32, like the official code: in fp64 a level such as 0.9 may fall just short of its integer.
+        # fp32, like the official code: in fp64 1000 sigma may fall just short of an integer, and lose it.
         return torch.trunc(1000 * sigma) / 1000 if self.config.truncate_timesteps else sigma
 
 

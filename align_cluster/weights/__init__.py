@@ -62,7 +62,7 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
         raise RuntimeError(
             f"weights {manifest.version} do not fit: {len(missing)} missing {missing[:2]}, unknown {extra[:2]}"
         )
-    for tensor in manifest.tensors:  # all of them before the first copy, so that a refusal changes nothing
+    for tensor in manifest.tensors:  # all shapes are checked before the first copy, so that an error changes nothing
         expected = tuple(parameters[tensor.name].shape)
         if expected != tensor.shape:
             raise RuntimeError(f"{tensor.name}: published {tensor.shape}, expected {expected}")
@@ -70,8 +70,7 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
     with torch.no_grad():
         for tensor in manifest.tensors:
             parameter = parameters[tensor.name]
-            # The buffer is read-only shared memory, which torch.from_numpy would warn about: copy through the held
-            # bytes.
+            # torch.from_numpy would warn about the buffer's read-only shared memory, so the copy goes through `held`.
             part = view(held, tensor)
             part[...] = view(buffer, tensor)
             parameter.copy_(torch.from_numpy(part))

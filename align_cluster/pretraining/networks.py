@@ -1,4 +1,4 @@
-"""The networks of the embedded pipeline, freshly initialised, and small helpers of their training."""
+"""The networks of the embedded pipeline, freshly initialised, and helpers of their training."""
 
 import math
 import os
@@ -17,6 +17,7 @@ CLIP_TEXT, GUIDE_TEXT = (64, 2), (128, 3)  # (width, layers) of the two text enc
 
 
 def text_config(width: int, layers: int, vocab: int) -> CLIPTextConfig:
+    """Return the configuration of a CLIP text encoder."""
     return CLIPTextConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -32,6 +33,7 @@ def text_config(width: int, layers: int, vocab: int) -> CLIPTextConfig:
 
 
 def new_clip() -> CLIPModel:
+    """Return a new CLIPModel: the reward model, and the frozen CLIP-L slot."""
     text = text_config(*CLIP_TEXT, vocab=len(build())).to_dict()
     vision = dict(
         hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=8
@@ -41,6 +43,7 @@ def new_clip() -> CLIPModel:
 
 
 def new_vae() -> AutoencoderKL:
+    """Return a new VAE with factor 4 and 8 channels."""
     vae = AutoencoderKL(
         latent_channels=LATENT_CHANNELS,
         block_out_channels=(16, 32, 64),
@@ -60,6 +63,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_dit() -> SD3Transformer2DModel:
+    """Return a new SD3 denoiser."""
     joint = CLIP_TEXT[0] + GUIDE_TEXT[0]
     return SD3Transformer2DModel(
         sample_size=SIZE // 4,
@@ -78,21 +82,24 @@ def new_dit() -> SD3Transformer2DModel:
 
 
 def tokenize(prompts: list[str]) -> torch.Tensor:
+    """Return token ids [B, 16] of prompts."""
     batch = build()(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
     return batch["input_ids"]
 
 
 def all_prompts() -> list[str]:
+    """Return the training prompts of all tasks, in a fixed order."""
     return [record["prompt"] for task in scene.TASKS for record in scene.prompts(task, "train")]
 
 
 def save(value: object, path: Path) -> None:
+    """Save `value` with torch.save, atomically."""
     torch.save(value, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def cosine(progress: float, flat: float = 0.0) -> float:
-    """Learning-rate factor: 1 until `flat`, then a half cosine down to 2 %."""
+    """Return the learning-rate factor: 1 until `flat`, then a half cosine down to 2 %."""
     if progress < flat:
         return 1.0
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (progress - flat) / (1 - flat)))

@@ -1,4 +1,7 @@
-"""Word-level tokenizer of the embedded world, as a transformers fast tokenizer (letters and digits one by one)."""
+"""The word-level tokenizer of the embedded world, as a transformers fast tokenizer.
+
+Words in upper case and numbers are split into letters and digits, one token each.
+"""
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +14,7 @@ SPECIAL = ("<|pad|>", "<|unk|>", "<|startoftext|>", "<|endoftext|>")
 
 
 def vocabulary() -> dict[str, int]:
-    """Token to id; the order is part of the shipped weights."""
+    """Return the map from token to id. The order is part of the shipped weights."""
     words = "a an photo picture drawing of and on light dark background small large sign that says".split()
     words += [*scene.NUMBERS.values(), "left", "right", "above", "below"]
     words += [*scene.SHAPES, *scene.PLURALS.values(), *scene.COLORS]
@@ -20,7 +23,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def build() -> PreTrainedTokenizerFast:
-    """The tokenizer with CLIP's conventions: begin and end tokens around the words, pad id 0."""
+    """Return the tokenizer with CLIP's conventions: begin and end tokens around the words, pad id 0."""
     core = Tokenizer(models.WordLevel(vocabulary(), unk_token="<|unk|>"))
     pieces = pre_tokenizers.Split(Regex(r"[a-z]+|[A-Z]|[0-9]|[^\sA-Za-z0-9]"), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pieces])

@@ -82,7 +82,7 @@ def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
 def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Return a permutation of range(count): the indices sorted by their hash.
 
-    A hash needs no random generator, whose stream may change between versions.
+    The stream of a random generator may change between versions; a hash does not.
     """
     return tuple(sorted(range(count), key=lambda index: (_digest(f"{seed}/epoch {epoch}/{index}"), index)))
 

@@ -1,13 +1,13 @@
 """A store of encoded prompts on disk, addressed by content. Several processes may write to it at once."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from align_cluster.files import atomic
 from align_cluster.types import Condition, Perturbation
 
 Record = TypeVar("Record", Condition, Perturbation)
@@ -43,12 +43,8 @@ class Cache(Generic[Record]):
     def put(self, record: Record) -> None:
         """Write a record under its key; an earlier file of that key is replaced."""
         values = {name: value for name, value in vars(record).items() if name != "key"}
-        path = self._path(record.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **values)
-        os.replace(temporary, path)
+        with atomic(self._path(record.key)) as temporary:
+            np.savez(temporary, **values)
 
 
 def cached(

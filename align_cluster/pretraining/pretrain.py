@@ -31,12 +31,12 @@ from align_cluster.pretraining.networks import (
     all_prompts,
     cosine,
     new_clip,
+    new_tokenizer,
     new_vae,
     save,
     text_config,
     tokenize,
 )
-from align_cluster.pretraining.tokenizer import build
 from align_cluster.pretraining.train_dit import DitTrainer
 
 TASK_WEIGHTS = (0.17, 0.19, 0.14, 0.15, 0.14, 0.16, 0.05)
@@ -163,7 +163,7 @@ def pack(out: Path) -> Path:
     target = out / "pipeline"
     shutil.rmtree(target, ignore_errors=True)
     clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)
-    frozen = CLIPTextModelWithProjection(text_config(*CLIP_TEXT, vocab=len(build())))
+    frozen = CLIPTextModelWithProjection(text_config(*CLIP_TEXT, vocab=len(new_tokenizer())))
     source, state = clip.state_dict(), frozen.state_dict()
     for name in state:
         state[name] = source[name if name in source else f"text_model.{name}"]
@@ -173,15 +173,15 @@ def pack(out: Path) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(out / "vae").half(),
         text_encoder=frozen.half(),
-        tokenizer=build(),
+        tokenizer=new_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(out / "guide").half(),
-        tokenizer_2=build(),
+        tokenizer_2=new_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
     )
     pipeline.save_pretrained(target)
     clip.half().save_pretrained(target / "clip")
-    build().save_pretrained(target / "clip")
+    new_tokenizer().save_pretrained(target / "clip")
     square = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     CLIPImageProcessorPil(**square, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(target / "clip")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

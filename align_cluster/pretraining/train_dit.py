@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -11,8 +10,17 @@ import torch.distributed as dist
 from diffusers import SD3Transformer2DModel
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
-from align_cluster.pretraining.networks import GUIDE_TEXT, all_prompts, cosine, new_dit, save, text_config, tokenize
-from align_cluster.pretraining.tokenizer import build
+from align_cluster.files import write_json
+from align_cluster.pretraining.networks import (
+    GUIDE_TEXT,
+    all_prompts,
+    cosine,
+    new_dit,
+    new_tokenizer,
+    save,
+    text_config,
+    tokenize,
+)
 
 
 @torch.no_grad()
@@ -48,7 +56,7 @@ def warm_start(init: Path, dit: SD3Transformer2DModel, guide: CLIPTextModelWithP
     for name, value in mine.items():
         old = encoder[name]
         if "token_embedding" in name:
-            for word, index in build().get_vocab().items():
+            for word, index in new_tokenizer().get_vocab().items():
                 value[index] = old[words[word]] if word in words else old[words["<|unk|>"]]
         elif "position_embedding" in name:
             value.copy_(torch.cat([old, old[-1:].expand(len(value) - len(old), -1)]))
@@ -69,7 +77,7 @@ class DitTrainer:
         self.out, self.steps, self.lr, self.flat = args.out, args.dit_steps, args.lr, args.flat
         self.rank, self.world, self.batch = rank, args.workers, args.batch // args.workers
         self.dit = new_dit()
-        self.guide = CLIPTextModelWithProjection(text_config(*GUIDE_TEXT, vocab=len(build())))
+        self.guide = CLIPTextModelWithProjection(text_config(*GUIDE_TEXT, vocab=len(new_tokenizer())))
         if args.init:
             warm_start(args.init, self.dit, self.guide, args.drop_block)
         self.model = torch.nn.ModuleDict({"dit": self.dit, "guide": self.guide}).train()
@@ -174,4 +182,4 @@ class DitTrainer:
         """Write the EMA weights as diffusers and transformers folders."""
         self.ema["dit"].save_pretrained(self.out / "transformer")
         self.ema["guide"].save_pretrained(self.out / "guide")
-        (self.out / "seen.json").write_text(json.dumps({"steps": self.step, "images": self.images_seen}))
+        write_json(self.out / "seen.json", {"steps": self.step, "images": self.images_seen})

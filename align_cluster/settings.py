@@ -10,7 +10,7 @@ _CREDENTIALS = re.compile(r"(?<=://)(?!git@)[^/\s@]+(?=@)")
 
 
 class Section(BaseModel):
-    """Settings that are frozen and refuse unknown keys, NaN and infinity.
+    """Holds settings that are frozen and refuse unknown keys, NaN and infinity.
 
     They also refuse an address with a user or password in it, because settings are written to a run's files.
     """
@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class Root(Section):
-    """The settings of a whole file.
+    """Holds the settings of a whole file.
 
     `what` is the file's name in error messages, and `sample` is a file that a user can start from.
     """

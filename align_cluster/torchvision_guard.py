@@ -21,7 +21,7 @@ declared: list[Any] = []  # keeps the torch.library.Library alive, and with it t
 
 
 class TorchvisionGuard(MetaPathFinder):
-    """An import hook that imports torchvision a second time, with the operators declared, if the first import fails.
+    """Imports torchvision a second time, with the operators declared, if the first import fails.
 
     It costs nothing before torchvision is imported, and changes nothing if the first import works.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `metadata` holds what rewards read: GenEval's tag, include and exclude, or `text` for OCR."""
+    """Holds one prompt. `metadata` is what rewards read: GenEval's tag, include and exclude, or `text` for OCR."""
 
     id: int
     text: str
@@ -25,7 +25,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Condition:
-    """The encoded text of one prompt: `sequence` [T, D] and `pooled` [P], both fp32. `key` is its content address."""
+    """Holds one prompt's encoding: `sequence` [T, D] and `pooled` [P], both fp32. `key` is its content address."""
 
     key: str
     sequence: np.ndarray
@@ -34,7 +34,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """K - 1 variants of one prompt's CLIP-L encoding, which E2PO uses in place of the original encoding.
+    """Holds K - 1 variants of a prompt's CLIP-L encoding, which E2PO uses in place of the original encoding.
 
     key        content address of the perturbation
     hidden     [K - 1, T, D] fp32, hidden states
@@ -52,7 +52,7 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit of work: consecutive members of one prompt group, which are always batched together.
+    """Describes the unit of work: consecutive members of one prompt group, always batched together.
 
     seeds      one 63-bit integer a member; it depends on (run seed, step, group, member) only, so every worker draws
                the same images
@@ -81,7 +81,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class DrawInfo:
-    """What the driver keeps of a drawn chunk. Images and the record stay in the object store.
+    """Holds what the driver keeps of a drawn chunk. Images and the record stay in the object store.
 
     version       policy version that drew the chunk
     fingerprint   hash of everything that decided the draw
@@ -100,7 +100,7 @@ class DrawInfo:
 
 @dataclass(frozen=True)
 class Record:
-    """What the learner needs of a drawn chunk with B members; latents are C x H x W, fp32.
+    """Holds what the learner needs of a drawn chunk with B members; latents are C x H x W, fp32.
 
     x0           [B, C, H, W]    final latents
     sigmas       [N + 1]         exact noise levels of the rollout, from 1 to 0
@@ -133,7 +133,7 @@ FailureKind = Literal["timeout", "oom", "bad_input", "model_error", "unavailable
 
 @dataclass(frozen=True)
 class Failure:
-    """The reason why a reward has no score for `images` images of a batch."""
+    """Says why a reward has no score for `images` images of a batch."""
 
     kind: FailureKind
     message: str
@@ -142,7 +142,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of B images from all rewards.
+    """Holds the scores of B images from all rewards.
 
     values     fp64 [B] by reward name, without NaN where `valid` holds
     valid      bool [B] by reward name
@@ -160,7 +160,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Credit:
-    """Advantages of one step for P groups of G members, and the metrics to log about them.
+    """Holds the advantages of one step for P groups of G members, and metrics to log about them.
 
     advantages   fp32 [P, G], or [P, G, N] with a critic: one number a denoising step
     valid        bool [P, G]; a masked sample has False, and its advantage is 0
@@ -179,7 +179,7 @@ class Credit:
 
 @dataclass(frozen=True)
 class Tensor:
-    """The place of one tensor in a flat weight buffer; `offset` is in bytes."""
+    """Locates one tensor in a flat weight buffer; `offset` is in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -189,7 +189,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of one published weight buffer. A receiver checks that it has bound exactly these tensors."""
+    """Lists the contents of one published weight buffer. A receiver must bind exactly these tensors."""
 
     version: int
     tensors: tuple[Tensor, ...]
@@ -199,7 +199,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A worker's proof of a weight sync. Its checksum is taken from the adopted parameters, not from the buffer.
+    """Proves a worker's weight sync. Its checksum is taken from the adopted parameters, not from the buffer.
 
     `bound` counts the tensors that were bound to a parameter, and `seconds` is the time of the sync.
     """

@@ -42,7 +42,7 @@ class Slas(Section):
 
 
 class AdvantageConfig(Section):
-    """How rewards become advantages.
+    """Configures how rewards become advantages.
 
     mean    what a reward is compared with: the mean of its `group`, of the others in its group (`leave_one_out`:
             G/(G-1) times the distance to the mean of the G valid members), or of the whole step (`global`)

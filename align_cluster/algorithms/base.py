@@ -67,7 +67,7 @@ class Batch:
 
 
 class Algorithm(ABC):
-    """A loss over finished rollouts. It is pure: the state lives in the policy's adapters.
+    """Computes a loss over finished rollouts. It is pure: the state lives in the policy's adapters.
 
     needs_density     the rollout's kind of step must have log-probs
     needs_flow        the network must predict a velocity

@@ -20,7 +20,7 @@ class DRaFT(Algorithm):
     """
 
     class Config(Section):
-        """Settings of DRaFT.
+        """Configures DRaFT.
 
         `last` is K; with all steps of the rollout and learner.gradient_checkpointing it is plain DRaFT. `renoised` is
         the number of noised copies of the last step to average over (DRaFT-LV, with `last` 1; published: 2); 0 takes

@@ -40,7 +40,7 @@ def explained_variance(values: np.ndarray, rewards: np.ndarray) -> float:
 
 
 class RunningMoments:
-    """Mean and deviation of one reward over all samples of a run (Chan et al.'s parallel update)."""
+    """Tracks the mean and deviation of one reward over a run's samples (Chan et al.'s parallel update)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0

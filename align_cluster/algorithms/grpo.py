@@ -19,7 +19,7 @@ class GRPO(PolicyGradient):
     """Every trained denoising step of a sample gets the sample's group advantage."""
 
     class Config(Section):
-        """Settings of GRPO.
+        """Configures GRPO.
 
         `clip` bounds the ratio below and, unless `clip_high` is set, above. `kl_mode` says what `kl_beta` multiplies;
         see `terms.gaussian_kl`. The published values use no_dt.

@@ -18,7 +18,7 @@ class NFT(Algorithm):
     """
 
     class Config(Section):
-        """Settings of DiffusionNFT.
+        """Configures DiffusionNFT.
 
         `timesteps` is the number of noise levels for each sample and update (null: 99 % of the rollout's).
         `advantage_mode` transforms clipped advantages before they become the optimality. `old` is the lag of the old

@@ -29,10 +29,10 @@ class WarmUp(Section):
 
 
 class PPO(PolicyGradient):
-    """The clipped surrogate with each step's own advantage, and a critic that regresses on returns."""
+    """Trains the clipped surrogate with each step's own advantage, and a critic that regresses on returns."""
 
     class Config(Section):
-        """Settings of PPO.
+        """Configures PPO.
 
         clip             bounds the ratio, as in GRPO
         advantage_clip   bounds the whitened advantages

@@ -15,7 +15,7 @@ class ReFL(Algorithm):
     """Samplers record the start of a random late step of each sample; the learner predicts x0 from there."""
 
     class Config(Section):
-        """Settings of ReFL.
+        """Configures ReFL.
 
         `steps` are the first and the last step that a sample's step is drawn from, counted from 0, the noisiest; the
         default is the published one, for 40 steps. Samples with a reward of at least `margin`, which is on

@@ -33,7 +33,7 @@ class SRPO(Algorithm):
     """
 
     class Config(Section):
-        """Settings of SRPO.
+        """Configures SRPO.
 
         `relative: words` compares an image under two control words. `noise` compares an image with a slightly noised
         copy, for rewards that read no text; `blur` is the copy's noise level. `none` is plain Direct-Align on the

@@ -49,7 +49,7 @@ def bound(delta: float, step_norm: float, gradient_norm: float, lambda_max: floa
 
 
 class TrustRegion:
-    """Adaptive gamma: an exponential mean of estimates, with Adam's correction for its start."""
+    """Adapts gamma: an exponential mean of estimates, with Adam's correction for its start."""
 
     def __init__(self, config: Slas) -> None:
         self.config = config

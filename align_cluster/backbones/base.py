@@ -13,7 +13,7 @@ from align_cluster.types import Condition
 
 
 class LoraSettings(Section):
-    """Rank, scale and targets of the LoRA adapters.
+    """Configures rank, scale and targets of the LoRA adapters.
 
     `targets: null` takes the backbone's published recipe. `init` says how A begins: `gaussian` with a standard
     deviation of 1/rank, as in the published recipes, or `kaiming`, peft's default. B begins at 0.
@@ -29,7 +29,7 @@ CRITIC = "critic"  # name of the critic's adapter
 
 
 class CriticSection(Section):
-    """Settings of the critic's network.
+    """Configures the critic's network.
 
     `features: lora` reads the features of the shared base under an adapter of the critic's own, `frozen` those of the
     bare base. `copy` reads those of a second copy of the base with such an adapter, which costs the base's memory
@@ -42,7 +42,7 @@ class CriticSection(Section):
 
 
 class BackboneSection(Section):
-    """Settings that every backbone shares.
+    """Holds the settings that every backbone shares.
 
     precision       `bf16` runs the network under autocast (weights are bf16 on a GPU, fp32 on a CPU); the LoRA is
                     always fp32
@@ -63,7 +63,7 @@ class BackboneSection(Section):
 
 
 class Backbone(ABC):
-    """A diffusion or flow model in parts. The constructor loads nothing; each part loads alone, frozen, in eval mode.
+    """Wraps a diffusion or flow model in parts. The constructor loads nothing; each part loads alone, frozen.
 
     Latents and velocities are fp32 [B, C, H, W], sigmas fp32, images uint8 [B, H, W, 3]. Flow convention (Lipman et
     al.; SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. A network that predicts epsilon or v has `flow =

@@ -12,10 +12,10 @@ from align_cluster.types import Condition
 
 
 class Flux(ClipExploration, PipelineBackbone):
-    """Velocity network with joint attention over packed latents and T5's sequence. CLIP-L contributes `pooled` only."""
+    """Predicts velocity by joint attention over packed latents and T5's sequence; CLIP-L gives only `pooled`."""
 
     class Config(BackboneSection):
-        """Settings of FLUX.1.
+        """Configures FLUX.1.
 
         `distilled_guidance` is the strength that is fed to a guidance-distilled network (dev), in rollouts and updates
         alike, unless rollout.distilled_guidance is set. A network without that input (schnell) ignores it.

@@ -28,7 +28,7 @@ JOINT_ATTENTION = tuple(
 
 
 class PipelineBackbone(Backbone):
-    """Base class of a family of diffusers pipelines. A subclass names its parts, embeds prompts and calls its network.
+    """Wraps a family of diffusers pipelines. A subclass names its parts, embeds prompts and calls its network.
 
     family         what users call it, with its article
     pipelines      classes that model_index.json may name
@@ -308,7 +308,7 @@ class PipelineBackbone(Backbone):
 
 
 class ClipExploration:
-    """A mixin, before PipelineBackbone, for pipelines with a CLIP as first text encoder. E2PO perturbs its embeddings.
+    """Adds E2PO's exploration to pipelines with a CLIP as first text encoder: a mixin before PipelineBackbone.
 
     `layer` is the hidden state that enters a condition's sequence; None is the encoder's normalised output.
     """

@@ -10,13 +10,13 @@ from align_cluster.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone, 
 
 
 class QwenImage(PipelineBackbone):
-    """Velocity network with joint attention over image tokens and the hidden states of Qwen2.5-VL.
+    """Predicts velocity by joint attention over image tokens and the hidden states of Qwen2.5-VL.
 
     A prompt's sequence is as long as the prompt has tokens. `pooled` is empty.
     """
 
     class Config(BackboneSection):
-        """Settings of Qwen-Image. `max_sequence_length` limits an encoding, the prompt's template included."""
+        """Configures Qwen-Image. `max_sequence_length` limits an encoding, the prompt's template included."""
 
         kind: Literal["qwen_image"] = "qwen_image"
         max_sequence_length: Annotated[int, Field(gt=0, le=1024)] = 512

@@ -27,7 +27,7 @@ _KNOWN = {
 
 
 class SD1(ClipExploration, PipelineBackbone):
-    """Epsilon or v network with cross-attention to one CLIP text encoding.
+    """Predicts epsilon or v with a UNet that attends to one CLIP text encoding.
 
     Images are drawn with DDIM, whatever scheduler the pipeline names (Stable Diffusion 1.4: PNDM). The scheduler's
     settings say how the network was trained, and are read as `DDIMScheduler.from_config` reads them. As in the stock
@@ -35,7 +35,7 @@ class SD1(ClipExploration, PipelineBackbone):
     """
 
     class Config(BackboneSection):
-        """Settings of Stable Diffusion 1 and 2."""
+        """Configures Stable Diffusion 1 and 2."""
 
         kind: Literal["sd1"] = "sd1"
 

@@ -15,10 +15,10 @@ from align_cluster.types import Condition
 
 
 class SD3(ClipExploration, PipelineBackbone):
-    """Velocity network with joint attention over image tokens and two CLIP (and optionally T5) text encodings."""
+    """Predicts velocity by joint attention over image tokens and two CLIP (and optionally T5) encodings."""
 
     class Config(BackboneSection):
-        """Settings of the SD3 family. `t5: false` leaves out the T5 encoder, as SD3 allows.
+        """Configures the SD3 family. `t5: false` leaves out the T5 encoder, as SD3 allows.
 
         `max_sequence_length: null` is 128, or 0 for the embedded pipeline, which has no T5.
         """

@@ -8,7 +8,7 @@ from align_cluster.settings import Section
 
 
 class CheckpointConfig(Section):
-    """When a run saves its state, and where.
+    """Configures when a run saves its state, and where.
 
     every       steps between checkpoints; 0 saves only when the run ends or is interrupted (SIGTERM, Ctrl-C, an error)
     keep        number of newest checkpoints to keep, besides the newest one in which no `guard` rule was broken

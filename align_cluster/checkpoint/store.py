@@ -29,7 +29,7 @@ class Damaged(Exception):
 
 
 class Store:
-    """The checkpoints in the folder `path`, local or of any file system that fsspec knows.
+    """Keeps checkpoints in the folder `path`, local or of any file system that fsspec knows.
 
     The constructor touches nothing. It raises UserError if the file system's package is missing.
     """

@@ -13,7 +13,7 @@ THREAD = "checkpoint of step"  # prefix of the names of the threads that write
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to write. `files` makes the content in the writer's thread; `about` holds facts to choose by."""
+    """Describes one checkpoint to write: `files` makes the content in the writer's thread, `about` helps to choose."""
 
     step: int
     files: Callable[[], dict[str, bytes]]

@@ -20,7 +20,7 @@ def default_folder() -> Path:
 
 
 class Cache(Generic[Record]):
-    """Records of one kind, Condition or Perturbation, one .npz file for each key.
+    """Keeps records of one kind, Condition or Perturbation, in one .npz file for each key.
 
     A file appears whole or not at all. A file that cannot be read counts as absent.
     """

@@ -26,7 +26,7 @@ Level = TypeVar("Level", float, np.ndarray, torch.Tensor)
 
 
 class E2po(Section):
-    """Settings of E2PO. Defaults are the paper's, except lr, init and bound, which it does not state.
+    """Configures E2PO. Defaults are the paper's, except lr, init and bound, which it does not state.
 
     conditions   number of conditions K, the original one included
     rho          perturbed conditions fade out linearly over the noisiest `rho` of the noise levels

@@ -26,7 +26,7 @@ CROP = 24  # templates and outlines are compared on a CROP x CROP raster
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object that a detector has found. All detectors return this record.
+    """Describes one found object. All detectors return this record.
 
     label   class name
     score   confidence in [0, 1]; here the overlap (IoU) with the best template, reduced if a second shape fits too

@@ -66,7 +66,7 @@ def warm_start(init: Path, dit: SD3Transformer2DModel, guide: CLIPTextModelWithP
 
 
 class DitTrainer:
-    """Flow matching (v = noise - x0) of the DiT and the CLIP-G text encoder, with an EMA of both.
+    """Trains the DiT and the CLIP-G text encoder by flow matching (v = noise - x0), with an EMA of both.
 
     This is process `rank` of `world`, with one thread. At this size, several such processes are faster than one process
     with several threads.

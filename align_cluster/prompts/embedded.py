@@ -11,14 +11,14 @@ from align_cluster.types import Prompt
 
 
 class EmbeddedPrompts:
-    """The prompts of the embedded world for the chosen tasks and split.
+    """Lists the prompts of the embedded world for the chosen tasks and split.
 
     With `even`, every task has the same number of prompts: prompts of smaller tasks repeat (1,167 training prompts name
     a colour, 102 a count). Without it, every prompt comes once.
     """
 
     class Config(Section):
-        """Settings of the embedded prompts. Training and held-out prompts never overlap."""
+        """Configures the embedded prompts. Training and held-out prompts never overlap."""
 
         kind: Literal["embedded"] = "embedded"
         tasks: Annotated[tuple[Literal[scene.TASKS], ...], Field(min_length=1)] = (

@@ -16,10 +16,10 @@ _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 class TextPrompts:
-    """Prompts from a text file, one a line. Blank lines are skipped."""
+    """Reads prompts from a text file, one a line. Blank lines are skipped."""
 
     class Config(Section):
-        """Settings of a text file. With `ocr`, the first quoted text of each line becomes the OCR target."""
+        """Configures a text file. With `ocr`, the first quoted text of each line becomes the OCR target."""
 
         kind: Literal["txt"] = "txt"
         path: Annotated[str, Field(min_length=1)]
@@ -46,7 +46,7 @@ class TextPrompts:
 
 
 class Include(Section):
-    """One object that the image must show. `position` is (relation, index of another clause of the list)."""
+    """The image must show `count` objects of this class. `position` is (relation, index of another clause)."""
 
     name: Annotated[str, Field(alias="class", min_length=1)]
     count: Annotated[StrictInt, Field(ge=1)]
@@ -62,7 +62,7 @@ class Exclude(Section):
 
 
 class Line(BaseModel):
-    """One line of GenEval's evaluation_metadata.jsonl, or of an OCR file (`text`). Other keys are kept as they are."""
+    """Holds one line of GenEval's evaluation_metadata.jsonl, or of an OCR file (`text`). Other keys are kept."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -74,13 +74,13 @@ class Line(BaseModel):
 
 
 class JsonlPrompts:
-    """Prompts from a file with one JSON object a line: `prompt`, and what rewards read.
+    """Reads prompts from a file with one JSON object a line: `prompt`, and what rewards read.
 
     Rewards read `tag`, `include`, `exclude` and `text`; all other keys are kept.
     """
 
     class Config(Section):
-        """Settings of a JSON lines file."""
+        """Names the JSON lines file."""
 
         kind: Literal["jsonl"] = "jsonl"
         path: Annotated[str, Field(min_length=1)]

@@ -126,13 +126,13 @@ def _held_out(identity: str) -> bool:
 
 
 class GenevalPrompts:
-    """`count` generated prompts, split over the tasks by `ratios`, in an order that follows from `seed`.
+    """Generates `count` prompts, split over the tasks by `ratios`, in an order that follows from `seed`.
 
     Some tasks are small (counting has 240 prompts). No prompt repeats before all prompts of its task have come once.
     """
 
     class Config(Section):
-        """Settings of generated GenEval prompts. The default ratios are Flow-GRPO's.
+        """Configures generated GenEval prompts. The default ratios are Flow-GRPO's.
 
         `split` keeps one scene in ten out of training, whatever the seed. `exclude` names a metadata file (jsonl), such
         as GenEval's own evaluation set; its scenes never occur.

@@ -23,7 +23,7 @@ CAPTIONS = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Survey:
-    """The contents of a folder: (image, caption) pairs in the order of file names, and the unusable images."""
+    """Lists what a folder holds: (image, caption) pairs in the order of file names, and the unusable images."""
 
     pairs: tuple[tuple[Path, str], ...]
     uncaptioned: tuple[Path, ...]
@@ -31,7 +31,7 @@ class Survey:
 
 
 class ImagePrompts:
-    """Image captions as prompts; the metadata of each prompt say where its `image` is.
+    """Takes image captions as prompts; the metadata of each prompt say where its `image` is.
 
     The caption of cat.jpg is in cat.txt, or in a line {"file_name": "cat.jpg", "text": "a cat"} of metadata.jsonl.
     Images without a caption and unreadable images are left out, and `validate` and `train` say how many. With
@@ -39,7 +39,7 @@ class ImagePrompts:
     """
 
     class Config(Section):
-        """Settings of an image folder. Every sampler must find `folder` under the same path."""
+        """Configures an image folder. Every sampler must find `folder` under the same path."""
 
         kind: Literal["images"] = "images"
         folder: Annotated[str, Field(min_length=1)]

@@ -19,7 +19,7 @@ from align_cluster.types import Prompt
 
 @dataclass(frozen=True)
 class Published:
-    """The sources of a published version: encoder, head, and the head's names and normalisation.
+    """Names the sources of a published version: encoder, head, the head's layers, and the normalisation.
 
     `prefix` and `places` name the linear layers in the head's state dict.
     """
@@ -59,7 +59,7 @@ class Aesthetic(DifferentiableReward):
     reads_text = False
 
     class Config(RewardSection):
-        """Settings of aesthetic scores. Without `encoder` and `head`, the published parts of `version` are used.
+        """Configures aesthetic scores. Without `encoder` and `head`, the published parts of `version` are used.
 
         `encoder` is a hub id or a folder of a transformers CLIPModel (v1) or SiglipModel (v2.5). `head` is the
         published .pth: a file, an address, or owner/repository/file at the hub.

@@ -14,7 +14,7 @@ from align_cluster.types import FailureKind, Prompt
 
 
 class FailurePolicy(Section):
-    """What happens if scoring fails: `retries` more tries, then `then`. The first retry waits `backoff_s`.
+    """Configures what happens if scoring fails: `retries` more tries, then `then`. The first waits `backoff_s`.
 
     Each later retry waits twice as long as the one before. After the retries, mask leaves the images out of the
     statistics, drop_group leaves out all images of their prompt, and fail ends the run. A monitor's failures are only
@@ -29,7 +29,7 @@ class FailurePolicy(Section):
 
 
 class PoolSection(Section):
-    """Workers that score only this reward.
+    """Configures workers that score only this reward.
 
     workers       number of workers
     max_workers   number of workers while a backlog grows, if the cluster has room
@@ -59,7 +59,7 @@ class PoolSection(Section):
 
 
 class RewardSection(Section):
-    """Settings of every reward.
+    """Holds the settings that every reward shares.
 
     A `monitor` is scored and reported but never trained on, and its weight has no effect. Rewards without a `pool`
     share `cluster.reward_workers`, one after the other; a reward with a pool is scored in parallel.
@@ -84,7 +84,7 @@ class RewardError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of B images by one reward.
+    """Holds the scores of B images by one reward.
 
     values    fp64 [B], higher is better, NaN where not valid
     valid     bool [B], False if the reward does not apply to the prompt
@@ -97,7 +97,7 @@ class Result:
 
 
 class Reward(ABC):
-    """One reward model. The constructor is cheap; `load` loads the model on the worker that scores.
+    """Scores images with one reward model. The constructor is cheap; `load` runs on the worker that scores.
 
     The same (image, prompt) always gets the same value, whatever else is in the batch. A reward raises if scoring fails
     (a RewardError if it knows the kind), and the worker tries again or masks. It never returns a stand-in value.
@@ -118,7 +118,7 @@ class Reward(ABC):
 
 
 class DifferentiableReward(Reward):
-    """A reward with a gradient to the pixels. It judges every prompt, and its score is the same computation.
+    """Scores with a gradient to the pixels. It judges every prompt, and its score is the same computation.
 
     `reads_text` says whether the prompt plays a part.
     """
@@ -143,7 +143,7 @@ class DifferentiableReward(Reward):
 
 
 class EmbeddingReward(DifferentiableReward):
-    """`factor` times the cosine of an image's and a text's embedding, in fp32 whatever the caller's autocast.
+    """Scores `factor` times the cosine of an image's and a text's embedding, in fp32 under any autocast.
 
     One embedding of an image is judged under any number of texts. The embeddings of the last `kept` texts are kept.
     Each text is read alone, so its embedding does not depend on other texts.

@@ -7,7 +7,7 @@ from align_cluster.rewards.loading import loading
 
 
 class Clip:
-    """A frozen CLIPModel in fp32, with its publishers' tokenizer and preprocessing.
+    """Wraps a frozen CLIPModel in fp32, with its publishers' tokenizer and preprocessing.
 
     `model` and `processor` are hub ids or folders, and may be the same; `kind` is the reward's name for messages.
     Raises UserError if a part cannot be loaded, or if the preprocessing is not CLIP's.

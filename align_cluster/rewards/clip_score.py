@@ -16,7 +16,7 @@ class ClipScore(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Settings of the CLIP score.
+        """Configures the CLIP score.
 
         `path` is a hub id, a folder of a transformers CLIPModel with its processor, or "embedded". `scale: srpo`
         multiplies by a twentieth of the model's learned temperature, as SRPO's official code does.

@@ -70,7 +70,7 @@ class Detector(ABC):
 
 
 class Embedded(Detector):
-    """The rule-based detector of the embedded world. It needs no weights, and tells colours by hue."""
+    """Finds shapes of the embedded world by rules. It needs no weights, and tells colours by hue."""
 
     class Config(Section):
         """The embedded detector has no settings."""
@@ -92,7 +92,7 @@ class Embedded(Detector):
 
 
 class Photographs(Detector):
-    """Shared code of transformers' detectors. The thresholds are GenEval's, tuned for Mask2Former."""
+    """Finds objects in photographs with a model of transformers. The thresholds are GenEval's, for Mask2Former."""
 
     classes = CLASSES
     threshold = 0.3
@@ -146,14 +146,14 @@ class Photographs(Detector):
 
 
 class Masks(Photographs):
-    """Instance segmentation: Mask2Former (Cheng et al. 2022, arXiv 2112.01527), as in GenEval, and MaskFormer.
+    """Segments instances with Mask2Former (Cheng et al. 2022, arXiv 2112.01527), as GenEval, or MaskFormer.
 
     A box surrounds its mask. A score is the class's probability times the mean of the mask's probability inside it, as
     in mmdetection.
     """
 
     class Config(Section):
-        """Settings of the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
+        """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
 
         kind: Literal["mask2former"] = "mask2former"
         path: str = "facebook/mask2former-swin-small-coco-instance"
@@ -197,10 +197,10 @@ class Masks(Photographs):
 
 
 class Boxes(Photographs):
-    """Object detection without masks: DETR, conditional and deformable DETR, RT-DETR and similar models."""
+    """Detects objects without masks: DETR, conditional and deformable DETR, RT-DETR and similar models."""
 
     class Config(Section):
-        """Settings of the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
+        """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
 
         kind: Literal["detr"] = "detr"
         path: str = "PekingU/rtdetr_r50vd_coco_o365"

@@ -23,7 +23,7 @@ POSITION_THRESHOLD = 0.1  # an offset must exceed this fraction of the two objec
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of GenEval's rules for one image.
+    """Holds the result of GenEval's rules for one image.
 
     accuracy   the benchmark's own verdict: at least the requested number of each class; extra objects do not matter
     strict     as accuracy, and exactly the requested number of each class
@@ -114,7 +114,7 @@ class GenEval(Reward):
     """
 
     class Config(RewardSection):
-        """Settings of GenEval. `score` chooses the reward; `mixed` is half graded, half accuracy.
+        """Configures GenEval. `score` chooses the reward; `mixed` is half graded, half accuracy.
 
         `detector` may also be the name of its kind alone. Objects count above `threshold`, and for counting prompts
         above `counting_threshold`; null takes the detector's own (photographs: GenEval's .3 and .9; embedded: .80, and

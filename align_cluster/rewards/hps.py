@@ -34,7 +34,7 @@ class Hps(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Settings of HPS.
+        """Configures HPS.
 
         `path` is a hub id, a folder with the checkpoint of `version` under its official name, or a checkpoint file.
         `model` is an architecture of open_clip, by name or as the path of a model-config json.

@@ -95,7 +95,7 @@ class ImageReward(DifferentiableReward):
     """
 
     class Config(RewardSection):
-        """Settings of ImageReward.
+        """Configures ImageReward.
 
         `path` is a hub id or a folder with ImageReward.pt and med_config.json; `tokenizer` is one of uncased BERT.
         """

@@ -14,7 +14,7 @@ class Jpeg(Reward):
     """Prefers smooth images: minus the kilobytes (1000 bytes) of the image saved at PIL's JPEG quality 95."""
 
     class Config(RewardSection):
-        """Settings of the JPEG reward.
+        """Configures the JPEG reward.
 
         `incompressible` changes the sign, so that detail is preferred. Flow-GRPO divides by 500: set weight to 0.002.
         """

@@ -16,7 +16,7 @@ class OpenClipScore(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Settings of the score.
+        """Configures the model.
 
         `path` is a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or .safetensors).
         """

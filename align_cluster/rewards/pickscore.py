@@ -15,7 +15,7 @@ class PickScore(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Settings of PickScore.
+        """Configures PickScore.
 
         `path` and `processor` are hub ids or folders; the checkpoint is published without a processor. `scale` is raw
         (as tables print it), flow_grpo (raw / 26: about .8 to .95), srpo (raw / 20: about 1.1) or cosine (no

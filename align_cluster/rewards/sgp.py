@@ -28,7 +28,7 @@ class Sgp(Reward):
     """
 
     class Config(RewardSection):
-        """Settings of SGP.
+        """Configures SGP.
 
         `of` is the reward with the CLIP model that judges; only its model matters. `temperature` multiplies the cosines
         of `share`.

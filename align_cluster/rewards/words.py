@@ -33,7 +33,7 @@ def worded(template: str, word: str, prompt: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's vocabulary.
+    """Holds a tokenizer's vocabulary.
 
     `pieces` splits a word into tokens, `unknown` is the token for what it cannot split, and `words` are all words that
     are one token.

@@ -25,7 +25,7 @@ class Steer(Protocol):
 
 @dataclass(frozen=True)
 class Path:
-    """The result of a denoising loop: final latents x0 [B, C, H, W], and K recorded steps of each sample.
+    """Holds a denoising loop's result: final latents x0 [B, C, H, W], and K recorded steps of each sample.
 
     `before` [B, K, C, H, W] holds the latents before those steps. If the kind of step has a density, `after` holds
     those after them and `log_probs` [B, K] their log-density; `means` holds the density's mean if it was requested.

@@ -10,7 +10,7 @@ from align_cluster.types import Condition
 
 @dataclass(frozen=True)
 class TextBatch:
-    """The conditions of a batch on the device: `sequence` [B, T, D] and `pooled` [B, P].
+    """Holds the conditions of a batch on the device: `sequence` [B, T, D] and `pooled` [B, P].
 
     `null_sequence` and `null_pooled` are the empty prompt's, and are present only with guidance.
     """

@@ -27,7 +27,7 @@ from align_cluster.weights import adopt
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """How to draw. All chunks of a step share one request.
+    """Says how to draw. All chunks of a step share one request.
 
     version              version of the weights that must draw
     steps, step          number of denoising steps, and the settings of their kind

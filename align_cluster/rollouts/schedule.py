@@ -15,7 +15,7 @@ from align_cluster.settings import Section
 
 
 class Schedule(ABC):
-    """A choice of noise levels for a flow model."""
+    """Chooses the noise levels of a flow model."""
 
     Config: type[Section]
 
@@ -31,7 +31,7 @@ class Schedule(ABC):
 
 
 class NativeSchedule(Schedule):
-    """The pipeline's own levels."""
+    """Takes the pipeline's own levels."""
 
     class Config(Section):
         """The native schedule has no settings."""
@@ -44,10 +44,10 @@ class NativeSchedule(Schedule):
 
 
 class Sd3Schedule(Schedule):
-    """SD3's levels, which apply the shift twice."""
+    """Takes SD3's levels, which apply the shift twice."""
 
     class Config(Section):
-        """Settings of SD3's schedule; a larger `shift` means more noisy steps."""
+        """Configures SD3's schedule; a larger `shift` means more noisy steps."""
 
         kind: Literal["sd3"] = "sd3"
         shift: PositiveFloat = 3.0
@@ -58,10 +58,10 @@ class Sd3Schedule(Schedule):
 
 
 class LinearSchedule(Schedule):
-    """Equal steps, shifted once, as in DanceGRPO, MixGRPO and SRPO."""
+    """Takes equal steps, shifted once, as DanceGRPO, MixGRPO and SRPO do."""
 
     class Config(Section):
-        """Settings of the linear schedule; a larger `shift` means more noisy steps."""
+        """Configures the linear schedule; a larger `shift` means more noisy steps."""
 
         kind: Literal["linear"] = "linear"
         shift: PositiveFloat = 3.0
@@ -72,10 +72,10 @@ class LinearSchedule(Schedule):
 
 
 class FluxSchedule(Schedule):
-    """FLUX's levels, with a shift that grows with the size of the image."""
+    """Takes FLUX's levels, with a shift that grows with the size of the image."""
 
     class Config(Section):
-        """Settings of FLUX's schedule: the log of the shift for 256 (`base_shift`) and 4,096 (`max_shift`) tokens."""
+        """Configures FLUX's schedule: the log of the shift for 256 (`base_shift`) and 4,096 (`max_shift`) tokens."""
 
         kind: Literal["flux"] = "flux"
         base_shift: float = 0.5

@@ -23,7 +23,7 @@ from align_cluster.settings import Section
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Tables fp64 [N]: step k draws from N(x[k] x + output[k] output, std[k]^2).
+    """Holds tables fp64 [N]: step k draws from N(x[k] x + output[k] output, std[k]^2).
 
     `std_t` is the noise per unit of time, std / sqrt(-dt), for a discretised SDE; for other kinds it equals `std`.
     """
@@ -155,7 +155,7 @@ class _Tables:
 
 
 class Step:
-    """A kind of step at given noise levels. Without `coefficients` of its own it is an ODE step.
+    """Takes denoising steps at given noise levels. Without `coefficients` of its own it is an ODE step.
 
     The ODE step is Euler's for velocities and DDIM's for epsilon and v. `predictions` are the network predictions that
     the kind supports. With `terminal_noise = False`, the last step of a rollout draws no noise.
@@ -193,7 +193,7 @@ class Step:
 
 
 class NoisyStep(Step, ABC):
-    """A step with a density. Rollout and learner take the same fp32 coefficients, so they compute the same bits."""
+    """Takes steps with a density. Rollout and learner use the same fp32 coefficients, hence the same bits."""
 
     has_density = True
 
@@ -233,7 +233,7 @@ class NoisyStep(Step, ABC):
 
 
 class Euler(Step):
-    """Plain ODE steps. For networks that predict epsilon or v they are DDIM's: Euler's in other coordinates."""
+    """Takes plain ODE steps. For networks that predict epsilon or v they are DDIM's: Euler's in other coordinates."""
 
     class Config(Section):
         """Euler's step has no settings."""
@@ -244,7 +244,7 @@ class Euler(Step):
 
 
 class Dpm2(Step):
-    """DPM-Solver++(2M), the ODE solver of DiffusionNFT's rollouts. The first and the last step are Euler's."""
+    """Takes steps of DPM-Solver++(2M), as DiffusionNFT's rollouts do. The first and the last step are Euler's."""
 
     class Config(Section):
         """DPM-Solver++(2M) has no settings."""
@@ -266,10 +266,10 @@ class Dpm2(Step):
 
 
 class FlowSde(NoisyStep):
-    """Flow-GRPO's SDE: it keeps the ODE's marginals and injects noise at every step."""
+    """Takes Flow-GRPO's SDE steps, which keep the ODE's marginals and inject noise at every step."""
 
     class Config(Section):
-        """Settings of Flow-GRPO's SDE; `noise_level` scales the noise."""
+        """Configures Flow-GRPO's SDE; `noise_level` scales the noise."""
 
         kind: Literal["flow_sde"] = "flow_sde"
         noise_level: PositiveFloat = 0.7
@@ -280,13 +280,13 @@ class FlowSde(NoisyStep):
 
 
 class DanceSde(NoisyStep):
-    """DanceGRPO's SDE, with the same noise per unit of time at every level.
+    """Takes DanceGRPO's SDE steps, with the same noise per unit of time at every level.
 
     The last step has no noise, so that the reward sees its x0_hat.
     """
 
     class Config(Section):
-        """Settings of DanceGRPO's SDE.
+        """Configures DanceGRPO's SDE.
 
         `truncate_timesteps` feeds the network with int(1000 sigma) / 1000, as the official code does.
         """
@@ -309,13 +309,13 @@ class DanceSde(NoisyStep):
 
 
 class Cps(NoisyStep):
-    """Flow-CPS: its images are cleaner than an SDE's, but it contracts the ODE's marginals.
+    """Takes Flow-CPS steps: images are cleaner than an SDE's, but the ODE's marginals contract.
 
     Its density has neither 1 / (2 std^2) nor constants, so log-ratios scale with std^2 and clip ranges are about 1e-5.
     """
 
     class Config(Section):
-        """Settings of Flow-CPS; `noise_level` is the angle of the new noise, as a fraction of pi / 2."""
+        """Configures Flow-CPS; `noise_level` is the angle of the new noise, as a fraction of pi / 2."""
 
         kind: Literal["cps"] = "cps"
         noise_level: Annotated[float, Field(gt=0, le=1)] = 0.8
@@ -330,10 +330,10 @@ class Cps(NoisyStep):
 
 
 class FlowDdim(NoisyStep):
-    """DDIM with noise, for flow models."""
+    """Takes DDIM steps with noise, for flow models."""
 
     class Config(Section):
-        """Settings of DDIM for flow models; `eta` scales the noise."""
+        """Configures DDIM for flow models; `eta` scales the noise."""
 
         kind: Literal["flow_ddim"] = "flow_ddim"
         eta: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -344,10 +344,10 @@ class FlowDdim(NoisyStep):
 
 
 class Ddim(NoisyStep):
-    """DDIM with noise, for UNets that predict epsilon or v."""
+    """Takes DDIM steps with noise, for UNets that predict epsilon or v."""
 
     class Config(Section):
-        """Settings of DDIM; `eta` scales the noise, and 1 is DDPM's."""
+        """Configures DDIM; `eta` scales the noise, and 1 is DDPM's."""
 
         kind: Literal["ddim"] = "ddim"
         eta: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -19,7 +19,7 @@ from align_cluster.settings import Section
 
 @dataclass(frozen=True)
 class Window:
-    """One training step's plan: indices of denoising steps, ascending.
+    """Holds one training step's plan: indices of denoising steps, ascending.
 
     The `noisy` steps draw noise, and all others are ODE steps. Each sample is trained on `keep` of the `trained` steps:
     on all of them, or on a choice of its own.
@@ -31,7 +31,7 @@ class Window:
 
 
 class WindowKind(ABC):
-    """A rule for windows. Steps are counted from 0, the noisiest."""
+    """Plans windows by a rule. Steps are counted from 0, the noisiest."""
 
     Config: type[Section]
 
@@ -62,10 +62,10 @@ def _contiguous(start: int, stop: int) -> Window:
 
 
 class FractionWindow(WindowKind):
-    """Noise at every step, and training on a fraction of them, as in Flow-GRPO and DanceGRPO."""
+    """Draws noise at every step and trains a fraction of them, as Flow-GRPO and DanceGRPO do."""
 
     class Config(Section):
-        """Settings of the fraction, and of the choice of steps.
+        """Configures the fraction and the choice of steps.
 
         `first` and `random` (a seeded choice for each training step) take the fraction of all steps, as Flow-GRPO does.
         `per_sample` takes the fraction of the trainable steps, with a choice for each sample: DanceGRPO.
@@ -95,13 +95,13 @@ class FractionWindow(WindowKind):
 
 
 class SlidingWindow(WindowKind):
-    """MixGRPO (Li et al. 2025, arXiv 2507.21802): the window moves from the noisiest steps to the cleanest.
+    """Moves the window from the noisiest steps to the cleanest: MixGRPO (Li et al. 2025, arXiv 2507.21802).
 
     Windows start at every `stride`-th step up to the last trainable one, so the last windows are shorter.
     """
 
     class Config(Section):
-        """Settings of the sliding window, which say how long it stays at each start.
+        """Configures the sliding window, and how long it stays at each start.
 
         progressive   `iters_per_group` training steps
         random        a seeded start for each training step
@@ -162,10 +162,10 @@ class SlidingWindow(WindowKind):
 
 
 class FastWindow(WindowKind):
-    """Flow-GRPO-Fast: a short window at a seeded place among the noisier steps, drawn anew for each training step."""
+    """Draws a short window among the noisier steps, anew for each training step: Flow-GRPO-Fast."""
 
     class Config(Section):
-        """Settings of the short window.
+        """Configures the short window.
 
         It lies in the steps lo ... hi - 1 of `range` [lo, hi]; null is the first half of the rollout.
         """

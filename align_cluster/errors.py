@@ -1,12 +1,12 @@
-"""Errors that end a command with a sentence instead of a stack trace, and the exit codes that belong to them."""
+"""Errors that end a command with one sentence instead of a stack trace, and the exit code for a retry."""
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that says what is wrong, where, and what to do."""
+    """The user can fix this error: the message says in one sentence what is wrong, where, and what to do."""
 
 
-RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: the same command again will do
+RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 class Preempted(Exception):
-    """The machine is taken away: what was done is saved, and the same command with --resume auto goes on."""
+    """The machine is being taken away. The run has saved its state, and `--resume auto` continues it."""

@@ -1,4 +1,4 @@
-"""The only way in which this package writes files: whole or not at all, and what to say where a disk refuses."""
+"""The only way in which this package writes files: a file appears whole or not at all."""
 
 import errno
 import json
@@ -15,13 +15,16 @@ from safetensors import SafetensorError
 
 from align_cluster.errors import UserError
 
-# What a disk says that is full, over its quota or read-only: nothing that a program did wrong.
+# Error numbers of a disk that is full, over its quota, read-only or failing. They are no fault of the program.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """A disk that is full or read-only becomes a UserError that says what to do."""
+    """Turn the error of a full, over-quota or read-only disk into a UserError that says what to do.
+
+    `path` is named in the message where the error does not name a file. Other errors pass through.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -35,7 +38,7 @@ def storage(path: Path) -> Iterator[None]:
 
 
 def _code(error: SafetensorError) -> int | None:
-    """The system's number of an error that only its text tells."""
+    """Return the operating system's error number from the text of a SafetensorError, which has no field for it."""
     told = re.search(r"os error (\d+)", str(error))
     return int(told[1]) if told else None
 
@@ -44,7 +47,7 @@ def _code(error: SafetensorError) -> int | None:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; a clean exit renames it over `path`, an exception removes it.
 
-    A reader therefore sees the old file or the new one, never half of one. The suffix of `path` is kept, because
+    A reader sees the old file or the new one, never half of one. The temporary path keeps the suffix of `path`, because
     PIL and others choose the format by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; a clean exit renames it to `path`, an exception removes it.
 
-    UserError at once where `path` is there already, or cannot be made.
+    Raises UserError at once if `path` exists or the folder cannot be made.
     """
     if path.exists():
         raise UserError(f"--out {path} exists already, and nothing is overwritten; give a folder that is not there yet")
@@ -77,16 +80,16 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` atomically."""
+    """Write `text` atomically, as UTF-8."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` atomically as indented JSON; ValueError on NaN, which JSON does not have."""
+    """Write `value` atomically as indented JSON. Raises ValueError on NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
-    """The parsed file, or None where it does not exist (a run that has not come so far)."""
+    """Return the parsed file, or None if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,4 +1,4 @@
-"""Base class of every settings block."""
+"""The base classes of all settings."""
 
 import re
 from typing import Annotated, Any, ClassVar
@@ -10,13 +10,17 @@ _CREDENTIALS = re.compile(r"(?<=://)(?!git@)[^/\s@]+(?=@)")
 
 
 class Section(BaseModel):
-    """Frozen settings that refuse unknown keys, undefined numbers, and passwords, which would go into a run's files."""
+    """Holds settings that are frozen and refuse unknown keys, NaN and infinity.
+
+    They also refuse an address with a user or password in it, because settings are written to a run's files.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
     def holds_no_password(cls, value: Any) -> Any:
+        """Refuse a string, or a list entry, that has credentials in an address."""
         for text in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(text, str) and _CREDENTIALS.search(text):
                 raise ValueError("without a user or password in the address: put them into ~/.netrc or a variable")
@@ -24,12 +28,15 @@ class Section(BaseModel):
 
 
 class Root(Section):
-    """All settings of a file: what errors call it, and a file to start from."""
+    """Holds the settings of a whole file.
+
+    `what` is the file's name in error messages, and `sample` is a file that a user can start from.
+    """
 
     what: ClassVar[str]
     sample: ClassVar[str]
 
 
 def masked(text: str) -> str:
-    """The text with *** in the place of users and passwords of addresses."""
+    """Return the text with *** in place of users and passwords in addresses."""
     return _CREDENTIALS.sub("***", text)

@@ -1,8 +1,9 @@
-"""torchvision beside a torch that its operators were not built for, such as the CPU build.
+"""Make `import torchvision` work beside a torch that lacks its compiled operators, such as the CPU build.
 
-open_clip brings torchvision, whose wheels are CUDA builds. Where their operators do not load, `import torchvision` ends
-in "operator torchvision::nms does not exist", and transformers, peft and diffusers, which import it where they see it,
-fail with it. Two declared operators are all it takes: images are transformed as ever, torchvision.ops.nms still raises.
+open_clip brings torchvision, and its wheels are CUDA builds. If their operators do not load, `import torchvision`
+raises "operator torchvision::nms does not exist", and transformers, peft and diffusers fail with it, because they
+import torchvision if it is installed. It is enough to declare two operators: image transforms then work, and
+torchvision.ops.nms still raises.
 """
 
 import sys
@@ -13,19 +14,20 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# Those that torchvision describes at import without asking whether they were loaded.
+# torchvision registers shape functions for these operators at import, without a check that they were loaded.
 OPERATORS = ("nms", "qnms")
 
-declared: list[Any] = []  # the operators vanish with their torch.library.Library; empty where torchvision needs no help
+declared: list[Any] = []  # keeps the torch.library.Library alive, and with it the operators
 
 
 class TorchvisionGuard(MetaPathFinder):
-    """Has torchvision imported once more, with the operators declared, where the first try fails for want of them.
+    """Imports torchvision a second time, with the operators declared, if the first import fails.
 
-    Costs nothing before somebody imports torchvision, and changes nothing where that works.
+    It costs nothing before torchvision is imported, and changes nothing if the first import works.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return torchvision's usual import spec with a guarded loader, and None for every other module."""
         if name != "torchvision":
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -35,7 +37,7 @@ class TorchvisionGuard(MetaPathFinder):
 
 
 def install() -> None:
-    """Guard this process from now on. To be called before anything can import torchvision."""
+    """Guard this process from now on. Call this before anything can import torchvision."""
     sys.meta_path.insert(0, TorchvisionGuard())
 
 

@@ -1,6 +1,6 @@
-"""The records that travel between stages. Identity is in the record: prompt, group, members, seeds, policy version.
+"""The records that travel between stages. Each record names its prompt, group, members, seeds and policy version.
 
-Tensors inside records are numpy arrays: they go through Ray's object store without a copy.
+Arrays inside records are NumPy arrays, because Ray's object store passes those without a copy.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `metadata` holds what rewards read: GenEval's tag/include/exclude, or `text` for OCR."""
+    """Holds one prompt. `metadata` is what rewards read: GenEval's tag, include and exclude, or `text` for OCR."""
 
     id: int
     text: str
@@ -19,13 +19,13 @@ class Prompt:
 
     @property
     def task(self) -> str:
-        """Group under which scores are reported: the GenEval tag, or "all"."""
+        """Return the name under which scores are reported: the GenEval tag, or "all"."""
         return self.metadata.get("tag", "all")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Encoded text of one prompt: `sequence` [T, D] and `pooled` [P], fp32."""
+    """Holds one prompt's encoding: `sequence` [T, D] and `pooled` [P], both fp32. `key` is its content address."""
 
     key: str
     sequence: np.ndarray
@@ -34,10 +34,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """K - 1 variants of one prompt's CLIP-L encoding (E2PO), to be put in the place of the original one.
+    """Holds K - 1 variants of a prompt's CLIP-L encoding, which E2PO uses in place of the original encoding.
 
-    hidden [K - 1, T, D] and pooled [K - 1, P], fp32; `cosines` [K - 1] of the variants' global embeddings to the
-    original's, `pairwise` their mean cosine to each other (NaN for fewer than two).
+    key        content address of the perturbation
+    hidden     [K - 1, T, D] fp32, hidden states
+    pooled     [K - 1, P]    fp32, pooled embeddings
+    cosines    [K - 1]       cosine of each variant's global embedding to the original's
+    pairwise   mean cosine between variants, NaN for fewer than two
     """
 
     key: str
@@ -52,12 +55,13 @@ ChunkId = tuple[int, int, int]  # step, group, first member
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit of work: consecutive members of one prompt group, always batched together.
+    """Describes the unit of work: consecutive members of one prompt group, always batched together.
 
-    `seeds` has one 63-bit integer a member. They depend on (run seed, step, group, member) only, so the same images
-    come out whichever worker draws them. `noises` are the seeds of the initial noise, equal for members that share it
-    (left out: each its own); `variants` say which condition a member is drawn under: 0 the prompt's own, k its k-th
-    perturbation (left out: all 0).
+    seeds      one 63-bit integer a member; it depends on (run seed, step, group, member) only, so every worker draws
+               the same images
+    noises     seeds of the initial noise; members that share a seed share the noise (default: `seeds`)
+    variants   the condition of each member: 0 is the prompt's own, k its k-th perturbation (default: all 0)
+    first      number of the first member within the group
     """
 
     step: int
@@ -74,15 +78,19 @@ class Chunk:
 
     @property
     def id(self) -> ChunkId:
+        """Return (step, group, first member), which is unique within a run."""
         return self.step, self.group, self.first
 
 
 @dataclass(frozen=True)
 class DrawInfo:
-    """What the driver keeps of a drawn chunk; images and the record stay in the object store.
+    """Holds what the driver keeps of a drawn chunk. Images and the record stay in the object store.
 
-    `contrast` is the deviation of an image's pixels (of 0 to 1), mean over images, and `diversity` that of a pixel
-    between images, mean over pixels.
+    version       policy version that drew the chunk
+    fingerprint   hash of everything that decided the draw
+    seconds       time of the draw
+    contrast      standard deviation of an image's pixels in [0, 1], averaged over images
+    diversity     standard deviation of a pixel between images, averaged over pixels
     """
 
     chunk: Chunk
@@ -95,16 +103,16 @@ class DrawInfo:
 
 @dataclass(frozen=True)
 class Record:
-    """What the learner needs of a drawn chunk; B members, C x H x W latents, fp32.
+    """Holds what the learner needs of a drawn chunk with B members; latents are C x H x W, fp32.
 
     x0           [B, C, H, W]    final latents
-    sigmas       [N + 1]         the exact noise levels of the rollout, 1 ... 0
-    indices      [B, K]          denoising steps that are trained, each sample's own (K = 0 for an ODE rollout)
-    before       [B, K, C, H, W] latents that those steps started from
-    after        [B, K, C, H, W] latents that they drew
+    sigmas       [N + 1]         exact noise levels of the rollout, from 1 to 0
+    indices      [B, K]          recorded denoising steps, which differ between samples (K = 0 for an ODE rollout)
+    before       [B, K, C, H, W] latents before those steps
+    after        [B, K, C, H, W] latents after those steps
     log_probs    [B, K]          log-density of `after` under the policy and the original condition
-    means        [B, K, C, H, W] mean of that density, where the algorithm asks for it
-    slots        which of the K are trained (left out: all); a whole path holds others too
+    means        [B, K, C, H, W] mean of that density, if the algorithm asks for it
+    slots        which of the K steps are trained (default: all); a whole path also holds steps that are not
     """
 
     chunk: Chunk
@@ -128,7 +136,7 @@ FailureKind = Literal["timeout", "oom", "bad_input", "model_error", "unavailable
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a reward has no score for `images` of a batch."""
+    """Says why a reward has no score for `images` images of a batch."""
 
     kind: FailureKind
     message: str
@@ -137,10 +145,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of B images: `values` fp64 [B] by reward name, NaN-free where `valid` [B] holds.
+    """Holds the scores of B images from all rewards.
 
-    `failures` says, by reward name, why valid prompts have no score; `details` are extra per-image columns for reports
-    (accuracy, text read). `seconds` of computing by reward.
+    values     fp64 [B] by reward name, without NaN where `valid` holds
+    valid      bool [B] by reward name
+    failures   the failure by reward name, for prompts that the reward applies to but could not score
+    details    more columns for reports, [B] by name, such as the accuracy or the text that was read
+    seconds    computing time by reward name
     """
 
     values: dict[str, np.ndarray]
@@ -152,11 +163,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Credit:
-    """Advantages of one step, fp32 [P, G] over groups and members, and what to log about them.
+    """Holds the advantages of one step for P groups of G members, and metrics to log about them.
 
-    `valid` [P, G] is False, and the advantage 0, where a sample is masked. With a critic advantages are [P, G, N], a
-    number a denoising step, and `returns` and `values` [P, G, N, R] are what it regresses on and what it said.
-    `actor` False: only the critic learns in this step.
+    advantages   fp32 [P, G], or [P, G, N] with a critic: one number a denoising step
+    valid        bool [P, G]; a masked sample has False, and its advantage is 0
+    returns      [P, G, N, R]: the critic's regression targets
+    values       [P, G, N, R]: the critic's values before the update
+    actor        False if only the critic learns in this step
     """
 
     advantages: np.ndarray
@@ -169,7 +182,7 @@ class Credit:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies in a flat weight buffer; offset in bytes."""
+    """Locates one tensor in a flat weight buffer; `offset` is in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -179,7 +192,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of one published weight buffer: what a receiver must find, bind and prove."""
+    """Lists the contents of one published weight buffer. A receiver must bind exactly these tensors."""
 
     version: int
     tensors: tuple[Tensor, ...]
@@ -189,7 +202,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A worker's proof of a weight sync: the checksum is taken from the adopted parameters, not from the buffer."""
+    """Proves a worker's weight sync. Its checksum is taken from the adopted parameters, not from the buffer.
+
+    `bound` counts the tensors that were bound to a parameter, and `seconds` is the time of the sync.
+    """
 
     worker: str
     version: int

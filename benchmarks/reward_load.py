@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from align_cluster.embedded import scene
-from align_cluster.pretraining import tokenizer
+from align_cluster.pretraining.networks import new_tokenizer
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.clip_score import ClipScore
@@ -61,7 +61,7 @@ def checkpoint(folder: str, tower: dict[str, int]) -> None:
 
     torch.manual_seed(0)
     config = CLIPConfig(text_config=tower | {"bos_token_id": 2, "eos_token_id": 3}, vision_config=tower)
-    for part in (CLIPModel(config), tokenizer.build(), CLIPImageProcessorPil()):
+    for part in (CLIPModel(config), new_tokenizer(), CLIPImageProcessorPil()):
         part.save_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""ADD AN ALGORITHM HERE: one file with a class like GRPO, and one line below."""
+"""ADD AN ALGORITHM HERE: write one file with a class like GRPO, and add one line below."""
 
 from align_cluster.algorithms.draft import DRaFT
 from align_cluster.algorithms.grpo import GRPO

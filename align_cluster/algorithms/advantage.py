@@ -1,8 +1,8 @@
 """Advantages: pure functions of all rewards of a step, in fp64.
 
-Letters: R trained rewards, P prompt groups, M members a group. `valid` [P, M] is False where a trained score failed:
-that sample counts nowhere and gets 0. `applies` [R, P, M] is False where a reward does not judge that prompt. `batches`
-int [P, M], from 0 up, says which optimiser update of the step a sample belongs to.
+Letters: R trained rewards, P prompt groups, M members a group. `valid` [P, M] is False if a trained reward failed: that
+sample counts in no statistic and gets 0. `applies` [R, P, M] is False if a reward does not judge that prompt. `batches`
+int [P, M], from 0 up, is the number of the optimiser update that a sample belongs to.
 """
 
 from typing import Annotated, Literal
@@ -13,20 +13,21 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from align_cluster.settings import Section
 from align_cluster.types import Credit
 
-FLAT = 1e-6  # a group whose rewards spread less than this teaches nothing
+FLAT = 1e-6  # a group with a smaller range of rewards carries no signal
 
 
 class Slas(Section):
-    """Super-linear advantage shaping (SLAS): u becomes sign(u) |u|^(1 + gamma), so gamma 0 leaves u as it is.
+    """Super-linear advantage shaping (SLAS): u becomes sign(u) |u|^(1 + gamma), so gamma 0 leaves u unchanged.
 
-    The paper puts the standard deviation of the batch in the place of the prompt's: it needs `std: batch` or `global`,
-    and `std: group` and `none` are refused. `shape_then_norm` divides the shaped advantages by their own deviation over
-    that pool: the same direction, another length. A shaped group no longer sums to zero; `recentre` restores that.
+    The paper divides by the standard deviation of the batch and not of the prompt, so SLAS needs `std: batch` or
+    `global`; `std: group` and `none` are refused. `shape_then_norm` divides the shaped advantages by their own
+    deviation over that pool, which keeps their direction and changes their length. A shaped group no longer sums to
+    zero; `recentre` restores that.
 
     `gamma: adaptive` keeps each update inside a trust region (`algorithms/trust.py`): `delta` bounds its KL in nats per
-    latent dimension, `gamma_max` ends the search, `refresh` counts updates between estimates, `ema` smooths gamma.
-    `bound: worst_case` is the paper's inequality; `measured` puts the KL of a real update in the place of its right
-    side, which the inequality exceeds by orders of magnitude.
+    latent dimension, `gamma_max` limits the search, `refresh` counts updates between estimates, `ema` smooths gamma.
+    `bound: worst_case` is the paper's inequality. `measured` replaces its right side by the KL of a real update, which
+    the inequality exceeds by orders of magnitude.
     """
 
     kind: Literal["slas"] = "slas"
@@ -41,17 +42,17 @@ class Slas(Section):
 
 
 class AdvantageConfig(Section):
-    """How rewards become advantages.
+    """Configures how rewards become advantages.
 
-    mean    what a reward is compared with: its `group`, the others of its group (`leave_one_out`: G/(G-1) times the
-            distance to the mean of the G valid members), or the whole step (`global`)
+    mean    what a reward is compared with: the mean of its `group`, of the others in its group (`leave_one_out`:
+            G/(G-1) times the distance to the mean of the G valid members), or of the whole step (`global`)
     std     what the distance is divided by, plus `eps`: the deviation of the `group` (GRPO), of the step (`global`:
             Flow-GRPO, DiffusionNFT), of the optimiser update (`batch`: SLAS), or nothing (`none`: Dr. GRPO)
     std_of  whether `global` and `batch` measure `raw` rewards, differences between prompts included, or `centred` ones
     ddof    1 divides squares by n - 1 (DanceGRPO), 0 by n (Flow-GRPO)
-    mix     `sum_then_normalise` takes the weighted sum of rewards: weights act on raw scales, and the widest reward
-            wins. `normalise_then_sum` normalises each reward first (MixGRPO), with weights scaled to sum to 1 over the
-            rewards that apply; `gdpo` adds a z-score of the result over each batch
+    mix     `sum_then_normalise` takes the weighted sum of rewards: weights act on raw scales, so the reward with the
+            widest range dominates. `normalise_then_sum` normalises each reward first (MixGRPO), with weights scaled to
+            sum to 1 over the rewards that apply; `gdpo` adds a z-score of the result over each batch
     clip    bounds |advantage|, after shaping
     """
 
@@ -66,7 +67,7 @@ class AdvantageConfig(Section):
 
 
 def normalise(rewards: np.ndarray, valid: np.ndarray, config: AdvantageConfig, batches: np.ndarray) -> np.ndarray:
-    """Advantages [P, M] of one reward [P, M]: centred, then divided by a deviation.
+    """Return advantages [P, M] of one reward [P, M]: centred, then divided by a deviation.
 
     Groups that are flat (max - min < 1e-6) or have fewer than two valid rewards get exactly 0, whatever `mean` is.
     """
@@ -88,7 +89,7 @@ def linear(
     config: AdvantageConfig,
     batches: np.ndarray,
 ) -> np.ndarray:
-    """Advantages [P, M] of rewards [R, P, M] with weights [R], before shaping and clip."""
+    """Return advantages [P, M] of rewards [R, P, M] with weights [R], before shaping and clip."""
     scored = applies & valid
     if config.mix == "sum_then_normalise":
         return normalise(_weighted_sum(values, scored, weights), scored.any(0), config, batches)
@@ -100,14 +101,14 @@ def linear(
         return mixed
     ok, pool = scored.any(0), _pool("batch", batches)
     z = (mixed - _mean(mixed, ok, pool)[0]) / (_std(mixed, ok, pool, config.ddof) + config.eps)
-    return np.where(ok & (mixed != 0).any(1, keepdims=True), z, 0.0)  # a batch's mean must not move flat groups
+    return np.where(ok & (mixed != 0).any(1, keepdims=True), z, 0.0)  # the batch's mean must not move flat groups
 
 
 def shape(u: np.ndarray, valid: np.ndarray, config: AdvantageConfig, batches: np.ndarray, gamma: float) -> np.ndarray:
-    """SLAS of linear advantages u [P, M], 0 where not valid; exactly 0 stays 0 in a group of zeros.
+    """Return SLAS of linear advantages u [P, M]; u is 0 where not valid, and a group of zeros stays exactly 0.
 
-    `shape_then_norm` too starts from u and not from centred rewards: the deviation by which they differ cancels in the
-    second division, and `eps` then never swallows rewards of a narrow range.
+    `shape_then_norm` also starts from u and not from centred rewards. The two differ by a deviation, which cancels in
+    the second division, and `eps` then never swallows rewards of a narrow range.
     """
     shaped = np.sign(u) * np.abs(u) ** (1 + gamma)
     if config.shaping.recentre:
@@ -127,10 +128,10 @@ def credit(
     conditions: int = 1,
     gamma: float | None = None,
 ) -> Credit:
-    """Advantages of one step with what to log about them.
+    """Return the advantages of one step, with metrics to log.
 
-    `conditions` K says how members are laid out: m = k * G + g, condition k = 0 being the original prompt. `gamma`
-    stands in for the settings' value; an adaptive gamma needs it.
+    Members are laid out by `conditions` K: m = k * G + g, and condition k = 0 is the original prompt. `gamma` replaces
+    the settings' value; an adaptive gamma needs it.
     """
     valid = valid & applies.any(0)
     advantages = linear(values, applies, valid, weights, config, batches)
@@ -156,7 +157,7 @@ def _weighted_sum(values: np.ndarray, scored: np.ndarray, weights: np.ndarray) -
 
 
 def _live(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Which groups [P] carry a signal: two valid rewards that differ by 1e-6 or more."""
+    """Return which groups [P] carry a signal: they have two valid rewards that differ by 1e-6 or more."""
     high = np.where(valid, rewards, -np.inf).max(1)
     low = np.where(valid, rewards, np.inf).min(1)
     return high - low >= FLAT
@@ -171,14 +172,14 @@ def _divide(
 
 
 def _pool(kind: str, batches: np.ndarray) -> np.ndarray:
-    """Labels [P, M] of the samples that statistics are taken over together."""
+    """Return labels [P, M]; statistics are taken over the samples of each label."""
     if kind == "batch":
         return batches
     return np.broadcast_to(np.arange(len(batches))[:, None] if kind == "group" else 0, batches.shape)
 
 
 def _mean(x: np.ndarray, valid: np.ndarray, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the valid entries with the same label, and how many there are: both [P, M]."""
+    """Return the mean of the valid entries with the same label, and their number: both [P, M]."""
     labels = pool.ravel()
     count = np.bincount(labels, valid.ravel())[pool]
     return np.bincount(labels, np.where(valid, x, 0.0).ravel())[pool] / np.maximum(count, 1), count
@@ -194,7 +195,7 @@ def _average(x: np.ndarray, valid: np.ndarray) -> float:
 
 
 def _spread(x: np.ndarray, valid: np.ndarray, axis: int = 1) -> float:
-    """Mean of the deviations along an axis, over the slices with two valid entries or more; NaN where none has."""
+    """Return the mean of the deviations along an axis, over slices with two or more valid entries; NaN without any."""
     count = valid.sum(axis, keepdims=True)
     mean = np.where(valid, x, 0.0).sum(axis, keepdims=True) / np.maximum(count, 1)
     square = np.where(valid, (x - mean) ** 2, 0.0).sum(axis, keepdims=True) / np.maximum(count, 1)
@@ -202,7 +203,10 @@ def _spread(x: np.ndarray, valid: np.ndarray, axis: int = 1) -> float:
 
 
 def _spreads(total: np.ndarray, valid: np.ndarray, conditions: int) -> dict[str, float]:
-    """Where the combined reward [P, M] varies: in groups, across noises, across conditions, by kind of condition."""
+    """Return where the combined reward [P, M] varies: in groups, across noises, and across conditions.
+
+    With several conditions, original and perturbed members are also reported apart.
+    """
     metrics = {"group/reward_std_mean": _spread(total, valid)}
     if conditions == 1:
         return metrics

@@ -1,4 +1,4 @@
-"""The contract of an algorithm, and what the learner hands to it."""
+"""The contract of an algorithm, and what the learner passes to it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,17 +14,21 @@ from align_cluster.settings import Section
 
 
 class Policy(Protocol):
-    """The learner's network as an algorithm sees it: one base with named adapters, and the rollout's step kind."""
+    """The learner's network as an algorithm sees it: one base with named adapters, and the rollout's kind of step."""
 
     step: Step
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
-        """Network output fp32 like x under an adapter (None: the bare base), guided as the rollout was. Only the
-        default adapter carries gradient."""
+        """Return the network's output, fp32 like x, under an adapter (None: the bare base), guided as in the rollout.
+
+        Only the default adapter carries gradient.
+        """
 
     def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """For `direct` algorithms: weighted sums [b, J] of the trained rewards of the images of latents fp32
-        [b, C, H, W], each under J texts, with a gradient to the latents."""
+        """Return weighted sums [b, J] of the trained rewards, for algorithms that follow the gradient of rewards.
+
+        Each image of the latents fp32 [b, C, H, W] is judged under J texts, with a gradient to the latents.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +85,17 @@ class Batch:
 
 
 class Algorithm(ABC):
-    """A loss over finished rollouts. Pure: state lives in the policy's adapters.
+    """Computes a loss over finished rollouts. It is pure: the state lives in the policy's adapters.
 
-    `needs_density` asks for a step kind with log-probs, `needs_flow` for a network that predicts a velocity,
-    `needs_path` for records of every denoising step. `direct` ones need no credit: the learner keeps the VAE and the
-    trained rewards, whose gradients they follow. `offline` says whether real images can stand in for drawn ones.
-    `default_step` names the step kind that flow models are drawn with, `behaviour` is the adapter that samplers draw
-    with, `adapters` are the adapters that the learner keeps.
+    needs_density     the rollout's kind of step must have log-probs
+    needs_flow        the network must predict a velocity
+    needs_path        rollouts must record every denoising step
+    reward_gradient   the learner keeps the VAE and the trained rewards and follows their gradients; advantages are not
+                      assigned
+    offline           real images can replace drawn ones
+    default_step      the kind of step that flow models are drawn with
+    behaviour         the adapter that samplers draw with
+    adapters          the adapters that the learner keeps
     """
 
     Config: type[Section]
@@ -105,27 +113,29 @@ class Algorithm(ABC):
 
     @property
     def critic(self) -> Section | None:
-        """Settings of the critic that is trained beside the policy; None: none is."""
+        """Return the settings of the critic that trains beside the policy, or None."""
         return None
 
     @property
     def needs_means(self) -> bool:
-        """Whether rollouts must record the means of their densities as well."""
+        """Return whether rollouts must record the means of their densities as well."""
         return False
 
     def states(self, steps: int) -> Window | None:
-        """Of which steps an N-step rollout without density must record where they began; None: of none."""
+        """Return the steps of an N-step rollout without density that must record their start, or None for no steps."""
         return None
 
     @abstractmethod
     def inner_passes(self, steps: int, recorded: int) -> int:
-        """Passes over each sample in one update, for N-step rollouts of which `recorded` steps are to be trained."""
+        """Return the passes over each sample in one update, for N-step rollouts with `recorded` steps to train."""
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of each member [b], and detached metrics, each [b]."""
+        """Return the loss of each member [b], and detached metrics, each [b]."""
 
     def old_decay(self, updates: int) -> float | None:
-        """Factor d of old <- d old + (1 - d) default after the step that ends at update number `updates`; None: no
-        old."""
+        """Return the factor d of old <- d old + (1 - d) default, applied after the step that ends at update `updates`.
+
+        None means that the algorithm has no adapter "old".
+        """
         return None

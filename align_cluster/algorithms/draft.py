@@ -1,5 +1,4 @@
-"""DRaFT-K and DRaFT-LV (Clark et al. 2023, arXiv 2309.17400): the gradient of a reward through the last steps of a
-rollout."""
+"""DRaFT-K and DRaFT-LV (Clark et al. 2023, arXiv 2309.17400): reward gradients through the last denoising steps."""
 
 from typing import Literal
 
@@ -14,14 +13,18 @@ from align_cluster.settings import Section
 
 
 class DRaFT(Algorithm):
-    """Samplers record where the last K steps began; the learner repeats those steps with gradient.
+    """Samplers record the start of the last K steps; the learner repeats those steps with gradient.
 
-    DRaFT-LV takes x0 alone: it noises it again to the last step's level, which leaves less of the gradient to chance.
+    DRaFT-LV takes x0 alone and noises it again to the last step's level. Several such noises lower the gradient's
+    variance.
     """
 
     class Config(Section):
-        """`last` is K; all steps of the rollout with learner.gradient_checkpointing is DRaFT. `renoised` copies of the
-        last step are averaged over (DRaFT-LV, with `last` 1; published: 2); 0 takes the recorded step.
+        """Configures DRaFT.
+
+        `last` is K; with all steps of the rollout and learner.gradient_checkpointing it is plain DRaFT. `renoised` is
+        the number of noised copies of the last step to average over (DRaFT-LV, with `last` 1; published: 2); 0 takes
+        the recorded step.
         """
 
         kind: Literal["draft"] = "draft"
@@ -35,12 +38,15 @@ class DRaFT(Algorithm):
     adapters = ("default",)
 
     def states(self, steps: int) -> Window | None:
+        """DRaFT-K records the start of the last K steps; DRaFT-LV records nothing."""
         return None if self.config.renoised else Window((), (steps - self.config.last,), 1)
 
     def inner_passes(self, steps: int, recorded: int) -> int:
+        """DRaFT-LV takes one pass for each noised copy, DRaFT-K one in all."""
         return self.config.renoised or 1
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss is minus the reward of the image that the last steps draw."""
         steps = len(batch.sigmas) - 1
 
         def level(k: int) -> torch.Tensor:

@@ -4,11 +4,11 @@ import numpy as np
 
 
 def gae(values: np.ndarray, rewards: np.ndarray, discount: float = 1.0, decay: float = 0.95) -> np.ndarray:
-    """Generalised advantages (Schulman et al. 2015, arXiv 1506.02438, eq. 16) of rollouts rewarded at their end.
+    """Return generalised advantages (Schulman et al. 2015, arXiv 1506.02438, eq. 16) of rollouts with a final reward.
 
-    values [..., N] are of the states x_0 ... x_{N-1}, rewards [...] of what was drawn in the end, whose value is 0: the
-    reward is paid in the last step. Returns [..., N]; advantages + values are the returns that values regress on.
-    decay 1 gives reward - value; decay 0 what the next value is more than this one.
+    values [..., N] belong to the states x_0 ... x_{N-1}. rewards [...] belong to the drawn images, which have value 0
+    as states, so the last step pays the reward. The result is [..., N], and advantages + values are the returns that
+    values regress on. decay 1 gives reward - value; decay 0 gives the next value minus this one.
     """
     advantages = np.zeros_like(values, dtype=np.float64)
     following, later = np.zeros_like(rewards, dtype=np.float64), np.zeros_like(rewards, dtype=np.float64)
@@ -20,8 +20,10 @@ def gae(values: np.ndarray, rewards: np.ndarray, discount: float = 1.0, decay: f
 
 
 def whiten(advantages: np.ndarray, valid: np.ndarray, clip: float) -> np.ndarray:
-    """Advantages [...] with mean 0 and deviation 1 over all that are `valid` (bool, the same shape), clipped to
-    +- clip; 0 elsewhere, and everywhere if they do not vary."""
+    """Return advantages [...] with mean 0 and deviation 1 over the valid ones, clipped to +- clip.
+
+    `valid` is bool of the same shape. Invalid entries are 0, and all are 0 if the valid ones do not vary.
+    """
     chosen = advantages[valid]
     if not chosen.size or (spread := chosen.std()) < 1e-8:
         return np.zeros_like(advantages)
@@ -29,20 +31,22 @@ def whiten(advantages: np.ndarray, valid: np.ndarray, clip: float) -> np.ndarray
 
 
 def explained_variance(values: np.ndarray, rewards: np.ndarray) -> float:
-    """1 - Var(reward - value) / Var(reward): 1 for a critic that knows, 0 for one that says the mean; NaN where
-    rewards do not vary."""
+    """Return 1 - Var(reward - value) / Var(reward), or NaN if rewards do not vary.
+
+    It is 1 for a perfect critic, and 0 for one that predicts the mean.
+    """
     spread = rewards.var()
     return float(1 - (rewards - values).var() / spread) if spread > 1e-12 else float("nan")
 
 
 class RunningMoments:
-    """Mean and deviation of all rewards that a run has seen, by reward (Chan et al.'s parallel update)."""
+    """Tracks the mean and deviation of one reward over a run's samples (Chan et al.'s parallel update)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def observe(self, values: np.ndarray) -> None:
-        """Take in values [n]."""
+        """Add values [n]."""
         if not len(values):
             return
         total, gap = self.count + len(values), values.mean() - self.mean
@@ -52,20 +56,21 @@ class RunningMoments:
 
     @property
     def deviation(self) -> float:
-        """1 until values vary."""
+        """Return the standard deviation, or 1 until values vary."""
         spread = (self.squares / self.count) ** 0.5 if self.count else 0.0
         return spread if spread > 1e-8 else 1.0
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
-        """(values - mean) / deviation."""
+        """Return (values - mean) / deviation."""
         return (values - self.mean) / self.deviation
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"count": self.count, "mean": float(self.mean), "squares": float(self.squares)}
 
     @classmethod
     def restored(cls, state: dict[str, float]) -> "RunningMoments":
+        """Return moments that continue from `state()` of an earlier run."""
         moments = cls()
         moments.count, moments.mean, moments.squares = int(state["count"]), state["mean"], state["squares"]
         return moments

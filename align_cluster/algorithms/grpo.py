@@ -1,5 +1,8 @@
-"""Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) and its relatives: clipped policy gradient over the stochastic steps of
-a rollout. DanceGRPO, Flow-CPS and MixGRPO differ in step kind, schedule and window; GRPO-Guard in the ratio."""
+"""Flow-GRPO (Liu et al. 2025, arXiv 2505.05470): clipped policy gradient over a rollout's stochastic steps.
+
+Its relatives share this loss. DanceGRPO, Flow-CPS and MixGRPO differ in kind of step, schedule and window, GRPO-Guard
+in the ratio.
+"""
 
 from typing import Annotated, Literal
 
@@ -16,12 +19,14 @@ class GRPO(PolicyGradient):
     """Every trained denoising step of a sample gets the sample's group advantage."""
 
     class Config(Section):
-        """`clip` bounds the ratio below and, unless `clip_high` is set, above.
+        """Configures GRPO.
 
-        `kl_mode` says what `kl_beta` multiplies; see `terms.gaussian_kl`. The published values use no_dt.
-        `ratio: guard` normalises ratios as GRPO-Guard does; `guard_weight: inverse_dt` divides each step's loss by its
-        -dt as the official code does for flow models (some re-implementations leave that out). Clip ranges must be
-        tuned anew.
+        `clip` bounds the ratio below and, unless `clip_high` is set, above. `kl_mode` says what `kl_beta` multiplies;
+        see `terms.gaussian_kl`. The published values use no_dt.
+
+        `ratio: guard` normalises ratios as GRPO-Guard does, and needs other clip ranges. `guard_weight: inverse_dt`
+        divides each step's loss by its -dt, as the official code does for flow models; some re-implementations leave
+        that out.
         """
 
         kind: Literal["grpo"] = "grpo"
@@ -37,21 +42,22 @@ class GRPO(PolicyGradient):
 
     @property
     def needs_means(self) -> bool:
+        """GRPO-Guard's ratio needs the means of the rollout."""
         return self.config.ratio == "guard"
 
     def advantage(self, batch: Batch, slot: int) -> torch.Tensor:
+        """All steps of a sample have the same advantage."""
         return batch.advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
     def ratio(
         self, batch: Batch, slot: int, mean: torch.Tensor, std: torch.Tensor, log_ratio: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """GRPO-Guard replaces the log-ratio and weighs each step by 1 / -dt."""
         if self.config.ratio == "plain":
             return log_ratio, 1.0
         log_ratio = guarded_log_ratio(batch.recorded.after[:, slot], mean, batch.recorded.means[:, slot], std)
         if self.config.guard_weight == "none":
             return log_ratio, 1.0
-        k, levels = (
-            batch.recorded.indices[:, slot],
-            torch.tensor(batch.sigmas, device=mean.device),
-        )  # records may be read-only
+        # torch.tensor copies: sigmas may lie in read-only shared memory.
+        k, levels = batch.recorded.indices[:, slot], torch.tensor(batch.sigmas, device=mean.device)
         return log_ratio, 1 / (levels[k] - levels[k + 1]).float()

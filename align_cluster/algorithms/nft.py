@@ -12,15 +12,21 @@ from align_cluster.settings import Section
 
 
 class NFT(Algorithm):
-    """Samplers draw with the lagged adapter "old"; the default one regresses towards good samples and away from bad
-    ones."""
+    """Samplers draw with the lagged adapter "old". The default one regresses towards good samples.
+
+    It regresses away from bad ones at the same time.
+    """
 
     class Config(Section):
-        """`timesteps` noise levels a sample and update (null: 99 % of the rollout's); `old` is the lag of the old
-        adapter.
+        """Configures DiffusionNFT.
 
-        on_policy: old = default after every step. slow: decay min(.001 u, .5) at update u (GenEval, preference
-        rewards). late: 0 before update 75, then min(.0075 (u - 75), .999) (OCR, several rewards).
+        `timesteps` is the number of noise levels for each sample and update (null: 99 % of the rollout's).
+        `advantage_mode` transforms clipped advantages before they become the optimality. `old` is the lag of the old
+        adapter:
+
+        on_policy   old = default after every step
+        slow        decay min(.001 u, .5) at update u (GenEval, preference rewards)
+        late        decay 0 before update 75, then min(.0075 (u - 75), .999) (OCR, several rewards)
         """
 
         kind: Literal["nft"] = "nft"
@@ -38,10 +44,11 @@ class NFT(Algorithm):
     adapters = ("default", "old")
 
     def inner_passes(self, steps: int, recorded: int) -> int:
+        """Each inner pass visits one noise level."""
         return min(steps, self.config.timesteps or max(1, int(0.99 * steps)))
 
     def optimality(self, advantages: torch.Tensor) -> torch.Tensor:
-        """r in [0, 1]: the advantage after its mode, mapped from [-clip, clip]."""
+        """Return r in [0, 1]: the advantage after its mode, mapped from [-clip, clip]."""
         clip, mode = self.config.advantage_clip, self.config.advantage_mode
         a = advantages.clamp(-clip, clip)
         if mode == "positive_only":
@@ -55,6 +62,7 @@ class NFT(Algorithm):
         return (a / (2 * clip) + 0.5).clamp(0, 1)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss regresses on x0 at one noise level, plus `kl_beta` times the squared distance to the base."""
         # Each sample visits a random permutation of the rollout's own levels, one in each inner pass, with fresh noise.
         levels = torch.from_numpy(batch.sigmas[:-1]).float()
         orders = [torch.randperm(len(levels), generator=g) for g in batch.generators("order")]
@@ -81,6 +89,7 @@ class NFT(Algorithm):
         return loss, metrics
 
     def old_decay(self, updates: int) -> float:
+        """The decay follows the schedule that `old` names."""
         if self.config.old == "on_policy":
             return 0.0
         if self.config.old == "slow":

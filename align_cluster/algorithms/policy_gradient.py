@@ -1,4 +1,4 @@
-"""What all clipped policy gradients over the stochastic steps of a rollout share."""
+"""Shared code of all clipped policy gradients over the stochastic steps of a rollout."""
 
 from abc import abstractmethod
 
@@ -9,9 +9,9 @@ from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl
 
 
 class PolicyGradient(Algorithm):
-    """One trained step an inner pass: the clipped surrogate of its ratio and, with `kl_beta`, the KL to the base model.
+    """Each inner pass trains one step: the clipped surrogate of its ratio plus, with `kl_beta`, the KL to the base.
 
-    A Config has clip, clip_high, kl_beta and kl_mode, which mean what they do in GRPO's.
+    A Config has clip, clip_high, kl_beta and kl_mode, with the meaning that GRPO gives them.
     """
 
     needs_density = True
@@ -19,19 +19,21 @@ class PolicyGradient(Algorithm):
     behaviour = "default"
 
     def inner_passes(self, steps: int, recorded: int) -> int:
+        """Each inner pass trains one recorded step."""
         return recorded
 
     @abstractmethod
     def advantage(self, batch: Batch, slot: int) -> torch.Tensor:
-        """Advantages [b] of the recorded step `slot`."""
+        """Return the advantages [b] of the recorded step `slot`."""
 
     def ratio(
         self, batch: Batch, slot: int, mean: torch.Tensor, std: torch.Tensor, log_ratio: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """The log-ratio [b] that is clipped, and what its loss is weighed with."""
+        """Return the log-ratio [b] to clip, and the weight of its loss."""
         return log_ratio, 1.0
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss is the clipped surrogate of one recorded step, plus the KL."""
         config, recorded = self.config, batch.recorded
         slot = recorded.slots[batch.inner_pass]
         k, x, x_next = recorded.indices[:, slot], recorded.before[:, slot], recorded.after[:, slot]

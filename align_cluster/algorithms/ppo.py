@@ -1,5 +1,8 @@
-"""Latent actor-critic PPO ("Explicit Critic Guidance", arXiv 2605.27736): credit for each denoising step from a critic
-on noisy latents. Groups are not needed: one image a prompt will do."""
+"""Latent actor-critic PPO ("Explicit Critic Guidance", arXiv 2605.27736).
+
+A critic on noisy latents gives each denoising step its own credit, so groups are not needed: one image a prompt is
+enough.
+"""
 
 import math
 from typing import Annotated, Literal
@@ -15,25 +18,31 @@ from align_cluster.settings import Section
 
 
 class WarmUp(Section):
-    """At first only the critic learns, and from the rewards themselves, without `value_clip`: for as many steps as have
-    `updates` updates of the actor, or until it explains `explained_variance` of the rewards at noise below .5."""
+    """At first only the critic learns, from the rewards themselves and without `value_clip`.
+
+    This phase lasts `updates` actor updates' worth of steps, or until the critic explains `explained_variance` of the
+    rewards at noise below .5.
+    """
 
     updates: Annotated[int, Field(ge=0)] = 30
     explained_variance: Annotated[float, Field(le=1)] = 0.3
 
 
 class PPO(PolicyGradient):
-    """The clipped surrogate with each step's own advantage, and a critic that regresses on returns."""
+    """Trains the clipped surrogate with each step's own advantage, and a critic that regresses on returns."""
 
     class Config(Section):
-        """`clip` bounds the ratio as in GRPO; `advantage_clip` the whitened advantages; `discount` and `decay` are
-        GAE's.
+        """Configures PPO.
 
-        `value_clip` is how far a value may move in a step's updates before its loss stops paying for it, in units of
-        the normalised reward. The critic makes `critic_epochs` updates a step, each from `critic_states` states of
-        every sample, drawn anew (null: from all, which costs the most). It reads `critic_batch` states at once (null:
-        as many as a micro-batch has images): in training of any prompts whose encodings are equally long, otherwise of
-        one chunk.
+        clip             bounds the ratio, as in GRPO
+        advantage_clip   bounds the whitened advantages
+        discount, decay  GAE's
+        value_clip       how far a value may move in a step's updates before its loss has no gradient, in units of the
+                         normalised reward
+        critic_epochs    updates of the critic for each step
+        critic_states    states of every sample that each of these updates reads, drawn anew (null: all)
+        critic_batch     states that the critic reads at once (null: the images of a micro-batch); in training they come
+                         from any prompts with equally long encodings, otherwise from one chunk
         """
 
         kind: Literal["ppo"] = "ppo"
@@ -56,20 +65,26 @@ class PPO(PolicyGradient):
 
     @property
     def adapters(self) -> tuple[str, ...]:
+        """The critic's adapter is on the shared base with `features: lora` only."""
         return ("default", CRITIC) if self.config.critic.features == "lora" else ("default",)
 
     @property
     def critic(self) -> CriticSection:
+        """PPO always trains a critic."""
         return self.config.critic
 
     def advantage(self, batch: Batch, slot: int) -> torch.Tensor:
+        """Each step has its own advantage."""
         return batch.advantages[:, slot]
 
     def value_loss(
         self, values: torch.Tensor, before: torch.Tensor, returns: torch.Tensor, pretraining: bool = False
     ) -> torch.Tensor:
-        """Loss [b] of the critic's values [b, R], which were `before`; heads whose reward does not judge a sample
-        (return NaN) count nothing. In `pretraining`, while the actor waits, nothing is clipped."""
+        """Return the loss [b] of the critic's values [b, R]; `before` are the values before the update.
+
+        A reward that does not judge a sample has return NaN, and its head is left out. In `pretraining`, while the
+        actor waits, nothing is clipped.
+        """
         judged, clip = torch.isfinite(returns), math.inf if pretraining else self.config.value_clip
         loss = clipped_value_loss(values, before, torch.where(judged, returns, values.detach()), clip)
         return (loss * judged).sum(1) / judged.sum(1).clamp(min=1)

@@ -12,12 +12,15 @@ from align_cluster.settings import Section
 
 
 class ReFL(Algorithm):
-    """Samplers record where a random late step of each sample began; the learner predicts x0 from there."""
+    """Samplers record the start of a random late step of each sample; the learner predicts x0 from there."""
 
     class Config(Section):
-        """`steps` are the first and the last step (counted from 0, the noisiest) that a sample's is drawn from; as
-        published, of 40. Gradients stop at rewards of `margin`, which belongs to ImageReward (null: never).
-        `grad_scale` multiplies the loss; AdamW undoes it, short of the clip norm and its eps.
+        """Configures ReFL.
+
+        `steps` are the first and the last step that a sample's step is drawn from, counted from 0, the noisiest; the
+        default is the published one, for 40 steps. Samples with a reward of at least `margin`, which is on
+        ImageReward's scale, have no gradient (null: all have one). `grad_scale` multiplies the loss; AdamW undoes it,
+        except for the clip norm and its eps.
         """
 
         kind: Literal["refl"] = "refl"
@@ -31,6 +34,7 @@ class ReFL(Algorithm):
         @field_validator("steps")
         @classmethod
         def in_order(cls, steps: tuple[int, int]) -> tuple[int, int]:
+            """Refuse a first step above the last one."""
             if steps[0] > steps[1]:
                 raise ValueError("[first, last], the first not above the last")
             return steps
@@ -42,13 +46,16 @@ class ReFL(Algorithm):
     adapters = ("default",)
 
     def states(self, steps: int) -> Window:
+        """Each sample records one of the steps, chosen at random."""
         first, last = self.config.steps
         return Window((), tuple(range(first, last + 1)), 1)
 
     def inner_passes(self, steps: int, recorded: int) -> int:
+        """One pass is enough, because each sample has one state."""
         return 1
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss is minus the reward of the one-step prediction of x0, or the gap to `margin`."""
         x, level = batch.recorded.before[:, 0], policy.step.level(batch.recorded.indices[:, 0])
         x0 = clean(x, policy.velocity(x, level), level, policy.step.prediction)
         reward = policy.rewards(x0, [batch.prompt])[:, 0]

@@ -1,6 +1,6 @@
-"""What gradients of rewards flow through: pure functions of latents, noise and the network's output, in fp32.
+"""The maths of reward gradients: pure functions of latents, noise and the network's output, in fp32.
 
-x_t = a x0 + s eps with s the noise level; a is 1 - s for networks that predict a flow's velocity v = eps - x0, and
+x_t = a x0 + s eps with the noise level s. a is 1 - s for networks that predict a flow's velocity v = eps - x0, and
 sqrt(1 - s^2) for those that predict epsilon or v = a eps - s x0. All levels are [b], latents and outputs [b, C, H, W].
 """
 
@@ -16,17 +16,17 @@ def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def signal(level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-    """a at noise levels s."""
+    """Return the signal level a at noise levels s."""
     return 1 - level if prediction == "flow" else torch.sqrt(1 - level**2)
 
 
 def noised(x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-    """x_t."""
+    """Return x_t: x0 with noise added up to a noise level."""
     return _like(signal(level, prediction), x0) * x0 + _like(level, x0) * noise
 
 
 def clean(x: torch.Tensor, output: torch.Tensor, level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-    """The x0 that an output at x_t says: the one-step prediction of ReFL, a blur at high noise."""
+    """Return the x0 that an output at x_t implies: ReFL's one-step prediction, which is blurred at high noise."""
     s, a = _like(level, x), _like(signal(level, prediction), x)
     if prediction == "flow":
         return x - s * output
@@ -41,12 +41,12 @@ def recover(
     target: torch.Tensor,
     prediction: Prediction,
 ) -> torch.Tensor:
-    """x0 from x_t at `level`, whose noise is known but for what lies between `level` and `target`, which the output
-    says: Direct-Align (Shen et al. 2025, arXiv 2509.06942, eq. 5).
+    """Return x0 from x_t by Direct-Align (Shen et al. 2025, arXiv 2509.06942, eq. 5).
 
-    The model steps to `target` (below `level`: it denoises; above: it inverts), and the known noise is taken away from
-    there. Exact where the output is. For a velocity the divisor is the signal at `target`, since a step of the flow
-    changes the signal too; for epsilon, as printed, that at `level`.
+    The noise of x_t at `level` is known. The model steps from `level` to `target` (below: it denoises; above: it
+    inverts), and the known noise is subtracted there. The result is exact if the output is. For a velocity the divisor
+    is the signal at `target`, since a step of the flow also changes the signal; for epsilon it is the signal at
+    `level`, as printed.
     """
     start, end = _like(level, x), _like(target, x)
     if prediction == "flow":

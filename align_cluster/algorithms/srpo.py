@@ -1,5 +1,8 @@
-"""SRPO (Shen et al. 2025, arXiv 2509.06942): the gradient of a text-conditioned relative reward, straight into the
-denoiser at any noise level. Constants are those of the official code, which differs from the paper's text in places."""
+"""SRPO (Shen et al. 2025, arXiv 2509.06942): the gradient of a relative reward into the denoiser at any noise level.
+
+The reward is relative to two control words in the text. Constants are those of the official code, which differs from
+the paper's text in places.
+"""
 
 from typing import Annotated, Literal
 
@@ -13,7 +16,7 @@ from align_cluster.rewards.words import Template, worded
 from align_cluster.rollouts.denoise import initial_noise, starting_noise
 from align_cluster.settings import Section
 
-LEVELS, EDGE = 1000, 5  # levels are numbered 1 (clean) ... 1000 (noisy); none within 5 of an end is trained
+LEVELS, EDGE = 1000, 5  # levels are numbered from 1 (clean) to 1000 (noisy); the 5 at each end are not trained
 POSITIVE = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE = ("Concept art", "Painting", "Anime", "Flat", "Oil")
 
@@ -22,27 +25,31 @@ Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_len
 
 
 class SRPO(Algorithm):
-    """Injects the rollout's own initial noise again, recovers x0 from one short model step (Direct-Align), and follows
-    the gradient of what the image is more of: the positive control word or the negative one.
+    """Adds the rollout's own initial noise to x0, recovers x0 from one short model step, and follows a relative reward.
 
-    Turns alternate between a step that denoises and one that inverts, with the words in opposite roles. Both recover at
-    the same level, so what the reward likes whatever the words is followed in one and left in the other.
+    The recovery is Direct-Align's. The relative reward compares the image under a positive and a negative control word.
+    Inner passes alternate between a step that denoises and one that inverts, with the words in opposite roles. Both
+    recover at the same level, so what the reward likes under any words has opposite signs in the two passes.
     """
 
     class Config(Section):
-        """`relative`: `words` compares an image under two control words, `noise` an image with itself under a little
-        noise (for rewards that read no text; `blur` is its level), `none` is plain Direct-Align on the reward itself.
+        """Configures SRPO.
 
-        `form` weighs the two scores r+ and r-: `difference` r+ - r- (paper, eq. 10), `cfg` k r+ + (1 - k) r- (paper,
-        eq. 11; `strength` is k > 1), `released` (1 + k) r+ - r-, which the authors found more stable, with k from
-        `discount_denoise` and `discount_inversion`. In a step that inverts r+ and r- change places.
+        `relative: words` compares an image under two control words. `noise` compares an image with a slightly noised
+        copy, for rewards that read no text; `blur` is the copy's noise level. `none` is plain Direct-Align on the
+        reward itself.
 
-        `positive` and `negative` words are gone through in turn, one pair an optimiser update; `template` puts them
-        before the prompt. `levels` are the noisiest and the cleanest noise level. One between them is drawn for each
-        sample, and the model steps over at most `gap` thousandths of the range. The discounts are linear from the clean
-        end to the noisy end, and so is `late`, the weight lambda(t) of a level's loss (eq. 6; the official code: 1).
-        `injections` noise the same x0 at so many consecutive levels, one step apart. Gradients stop at rewards of
-        `margin` (null: never). `truncate_timesteps` feeds a flow network with int(1000 sigma) / 1000.
+        `form` weighs the two scores r+ and r-: `difference` is r+ - r- (paper, eq. 10), `cfg` is k r+ + (1 - k) r-
+        (paper, eq. 11; `strength` is k > 1), `released` is (1 + k) r+ - r-, which the authors found more stable, with k
+        from `discount_denoise` and `discount_inversion`. In a step that inverts, r+ and r- change places.
+
+        The `positive` and `negative` words are used in turn, one pair for each optimiser update; `template` puts them
+        before the prompt. `levels` are the noisiest and the cleanest noise level. A level between them is drawn for
+        each sample, and the model steps over at most `gap` thousandths of the range. The discounts are linear from the
+        clean end to the noisy end, and so is `late`, the weight lambda(t) of a level's loss (eq. 6; the official code:
+        1). `injections` is the number of consecutive levels, one step apart, to which the same x0 is noised. Samples
+        with a reward of at least `margin` have no gradient (null: all have one). `truncate_timesteps` feeds a flow
+        network with int(1000 sigma) / 1000.
         """
 
         kind: Literal["srpo"] = "srpo"
@@ -66,6 +73,7 @@ class SRPO(Algorithm):
         @field_validator("levels")
         @classmethod
         def noisy_first(cls, levels: tuple[float, float]) -> tuple[float, float]:
+            """Refuse levels in ascending order."""
             if levels[0] <= levels[1]:
                 raise ValueError("[noisiest, cleanest], the first above the second")
             return levels
@@ -73,6 +81,7 @@ class SRPO(Algorithm):
         @field_validator("injections")
         @classmethod
         def fit_the_range(cls, injections: int, info: ValidationInfo) -> int:
+            """Refuse more injections than steps of `gap` fit between the levels."""
             most = 1 + (LEVELS - 2 * EDGE) // info.data.get("gap", 100)
             if injections > most:
                 raise ValueError(f"at most {most}: so many steps of algorithm.gap fit between the levels")
@@ -87,22 +96,25 @@ class SRPO(Algorithm):
 
     @property
     def branches(self) -> tuple[str, ...]:
+        """Return the branches that the inner passes alternate between."""
         return ("denoise", "inversion") if self.config.branches == "both" else (self.config.branches,)
 
     def inner_passes(self, steps: int, recorded: int) -> int:
+        """Each injection takes one pass for each branch."""
         return len(self.branches) * self.config.injections
 
     def level(self, number: torch.Tensor) -> torch.Tensor:
-        """Noise levels fp32 of numbers from 1 (cleanest) to LEVELS (noisiest)."""
+        """Return the noise levels fp32 of level numbers from 1 (cleanest) to LEVELS (noisiest)."""
         return torch.from_numpy(np.linspace(*self.config.levels, LEVELS)).float()[LEVELS - number]
 
     def numbers(self, batch: Batch, injection: int) -> torch.Tensor:
-        """Numbers of the levels that an inner pass recovers x0 at, one a sample: the same in both branches."""
+        """Return the level number of each sample at which an inner pass recovers x0, the same in both branches."""
         low, high = EDGE + (self.config.injections - 1) * self.config.gap, LEVELS - EDGE
         drawn = [int(torch.randint(low, high + 1, (1,), generator=g)) for g in batch.generators("level")]
         return torch.tensor(drawn) - injection * self.config.gap
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss is minus the weighted scores of the recovered image, or their gap to `margin`."""
         config, x0, device = self.config, batch.x0, batch.x0.device
         injection, place = divmod(batch.inner_pass, len(self.branches))
         inverts, prediction = self.branches[place] == "inversion", policy.step.prediction
@@ -127,13 +139,13 @@ class SRPO(Algorithm):
         return loss, {name: values.detach() for name, values in metrics.items()}
 
     def pair(self, update: int, prompt: str) -> list[str]:
-        """The texts of optimiser update number `update`: the prompt with a positive word, and with a negative one."""
+        """Return the texts of optimiser update `update`: the prompt with a positive word, and with a negative one."""
         words = (self.config.positive, self.config.negative)
         chosen = (options[update % len(options)] for options in words)
         return [worded(self.config.template, word, prompt) for word in chosen]
 
     def scores(self, policy: Policy, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
-        """Rewards [b, 2], of what is wanted and of what is not, or [b, 1] of the image alone."""
+        """Return rewards [b, 2], positive then negative, or [b, 1] of the image alone."""
         if self.config.relative == "words":
             return policy.rewards(x0, self.pair(batch.update, batch.prompt))
         plain = policy.rewards(x0, [batch.prompt])
@@ -144,7 +156,7 @@ class SRPO(Algorithm):
         return torch.cat([plain, policy.rewards(blurred, [batch.prompt])], 1)
 
     def weights(self, number: torch.Tensor, inverts: bool) -> torch.Tensor:
-        """Weights [b, J] of `scores`; `number` is that of the level whose discount counts."""
+        """Return the weights [b, J] of `scores`; `number` is the level number that decides the discount."""
         config, one = self.config, torch.ones(len(number))
         if config.relative == "none":
             return one[:, None]

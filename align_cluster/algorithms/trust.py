@@ -1,13 +1,13 @@
-"""SLAS's trust region (appendix E of the paper): the largest gamma whose update keeps its KL within `delta`.
+"""SLAS's trust region (appendix E of the paper): the largest gamma that keeps an update's KL within `delta`.
 
 An update theta += a g, g the mean of A grad log p over samples, with score gradients no longer than G, has
 
     KL ~ 1/2 a^2 g^T H g <= 1/2 a^2 lambda_max G^2 E|A|^(2 (1 + gamma)) <= delta,
 
-H being the Fisher matrix, so gamma is safe while the moment E|u|^(2 (1 + gamma)) stays below Bd = 2 delta /
-(a^2 lambda_max G^2). That is a worst case: the mean g of many scores is far shorter than the longest one and hardly
-along the first eigenvector. What an update really did is KL; it is proportional to the moment, so Bd = delta M / KL
-with the moment M that it was made with. The learner measures all of it; this half runs on the driver.
+H being the Fisher matrix. So gamma is safe while the moment E|u|^(2 (1 + gamma)) stays below Bd = 2 delta / (a^2
+lambda_max G^2). That is a worst case: the mean g of many scores is far shorter than the longest score, and hardly along
+the first eigenvector. The measured variant takes the KL of a real update. KL is proportional to the moment, so Bd =
+delta M / KL, where M is the moment of that update. The learner measures these numbers; this file runs on the driver.
 """
 
 import math
@@ -18,9 +18,9 @@ from align_cluster.algorithms.advantage import Slas
 
 
 def moment(u: np.ndarray, gamma: float) -> float:
-    """Mean |u|^(2 (1 + gamma)) of linear advantages u, scaled to a mean square of 1: it never falls as gamma grows.
+    """Return the mean |u|^(2 (1 + gamma)) of linear advantages u, scaled to a mean square of 1.
 
-    Advantages that are all 0 have moment 0.
+    It never falls as gamma grows. Advantages that are all 0 have moment 0.
     """
     square = np.asarray(u, dtype=np.float64) ** 2
     mean = square.mean()
@@ -28,7 +28,7 @@ def moment(u: np.ndarray, gamma: float) -> float:
 
 
 def largest_gamma(u: np.ndarray, bound: float, gamma_max: float, tol: float = 1e-6) -> float:
-    """The largest gamma in [0, gamma_max] with moment(u, gamma) <= bound, less `tol` at most; 0 where none is."""
+    """Return the largest gamma in [0, gamma_max] with moment(u, gamma) <= bound, less at most `tol`; 0 if none fits."""
     if moment(u, gamma_max) <= bound:
         return gamma_max
     low, high = 0.0, gamma_max
@@ -39,17 +39,17 @@ def largest_gamma(u: np.ndarray, bound: float, gamma_max: float, tol: float = 1e
 
 
 def bound(delta: float, step_norm: float, gradient_norm: float, lambda_max: float, score_norm: float) -> float:
-    """Bd = 2 delta / (a^2 lambda_max G^2), with a = |change of parameters| / |gradient|, AdamW's real step size.
+    """Return Bd = 2 delta / (a^2 lambda_max G^2), where a = step_norm / gradient_norm is AdamW's real step size.
 
-    delta and lambda_max count per latent dimension, as mean log-probs do; score_norm is G. Infinite for an update that
-    changes no distribution.
+    step_norm is the length of the change of parameters, score_norm is G. delta and lambda_max count per latent
+    dimension, as mean log-probs do. The bound is infinite for an update that changes no distribution.
     """
     scale = step_norm**2 * lambda_max * score_norm**2
     return math.inf if scale == 0 else 2 * delta * gradient_norm**2 / scale
 
 
 class TrustRegion:
-    """Adaptive gamma: an exponential mean of estimates, corrected for its start as Adam's are."""
+    """Adapts gamma: an exponential mean of estimates, with Adam's correction for its start."""
 
     def __init__(self, config: Slas) -> None:
         self.config = config
@@ -57,15 +57,15 @@ class TrustRegion:
 
     @property
     def gamma(self) -> float:
-        """What to shape with now: 0, which leaves advantages linear, before the first estimate."""
+        """Return the present gamma; it is 0, which leaves advantages linear, before the first estimate."""
         return self._sum / self._weight if self._weight else 0.0
 
     def observe(self, estimates: dict[str, float], u: np.ndarray) -> dict[str, float]:
-        """Take in one update's estimates, made with the gamma of now, and return what to log.
+        """Add the estimates of one update, which was made with the present gamma, and return metrics to log.
 
-        lambda_max, score_norm, step_norm and gradient_norm are as in `bound`, step_kl is the update's KL a latent
-        dimension; `u` are the linear advantages of that step's samples, masked ones left out. An update without a
-        gradient or a step is no evidence and leaves gamma as it is.
+        lambda_max, score_norm, step_norm and gradient_norm are those of `bound`; step_kl is the update's KL per latent
+        dimension. `u` are the linear advantages of that step's samples, without masked ones. An update without a
+        gradient or a step is no evidence and leaves gamma unchanged.
         """
         config, used = self.config, moment(u, self.gamma)
         lengths = {name: estimates[name] for name in ("step_norm", "gradient_norm", "lambda_max", "score_norm")}
@@ -85,9 +85,9 @@ class TrustRegion:
         }
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"sum": self._sum, "weight": self._weight}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from `state()` of an earlier run."""
+        """Continue from `state()` of an earlier run."""
         self._sum, self._weight = state["sum"], state["weight"]

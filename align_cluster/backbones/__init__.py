@@ -1,4 +1,4 @@
-"""ADD A BACKBONE HERE: one file with a class like SD3, and one line below."""
+"""ADD A BACKBONE HERE: write one file with a class like SD3, and add one line below."""
 
 from align_cluster.backbones.flux import Flux
 from align_cluster.backbones.qwen_image import QwenImage

@@ -1,5 +1,4 @@
-"""LoRA adapters on one frozen base: several by name, one active, all fp32. Sampler and learner use the same
-functions."""
+"""Named LoRA adapters on one frozen base: one is active, all are fp32. Sampler and learner share this code."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,10 @@ from align_cluster.backbones.base import Backbone
 
 
 def lora_config(backbone: Backbone) -> LoraConfig:
-    """peft's config of this backbone's adapters: random A, zero B (so a new adapter changes nothing), no dropout."""
+    """Return peft's configuration of this backbone's adapters.
+
+    A begins at random and B at 0, so a new adapter changes nothing. There is no dropout.
+    """
     settings = backbone.config.lora
     return LoraConfig(
         r=settings.rank,
@@ -27,7 +29,7 @@ def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[
     """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable."""
     state = torch.get_rng_state()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
         for name in names:
             torch.manual_seed(seed)
             denoiser.add_adapter(lora_config(backbone), adapter_name=name)
@@ -36,14 +38,17 @@ def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[
         if "lora_" in parameter_name:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(f".{names[0]}." in parameter_name and "lora_" in parameter_name)
-    # Kept, because a walk over all modules at each change of adapter would take a tenth of a training step.
+    # This list is kept because a walk over all modules at each change of adapter takes a tenth of a training step.
     denoiser.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
     _activate(denoiser, names[0])
     return denoiser
 
 
 def adapter_parameters(denoiser: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
-    """Parameters of one adapter under the names that `load_lora_weights` expects (the adapter's own name left out)."""
+    """Return the parameters of one adapter under the names that `load_lora_weights` expects.
+
+    These names leave out the adapter's own name.
+    """
     mark = f".{name}."
     return {
         full.replace(mark, "."): parameter
@@ -53,8 +58,8 @@ def adapter_parameters(denoiser: torch.nn.Module, name: str) -> dict[str, torch.
 
 
 def _activate(denoiser: torch.nn.Module, name: str | None) -> None:
-    # peft's set_adapter() also flips requires_grad, which would disturb the optimiser's hooks; here only the choice of
-    # the active adapter changes.
+    # peft's set_adapter() also changes requires_grad, which would disturb the optimiser's hooks. This changes only the
+    # choice of the active adapter.
     for layer in denoiser.adapted_layers:
         layer._disable_adapters = name is None
         if name is not None:
@@ -63,7 +68,7 @@ def _activate(denoiser: torch.nn.Module, name: str | None) -> None:
 
 @contextmanager
 def active_adapter(denoiser: torch.nn.Module, name: str | None) -> Iterator[None]:
-    """Run with adapter `name`, or with the bare base for None; the adapter that was active before comes back."""
+    """Run the block with adapter `name`, or the bare base for None, and restore the previous adapter afterwards."""
     layer = denoiser.adapted_layers[0]
     before = None if layer._disable_adapters else layer._active_adapter[0]
     _activate(denoiser, name)
@@ -74,10 +79,10 @@ def active_adapter(denoiser: torch.nn.Module, name: str | None) -> Iterator[None
 
 
 class Merged:
-    """One adapter added into the base's own weights: forwards cost what the bare base costs.
+    """Adds one adapter into the base's own weights, so that forward passes cost what the bare base costs.
 
-    The base's weights are kept on the CPU, so they come back bit by bit, where subtracting would leave rounding errors.
-    In bf16 the sum rounds: what is merged differs a little from base and adapter side by side.
+    A copy of the base's weights stays on the CPU. Each merge starts from it, because subtracting the old adapter would
+    leave rounding errors. In bf16 the sum rounds, so a merged network differs a little from base plus adapter.
     """
 
     def __init__(self, denoiser: torch.nn.Module, name: str) -> None:
@@ -86,16 +91,9 @@ class Merged:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Take the adapter's present weights in, in the place of those that were merged before."""
+        """Replace the weights that were merged before by the adapter's present weights."""
         for layer, weight in zip(self.denoiser.adapted_layers, self.base, strict=True):
             merged = layer.get_base_layer().weight
             delta = layer.get_delta_weight(self.name)
             merged.copy_(weight.to(delta.device).float() + delta.float())
         _activate(self.denoiser, None)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """The base as it was, with the adapter beside it."""
-        for layer, weight in zip(self.denoiser.adapted_layers, self.base, strict=True):
-            layer.get_base_layer().weight.copy_(weight)
-        _activate(self.denoiser, self.name)

@@ -1,4 +1,4 @@
-"""The contract of a backbone: load parts alone, encode, predict, decode. One code path serves rollout and learner."""
+"""The contract of a backbone: load parts alone, encode, predict, decode. Rollout and learner share this code."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -13,8 +13,11 @@ from align_cluster.types import Condition
 
 
 class LoraSettings(Section):
-    """Rank, scale and targets of the adapters. `targets: null` takes the backbone's published recipe. `init` is how A
-    begins: `gaussian` with std 1/rank, as the published recipes do, or `kaiming`, peft's own; B begins at 0."""
+    """Configures rank, scale and targets of the LoRA adapters.
+
+    `targets: null` takes the backbone's published recipe. `init` says how A begins: `gaussian` with a standard
+    deviation of 1/rank, as in the published recipes, or `kaiming`, peft's default. B begins at 0.
+    """
 
     rank: PositiveInt = 32
     alpha: PositiveFloat = 64
@@ -26,10 +29,11 @@ CRITIC = "critic"  # name of the critic's adapter
 
 
 class CriticSection(Section):
-    """What the critic is made of. `features: lora` are the shared base's under an adapter of the critic's own, `frozen`
-    the bare base's, `copy` those of a second copy of the base with that adapter, which costs its memory again.
+    """Configures the critic's network.
 
-    The head has `width` channels and `heads` attention heads.
+    `features: lora` reads the features of the shared base under an adapter of the critic's own, `frozen` those of the
+    bare base. `copy` reads those of a second copy of the base with such an adapter, which costs the base's memory
+    again. The head has `width` channels and `heads` attention heads.
     """
 
     features: Literal["lora", "frozen", "copy"] = "lora"
@@ -38,12 +42,14 @@ class CriticSection(Section):
 
 
 class BackboneSection(Section):
-    """Settings that every backbone shares.
+    """Holds the settings that every backbone shares.
 
-    `precision: bf16` runs the network under autocast (weights bf16 on a GPU, fp32 on a CPU); the LoRA is always fp32.
-    `text` is where encoders of prompts live: kept on the device, kept on the `cpu`, or there and freed after each use.
-    `attention` names a backend of diffusers (null: torch's own). `compile` compiles the network's repeated blocks at
-    their first use, in samplers and learners.
+    precision       `bf16` runs the network under autocast (weights are bf16 on a GPU, fp32 on a CPU); the LoRA is
+                    always fp32
+    height, width   image size in pixels (null: the model's own)
+    text            where the text encoders live: `keep` on the device, `cpu`, or `free`: on the CPU, freed after use
+    attention       an attention backend of diffusers (null: torch's own)
+    compile         compile the network's repeated blocks at their first use, in samplers and learners
     """
 
     path: str = Field(description='"embedded", a local diffusers folder, or a hub id')
@@ -57,65 +63,70 @@ class BackboneSection(Section):
 
 
 class Backbone(ABC):
-    """A diffusion or flow model in parts. Constructing it loads nothing; each `load_*` loads one part, frozen, in
-    eval mode.
+    """Wraps a diffusion or flow model in parts. The constructor loads nothing; each part loads alone, frozen.
 
-    Latents and velocities are fp32 [B, C, H, W]; sigmas fp32; images uint8 [B, H, W, 3]. Flow convention (Lipman et
-    al.; SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. `flow` is False for a network that predicts
-    epsilon or v over x_t = sqrt(1 - sigma^2) x0 + sigma eps; "velocity" then means what it predicts.
+    Latents and velocities are fp32 [B, C, H, W], sigmas fp32, images uint8 [B, H, W, 3]. Flow convention (Lipman et
+    al.; SD3 sec. 2): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0. A network that predicts epsilon or v has `flow =
+    False` and x_t = sqrt(1 - sigma^2) x0 + sigma eps; "velocity" then means the network's prediction.
+
+    lora_targets         layers that get adapters by default
+    explorable           a CLIP text encoder has token embeddings that E2PO can perturb
+    patch                latent pixels a token, along one side
+    distilled_guidance   guidance strength that is fed to a distilled network (None: the settings' value)
     """
 
     flow: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]]
-    explorable: ClassVar[bool] = False  # has a CLIP text encoder whose token embeddings can be perturbed
-    patch: ClassVar[int] = 2  # latent pixels a token, along one side
-    distilled_guidance: float | None = (
-        None  # strength of guidance that a distilled network is told, where it is not the settings'
-    )
+    explorable: ClassVar[bool] = False
+    patch: ClassVar[int] = 2
+    distilled_guidance: float | None = None
 
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Storage type of frozen weights."""
+        """Return the storage type of frozen weights."""
         return torch.bfloat16 if self.config.precision == "bf16" and self.device.type == "cuda" else torch.float32
 
     def autocast(self) -> torch.autocast:
+        """Return the context under which the network runs: bf16 autocast, or nothing with `precision: fp32`."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     @property
     def prediction(self) -> Literal["flow", "epsilon", "v"]:
-        """What the network predicts."""
+        """Return what the network predicts."""
         return "flow"
 
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent at the configured image size."""
+        """Return (C, H, W) of one latent at the configured image size."""
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one latent, on which resolution-dependent schedules depend."""
+        """Return the number of tokens of one latent, which resolution-dependent schedules depend on."""
         _, height, width = self.latent_shape
         return height * width // self.patch**2
 
     @abstractmethod
     def sigmas(self, steps: int) -> np.ndarray:
-        """Noise levels of an N-step rollout, fp64 [N + 1], falling; those of a flow go from 1 to 0."""
+        """Return the noise levels of an N-step rollout, fp64 [N + 1], falling; a flow's go from 1 to 0."""
 
     @abstractmethod
     def load_denoiser(self) -> torch.nn.Module:
-        """The velocity network, without adapters."""
+        """Load the velocity network, without adapters."""
 
     @abstractmethod
     def condition_key(self, text: str) -> str:
-        """Content address of a prompt's encoding: a hash of everything that it depends on."""
+        """Return the content address of a prompt's encoding: a hash of everything that it depends on."""
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[Condition]:
-        """Encode prompts one by one, so that a condition depends on its text alone. Loads the text encoders if
-        needed."""
+        """Encode prompts one by one, so that a condition depends on its text alone.
+
+        The text encoders load at the first call.
+        """
 
     @abstractmethod
     def velocity(
@@ -126,25 +137,31 @@ class Backbone(ABC):
         sequence: torch.Tensor,
         pooled: torch.Tensor,
     ) -> torch.Tensor:
-        """Predicted velocity, fp32, like x; sigma [B], sequence [B, T, D], pooled [B, P]."""
+        """Return the predicted velocity, fp32 like x, for sigma [B], sequence [B, T, D] and pooled [B, P]."""
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
+        """Apply classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
         return v_null + guidance * (v - v_null)
 
     def taps(self, denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-        """Layers whose output a critic reads, and their channels: of a transformer the middle and the last block."""
+        """Return the layers that a critic reads, each with its number of channels.
+
+        A transformer's are its middle and its last block.
+        """
         blocks = [*denoiser.transformer_blocks, *getattr(denoiser, "single_transformer_blocks", ())]
         return [(blocks[index], denoiser.inner_dim) for index in sorted({len(blocks) // 2, len(blocks) - 1})]
 
     def tokens(self, output: object) -> torch.Tensor:
-        """Image tokens [B, L, D] of a tapped layer's output: of a transformer block the part after the text's."""
+        """Return the image tokens [B, L, D] in a tapped layer's output.
+
+        A block with joint attention returns (text, image), so its second output is taken.
+        """
         return output[1] if isinstance(output, tuple) else output
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Images of final latents; loads the VAE if needed."""
+        """Return the images of final latents. The VAE loads at the first call."""
 
     @abstractmethod
     def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
-        """Write adapter weights as a safetensors file that the stock pipeline's `load_lora_weights` reads."""
+        """Write adapter weights as a safetensors file that the stock `load_lora_weights` reads, and return its path."""

@@ -1,7 +1,7 @@
-"""A value function on noisy latents: the diffusion model's own features under an adapter of their own, and a head.
+"""A value function on noisy latents: the diffusion model's own features under a separate adapter, and a head.
 
-After "Explicit Critic Guidance" (arXiv 2605.27736): V(x_k, sigma_k, text) estimates the reward of what x_k will become.
-The head's sizes are engineering choices; the paper names attention over spatial tokens and an MLP with AdaLN.
+After "Explicit Critic Guidance" (arXiv 2605.27736): V(x_k, sigma_k, text) estimates the reward of the image that x_k
+becomes. The paper names attention over spatial tokens and an MLP with AdaLN; the sizes are engineering choices.
 """
 
 import math
@@ -15,15 +15,14 @@ from torch.nn import functional as F
 from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.base import CRITIC, Backbone, CriticSection
 
-FREQUENCIES = 256  # of the sinusoidal embedding of 1000 sigma
+FREQUENCIES = 256  # width of the sinusoidal embedding of 1000 sigma
 
 
 class Pooling(nn.Module):
-    """One learned query that reads one layer's tokens [B, L, D]: attention, then an MLP, both modulated by the noise
-    level (AdaLN).
+    """One learned query attends to a layer's tokens [B, L, D], and an MLP follows. The noise level modulates both.
 
-    At first nothing is modulated and both gates are open. Closed ones (AdaLN-zero) before a last layer that begins at 0
-    would let the tokens in only after both have moved: hundreds of updates.
+    The modulation is AdaLN. At first nothing is modulated and both gates are open. Closed gates (AdaLN-zero), before a
+    last layer that begins at 0, would let the tokens in only after both have moved, which takes hundreds of updates.
     """
 
     def __init__(self, channels: int, width: int, heads: int) -> None:
@@ -40,7 +39,7 @@ class Pooling(nn.Module):
             self.modulation.bias.unflatten(0, (6, -1))[[2, 5]] = 1  # the gates
 
     def forward(self, tokens: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """[B, width]; level [B, width] embeds the noise level."""
+        """Return [B, width] for tokens [B, L, D]; `level` [B, width] embeds the noise level."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(F.silu(level)).chunk(6, dim=-1)
         query = self.query.expand(len(tokens), -1)
         asked = self.ask(F.layer_norm(query, query.shape[-1:]) * (1 + scale) + shift)[:, None]
@@ -53,7 +52,7 @@ class Pooling(nn.Module):
 
 
 class CriticHead(nn.Module):
-    """Values [B, R] from the tokens of tapped layers; the last layer begins at 0, so all values do."""
+    """Computes values [B, R] from the tokens of tapped layers. The last layer begins at 0, so all values do."""
 
     def __init__(self, channels: list[int], rewards: int, width: int, heads: int) -> None:
         super().__init__()
@@ -65,6 +64,7 @@ class CriticHead(nn.Module):
         nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
 
     def forward(self, layers: list[torch.Tensor], sigma: torch.Tensor) -> torch.Tensor:
+        """Return values [B, R] for the tokens of each tapped layer, [B, L, D], at noise levels sigma [B]."""
         rates = torch.exp(-math.log(10_000) * torch.arange(FREQUENCIES // 2, device=sigma.device) / (FREQUENCIES // 2))
         angles = 1000 * sigma[:, None] * rates
         level = self.level(torch.cat([angles.cos(), angles.sin()], dim=-1))
@@ -72,9 +72,9 @@ class CriticHead(nn.Module):
 
 
 class Critic(nn.Module):
-    """Values of noisy latents. The base stays frozen; `trainable` are the head and the critic's own adapter.
+    """Computes values of noisy latents. The base stays frozen; the head and the critic's own adapter train.
 
-    `denoiser` is the actor's network with its adapters, which has one named "critic" where `features` is lora.
+    `denoiser` is the actor's network with its adapters. With `features: lora` one of them is named "critic".
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Critic(nn.Module):
         super().__init__()
         if settings.features == "copy":
             denoiser = add_adapters(backbone, backbone.load_denoiser(), (CRITIC,), seed)
-        # In a list, so that the network is no part of this module: only the head and the adapter are saved and trained.
+        # A list hides the network from nn.Module, so that only the head and the adapter are saved and trained.
         self._network, self.backbone, self.settings = [denoiser], backbone, settings
         taps = backbone.taps(denoiser)
         state = torch.get_rng_state()
@@ -96,42 +96,46 @@ class Critic(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """Whose features it reads: the actor's denoiser, or its own copy."""
+        """Return the network that gives the features: the actor's denoiser, or the critic's own copy."""
         return self._network[0]
 
     @property
     def adapter(self) -> dict[str, nn.Parameter]:
-        """The critic's own adapter, empty with frozen features."""
+        """Return the parameters of the critic's own adapter, or {} with frozen features."""
         return {} if self.settings.features == "frozen" else adapter_parameters(self.network, CRITIC)
 
     @property
     def trainable(self) -> list[nn.Parameter]:
+        """Return the parameters to train: those of the head and of the adapter."""
         return [*self.head.parameters(), *self.adapter.values()]
 
     def active(self) -> AbstractContextManager[None]:
-        """The network as the critic reads it. A backward pass through checkpointed layers belongs inside: they are
-        computed again, under whichever adapter is the active one then."""
+        """Activate the critic's adapter on the network inside the block.
+
+        A backward pass through checkpointed layers belongs inside as well: it computes them again under the adapter
+        that is active at that time.
+        """
         return active_adapter(self.network, None if self.settings.features == "frozen" else CRITIC)
 
     def forward(
         self, x: torch.Tensor, sigma: torch.Tensor, sequence: torch.Tensor, pooled: torch.Tensor
     ) -> torch.Tensor:
-        """Values fp32 [B, R], in units of the normalised rewards, of latents x [B, C, H, W] at sigma [B].
+        """Return values fp32 [B, R] of latents x [B, C, H, W] at sigma [B], in units of the normalised rewards.
 
-        Conditions are the text's own, without guidance. Gradient flows to x, the head and the adapter alone.
+        Conditions are the text's own, without guidance. Gradient flows to x, the head and the adapter only.
         """
         with self.active(), captured(self.backbone, self.network) as layers:
             self.backbone.velocity(self.network, x, sigma, sequence, pooled)
         return self.head([layer.float() for layer in layers], sigma)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Head and adapter by name, as `restore` takes them."""
+        """Return head and adapter tensors by name, as `restore` takes them."""
         head = {f"head.{name}": value.detach() for name, value in self.head.state_dict().items()}
         return head | {f"adapter.{name}": value.detach() for name, value in self.adapter.items()}
 
     @torch.no_grad()
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """ValueError where the state is another critic's."""
+        """Copy a state into this critic. Raises ValueError if it belongs to a critic of another shape."""
         own = self.state()
         odd = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
         if odd:
@@ -142,7 +146,7 @@ class Critic(nn.Module):
 
 @contextmanager
 def captured(backbone: Backbone, denoiser: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Tokens [B, L, D] of the tapped layers of the forwards within, in their order."""
+    """Yield a list that collects the tokens [B, L, D] of tapped layers during forward passes, in their order."""
     layers: list[torch.Tensor] = []
     handles = [
         module.register_forward_hook(lambda _, __, output: layers.append(backbone.tokens(output)))

@@ -12,12 +12,14 @@ from align_cluster.types import Condition
 
 
 class Flux(ClipExploration, PipelineBackbone):
-    """Velocity network with joint attention over packed latents and T5's sequence; of CLIP-L it gets `pooled` alone."""
+    """Predicts velocity by joint attention over packed latents and T5's sequence; CLIP-L gives only `pooled`."""
 
     class Config(BackboneSection):
-        """Settings of FLUX.1. `distilled_guidance` is the strength that a guidance-distilled network (dev) is told, in
-        rollouts and updates alike unless rollout.distilled_guidance says otherwise; networks without that input
-        (schnell) ignore it. rollout.guidance is true classifier-free guidance, which costs a second forward.
+        """Configures FLUX.1.
+
+        `distilled_guidance` is the strength that is fed to a guidance-distilled network (dev), in rollouts and updates
+        alike, unless rollout.distilled_guidance is set. A network without that input (schnell) ignores it.
+        rollout.guidance is true classifier-free guidance, which costs a second forward pass.
 
         `max_sequence_length: null` is the stock pipeline's 512, or 256 for schnell.
         """
@@ -33,7 +35,7 @@ class Flux(ClipExploration, PipelineBackbone):
     texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     equal_levels = True
     packed = True
-    native_size = 128  # 1024 pixels: the stock pipeline's choice, which no part's config names
+    native_size = 128  # 1024 pixels: the stock pipeline's default, which no part's config names
     # Attention and feed-forward layers of the double blocks, attention of the single ones: Flow-GRPO's recipe.
     lora_targets = (
         *JOINT_ATTENTION,
@@ -45,7 +47,7 @@ class Flux(ClipExploration, PipelineBackbone):
 
     @property
     def _distilled(self) -> bool:
-        """Whether the network has an input for the strength of guidance."""
+        """Return whether the network has an input for the strength of guidance."""
         return self.network_config.get("guidance_embeds", False)
 
     @property
@@ -53,23 +55,27 @@ class Flux(ClipExploration, PipelineBackbone):
         return self.config.max_sequence_length or (512 if self._distilled else 256)
 
     def call(self, guidance: float) -> dict[str, Any]:
+        """True guidance needs an empty negative prompt; `guidance_scale` is the distilled strength."""
         arguments = super().call(self.config.distilled_guidance) | {"max_sequence_length": self._sequence_length}
         return arguments | ({"true_cfg_scale": guidance, "negative_prompt": ""} if guidance > 1 else {})
 
     @property
     def text_tokens(self) -> int:
+        """Return the configured sequence length, because T5's sequence is padded to it."""
         return self._sequence_length
 
     def text_settings(self) -> list:
+        """The sequence length changes an encoding."""
         return [self._sequence_length]
 
     def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return T5's sequence and CLIP-L's pooled embedding."""
         length = self._sequence_length
         sequence, pooled, _ = pipeline.encode_prompt(text, device=self.text_device, max_sequence_length=length)
         return sequence[0], pooled[0]
 
     def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """FLUX.1 reads CLIP-L's `pooled` and nothing else of it."""
+        """FLUX.1 reads only CLIP-L's pooled vector, so only `pooled` changes."""
         return condition.sequence, pooled
 
     def velocity(
@@ -80,6 +86,7 @@ class Flux(ClipExploration, PipelineBackbone):
         sequence: torch.Tensor,
         pooled: torch.Tensor,
     ) -> torch.Tensor:
+        """FLUX.1 takes packed latents, their positions, and sigma in [0, 1], which it multiplies by 1000 itself."""
         height, width = x.shape[2:]
         strength = self.config.distilled_guidance if self.distilled_guidance is None else self.distilled_guidance
         rows, columns = (torch.arange(side // 2, device=x.device) for side in (height, width))

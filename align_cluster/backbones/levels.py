@@ -1,4 +1,4 @@
-"""Noise levels as published pipelines have them: pure functions of the number of steps, fp64."""
+"""Noise levels of published pipelines: pure functions of the number of steps, fp64."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,28 +12,28 @@ _UNKNOWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigm
 
 
 def shift_map(t: np.ndarray | float, shift: float) -> np.ndarray | float:
-    """SD3's resolution shift of a noise level, t -> s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23)."""
+    """Apply SD3's resolution shift to a noise level: t -> s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def _closed(levels: np.ndarray) -> np.ndarray:
-    """Levels [N] that begin at 1 up to rounding, ended with 0."""
+    """Append 0 to levels [N] and set the first level to exactly 1."""
     sigmas = np.append(levels, 0.0)
     sigmas[0] = 1.0  # rounding leaves 1 - 1e-16 for some shifts, which an SDE step would divide by
     return sigmas
 
 
 def sd3_sigmas(steps: int, shift: float) -> np.ndarray:
-    """Noise levels [N + 1] as diffusers' FlowMatchEulerDiscreteScheduler builds them from its config.
+    """Return noise levels [N + 1] as diffusers' FlowMatchEulerDiscreteScheduler builds them from its config.
 
-    The shift is applied twice to the inner points (once to the end point 1/1000, once to the whole table): that is what
-    released SD3.5 results were made with, so it is reproduced here. The last level before 0 is therefore tiny.
+    The shift applies twice to the inner points: once to the end point 1/1000, once to the whole table. Released SD3.5
+    results were made with these levels, so this function reproduces them. The last level before 0 is therefore tiny.
     """
     return _closed(shift_map(np.linspace(1.0, shift_map(0.001, shift), steps), shift))
 
 
 def linear_sigmas(steps: int, shift: float) -> np.ndarray:
-    """Equal steps from 1 to 0, shifted: noise levels [N + 1] of DanceGRPO, MixGRPO and SRPO for FLUX."""
+    """Return equal steps from 1 to 0, shifted: noise levels [N + 1] of DanceGRPO, MixGRPO and SRPO for FLUX."""
     return _closed(shift_map(np.linspace(1.0, 0.0, steps + 1)[:-1], shift))
 
 
@@ -45,7 +45,7 @@ def flux_sigmas(
     base_tokens: int = 256,
     max_tokens: int = 4096,
 ) -> np.ndarray:
-    """Noise levels [N + 1] of the FLUX.1-dev pipeline for an image of `tokens` tokens (height / 16 x width / 16).
+    """Return noise levels [N + 1] of the FLUX.1-dev pipeline for an image of `tokens` tokens (height/16 x width/16).
 
     The shift is e^mu, and mu grows linearly from base_shift at base_tokens to max_shift at max_tokens.
     """
@@ -54,10 +54,10 @@ def flux_sigmas(
 
 
 def pipeline_sigmas(scheduler: Mapping[str, Any], steps: int, tokens: int, equal: bool) -> np.ndarray:
-    """Noise levels [N + 1] that a pipeline has from the config of its FlowMatchEulerDiscreteScheduler.
+    """Return the noise levels [N + 1] that a pipeline gets from its FlowMatchEulerDiscreteScheduler's config.
 
-    `equal` pipelines (FLUX, Qwen-Image) hand it equal steps from 1 to 1/N, others (SD3) leave the choice to it.
-    UserError where the scheduler is of another kind.
+    `equal` pipelines (FLUX, Qwen-Image) pass equal steps from 1 to 1/N to the scheduler; others (SD3) leave the choice
+    to it. Raises UserError for another scheduler, or for an option that this function does not reproduce.
     """
     odd = [name for name in _UNKNOWN_LEVELS if scheduler.get(name)]
     if scheduler.get("_class_name", _SCHEDULER) != _SCHEDULER or odd:
@@ -82,8 +82,10 @@ def pipeline_sigmas(scheduler: Mapping[str, Any], steps: int, tokens: int, equal
 
 
 def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> np.ndarray:
-    """Training timesteps [N], falling, with "leading" spacing: Stable Diffusion 1 and 2. UserError where they do not
-    fit."""
+    """Return training timesteps [N], falling, with "leading" spacing, as Stable Diffusion 1 and 2 use it.
+
+    Raises UserError if the model has too few timesteps.
+    """
     if steps > train_steps - offset:
         raise UserError(
             f"{steps} denoising steps do not fit a model with {train_steps} noise levels; "
@@ -93,17 +95,19 @@ def ddim_timesteps(steps: int, train_steps: int = 1000, offset: int = 1) -> np.n
 
 
 def diffusion_levels(train_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
-    """Noise levels sqrt(1 - alpha_bar) [train_steps] of all training timesteps under scaled-linear betas, which Stable
-    Diffusion has."""
+    """Return noise levels sqrt(1 - alpha_bar) [train_steps] of all training timesteps under scaled-linear betas.
+
+    Stable Diffusion 1 and 2 are trained with them.
+    """
     return np.sqrt(1 - np.cumprod(1 - np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2))
 
 
 def ddim_levels(
     steps: int, train_steps: int = 1000, offset: int = 1, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> np.ndarray:
-    """`diffusion_levels` [N + 1] of `ddim_timesteps`.
+    """Return the `diffusion_levels` [N + 1] of `ddim_timesteps`.
 
-    The last one is that of timestep 0, as in DanceGRPO, not alpha_bar = 1: the last step then has a density too.
+    The last level is that of timestep 0, as in DanceGRPO, and not 0, so that the last step has a density too.
     """
     levels = diffusion_levels(train_steps, beta_start, beta_end)
     return levels[np.append(ddim_timesteps(steps, train_steps, offset), 0)]

@@ -1,4 +1,4 @@
-"""What all backbones from a diffusers pipeline folder share: each part read alone, by path or hub id."""
+"""Shared code of all backbones that come from a diffusers pipeline folder or hub id. Each part is read alone."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from align_cluster.errors import UserError
 from align_cluster.files import atomic
 from align_cluster.types import Condition, Perturbation
 
-# Projections of a block in which text and image attend to each other.
+# The projections of a block with joint attention between text and image.
 JOINT_ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -28,13 +28,19 @@ JOINT_ATTENTION = tuple(
 
 
 class PipelineBackbone(Backbone):
-    """A family subclasses this and says what its parts are called, how it embeds a prompt and calls its network.
+    """Wraps a family of diffusers pipelines. A subclass names its parts, embeds prompts and calls its network.
 
-    `pipelines` are the classes that model_index.json may name, `pipeline` the one that reads prompts and writes LoRA
-    files; `network` is the denoiser's class and `part` its folder; `texts` are the parts that encode prompts.
-    `blocks` are the classes of its layers that repeat, where the network does not say so itself. `family` is what users
-    call it. `equal_levels`: whether the pipeline hands its scheduler equal steps from 1 to 1/N. `packed`: whether the
-    network takes `pack`ed latents.
+    family         what users call it, with its article
+    pipelines      classes that model_index.json may name
+    pipeline       the class that reads prompts and writes LoRA files
+    network        the denoiser's class
+    part           the denoiser's folder
+    blocks         classes of the layers that repeat, if the network does not name them itself
+    vae            the VAE's class
+    vae_layout     memory format of the VAE's weights
+    texts          the parts that encode prompts
+    equal_levels   whether the pipeline passes equal steps from 1 to 1/N to its scheduler
+    packed         whether the network takes latents that `pack` has turned into tokens
     """
 
     family: ClassVar[str]
@@ -51,12 +57,13 @@ class PipelineBackbone(Backbone):
 
     @property
     def source(self) -> str:
+        """Return the folder or hub id that parts are read from."""
         path = self.config.path
         return str(pipeline_path()) if path == "embedded" else str(Path(path).expanduser()) if "~" in path else path
 
     @contextmanager
     def reading(self, part: str) -> Iterator[None]:
-        """Turns a part that cannot be read into one sentence for the user."""
+        """Turn the error of a part that cannot be read into a UserError."""
         try:
             yield
         except OSError as error:
@@ -67,14 +74,14 @@ class PipelineBackbone(Backbone):
             ) from error
 
     def stock(self, name: str) -> Any:
-        """A class of diffusers."""
+        """Return a class of diffusers by name."""
         import diffusers
 
         return getattr(diffusers, name)
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """Content of model_index.json. UserError where the pipeline is of another family."""
+        """Return the content of model_index.json. Raises UserError if the pipeline is of another family."""
         index = self.read_config(self.pipeline)
         if index.get("_class_name") not in self.pipelines:
             raise UserError(
@@ -84,48 +91,53 @@ class PipelineBackbone(Backbone):
         return index
 
     def read_config(self, cls: str, part: str | None = None) -> dict[str, Any]:
-        """Settings of a part, or what parts there are, from the file that diffusers' class `cls` keeps them in."""
+        """Return the settings of a part, or the pipeline's index, from the file where diffusers' `cls` keeps them."""
         with self.reading(part or "model_index.json"):
             return self.stock(cls).load_config(self.source, subfolder=part)
 
     def part_config(self, cls: str, part: str) -> dict[str, Any]:
+        """Return the settings of a part, after a check that the pipeline is of this family."""
         _ = self.index
         return self.read_config(cls, part)
 
     def hollow(self, cls: str, part: str) -> torch.nn.Module:
-        """A part without its weights: on the meta device, and read from its settings alone."""
+        """Build a part without weights from its settings, on the meta device."""
         with torch.device("meta"):
             return self.stock(cls).from_config(self.part_config(cls, part))
 
     @cached_property
     def network_config(self) -> dict[str, Any]:
+        """Return the denoiser's settings."""
         return self.part_config(self.network, self.part)
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
+        """Return the VAE's settings."""
         return self.part_config(self.vae, "vae")
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
+        """Return the scheduler's settings."""
         return self.part_config("FlowMatchEulerDiscreteScheduler", "scheduler")
 
     @property
     def vae_factor(self) -> int:
-        """Pixels a latent pixel, along one side."""
+        """Return the number of image pixels for one latent pixel, along one side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
     def channels(self) -> int:
-        """Of a latent."""
+        """Return the number of channels of a latent."""
         return self.network_config["in_channels"] // (self.patch**2 if self.packed else 1)
 
     @property
     def native_size(self) -> int:
-        """Height and width of a latent, where no image size is set."""
+        """Return the height and width of a latent if the settings name no image size."""
         return self.network_config["sample_size"]
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W). Raises UserError if the image size does not divide into patches."""
         size = [self._side(name) for name in ("height", "width")]
         return self.channels, *size
 
@@ -142,14 +154,16 @@ class PipelineBackbone(Backbone):
         return pixels // self.vae_factor
 
     def call(self, guidance: float) -> dict[str, Any]:
-        """Arguments, beside prompt and steps, under which the stock pipeline draws what this backbone does."""
+        """Return the arguments, besides prompt and steps, with which the stock pipeline draws the same images."""
         _, height, width = self.latent_shape
         return {"guidance_scale": guidance, "height": height * self.vae_factor, "width": width * self.vae_factor}
 
     def sigmas(self, steps: int) -> np.ndarray:
+        """Return the levels of the pipeline's own scheduler."""
         return pipeline_sigmas(self.scheduler_config, steps, self.image_tokens, self.equal_levels)
 
     def load_denoiser(self) -> torch.nn.Module:
+        """Load the network, choose its attention backend, and compile its repeated blocks if the settings say so."""
         _ = self.index
         with self.reading(self.part):
             model = self.stock(self.network).from_pretrained(self.source, subfolder=self.part, dtype=self.dtype)
@@ -173,28 +187,29 @@ class PipelineBackbone(Backbone):
 
     @property
     def text_tokens(self) -> int:
-        """Rows of the longest prompt's encoding: a CLIP's, unless the family says otherwise."""
+        """Return the rows of the longest prompt's encoding: a CLIP's, unless the family says otherwise."""
         return self.part_config(self.network, "text_encoder")["max_position_embeddings"]
 
     @property
     def text_shape(self) -> tuple[int, int, int]:
-        """(T, D, P) of the longest prompt's encoding: sequence [T, D] and pooled [P]."""
+        """Return (T, D, P) of the longest prompt's encoding: sequence [T, D] and pooled [P]."""
         config = self.network_config
         width = config.get("joint_attention_dim") or config["cross_attention_dim"]
         return self.text_tokens, width, config.get("pooled_projection_dim", 0)
 
     def text_parts(self) -> dict[str, Any]:
-        """Parts of the pipeline that are not to be read from disk while prompts are encoded: by default all others."""
+        """Return what replaces (None) the pipeline parts that prompts need not: by default all other parts."""
         others = [name for name in self.index if not name.startswith("_") and name not in self.texts]
         return dict.fromkeys(others)
 
     @property
     def text_device(self) -> torch.device:
+        """Return the device on which the text encoders run."""
         return self.device if self.config.text == "keep" else torch.device("cpu")
 
     @cached_property
     def _text(self) -> Any:
-        """The stock pipeline with its text encoders only."""
+        """Return the stock pipeline with its text encoders only."""
         with self.reading("text_encoder"):
             pipeline = self.stock(self.pipeline).from_pretrained(self.source, dtype=self.dtype, **self.text_parts())
         for name in self.texts:
@@ -205,6 +220,7 @@ class PipelineBackbone(Backbone):
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> list[Condition]:
+        """Encode prompts one by one with the stock pipeline's encoders."""
         conditions = []
         for text in texts:
             sequence, pooled = self.embed(self._text, text)
@@ -215,14 +231,14 @@ class PipelineBackbone(Backbone):
 
     @abstractmethod
     def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sequence [T, D], pooled [P]) of one prompt, as the stock pipeline encodes it; P may be 0."""
+        """Return (sequence [T, D], pooled [P]) of one prompt, as the stock pipeline encodes it; P may be 0."""
 
     def _release(self) -> None:
         if self.config.text == "free":
             self.__dict__.pop("_text", None)
 
     def _identity(self, *parts: str) -> list:
-        """Which files these parts are: name, size and time, or the hub id."""
+        """Return the identity of the files of these parts: name, size and time, or the hub id."""
         files = sorted(path for part in parts for path in Path(self.source).glob(f"{part}/*"))
         return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [self.source]
 
@@ -231,10 +247,11 @@ class PipelineBackbone(Backbone):
         return self._identity(*self.texts)
 
     def text_settings(self) -> list:
-        """Settings that an encoding depends on."""
+        """Return the settings that an encoding depends on."""
         return []
 
     def condition_key(self, text: str) -> str:
+        """The key covers the text encoders' files, their settings and type, and the text."""
         return address(self._text_identity, *self.text_settings(), str(self.dtype), text)
 
     @cached_property
@@ -246,32 +263,36 @@ class PipelineBackbone(Backbone):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Return uint8 images of final latents, rounded as the stock pipeline rounds them."""
         pixels = self.pixels(latents.to(self.device))
         images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images fp32 [B, 3, H, W], about -1 to 1, of final latents; with a gradient where one is wanted."""
+        """Return images fp32 [B, 3, H, W] of final latents, about -1 to 1, with a gradient to the latents."""
         config = self._vae.config
         z = latents / config.scaling_factor + (config.shift_factor or 0.0)
         with self.autocast():
             return self._vae.decode(z.to(self.dtype, memory_format=self.vae_layout)).sample.float()
 
     def checkpoint_decoder(self) -> None:
-        """Let `pixels` compute activations again in a backward pass, block by block, where the VAE's class can."""
+        """Let the backward pass of `pixels` recompute activations block by block, if the VAE's class supports it."""
         if self._vae._supports_gradient_checkpointing:
             self._vae.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def latents(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents fp32 [B, C, H, W] of images [B, 3, h, w] in [0, 1]: the encoder's mode, so that they are always the
-        same."""
+        """Return latents fp32 [B, C, H, W] of images [B, 3, h, w] in [0, 1].
+
+        The encoder's mode is taken, so the result is always the same.
+        """
         config, images = self._vae.config, (2 * images - 1).to(self.device, self.dtype, memory_format=self.vae_layout)
         with self.autocast():
             z = self._vae.encode(images).latent_dist.mode().float()
         return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
+        """Write pytorch_lora_weights.safetensors, with peft's configuration (and so alpha) in its metadata."""
         from align_cluster.backbones.adapters import lora_config
 
         layers = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
@@ -287,9 +308,9 @@ class PipelineBackbone(Backbone):
 
 
 class ClipExploration:
-    """Of pipelines whose first text encoder is a CLIP, for E2PO: a mixin before PipelineBackbone.
+    """Adds E2PO's exploration to pipelines with a CLIP as first text encoder: a mixin before PipelineBackbone.
 
-    `layer` is the hidden state that enters a condition's sequence; None: the encoder's normalised output.
+    `layer` is the hidden state that enters a condition's sequence; None is the encoder's normalised output.
     """
 
     explorable: ClassVar[bool] = True
@@ -303,8 +324,8 @@ class ClipExploration:
         return found
 
     def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
-        """Content address of a prompt's perturbations: a hash of everything that they depend on."""
-        # rho is phase 2's: it weighs perturbations that are there already.
+        """Return the content address of a prompt's perturbations: a hash of everything that they depend on."""
+        # rho only weighs the perturbations in a rollout, so the learned perturbations do not depend on it.
         return address(self._clip_identity, str(self.dtype), config.model_dump(exclude={"rho"}), seed, text)
 
     @cached_property
@@ -312,7 +333,7 @@ class ClipExploration:
         return self._identity("text_encoder", "tokenizer")
 
     def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
-        """The condition with its CLIP part replaced by variant 1 ... K - 1; variant 0 is the condition itself."""
+        """Return the condition with its CLIP part replaced by a variant, 1 ... K - 1; variant 0 changes nothing."""
         if variant == 0:
             return condition
         encoding = self.replaced(condition, perturbation.hidden[variant - 1], perturbation.pooled[variant - 1])
@@ -320,19 +341,19 @@ class ClipExploration:
 
     @abstractmethod
     def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(sequence, pooled) of the condition with CLIP's hidden states [S, d] and pooled vector in their places."""
+        """Return (sequence, pooled) of the condition with CLIP's hidden states [S, d] and pooled vector in place."""
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, H, W] as the tokens [B, H/2 W/2, 4C] of networks that make no patches themselves."""
+    """Return latents [B, C, H, W] as tokens [B, H/2 W/2, 4C], for networks that do not make patches themselves."""
     return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The latents [B, C, height, width] that `pack` made tokens of."""
+    """Return the latents [B, C, height, width] from which `pack` made the tokens."""
     return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
 
 
 def address(*facts: object) -> str:
-    """A hash of everything that something depends on."""
+    """Return a hash of all facts that a record depends on."""
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()

@@ -10,11 +10,13 @@ from align_cluster.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone, 
 
 
 class QwenImage(PipelineBackbone):
-    """Velocity network with joint attention over image tokens and the hidden states of Qwen2.5-VL, of which a prompt
-    has as many as it has tokens. `pooled` is empty."""
+    """Predicts velocity by joint attention over image tokens and the hidden states of Qwen2.5-VL.
+
+    A prompt's sequence is as long as the prompt has tokens. `pooled` is empty.
+    """
 
     class Config(BackboneSection):
-        """Settings of Qwen-Image. `max_sequence_length` cuts encodings off, the prompt's template included."""
+        """Configures Qwen-Image. `max_sequence_length` limits an encoding, the prompt's template included."""
 
         kind: Literal["qwen_image"] = "qwen_image"
         max_sequence_length: Annotated[int, Field(gt=0, le=1024)] = 512
@@ -28,7 +30,7 @@ class QwenImage(PipelineBackbone):
     texts = ("text_encoder", "tokenizer")
     equal_levels = True
     packed = True
-    native_size = 128  # 1024 pixels: the stock pipeline's choice, which no part's config names
+    native_size = 128  # 1024 pixels: the stock pipeline's default, which no part's config names
     # Attention and feed-forward layers of both streams, as in the Flow-GRPO and verl-omni recipes.
     lora_targets = (
         *JOINT_ATTENTION,
@@ -40,23 +42,28 @@ class QwenImage(PipelineBackbone):
 
     @property
     def vae_factor(self) -> int:
+        """Return the factor of the video VAE, which names its downsampling steps instead of its channels."""
         return 2 ** len(self.vae_config["temperal_downsample"])
 
     def call(self, guidance: float) -> dict[str, Any]:
+        """The stock pipeline calls the guidance `true_cfg_scale` and needs a negative prompt for it."""
         arguments = super().call(guidance) | {"max_sequence_length": self.config.max_sequence_length}
         arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
         return arguments | ({"negative_prompt": " "} if guidance > 1 else {})
 
     @property
     def text_tokens(self) -> int:
+        """Return the configured limit, because encodings have no fixed length."""
         return self.config.max_sequence_length
 
     def text_settings(self) -> list:
+        """The limit of the sequence length changes an encoding."""
         return [self.config.max_sequence_length]
 
     def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Qwen2.5-VL's hidden states and an empty pooled vector."""
         length = self.config.max_sequence_length
-        # A blank is what the model's authors and all recipes guide away from.
+        # The model's authors and all recipes use a blank as the negative prompt.
         sequence, _ = pipeline.encode_prompt(text or " ", self.text_device, max_sequence_length=length)
         return sequence[0], sequence.new_empty(0)
 
@@ -68,6 +75,7 @@ class QwenImage(PipelineBackbone):
         sequence: torch.Tensor,
         pooled: torch.Tensor,
     ) -> torch.Tensor:
+        """Qwen-Image takes packed latents, sigma in [0, 1], and the shape of the image in tokens."""
         height, width = x.shape[2:]
         with self.autocast():
             output = denoiser(
@@ -80,22 +88,24 @@ class QwenImage(PipelineBackbone):
         return unpack(output[0].float(), height, width)
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Classifier-free guidance that leaves each token the length that it has without guidance."""
+        """Apply classifier-free guidance, then restore the norm that each token has without guidance."""
         text = pack(v)
         guided = super().guide(text, pack(v_null), guidance)
         guided = guided * (text.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack(guided, *v.shape[2:])
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE decodes videos, so a latent becomes a video of one frame, scaled back channel by channel."""
         config = self._vae.config
         mean, std = (latents.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
-        video = (latents * std + mean)[:, :, None]  # of one frame
+        video = (latents * std + mean)[:, :, None]  # one frame
         with self.autocast():
             return self._vae.decode(video.to(self.dtype), return_dict=False)[0][:, :, 0].float()
 
     @torch.no_grad()
     def latents(self, images: torch.Tensor) -> torch.Tensor:
-        video = (2 * images - 1)[:, :, None].to(self.device, self.dtype)  # of one frame
+        """The VAE encodes videos, so an image becomes a video of one frame."""
+        video = (2 * images - 1)[:, :, None].to(self.device, self.dtype)  # one frame
         with self.autocast():
             z = self._vae.encode(video).latent_dist.mode()[:, :, 0].float()
         config = self._vae.config

@@ -1,5 +1,7 @@
-"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv 2112.10752): a UNet that predicts epsilon or, as SD 2 at 768
-pixels, v."""
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv 2112.10752): a UNet that predicts epsilon or v.
+
+SD 2 at 768 pixels predicts v, the others epsilon.
+"""
 
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone
 from align_cluster.errors import UserError
 from align_cluster.types import Condition
 
-# Settings of a scheduler: what diffusers takes where one is missing, and what is known here.
+# Scheduler settings by name: diffusers' default, and the values that this backbone reproduces.
 _KNOWN = {
     "prediction_type": ("epsilon", ("epsilon", "v_prediction")),
     "beta_schedule": ("linear", ("scaled_linear",)),
@@ -25,21 +27,21 @@ _KNOWN = {
 
 
 class SD1(ClipExploration, PipelineBackbone):
-    """Epsilon or v network with cross-attention to one CLIP text encoding.
+    """Predicts epsilon or v with a UNet that attends to one CLIP text encoding.
 
-    Images are drawn with DDIM whatever scheduler the pipeline names (Stable Diffusion 1.4: PNDM): its settings say how
-    the network was trained, and are read as `DDIMScheduler.from_config` does. As in the stock pipeline `steps_offset`
-    is 1 and x0 is not clipped; the last noise level is that of timestep 0.
+    Images are drawn with DDIM, whatever scheduler the pipeline names (Stable Diffusion 1.4: PNDM). The scheduler's
+    settings say how the network was trained, and are read as `DDIMScheduler.from_config` reads them. As in the stock
+    pipeline, `steps_offset` is 1 and x0 is not clipped. The last noise level is that of timestep 0.
     """
 
     class Config(BackboneSection):
-        """Settings of Stable Diffusion 1 and 2."""
+        """Configures Stable Diffusion 1 and 2."""
 
         kind: Literal["sd1"] = "sd1"
 
     flow = False
     layer = None
-    patch = 1  # the UNet divides odd sizes too
+    patch = 1  # the UNet takes odd sizes too
     family = "a Stable Diffusion 1 or 2"
     pipeline = "StableDiffusionPipeline"
     pipelines = ("StableDiffusionPipeline",)
@@ -51,6 +53,7 @@ class SD1(ClipExploration, PipelineBackbone):
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
+        """Return the scheduler's settings. Raises UserError for a setting that the noise levels do not reproduce."""
         config = self.part_config("DDIMScheduler", "scheduler")
         for name, (default, known) in _KNOWN.items():
             value = config.get(name, default)
@@ -63,41 +66,45 @@ class SD1(ClipExploration, PipelineBackbone):
 
     @property
     def prediction(self) -> Literal["epsilon", "v"]:
+        """The scheduler's settings say whether the network predicts epsilon or v."""
         return "v" if self.scheduler_config.get("prediction_type") == "v_prediction" else "epsilon"
 
     @property
     def _training(self) -> dict[str, Any]:
-        """Timesteps and betas of the training."""
+        """Return the number of training timesteps and the range of betas."""
         defaults = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02}
         steps, start, end = (self.scheduler_config.get(name, value) for name, value in defaults.items())
         return {"train_steps": steps, "beta_start": start, "beta_end": end}
 
     def sigmas(self, steps: int) -> np.ndarray:
+        """Return DDIM's levels with leading spacing."""
         return ddim_levels(steps, **self._training)
 
     @cached_property
     def _levels(self) -> torch.Tensor:
-        """Noise levels of all training timesteps, rounded as `Step.level` rounds those of a rollout."""
+        """Return the noise levels of all training timesteps, rounded as `Step.level` rounds those of a rollout."""
         return torch.tensor(diffusion_levels(**self._training), dtype=torch.float32, device=self.device)
 
     def timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Training timesteps int64 [B] that have the noise levels sigma [B]."""
+        """Return the training timesteps int64 [B] that have the noise levels sigma [B]."""
         return (self._levels - sigma[:, None]).abs().argmin(1)
 
     def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return CLIP's output and an empty pooled vector."""
         sequence, _ = pipeline.encode_prompt(text, self.text_device, 1, do_classifier_free_guidance=False)
         return sequence[0], sequence.new_empty(0)
 
     def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CLIP's output is all that the UNet sees of a prompt."""
+        """The UNet reads nothing but CLIP's output, so the whole sequence changes."""
         return hidden, condition.pooled
 
     def taps(self, denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-        """The middle of the U, and a block on the way up."""
+        """The critic reads the middle of the U and a block on the way up."""
         up = denoiser.up_blocks[len(denoiser.up_blocks) // 2]
         return [(denoiser.mid_block, denoiser.config.block_out_channels[-1]), (up, up.resnets[-1].out_channels)]
 
     def tokens(self, output: torch.Tensor) -> torch.Tensor:
+        """A UNet block returns an image [B, D, H, W], and each of its pixels is a token."""
         return output.flatten(2).transpose(1, 2)
 
     def velocity(
@@ -108,6 +115,7 @@ class SD1(ClipExploration, PipelineBackbone):
         sequence: torch.Tensor,
         pooled: torch.Tensor,
     ) -> torch.Tensor:
+        """The UNet takes the integer timestep that has the noise level sigma."""
         with self.autocast():
             output = denoiser(
                 x.to(self.dtype),

@@ -1,5 +1,7 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206), and the embedded pipeline, which has their
-architecture."""
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206), and the embedded pipeline.
+
+The embedded pipeline is a small network of SD3's architecture.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -13,10 +15,10 @@ from align_cluster.types import Condition
 
 
 class SD3(ClipExploration, PipelineBackbone):
-    """Velocity network with joint attention over image tokens and two CLIP (and optionally T5) text encodings."""
+    """Predicts velocity by joint attention over image tokens and two CLIP (and optionally T5) encodings."""
 
     class Config(BackboneSection):
-        """Settings of the SD3 family. `t5: false` leaves the T5 encoder out, as SD3 allows.
+        """Configures the SD3 family. `t5: false` leaves out the T5 encoder, as SD3 allows.
 
         `max_sequence_length: null` is 128, or 0 for the embedded pipeline, which has no T5.
         """
@@ -40,7 +42,7 @@ class SD3(ClipExploration, PipelineBackbone):
         return self.config.t5 and self.index.get("text_encoder_3", (None, None))[0] is not None
 
     def text_parts(self) -> dict[str, Any]:
-        """The transformer is a shell on the meta device: where T5 is missing, the stock pipeline reads its widths."""
+        """The transformer is present without weights: without T5, the stock pipeline reads its widths."""
         without_t5 = {} if self._has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
         return super().text_parts() | {"transformer": self.hollow(self.network, self.part)} | without_t5
 
@@ -51,16 +53,20 @@ class SD3(ClipExploration, PipelineBackbone):
         return length if length is not None else 0 if self.config.path == "embedded" else 128
 
     def call(self, guidance: float) -> dict[str, Any]:
+        """The stock pipeline also needs the length of T5's sequence."""
         return super().call(guidance) | {"max_sequence_length": self._sequence_length}
 
     @property
     def text_tokens(self) -> int:
+        """T5's sequence follows CLIP's."""
         return super().text_tokens + self._sequence_length
 
     def text_settings(self) -> list:
+        """T5's presence and the sequence length change an encoding."""
         return [self.config.t5, self._sequence_length]
 
     def embed(self, pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the joint sequence of CLIP and T5, and the joint pooled embedding of both CLIPs."""
         length = self._sequence_length
         sequence, _, pooled, _ = pipeline.encode_prompt(
             text, None, None, self.text_device, do_classifier_free_guidance=False, max_sequence_length=length
@@ -68,7 +74,7 @@ class SD3(ClipExploration, PipelineBackbone):
         return sequence[0], pooled[0]
 
     def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """SD3 lays CLIP-L first: in the first channels of the first rows, and in the first part of `pooled`."""
+        """CLIP-L has the first channels of the first rows of the sequence, and the first part of `pooled`."""
         sequence, whole = condition.sequence.copy(), condition.pooled.copy()
         sequence[: hidden.shape[0], : hidden.shape[1]] = hidden
         whole[: len(pooled)] = pooled
@@ -82,6 +88,7 @@ class SD3(ClipExploration, PipelineBackbone):
         sequence: torch.Tensor,
         pooled: torch.Tensor,
     ) -> torch.Tensor:
+        """SD3 takes 1000 sigma as its timestep, untruncated."""
         with self.autocast():
             output = denoiser(
                 hidden_states=x.to(self.dtype),

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, checked when read, written while training goes on."""
+"""Checkpoints: complete or absent, verified when read, and written while training continues."""
 
 from typing import Annotated
 
@@ -8,11 +8,13 @@ from align_cluster.settings import Section
 
 
 class CheckpointConfig(Section):
-    """When a run saves itself. `every: 0` saves only when it ends, or is told to end (SIGTERM, Ctrl-C, an error).
+    """Configures when a run saves its state, and where.
 
-    The newest `keep` are kept, the newest one in which no rule of `guard` was broken, and with `keep_best` the one with
-    the best held-out headline score, for which every evaluation is followed by a save. `path` is any folder that fsspec
-    knows, such as s3://bucket/runs, in which each run has its own; null: checkpoints/ in the run directory.
+    every       steps between checkpoints; 0 saves only when the run ends or is interrupted (SIGTERM, Ctrl-C, an error)
+    keep        number of newest checkpoints to keep, besides the newest one in which no `guard` rule was broken
+    keep_best   also keep the checkpoint with the best held-out headline score; a save then follows every evaluation
+    path        any folder that fsspec knows, such as s3://bucket/runs, with a folder for each run; null is checkpoints/
+                in the run directory
     """
 
     every: Annotated[int, Field(ge=0)] = 10

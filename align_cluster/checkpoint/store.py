@@ -1,10 +1,11 @@
-"""Folders of files that are all there and unharmed, or are not taken for a checkpoint.
+"""Folders of files that count as a checkpoint only if they are complete and undamaged.
 
-    step_000120/manifest.json      sizes and SHA-256 of the others and of itself; what to choose by, such as a score
+    step_000120/manifest.json      sizes and SHA-256 of the files and of itself; facts to choose by, such as a score
     step_000120/...                the files
 
-On a local disk a folder is written under a temporary name, synced, and renamed. Elsewhere the manifest comes last: a
-folder without it does not count. A reader checks every byte and takes the one before where something is wrong.
+On a local disk a folder is written under a temporary name, synced, and renamed. An object store has no rename, so there
+the manifest is written last, and a folder without one does not count. A reader checks every byte, and takes the
+checkpoint before a damaged one.
 """
 
 import hashlib
@@ -24,13 +25,13 @@ FORMAT = 1
 
 
 class Damaged(Exception):
-    """A checkpoint that is torn, truncated or changed: what is wrong with it."""
+    """A checkpoint is torn, truncated or changed; the message says what is wrong."""
 
 
 class Store:
-    """Checkpoints in the folder `path`, local or of any file system that fsspec knows. Making a Store touches nothing.
+    """Keeps checkpoints in the folder `path`, local or of any file system that fsspec knows.
 
-    UserError where the file system's package is missing.
+    The constructor touches nothing. It raises UserError if the file system's package is missing.
     """
 
     def __init__(self, path: str) -> None:
@@ -44,15 +45,16 @@ class Store:
         self.path, self.local = path, isinstance(self.files, LocalFileSystem)
 
     def folder(self, step: int) -> str:
+        """Return the folder of a step's checkpoint."""
         return f"{self.root}/step_{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are complete (not yet of those that are unharmed), ascending."""
+        """Return the steps of complete checkpoints, ascending. Their files are not verified yet."""
         found = [int(name[5:]) for name in self.folders() if name.startswith("step_") and name[5:].isdigit()]
         return sorted(step for step in found if self.files.exists(f"{self.folder(step)}/{MANIFEST}"))
 
     def folders(self) -> set[str]:
-        """Names of all that is in the store's folder."""
+        """Return the names of everything in the store's folder."""
         self.files.invalidate_cache()
         try:
             return {entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.root, detail=False)}
@@ -60,11 +62,14 @@ class Store:
             return set()
 
     def about(self, step: int) -> dict[str, Any]:
-        """What `write` was told beside the files. Damaged where that cannot be read."""
+        """Return the facts that `write` stored beside the files. Raises Damaged if they cannot be read."""
         return self._manifest(step)["about"]
 
     def write(self, step: int, files: dict[str, bytes], about: dict[str, Any]) -> None:
-        """Write one checkpoint, in the place of one of that step; OSError, and nothing left behind, where it cannot."""
+        """Write one checkpoint, and replace an earlier one of the same step.
+
+        Raises OSError if the write fails. On a local disk nothing is left behind.
+        """
         sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
         manifest = {"format": FORMAT, "step": step, "about": about, "files": sums}
         content = files | {MANIFEST: (json.dumps(manifest | {"sha256": _sum(manifest)}, indent=1) + "\n").encode()}
@@ -94,11 +99,11 @@ class Store:
         if self.files.exists(folder):
             self.delete(int(folder[-6:]))
         self.files.makedirs(folder, exist_ok=True)
-        for name, data in content.items():  # the manifest is the last one
+        for name, data in content.items():  # the manifest comes last and makes the checkpoint count
             self.files.pipe_file(f"{folder}/{name}", data)
 
     def read(self, step: int) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """(files, about) of a checkpoint, every byte checked. Damaged where one is not as it was written."""
+        """Return (files, about) of a checkpoint, with every byte checked. Raises Damaged if a byte has changed."""
         manifest = self._manifest(step)
         files = {}
         for name, expected in manifest["files"].items():
@@ -130,8 +135,10 @@ class Store:
     def newest(
         self, note: Callable[[str], None], wanted: Callable[[dict[str, Any]], bool] = lambda about: True
     ) -> tuple[int, dict[str, bytes]] | None:
-        """(step, files) of the newest checkpoint that is unharmed and whose `about` is wanted; each one that is harmed
-        is told of. None where there is no such checkpoint."""
+        """Return (step, files) of the newest undamaged checkpoint with an `about` that is wanted, or None.
+
+        `note` is called with a sentence about each damaged checkpoint.
+        """
         for step in reversed(self.steps()):
             try:
                 if wanted(self.about(step)):
@@ -141,7 +148,7 @@ class Store:
         return None
 
     def prune(self, keep: int, keep_best: bool) -> None:
-        """Delete all but the newest `keep`, the newest good one and, with `keep_best`, the one of the highest score."""
+        """Delete all checkpoints but the newest `keep`, the newest good one and, with `keep_best`, the best one."""
         steps, told = self.steps(), {}
         for step in steps:
             with suppress(Damaged):
@@ -153,12 +160,12 @@ class Store:
             self.delete(step)
 
     def delete(self, step: int) -> None:
-        """The manifest goes first: what is left of an interrupted deletion is no checkpoint."""
+        """Delete a checkpoint, its manifest first, so that an interrupted deletion leaves no checkpoint."""
         self.files.rm_file(f"{self.folder(step)}/{MANIFEST}")
         self.files.rm(self.folder(step), recursive=True)
 
     def clean(self) -> None:
-        """Remove what writers that were killed have left."""
+        """Remove what killed writers have left behind."""
         if self.local and os.path.isdir(self.root):
             for leftover in Path(self.root).glob(".*"):
                 if leftover.suffix in (".partial", ".old"):

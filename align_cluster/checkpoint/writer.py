@@ -1,4 +1,4 @@
-"""Writes checkpoints in a thread of its own, while training goes on."""
+"""Writes checkpoints in a thread while training continues."""
 
 import threading
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Any
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import Store
 
-THREAD = "checkpoint of step"  # how the threads that write are called
+THREAD = "checkpoint of step"  # prefix of the names of the threads that write
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to write: `files` makes their content, in the writer's thread; `about` is what to choose by."""
+    """Describes one checkpoint to write: `files` makes the content in the writer's thread, `about` helps to choose."""
 
     step: int
     files: Callable[[], dict[str, bytes]]
@@ -21,10 +21,10 @@ class Job:
 
 
 class Writer:
-    """One write at a time; `save` waits for the one before, `wait` for the last one.
+    """Writes one checkpoint at a time.
 
-    A checkpoint that cannot be written costs no training: `note` says so, and the one before stays. `saved` is the step
-    of the last one that was written, None before the first.
+    A failed write does not end the run: `note` is called with a sentence, and the checkpoint before stays. `saved` is
+    the step of the last successful write, or None.
     """
 
     def __init__(self, store: Store, config: CheckpointConfig, note: Callable[[str], None]) -> None:
@@ -33,11 +33,13 @@ class Writer:
         self.thread: threading.Thread | None = None
 
     def save(self, job: Job) -> None:
+        """Start to write a checkpoint, after the one before is written."""
         self.wait()
         self.thread = threading.Thread(target=self._write, args=(job,), name=f"{THREAD} {job.step}")
         self.thread.start()
 
     def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -47,7 +49,7 @@ class Writer:
             self.store.write(job.step, job.files(), job.about)
             self.saved = job.step
             self.store.prune(self.config.keep, self.config.keep_best)
-        except Exception as error:  # of whatever file system: none of them may cost the run
+        except Exception as error:  # each file system has its own errors, and none of them may end the run
             before = "there is none before it" if self.saved is None else f"the last one is of step {self.saved}"
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             if self.saved == job.step:

@@ -1,1 +1,1 @@
-"""Conditions: each prompt is encoded once; the result is kept in memory and on disk under a hash of its content."""
+"""Text conditions: each prompt is encoded once, and the result is kept on disk under a hash of its content."""

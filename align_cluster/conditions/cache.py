@@ -1,27 +1,29 @@
-"""A content-addressed store of encoded prompts, on disk, safe with several writers."""
+"""A store of encoded prompts on disk, addressed by content. Several processes may write to it at once."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from align_cluster.files import atomic
 from align_cluster.types import Condition, Perturbation
 
 Record = TypeVar("Record", Condition, Perturbation)
 
 
 def default_folder() -> Path:
-    """$ALIGN_CLUSTER_CACHE, or a folder in the user's cache directory."""
+    """Return $ALIGN_CLUSTER_CACHE, or a folder in the user's cache directory."""
     home = os.environ.get("ALIGN_CLUSTER_CACHE")
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "align_cluster"
 
 
 class Cache(Generic[Record]):
-    """Records of one kind by key: a key, and else arrays and numbers. A file appears whole or not at all; one that
-    cannot be read is treated as absent."""
+    """Keeps records of one kind, Condition or Perturbation, in one .npz file for each key.
+
+    A file appears whole or not at all. A file that cannot be read counts as absent.
+    """
 
     def __init__(self, folder: Path, kind: type[Record]) -> None:
         self.kind, self.folder = kind, folder / f"{kind.__name__.lower()}s"
@@ -30,27 +32,28 @@ class Cache(Generic[Record]):
         return self.folder / key[:2] / f"{key}.npz"
 
     def get(self, key: str) -> Record | None:
+        """Return the record of a key, or None if it is absent or unreadable."""
         try:
             with np.load(self._path(key), allow_pickle=False) as data:
                 values = {name: data[name] for name in data.files}
             return self.kind(key, **{name: value if value.ndim else value.item() for name, value in values.items()})
-        except Exception:  # a damaged zip file fails in a dozen ways; whatever cannot be read is made again
+        except Exception:  # a damaged zip file raises a dozen kinds of errors, and the record can be made again
             return None
 
     def put(self, record: Record) -> None:
+        """Write a record under its key; an earlier file of that key is replaced."""
         values = {name: value for name, value in vars(record).items() if name != "key"}
-        path = self._path(record.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **values)
-        os.replace(temporary, path)
+        with atomic(self._path(record.key)) as temporary:
+            np.savez(temporary, **values)
 
 
 def cached(
     kind: type[Record], texts: list[str], key: Callable[[str], str], make: Callable[[list[str]], list[Record]]
 ) -> list[Record]:
-    """Records of texts from the default folder; those that are missing are made in one call and kept."""
+    """Return the records of texts from the default folder. One call of `make` produces the missing ones.
+
+    They are stored for the next call. `key` maps a text to its content address.
+    """
     cache = Cache(default_folder(), kind)
     found = {text: cache.get(key(text)) for text in texts}
     missing = [text for text, record in found.items() if record is None]

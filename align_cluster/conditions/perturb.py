@@ -1,7 +1,7 @@
-"""E2PO's phase 1: perturbed token embeddings that spread a prompt's global embedding around the original one.
+"""E2PO's first phase: learn perturbed token embeddings that spread a prompt's global embedding around the original.
 
-The text encoder is frozen; each prompt learns K - 1 perturbations of its content tokens. Phase 2, the rollouts under
-them, is the sampler's.
+The text encoder is frozen, and each prompt learns K - 1 perturbations of its content tokens. The sampler does the
+second phase, the rollouts under these perturbations.
 """
 
 import copy
@@ -19,20 +19,24 @@ from torch.overrides import TorchFunctionMode
 from align_cluster.settings import Section
 from align_cluster.types import Perturbation
 
-BATCH = 32  # prompts learned at a time
-ROUND = 8  # sequences are cut after their end token, at a multiple of this
+BATCH = 32  # prompts that one optimisation learns together
+ROUND = 8  # tokens; a sequence is cut after its end token, at a multiple of this
 
 Level = TypeVar("Level", float, np.ndarray, torch.Tensor)
 
 
 class E2po(Section):
-    """Exploration under perturbed conditions; paper values, but for lr, init and bound, which it does not state.
+    """Configures E2PO. Defaults are the paper's, except lr, init and bound, which it does not state.
 
-    `conditions` counts the original one. Perturbed conditions fade out over the noisiest `rho` of the noise levels.
-    `mu` and `margin` are the ring of cosines to the original that costs nothing, `diversity` weighs the mean cosine
-    between variants. `bound: token_l2` holds each token's perturbation within `radius`, `inf` each of its elements,
-    `grad_norm` the gradient of a prompt's perturbations. `embedding` says whether cosines are those of the projected
-    embedding or of the hidden state before it, which is all that a CLIP without a projection has.
+    conditions   number of conditions K, the original one included
+    rho          perturbed conditions fade out linearly over the noisiest `rho` of the noise levels
+    mu, margin   cosines to the original between mu - margin and mu + margin cost nothing
+    diversity    weight of the mean cosine between variants
+    bound        what `radius` limits: `token_l2` the norm of each token's perturbation, `inf` each of its elements,
+                 `grad_norm` the norm of the gradient of a prompt's perturbations
+    init         standard deviation of the initial perturbations
+    embedding    whether cosines compare `projected` embeddings or the `pooled` ones before the projection; a CLIP
+                 without a projection has only the latter
     """
 
     kind: Literal["e2po"] = "e2po"
@@ -50,7 +54,7 @@ class E2po(Section):
 
 
 def gamma(sigma: Level, rho: float) -> Level:
-    """Weight of the perturbed condition at noise level sigma: 1 at sigma = 1, linear, 0 from 1 - rho down."""
+    """Return the weight of the perturbed condition at noise level sigma: linear from 1 at sigma = 1 to 0 at 1 - rho."""
     weight = 1 - (1 - sigma) / rho
     return weight.clamp(0, 1) if isinstance(weight, torch.Tensor) else np.clip(weight, 0, 1)
 
@@ -64,11 +68,13 @@ def learn(
     seed: int,
     layer: int | None = -2,
 ) -> list[Perturbation]:
-    """Perturbations of prompts by a frozen CLIP text encoder, in fp32; `keys` are their content addresses, `layer` is
-    the hidden state that enters a condition's sequence: SD3's, or None for the encoder's normalised output.
+    """Learn the perturbations of prompts with a frozen CLIP text encoder, in fp32.
 
-    A prompt's result does not depend on the other prompts of the call; on a CPU with one thread not in a single bit,
-    for encoders whose width is a multiple of 32. A prompt without content tokens keeps its original encoding.
+    `keys` are the content addresses of the results. `layer` is the hidden state that enters a condition's sequence, as
+    for SD3; None is the encoder's normalised output.
+
+    A prompt's result does not depend on the other prompts of the call. On a CPU with one thread it is equal bit by bit,
+    for encoders with a width that is a multiple of 32. A prompt without content tokens keeps its original encoding.
     """
     ids, content = tokenize(tokenizer, texts)
     width = encoder.get_input_embeddings().embedding_dim
@@ -85,10 +91,10 @@ def learn(
 
 
 def tokenize(tokenizer: Callable[..., Any], texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, which of them are content), both [P, S], padded and truncated as the stock pipelines do.
+    """Return (ids, content mask), both [P, S], padded and truncated as the stock pipelines do.
 
-    Content stands before the first end token and is not the begin token. What follows cannot reach the embedding that
-    is read at the end token, since attention is causal.
+    Content tokens stand before the first end token and are not the begin token. Attention is causal, so later tokens
+    cannot reach the embedding, which is read at the end token.
     """
     length = tokenizer.model_max_length
     ids = tokenizer(
@@ -98,7 +104,10 @@ def tokenize(tokenizer: Callable[..., Any], texts: Sequence[str]) -> tuple[torch
 
 
 def initial_noise(text: str, seed: int, count: int, content: torch.Tensor, width: int, scale: float) -> torch.Tensor:
-    """Gaussian perturbations [count, S, width] on the content tokens of one prompt, 0 elsewhere."""
+    """Draw Gaussian perturbations [count, S, width] on the content tokens of one prompt; other tokens get 0.
+
+    The seed is a hash of (seed, text).
+    """
     digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     noise = torch.zeros(count, len(content), width)
@@ -107,8 +116,11 @@ def initial_noise(text: str, seed: int, count: int, content: torch.Tensor, width
 
 
 def batches(tokenizer: Callable[..., Any], ids: torch.Tensor) -> Iterator[tuple[list[int], int]]:
-    """(prompts, sequence length) of each batch. A prompt's length depends on the prompt alone, so that its numbers do
-    too; leaving out the padding makes short prompts up to ten times cheaper."""
+    """Yield (prompt indices, sequence length) of each batch.
+
+    A prompt's length depends on that prompt alone, so its results do too. Without padding, short prompts cost up to ten
+    times less.
+    """
     ends = (ids == tokenizer.eos_token_id).int().argmax(-1).tolist()
     lengths = [min(-(-(end + 1) // ROUND) * ROUND, ids.shape[1]) for end in ends]
     for length in sorted(set(lengths)):
@@ -120,9 +132,9 @@ def batches(tokenizer: Callable[..., Any], ids: torch.Tensor) -> Iterator[tuple[
 def optimise(
     encoder: torch.nn.Module, ids: torch.Tensor, content: torch.Tensor, noise: torch.Tensor, config: E2po
 ) -> torch.Tensor:
-    """Learned perturbations [P, K - 1, S, d] that start from `noise`; ids and content are [P, S].
+    """Return learned perturbations [P, K - 1, S, d] that start from `noise`; ids and content are [P, S].
 
-    The loss is a sum over prompts and gradients are clipped prompt by prompt, so prompts do not meet.
+    The loss is a sum over prompts, and gradients are clipped prompt by prompt, so prompts do not influence each other.
     """
     prompts, count = noise.shape[:2]
     mask = content[:, None, :, None]
@@ -150,9 +162,10 @@ def optimise(
 
 
 def objective(embeddings: torch.Tensor, anchor: torch.Tensor, config: E2po) -> torch.Tensor:
-    """diversity L_div + L_anc of each prompt [P], for unit vectors [P, K - 1, D] and [P, D].
+    """Return the loss of each prompt [P] for unit vectors [P, K - 1, D] and anchors [P, D].
 
-    L_div is the mean cosine over pairs of variants, L_anc what their cosines to the anchor lie outside mu +- margin.
+    It is diversity L_div + L_anc: L_div is the mean cosine over pairs of variants, and L_anc is how far their cosines
+    to the anchor lie outside mu +- margin.
     """
     count = embeddings.shape[1]
     to_anchor = (embeddings * anchor[:, None]).sum(-1)
@@ -164,14 +177,14 @@ def objective(embeddings: torch.Tensor, anchor: torch.Tensor, config: E2po) -> t
 
 
 def shrink(values: torch.Tensor, radius: float, dims: tuple[int, ...]) -> None:
-    """Scale values in place, where their L2 norm over `dims` exceeds the radius, down to it."""
+    """Scale values down to the radius, in place, where their L2 norm over `dims` exceeds it."""
     norm = torch.linalg.vector_norm(values, dim=dims, keepdim=True)
     values.mul_((radius / norm).clamp(max=1))  # a norm of 0 gives inf, hence 1
 
 
 @contextmanager
 def perturbed(encoder: torch.nn.Module, deltas: torch.Tensor) -> Iterator[None]:
-    """Adds deltas to the token embeddings of all forwards within, before the encoder adds its position embedding."""
+    """Add deltas to the token embeddings of all forward passes inside the block, before the position embedding."""
     handle = encoder.get_input_embeddings().register_forward_hook(
         lambda module, arguments, output: (output + deltas).to(output.dtype)
     )
@@ -184,8 +197,11 @@ def perturbed(encoder: torch.nn.Module, deltas: torch.Tensor) -> Iterator[None]:
 def forward(
     encoder: torch.nn.Module, ids: torch.Tensor, config: E2po, layer: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(hidden state [B, S, d] of `layer`, or the normalised output, embedding that enters `pooled`, embedding whose
-    cosines count). The second is the projected one; an encoder without a projection has the pooled one for both."""
+    """Return (hidden state [B, S, d], embedding that enters `pooled`, embedding that cosines compare).
+
+    The hidden state is that of `layer`, or the normalised output for None. The second value is the projected embedding.
+    An encoder without a projection returns the pooled embedding for both.
+    """
     model = getattr(encoder, "text_model", encoder)
     output = model(input_ids=ids, output_hidden_states=layer is not None)
     pooled = output.pooler_output
@@ -198,9 +214,10 @@ def forward(
 def render(
     encoder: torch.nn.Module, key: str, ids: torch.Tensor, deltas: torch.Tensor, config: E2po, layer: int | None = -2
 ) -> Perturbation:
-    """Encodings of one prompt, ids [S], under deltas [K - 1, S, d].
+    """Encode one prompt, ids [S], under deltas [K - 1, S, d].
 
-    One forward a variant, as the stock pipeline encodes a prompt: without perturbation the bits are the stock ones.
+    Each variant takes a forward pass of its own, as in the stock pipeline, so an unperturbed encoding has the stock
+    bits.
     """
     encoded = []
     for delta in (deltas.new_zeros(deltas.shape[1:]), *deltas):
@@ -216,8 +233,11 @@ def render(
 
 
 class LinearPerPrompt(TorchFunctionMode):
-    """Runs linear layers as one matrix product a prompt. A product over a whole batch picks its kernel by the number of
-    rows, so that the last bits would change with the number of prompts."""
+    """Run each linear layer as one matrix product a prompt.
+
+    A product over a whole batch chooses its kernel by the number of rows, so the last bits would change with the number
+    of prompts.
+    """
 
     def __init__(self, prompts: int) -> None:
         super().__init__()

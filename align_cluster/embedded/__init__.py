@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def pipeline_path() -> Path:
-    """Folder of the shipped StableDiffusion3Pipeline (its reward CLIP is in the subfolder `clip`)."""
+    """Return the folder of the shipped StableDiffusion3Pipeline. Its reward CLIP is in the subfolder `clip`."""
     return Path(__file__).parent / "pipeline"

@@ -1,7 +1,7 @@
-"""Rule-based object detector of the embedded world, batched, torch only.
+"""A rule-based object detector of the embedded world, batched, in torch only.
 
-A pixel gets the colour class of its hue, or white or black by its brightness against the ground; a connected part of
-one colour class is an object; its outline is matched with rendered templates of every shape. Lengths are in pixels of
+A pixel gets the colour class of its hue, or white or black by its brightness against the ground. A connected part of
+one colour class is an object. Its outline is compared with rendered templates of every shape. Lengths are in pixels of
 the 48 x 48 canvas.
 """
 
@@ -17,22 +17,22 @@ from align_cluster.embedded import scene
 from align_cluster.embedded.render import SIZE, coverage
 
 COLORS = tuple(scene.COLORS)
-HUES = torch.tensor([15.5, 42.5, 85.0, 178.0, 252.0, 325.0])  # degrees; where red, orange, ..., purple end
-WASHED = 0.45  # foreground starts at this part of the way from ground to pure colour; a small VAE pales edges
-MIN_SIDE, MAX_SIDE = 6, 40  # anything smaller is a speck, anything larger is ground
-MARGIN = 0.14  # true shapes lead the next best by this; every point less costs two, since a blob is no circle
+HUES = torch.tensor([15.5, 42.5, 85.0, 178.0, 252.0, 325.0])  # degrees at which red, orange, ..., purple end
+WASHED = 0.45  # foreground starts at this fraction of the way from ground to pure colour; a small VAE pales edges
+MIN_SIDE, MAX_SIDE = 6, 40  # pixels; anything smaller is a speck, anything larger is ground
+MARGIN = 0.14  # a true shape leads the next best by this; each point less costs two, since a blob is no circle
 CROP = 24  # templates and outlines are compared on a CROP x CROP raster
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One found object. Real detectors return the same record.
+    """Describes one found object. All detectors return this record.
 
     label   class name
-    score   confidence in [0, 1]; here the overlap (IoU) with the best template, less where a second shape fits too
+    score   confidence in [0, 1]; here the overlap (IoU) with the best template, reduced if a second shape fits too
     box     x0, y0, x1, y1 in pixels, the far edges exclusive
-    mask    bool [H, W], None where the detector finds boxes only
-    color   colour name, None where the detector does not tell colours
+    mask    bool [H, W], None if the detector finds boxes only
+    color   colour name, None if the detector does not tell colours
     """
 
     label: str
@@ -44,7 +44,7 @@ class Detection:
 
 @torch.no_grad()
 def detect(images: np.ndarray | torch.Tensor) -> list[list[Detection]]:
-    """Objects in each of B images, uint8 [B, H, W, 3], the most confident first."""
+    """Return the objects in each of B images, uint8 [B, H, W, 3], the most confident first."""
     pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
     classes = _majority(_classes(pixels))
     owner, masks, color = _parts(classes)
@@ -64,7 +64,7 @@ def detect(images: np.ndarray | torch.Tensor) -> list[list[Detection]]:
 
 
 def _classes(pixels: torch.Tensor) -> torch.Tensor:
-    """Colour class of each pixel, long [B, H, W]: an index into COLORS, or -1 for the ground."""
+    """Return the colour class of each pixel, long [B, H, W]: an index into COLORS, or -1 for the ground."""
     high, low, brightness = pixels.amax(1), pixels.amin(1), pixels.mean(1)
     chroma = high - low
     red, green, blue = pixels.unbind(1)
@@ -89,18 +89,21 @@ def _classes(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _majority(classes: torch.Tensor) -> torch.Tensor:
-    """Give each object pixel the commonest class of its 5 x 5 neighbourhood: thin colour fringes join their blob."""
+    """Give each object pixel the commonest class of its 5 x 5 neighbourhood.
+
+    Thin colour fringes thereby join their blob.
+    """
     votes = F.one_hot(classes + 1, len(COLORS) + 1)[..., 1:].permute(0, 3, 1, 2).float()
     return torch.where(classes >= 0, F.avg_pool2d(votes, 5, stride=1, padding=2).argmax(1), classes)
 
 
 def _parts(classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Connected parts that are no specks: image index [N], masks bool [N, H, W], colour class [N]."""
+    """Return the connected parts that are not specks: image index [N], masks bool [N, H, W], colour class [N]."""
     count, height, width = classes.shape
     where = (classes.flatten() >= 0).nonzero()[:, 0]
     rows = _runs(classes).flatten()[where]
     columns = _runs(classes.transpose(1, 2)).view(count, width, height).transpose(1, 2).flatten()[where]
-    # Runs of a row and runs of a column that cross get the same label, until nothing changes.
+    # A run of a row and a run of a column that cross get the same label. This repeats until no label changes.
     label = torch.arange(count * height * width)
     while True:
         across = torch.zeros_like(label).scatter_reduce_(0, columns, label[rows], "amax")
@@ -125,7 +128,7 @@ def _runs(classes: torch.Tensor) -> torch.Tensor:
 
 
 def _boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Bounding boxes [N, 4] of masks [N, H, W]: x0, y0, x1, y1, the far edges exclusive."""
+    """Return the bounding boxes [N, 4] of masks [N, H, W]: x0, y0, x1, y1, the far edges exclusive."""
     edges = []
     for dim in (1, 2):
         hit = masks.any(dim).to(torch.uint8)
@@ -135,7 +138,7 @@ def _boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def _fringes(owner: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Whether a part, bool [N], is the fringe of a blob at least twice its size: mostly within 2 pixels of it."""
+    """Return bool [N]: whether a part is the fringe of a blob at least twice its size, mostly within 2 pixels of it."""
     flat = masks.flatten(1).float()
     near = F.max_pool2d(masks[:, None].float(), 5, stride=1, padding=2).flatten(1)
     area, touched = flat.sum(1)[:, None], flat @ near.T
@@ -143,7 +146,7 @@ def _fringes(owner: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def _match(masks: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best shape index [N] and its score [N] in [0, 1] for masks [N, H, W]."""
+    """Return the best shape's index [N] and its score [N] in [0, 1] for masks [N, H, W]."""
     templates, sides = _templates()
     outlines, size = _crops(masks, boxes).flatten(1), boxes[:, 2:] - boxes[:, :2]
     shared = outlines @ templates.T
@@ -157,7 +160,7 @@ def _match(masks: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _crops(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Square windows around boxes [N, 4], as wide as the longer side, resampled to [N, CROP, CROP], 0 or 1."""
+    """Return square windows around boxes [N, 4], as wide as the longer side, resampled to 0 or 1, [N, CROP, CROP]."""
     centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True)
     steps = (torch.arange(CROP) + 0.5) / CROP - 0.5
     extent = torch.tensor([masks.shape[2], masks.shape[1]])
@@ -168,15 +171,15 @@ def _crops(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _templates() -> tuple[torch.Tensor, torch.Tensor]:
-    """Outlines of every shape, at the sizes in use and around them: [6 * K, CROP * CROP], and their sides [6 * K, 2].
+    """Return outlines of every shape at sizes around those in use, [6 * K, CROP * CROP], and their sides [6 * K, 2].
 
-    Whole radii, on the pixel lattice and half a pixel off. More would be too forgiving: a circle of 14.5 pixels, cut
-    to 14 by its raster, is a fine square with round corners.
+    Radii are whole, on the pixel lattice and half a pixel off. More templates would accept too much: a circle of 14.5
+    pixels, cut to 14 by its raster, looks like a square with round corners.
     """
     radius, x, y = torch.tensor(list(product(range(6, 17), (0, 0.5), (0, 0.5)))).T
     masks = []
     for shape in scene.SHAPES:
         cover = coverage(shape, SIZE / 2 + x, SIZE / 2 + y, radius)
-        masks += [_parts((cover > cut).long() - 1)[1] for cut in (0.4, 0.55)]  # thin tips come and go
+        masks += [_parts((cover > cut).long() - 1)[1] for cut in (0.4, 0.55)]  # with and without thin tips
     boxes = _boxes(torch.cat(masks))
     return _crops(torch.cat(masks), boxes).flatten(1), boxes[:, 2:] - boxes[:, :2]

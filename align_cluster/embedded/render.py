@@ -1,4 +1,4 @@
-"""Seeded, batched renderer of the embedded world: metadata records in, 48 x 48 RGB images out."""
+"""A seeded, batched renderer of the embedded world: metadata records in, 48 x 48 RGB images out."""
 
 import math
 import random
@@ -15,7 +15,10 @@ _rows, _cols = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5
 
 
 def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Signed distance in pixels (negative inside) of points at offsets (x, y), y down, from the shape's centre."""
+    """Return the signed distance in pixels, negative inside, of points at offsets (x, y) from the shape's centre.
+
+    y points down. Raises ValueError for an unknown shape.
+    """
     ax, ay, rho = x.abs(), y.abs(), (x * x + y * y).sqrt()
     if shape == "circle":
         return rho - 0.98 * radius
@@ -42,7 +45,7 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.
 
 
 def coverage(shape: str, cx: torch.Tensor, cy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Anti-aliased masks in [0, 1], [B, 48, 48], of one shape at B centres and radii (each [B])."""
+    """Return anti-aliased masks in [0, 1], [B, 48, 48], of one shape at B centres and radii, each [B]."""
     cx, cy, radius = (value.view(-1, 1, 1).float() for value in (cx, cy, radius))
     return (0.5 - signed_distance(shape, _cols - cx, _rows - cy, radius)).clamp(0, 1)
 
@@ -58,7 +61,10 @@ def _glyph(letter: str, size: int) -> torch.Tensor:
 
 
 def _write(image: torch.Tensor, word: str, color: torch.Tensor) -> None:
-    """Paint `word` in fixed letter slots, in place; one size a length, so that letters fall on the latent lattice."""
+    """Paint `word` into fixed letter slots, in place.
+
+    Each word length has one size and set of slots, so that letters fall on the latent grid.
+    """
     size, slots = {2: (26, (13, 35)), 3: (18, (8, 24, 40))}[len(word)]
     for letter, centre in zip(word, slots, strict=True):
         ink = _glyph(letter, size)
@@ -69,7 +75,7 @@ def _write(image: torch.Tensor, word: str, color: torch.Tensor) -> None:
 
 
 def render(records: list[dict], seed: int) -> torch.Tensor:
-    """Images that satisfy `records`: uint8 [B, 3, 48, 48], a pure function of (records, seed)."""
+    """Return images that satisfy `records`: uint8 [B, 3, 48, 48], a pure function of (records, seed)."""
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
 
     def noise(*shape: int, scale: float) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The world of the embedded model: which prompts exist, what each one asks for, and which are held out.
+"""The world of the embedded model: its prompts, what each one asks for, and which ones are held out.
 
-Prompts carry GenEval metadata (`tag`, `include`, `exclude`), so that the renderer, the reward rules and the
-evaluation all read the same record. Every task is a finite list, enumerated in a fixed order; the held-out
-part of a task is the one whose prompts have the smallest hashes, so it never depends on a seed.
+Prompts carry GenEval metadata (`tag`, `include`, `exclude`), so the renderer, the reward rules and the evaluation read
+the same record. Every task is a finite list in a fixed order. The held-out part of a task has the prompts with the
+smallest hashes, so it never depends on a seed.
 """
 
 import hashlib
@@ -99,9 +99,10 @@ def _hash(record: dict) -> str:
 
 @cache
 def prompts(task: str, split: str) -> tuple[dict, ...]:
-    """All metadata records of one task in one split ("train" or "held_out"), in a fixed order.
+    """Return all metadata records of one task in one split ("train" or "held_out"), in a fixed order.
 
-    At least 60 prompts of each task (10 % where that is more) are held out; training never sees them.
+    At least 60 prompts of each task (10 % if that is more) are held out; training never sees them. Raises ValueError
+    for an unknown task or split.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: the embedded world has {', '.join(TASKS)}")
@@ -113,15 +114,15 @@ def prompts(task: str, split: str) -> tuple[dict, ...]:
 
 
 def background(record: dict) -> float:
-    """Grey level in [0, 1] that the prompt asks for."""
+    """Return the grey level in [0, 1] that the prompt asks for."""
     return next(level for words, level in reversed(BACKGROUNDS.items()) if record["prompt"].endswith(words))
 
 
 def layout(record: dict, rng: random.Random) -> list[tuple[str, str, int, int, int]]:
     """Draw one placement that satisfies `record`: a list of (shape, color, cx, cy, radius) in pixels.
 
-    One object sits in the middle; several take quadrants of the 48 x 48 canvas. Places and sizes are few because a
-    model of this size draws clean shapes only where it has seen them often.
+    One object is in the middle; several take quadrants of the 48 x 48 canvas. Places and sizes are few, because a model
+    of this size draws clean shapes only if it has seen them often.
     """
     clauses = [clause for clause in record["include"] for _ in range(clause["count"])]
     if len(clauses) == 1:

@@ -1,1 +1,1 @@
-"""How the embedded model was made: training its parts and measuring what it can do."""
+"""How the embedded model was made: training of its parts, and an assessment of the result."""

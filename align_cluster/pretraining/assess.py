@@ -1,7 +1,7 @@
-"""What the embedded pipeline can do: `python -m align_cluster.pretraining.assess [--pipeline DIR] [--grid FILE]`.
+"""Assess an embedded pipeline: `python -m align_cluster.pretraining.assess [--pipeline DIR] [--grid FILE]`.
 
-Draws held-out prompts of every task without and with guidance, scores them with the GenEval rules at shape threshold
-.80 (words with RapidOCR), and prints the table that stands in README.md beside this file.
+It draws held-out prompts of every task with and without guidance, scores them with the GenEval rules at shape threshold
+.80 (words with RapidOCR), and prints the table that stands in align_cluster/embedded/README.md.
 """
 
 import argparse
@@ -25,12 +25,16 @@ IMAGES = 4  # a prompt
 
 
 def held_out() -> list[Prompt]:
+    """Return the held-out prompts of all tasks."""
     records = [record for task in scene.TASKS for record in scene.prompts(task, "held_out")]
     return [Prompt(number, record["prompt"], record) for number, record in enumerate(records)]
 
 
 def assess(sampler: Sampler, guidance: float, prompts: int, steps: int, seed: int = 1) -> tuple[dict, np.ndarray, list]:
-    """(scores of `evaluate.table.summarise`, the images [N, H, W, 3], their prompts) for `prompts` prompts a task."""
+    """Draw images of `prompts` held-out prompts a task, and score them.
+
+    Returns (scores of `observe.table.summarise`, images [N, H, W, 3], one prompt for each chunk of IMAGES images).
+    """
     chunks = plan_evaluation(held_out(), prompts * len(scene.TASKS), IMAGES, IMAGES, seed)
     texts = [*dict.fromkeys(chunk.prompt.text for chunk in chunks), ""]
     conditions = dict(zip(texts, sampler.encode(texts), strict=True))
@@ -45,7 +49,7 @@ def assess(sampler: Sampler, guidance: float, prompts: int, steps: int, seed: in
 
 
 def markdown(results: dict[float, dict]) -> str:
-    """Accuracy / graded score a task, one column a guidance; words show exact readings / OCR score."""
+    """Return a table with accuracy / graded score for each task and guidance; words have exact readings / OCR score."""
     names = [f"guidance {guidance:g}" if guidance > 1 else "no guidance" for guidance in results]
     lines = ["| task | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for task in scene.TASKS:
@@ -58,6 +62,7 @@ def markdown(results: dict[float, dict]) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="embedded", help="folder of another embedded pipeline")
     parser.add_argument("--prompts", type=int, default=50, help="held-out prompts a task, four images each")

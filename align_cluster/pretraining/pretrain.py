@@ -1,4 +1,4 @@
-"""How the embedded pipeline was made: `python -m align_cluster.pretraining.pretrain --out DIR`.
+"""Pretrain the embedded pipeline: `python -m align_cluster.pretraining.pretrain --out DIR`.
 
 Four stages, each resumable (finished stages are skipped, the last one continues from its newest state):
 
@@ -7,8 +7,8 @@ Four stages, each resumable (finished stages are skipped, the last one continues
     dit    SD3Transformer2DModel and, jointly, the text encoder of the CLIP-G slot, by flow matching
     pack   everything in fp16 as a StableDiffusion3Pipeline folder, at most 10 MB
 
-`--init DIR` starts the vae and dit stages from another packed folder. Recipe, time and result of the shipped
-weights stand in README.md beside this file.
+`--init DIR` starts the vae and dit stages from another packed folder. align_cluster/embedded/README.md has the recipe,
+the time and the result of the shipped weights.
 """
 
 import argparse
@@ -31,24 +31,28 @@ from align_cluster.pretraining.networks import (
     all_prompts,
     cosine,
     new_clip,
+    new_tokenizer,
     new_vae,
     save,
     text_config,
     tokenize,
 )
-from align_cluster.pretraining.tokenizer import build
 from align_cluster.pretraining.train_dit import DitTrainer
 
 TASK_WEIGHTS = (0.17, 0.19, 0.14, 0.15, 0.14, 0.16, 0.05)
 
 
 def draw_records(count: int, rng: random.Random) -> list[dict]:
+    """Draw `count` training records: the task by TASK_WEIGHTS, then a prompt of the task."""
     tasks = rng.choices(scene.TASKS, TASK_WEIGHTS, k=count)
     return [rng.choice(scene.prompts(task, "train")) for task in tasks]
 
 
 def data_set(out: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(images uint8 [N, 3, 48, 48], index of each image's prompt in `all_prompts()`), rendered once and cached."""
+    """Return (images uint8 [N, 3, 48, 48], index of each image's prompt in `all_prompts()`).
+
+    They are rendered once and cached in `out`.
+    """
     path = out / f"images_{count}.pt"
     if not path.exists():
         index = {prompt: i for i, prompt in enumerate(all_prompts())}
@@ -62,6 +66,7 @@ def data_set(out: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_clip(out: Path, images: torch.Tensor, owners: torch.Tensor, steps: int, batch: int = 192) -> None:
+    """Train the CLIP by contrast on images and captions, and save it to OUT/clip."""
     torch.manual_seed(0)
     model, ids = new_clip(), tokenize(all_prompts())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05)
@@ -85,7 +90,7 @@ def train_clip(out: Path, images: torch.Tensor, owners: torch.Tensor, steps: int
 
 
 def clip_features(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L2-normalised (image, text) features, each [B, projection]; images are uint8."""
+    """Return L2-normalised (image, text) features, each [B, projection]; images are uint8."""
     seen = model.get_image_features(pixel_values=images.float() / 127.5 - 1)
     read = model.get_text_features(input_ids=ids)
     seen, read = (getattr(feature, "pooler_output", feature).float() for feature in (seen, read))
@@ -93,6 +98,7 @@ def clip_features(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> 
 
 
 def train_vae(out: Path, vae: AutoencoderKL, images: torch.Tensor, steps: int, batch: int = 32) -> None:
+    """Train the VAE on absolute, squared and edge errors with a small KL, and save it to OUT/vae."""
     torch.manual_seed(1)
     vae = vae.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0)
@@ -120,12 +126,13 @@ def train_vae(out: Path, vae: AutoencoderKL, images: torch.Tensor, steps: int, b
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
+    """Return images uint8 as floats in [-1, 1], in the memory layout of the VAE."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def encode_latents(out: Path, images: torch.Tensor) -> torch.Tensor:
-    """Normalised posterior means, fp16 [N, 8, 12, 12], cached."""
+    """Return normalised posterior means of the images, fp16 [N, 8, 12, 12]; they are cached in `out`."""
     path = out / f"latents_{len(images)}.pt"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
@@ -139,6 +146,7 @@ def encode_latents(out: Path, images: torch.Tensor) -> torch.Tensor:
 
 
 def train_dit(rank: int, args: argparse.Namespace) -> None:
+    """Run one data-parallel process of the dit stage."""
     if args.workers > 1:
         torch.set_num_threads(1)
         store = f"file://{(args.out / f'rendezvous_{os.getppid()}').resolve()}"
@@ -148,11 +156,14 @@ def train_dit(rank: int, args: argparse.Namespace) -> None:
 
 
 def pack(out: Path) -> Path:
-    """Write OUT/pipeline (a StableDiffusion3Pipeline folder) and OUT/pipeline/clip in fp16; returns the folder."""
+    """Write OUT/pipeline (a StableDiffusion3Pipeline folder) and OUT/pipeline/clip in fp16; return the folder.
+
+    Raises RuntimeError if the result exceeds the 10 MB that may ship.
+    """
     target = out / "pipeline"
     shutil.rmtree(target, ignore_errors=True)
     clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)
-    frozen = CLIPTextModelWithProjection(text_config(*CLIP_TEXT, vocab=len(build())))
+    frozen = CLIPTextModelWithProjection(text_config(*CLIP_TEXT, vocab=len(new_tokenizer())))
     source, state = clip.state_dict(), frozen.state_dict()
     for name in state:
         state[name] = source[name if name in source else f"text_model.{name}"]
@@ -162,15 +173,15 @@ def pack(out: Path) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(out / "vae").half(),
         text_encoder=frozen.half(),
-        tokenizer=build(),
+        tokenizer=new_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(out / "guide").half(),
-        tokenizer_2=build(),
+        tokenizer_2=new_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
     )
     pipeline.save_pretrained(target)
     clip.half().save_pretrained(target / "clip")
-    build().save_pretrained(target / "clip")
+    new_tokenizer().save_pretrained(target / "clip")
     square = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     CLIPImageProcessorPil(**square, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(target / "clip")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -181,6 +192,7 @@ def pack(out: Path) -> Path:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="working folder; the result is OUT/pipeline")
     parser.add_argument("--init", type=Path, help="packed folder to start the VAE and the DiT from")

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -11,19 +10,31 @@ import torch.distributed as dist
 from diffusers import SD3Transformer2DModel
 from transformers import CLIPModel, CLIPTextModelWithProjection
 
-from align_cluster.pretraining.networks import GUIDE_TEXT, all_prompts, cosine, new_dit, save, text_config, tokenize
-from align_cluster.pretraining.tokenizer import build
+from align_cluster.files import write_json
+from align_cluster.pretraining.networks import (
+    GUIDE_TEXT,
+    all_prompts,
+    cosine,
+    new_dit,
+    new_tokenizer,
+    save,
+    text_config,
+    tokenize,
+)
 
 
 @torch.no_grad()
 def encode_frozen(clip: CLIPModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The CLIP-L slot as StableDiffusion3Pipeline reads it: (hidden_states[-2], projected pooled output)."""
+    """Return the CLIP-L slot as StableDiffusion3Pipeline reads it: (hidden_states[-2], projected pooled output)."""
     output = clip.text_model(input_ids=ids, output_hidden_states=True)
     return output.hidden_states[-2], clip.text_projection(output.pooler_output)
 
 
 def warm_start(init: Path, dit: SD3Transformer2DModel, guide: CLIPTextModelWithProjection, drop_block: int) -> None:
-    """Copy an earlier pipeline whose two text slots held one encoder: the guide inherits it, the DiT loses a block."""
+    """Copy an earlier pipeline that has one encoder in both text slots.
+
+    The guide inherits that encoder, and the DiT leaves out block `drop_block`.
+    """
     from tokenizers import Tokenizer
 
     donor = SD3Transformer2DModel.from_pretrained(init / "transformer", dtype=torch.float32).state_dict()
@@ -45,7 +56,7 @@ def warm_start(init: Path, dit: SD3Transformer2DModel, guide: CLIPTextModelWithP
     for name, value in mine.items():
         old = encoder[name]
         if "token_embedding" in name:
-            for word, index in build().get_vocab().items():
+            for word, index in new_tokenizer().get_vocab().items():
                 value[index] = old[words[word]] if word in words else old[words["<|unk|>"]]
         elif "position_embedding" in name:
             value.copy_(torch.cat([old, old[-1:].expand(len(value) - len(old), -1)]))
@@ -55,9 +66,10 @@ def warm_start(init: Path, dit: SD3Transformer2DModel, guide: CLIPTextModelWithP
 
 
 class DitTrainer:
-    """Flow matching (v = noise - x0) of the DiT and the CLIP-G text encoder, with an EMA of both.
+    """Trains the DiT and the CLIP-G text encoder by flow matching (v = noise - x0), with an EMA of both.
 
-    `rank` of `world` processes, one thread each: faster than one process with as many threads at this size.
+    This is process `rank` of `world`, with one thread. At this size, several such processes are faster than one process
+    with several threads.
     """
 
     def __init__(self, args: argparse.Namespace, rank: int = 0) -> None:
@@ -65,7 +77,7 @@ class DitTrainer:
         self.out, self.steps, self.lr, self.flat = args.out, args.dit_steps, args.lr, args.flat
         self.rank, self.world, self.batch = rank, args.workers, args.batch // args.workers
         self.dit = new_dit()
-        self.guide = CLIPTextModelWithProjection(text_config(*GUIDE_TEXT, vocab=len(build())))
+        self.guide = CLIPTextModelWithProjection(text_config(*GUIDE_TEXT, vocab=len(new_tokenizer())))
         if args.init:
             warm_start(args.init, self.dit, self.guide, args.drop_block)
         self.model = torch.nn.ModuleDict({"dit": self.dit, "guide": self.guide}).train()
@@ -83,12 +95,13 @@ class DitTrainer:
         self.frozen, self.frozen_pooled = encode_frozen(clip, self.ids)
 
     def condition(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequence [B, 16, 192] and pooled [B, 192] text features of prompt rows; the last row is the empty prompt."""
+        """Return the sequence [B, 16, 192] and pooled [B, 192] of prompt rows; the last row is the empty prompt."""
         output = self.guide(input_ids=self.ids[rows], output_hidden_states=True)
         sequence = torch.cat([self.frozen[rows], output.hidden_states[-2]], -1)
         return sequence, torch.cat([self.frozen_pooled[rows], output.text_embeds], -1)
 
     def update(self, x0: torch.Tensor, rows: torch.Tensor) -> float:
+        """Make one optimiser step on latents x0 [B, C, H, W] of the prompts `rows` [B], and return the loss."""
         factor = min(1, (self.step + 1) / 100) * cosine(min(1, self.step / self.steps), self.flat)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -122,6 +135,7 @@ class DitTrainer:
         return loss.item()
 
     def average_gradients(self) -> None:
+        """Average the gradients over all processes."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         flat = torch.nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
@@ -129,6 +143,7 @@ class DitTrainer:
             gradient.copy_(mean.view_as(gradient))
 
     def run(self, latents: torch.Tensor, owners: torch.Tensor, save_every: int = 500) -> None:
+        """Train until the last step. Process 0 prints progress, and saves a state and the EMA weights."""
         state = self.out / "dit.pt"
         if state.exists():
             self.load(torch.load(state, weights_only=True))
@@ -147,6 +162,7 @@ class DitTrainer:
                 self.export()
 
     def state(self) -> dict:
+        """Return what a resumed run needs."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -155,6 +171,7 @@ class DitTrainer:
         }
 
     def load(self, state: dict) -> None:
+        """Continue from `state()` of an earlier run."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -162,6 +179,7 @@ class DitTrainer:
         self.step, self.images_seen = state["counters"]
 
     def export(self) -> None:
+        """Write the EMA weights as diffusers and transformers folders."""
         self.ema["dit"].save_pretrained(self.out / "transformer")
         self.ema["guide"].save_pretrained(self.out / "guide")
-        (self.out / "seen.json").write_text(json.dumps({"steps": self.step, "images": self.images_seen}))
+        write_json(self.out / "seen.json", {"steps": self.step, "images": self.images_seen})

@@ -1,4 +1,4 @@
-"""Prompt sources by kind. To add one: write a file with a class like these, and one line here."""
+"""Prompt sources by kind. To add one, write a file with a class like these and add one line below."""
 
 from align_cluster.prompts.embedded import EmbeddedPrompts
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts

@@ -11,13 +11,15 @@ from align_cluster.types import Prompt
 
 
 class EmbeddedPrompts:
-    """The prompts of the chosen tasks in one split; training and held-out prompts never meet.
+    """Lists the prompts of the embedded world for the chosen tasks and split.
 
-    `even` gives every task the same number of turns: the prompts of a smaller task come again (there are 1,167
-    training prompts with colours and 102 with counts). Without it every prompt has one turn.
+    With `even`, every task has the same number of prompts: prompts of smaller tasks repeat (1,167 training prompts name
+    a colour, 102 a count). Without it, every prompt comes once.
     """
 
     class Config(Section):
+        """Configures the embedded prompts. Training and held-out prompts never overlap."""
+
         kind: Literal["embedded"] = "embedded"
         tasks: Annotated[tuple[Literal[scene.TASKS], ...], Field(min_length=1)] = (
             "single_object",
@@ -30,6 +32,7 @@ class EmbeddedPrompts:
         @field_validator("tasks")
         @classmethod
         def name_each_task_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+            """Refuse a list that names a task twice."""
             repeated = next((task for task in tasks if tasks.count(task) > 1), None)
             if repeated:
                 raise ValueError(f"a list that names {repeated!r} once")
@@ -39,6 +42,7 @@ class EmbeddedPrompts:
         self.config = config
 
     def load(self) -> list[Prompt]:
+        """Return the prompts, task by task, in a fixed order."""
         prompts: list[Prompt] = []
         known = 0
         pools = [scene.prompts(task, self.config.split) for task in self.config.tasks]

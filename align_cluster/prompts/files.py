@@ -16,9 +16,11 @@ _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 class TextPrompts:
-    """One prompt a line; blank lines are skipped. With `ocr` the first quoted text of a line becomes the OCR target."""
+    """Reads prompts from a text file, one a line. Blank lines are skipped."""
 
     class Config(Section):
+        """Configures a text file. With `ocr`, the first quoted text of each line becomes the OCR target."""
+
         kind: Literal["txt"] = "txt"
         path: Annotated[str, Field(min_length=1)]
         ocr: bool = False
@@ -27,6 +29,7 @@ class TextPrompts:
         self.config = config
 
     def load(self) -> list[Prompt]:
+        """Read the prompts. Raises UserError if the file cannot be read, or an OCR prompt quotes nothing."""
         prompts = []
         for number, line in read_lines(self.config.path):
             metadata: dict[str, Any] = {}
@@ -43,7 +46,7 @@ class TextPrompts:
 
 
 class Include(Section):
-    """One object that must be there; `position` is a relation to another clause of the list, by its index."""
+    """The image must show `count` objects of this class. `position` is (relation, index of another clause)."""
 
     name: Annotated[str, Field(alias="class", min_length=1)]
     count: Annotated[StrictInt, Field(ge=1)]
@@ -52,14 +55,14 @@ class Include(Section):
 
 
 class Exclude(Section):
-    """Fewer than `count` objects of this class may be there."""
+    """The image must show fewer than `count` objects of this class."""
 
     name: Annotated[str, Field(alias="class", min_length=1)]
     count: PositiveInt
 
 
 class Line(BaseModel):
-    """One line of GenEval's evaluation_metadata.jsonl, or of an OCR file (`text`). Other keys are kept as they are."""
+    """Holds one line of GenEval's evaluation_metadata.jsonl, or of an OCR file (`text`). Other keys are kept."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -71,9 +74,14 @@ class Line(BaseModel):
 
 
 class JsonlPrompts:
-    """One JSON object a line: `prompt`, and what rewards read (`tag`, `include`, `exclude`, `text`)."""
+    """Reads prompts from a file with one JSON object a line: `prompt`, and what rewards read.
+
+    Rewards read `tag`, `include`, `exclude` and `text`; all other keys are kept.
+    """
 
     class Config(Section):
+        """Names the JSON lines file."""
+
         kind: Literal["jsonl"] = "jsonl"
         path: Annotated[str, Field(min_length=1)]
 
@@ -81,12 +89,16 @@ class JsonlPrompts:
         self.config = config
 
     def load(self) -> list[Prompt]:
+        """Read the prompts. Raises UserError with the line number if a line is wrong."""
         records = [parse(line, f"{self.config.path}, line {number}") for number, line in read_lines(self.config.path)]
         return [Prompt(index, record["prompt"], record) for index, record in enumerate(records)]
 
 
 def parse(line: str, where: str) -> dict[str, Any]:
-    """The checked record of one line, with `include` and `exclude` always present. UserError says where it is wrong."""
+    """Return the checked record of one line, with `include` and `exclude` always present.
+
+    Raises UserError that begins with `where` and says what is wrong.
+    """
     try:
         raw = json.loads(line)
     except json.JSONDecodeError as error:
@@ -117,13 +129,16 @@ def parse(line: str, where: str) -> dict[str, Any]:
 
 
 def quoted(prompt: str) -> str:
-    """Text inside the first pair of double quotes, "" where there is none."""
+    """Return the text inside the first pair of double quotes, or "" if there is none."""
     match = _QUOTED.search(prompt)
     return (match[1] or match[2] or "").strip() if match else ""
 
 
 def read_lines(path: str) -> list[tuple[int, str]]:
-    """Non-blank lines with their numbers from 1. UserError where the file is missing, empty or not UTF-8."""
+    """Return the non-blank lines with their numbers, counted from 1.
+
+    Raises UserError if the file is missing, empty or not UTF-8.
+    """
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8-sig")

@@ -2,7 +2,7 @@
 
 The wording follows the published evaluation set, its naive plurals included ("benchs"), because models are evaluated
 on that wording. Prompts that describe the same scene ("a cat and a dog", "a dog and a cat"; "a cat left of a dog",
-"a dog right of a cat") share their split and are excluded together.
+"a dog right of a cat") are in the same split and are excluded together.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _NAMES = (
     "hair_drier toothbrush"
 )
 CLASSES = tuple(name.replace("_", " ") for name in _NAMES.split())
-THINGS = CLASSES[1:]  # coloured persons are never asked for
+THINGS = CLASSES[1:]  # GenEval asks for no coloured persons
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 HELD_OUT_ONE_IN = 10
@@ -107,7 +107,7 @@ TASKS: dict[str, tuple[int, Callable[[int], Record]]] = {
 
 
 def scene(record: Record) -> str:
-    """Identity of what a record asks for, whatever the order of the objects in the sentence."""
+    """Return the identity of the scene that a record describes, whatever the order of the objects in the sentence."""
     clauses = [[clause["class"], clause["count"], clause.get("color")] for clause in record["include"]]
     position = next((clause["position"] for clause in record["include"] if clause.get("position")), None)
     if position is None:
@@ -126,14 +126,18 @@ def _held_out(identity: str) -> bool:
 
 
 class GenevalPrompts:
-    """`count` generated prompts, split over the tasks by `ratios`, in an order that follows from `seed`.
+    """Generates `count` prompts, split over the tasks by `ratios`, in an order that follows from `seed`.
 
-    Some tasks are small (counting has 240 prompts): none of their prompts comes again before all have come.
-    `split` keeps one scene in ten out of training, whatever the seed; `exclude` names a metadata file (jsonl) whose
-    scenes never occur, such as GenEval's own evaluation set. The default ratios are Flow-GRPO's.
+    Some tasks are small (counting has 240 prompts). No prompt repeats before all prompts of its task have come once.
     """
 
     class Config(Section):
+        """Configures generated GenEval prompts. The default ratios are Flow-GRPO's.
+
+        `split` keeps one scene in ten out of training, whatever the seed. `exclude` names a metadata file (jsonl), such
+        as GenEval's own evaluation set; its scenes never occur.
+        """
+
         kind: Literal["geneval"] = "geneval"
         count: PositiveInt = 50_000
         seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -151,6 +155,7 @@ class GenevalPrompts:
         @field_validator("ratios")
         @classmethod
         def some_task_counts(cls, ratios: dict[str, int]) -> dict[str, int]:
+            """Refuse ratios that are all 0."""
             if not any(ratios.values()):
                 raise ValueError("a mapping from task to a whole number, at least one of them above 0")
             return ratios
@@ -159,6 +164,7 @@ class GenevalPrompts:
         self.config = config
 
     def load(self) -> list[Prompt]:
+        """Return the prompts, task by task. Raises UserError if `exclude` leaves a task without prompts."""
         banned = self._banned()
         prompts: list[Prompt] = []
         known = 0
@@ -180,9 +186,12 @@ class GenevalPrompts:
         return frozenset(scene(p.metadata) for p in JsonlPrompts(JsonlPrompts.Config(path=self.config.exclude)).load())
 
 
-@lru_cache(maxsize=32)  # checking a run file and running it ask for the same ones
+@lru_cache(maxsize=32)  # `validate` and the run itself ask for the same prompts
 def _pool(task: str, wanted: int, split: str, seed: int, banned: frozenset[str]) -> tuple[Record, ...]:
-    """Up to `wanted` distinct records of a task. RandomState, because NumPy promises never to change its stream."""
+    """Return up to `wanted` distinct records of a task, shuffled by `seed`.
+
+    It uses RandomState, because NumPy promises never to change that generator's stream.
+    """
     if not wanted:
         return ()
     size, make = TASKS[task]
@@ -199,7 +208,7 @@ def _pool(task: str, wanted: int, split: str, seed: int, banned: frozenset[str])
 
 
 def shares(count: int, ratios: dict[str, int]) -> dict[str, int]:
-    """Divide `count` by `ratios`; what rounding leaves over goes to the largest remainders."""
+    """Divide `count` by `ratios`. The largest remainders get what rounding leaves over."""
     total = sum(ratios.values())
     parts = {task: count * ratio // total for task, ratio in ratios.items()}
     by_remainder = sorted(ratios, key=lambda task: -(count * ratios[task] % total))

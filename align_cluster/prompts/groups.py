@@ -1,6 +1,6 @@
-"""Which prompts a step draws, with which seeds, in which chunks: pure functions of (run seed, step).
+"""Plan which prompts a step draws, with which seeds, in which chunks: pure functions of (run seed, step).
 
-Nothing here knows how many workers there are, so the same groups come out on one core and on a cluster.
+Nothing here knows the number of workers, so a laptop and a cluster plan the same groups.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ from typing import Literal
 from align_cluster.errors import UserError
 from align_cluster.types import Chunk, Prompt
 
-EVALUATION_STEP = -1  # `Chunk.step` of evaluation images: their seeds never meet those of training
+EVALUATION_STEP = -1  # `Chunk.step` of evaluation images, so that their seeds differ from those of training
 
 
 def member_seed(seed: int, step: int, group: int, member: int) -> int:
-    """Seed of one image: 63 bits of blake2b over (run seed, step, group, member)."""
+    """Return the seed of one image: 63 bits of blake2b over (run seed, step, group, member)."""
     return _digest(f"{seed}/{step}/{group}/{member}") >> 1
 
 
@@ -28,14 +28,14 @@ def plan_step(
     conditions: int = 1,
     same_noise: bool | Literal["step"] = False,
 ) -> list[Chunk]:
-    """Chunks of one training step, group by group.
+    """Return the chunks of one training step, group by group.
 
-    A group is the full grid of `group_size` initial noises x `conditions`, condition by condition: member m is noise
-    m % group_size under condition m // group_size. With `same_noise` a whole group starts from one noise, with "step"
-    all groups do.
+    A group is the full grid of `group_size` initial noises x `conditions`, condition by condition: member m is noise m
+    % group_size under condition m // group_size. With `same_noise: True` a group starts from one noise, with "step" all
+    groups do.
 
-    The run walks through the prompts in epochs, each one a permutation of all of them; where an epoch ends inside a
-    step, the next one goes on there. So no prompt comes twice within an epoch and none is left out.
+    The run goes through the prompts in epochs, and each epoch is a permutation of all prompts. If an epoch ends inside
+    a step, the next epoch fills the step. So no prompt comes twice within an epoch, and none is left out.
     """
     chunks: list[Chunk] = []
     for group in range(prompts_per_step):
@@ -46,10 +46,10 @@ def plan_step(
 
 
 def plan_evaluation(prompts: list[Prompt], count: int, images_per_prompt: int, chunk: int, seed: int) -> list[Chunk]:
-    """Chunks of an evaluation over `count` distinct prompts, as many of each task as there are, tasks in turn.
+    """Return the chunks of an evaluation over `count` distinct prompts, chosen by `spread`.
 
-    Which prompts are taken depends on their texts alone, so runs with different seeds are compared on the same ones,
-    and a larger count adds to a smaller one.
+    The choice depends on the prompts' texts alone, so runs with different seeds are compared on the same prompts, and a
+    larger count extends a smaller one.
     """
     chosen = spread(prompts, count)
     return [
@@ -60,7 +60,10 @@ def plan_evaluation(prompts: list[Prompt], count: int, images_per_prompt: int, c
 
 
 def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts with distinct texts, taken from the tasks in turn. UserError where there are fewer."""
+    """Choose `count` prompts with distinct texts, taking one from each task in turn.
+
+    Raises UserError if there are fewer distinct prompts.
+    """
     distinct = {prompt.text: prompt for prompt in reversed(prompts)}
     by_task: dict[str, list[Prompt]] = {prompt.task: [] for prompt in prompts}
     for prompt in sorted(distinct.values(), key=lambda prompt: (_digest(prompt.text), prompt.text)):
@@ -77,7 +80,10 @@ def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
 
 @lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Permutation of range(count): indices sorted by their hash, so it needs no generator whose stream may change."""
+    """Return a permutation of range(count): the indices sorted by their hash.
+
+    The stream of a random generator may change between versions; a hash does not.
+    """
     return tuple(sorted(range(count), key=lambda index: (_digest(f"{seed}/epoch {epoch}/{index}"), index)))
 
 

@@ -1,4 +1,4 @@
-"""Prompts that come with a real image each: a folder of captioned pictures."""
+"""Prompts that each come with a real image: a folder of captioned pictures."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ CAPTIONS = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder holds: (image, caption) pairs in the order of the files' names, and images that are left out."""
+    """Lists what a folder holds: (image, caption) pairs in the order of file names, and the unusable images."""
 
     pairs: tuple[tuple[Path, str], ...]
     uncaptioned: tuple[Path, ...]
@@ -31,15 +31,15 @@ class Survey:
 
 
 class ImagePrompts:
-    """Captions of images as prompts, whose metadata say where the `image` is.
+    """Takes image captions as prompts; the metadata of each prompt say where its `image` is.
 
-    A caption stands in a text file of the image's name (cat.jpg, cat.txt), or in a line {"file_name": "cat.jpg",
-    "text": "a cat"} of metadata.jsonl. Images without one, and those that cannot be read, are left out; `validate` and
-    `train` say how many. With rollout.offline they are what is trained on.
+    The caption of cat.jpg is in cat.txt, or in a line {"file_name": "cat.jpg", "text": "a cat"} of metadata.jsonl.
+    Images without a caption and unreadable images are left out, and `validate` and `train` say how many. With
+    rollout.offline the model trains on these images.
     """
 
     class Config(Section):
-        """`folder` must be there for every sampler, under the same path."""
+        """Configures an image folder. Every sampler must find `folder` under the same path."""
 
         kind: Literal["images"] = "images"
         folder: Annotated[str, Field(min_length=1)]
@@ -48,6 +48,7 @@ class ImagePrompts:
         self.config = config
 
     def load(self) -> list[Prompt]:
+        """Return one prompt an image. Raises UserError if the folder is missing or has no usable image."""
         found = survey(self.config.folder)
         if not found.pairs:
             raise UserError(
@@ -59,7 +60,7 @@ class ImagePrompts:
 
 
 def left_out(folder: str) -> str | None:
-    """What of a folder is not used, as a sentence; None: nothing."""
+    """Describe the images of a folder that are not used in one sentence, or return None if all are used."""
     found = survey(folder)
     parts = [
         f"{len(paths)} {what}, such as {paths[0].name}"
@@ -72,7 +73,10 @@ def left_out(folder: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def survey(folder: str) -> Survey:
-    """Look through a folder, once a process. Every image is decoded: a header does not say that a file is whole."""
+    """Read a folder, once a process. Every image is decoded, since an intact header does not prove an intact file.
+
+    Raises UserError if the folder does not exist.
+    """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"prompts.folder is {folder}, which is no folder here; give one with images and captions")
@@ -120,7 +124,7 @@ def _readable(path: Path) -> bool:
 
 
 def read_image(path: str, height: int, width: int) -> torch.Tensor:
-    """An image fp32 [3, height, width] in [0, 1]: scaled to cover that size, the middle kept."""
+    """Read an image as fp32 [3, height, width] in [0, 1], scaled to cover that size and cropped around the middle."""
     with Image.open(path) as image:
         fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)

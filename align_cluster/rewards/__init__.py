@@ -1,4 +1,4 @@
-"""ADD A REWARD HERE: one file with a class like Jpeg, and one line below."""
+"""ADD A REWARD HERE: write one file with a class like Jpeg, and add one line below."""
 
 from align_cluster.rewards.aesthetic import Aesthetic
 from align_cluster.rewards.clip_score import ClipScore

@@ -1,4 +1,4 @@
-"""Aesthetic scores: a linear head, fit to people's ratings, on the embedding of an image. The prompt plays no part.
+"""Aesthetic scores: a linear head, fit to people's ratings, on an image's embedding. The prompt plays no part.
 
 v1    github.com/christophschuhmann/improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE, on CLIP ViT-L/14
 v2.5  github.com/discus0434/aesthetic-predictor-v2-5, on SigLIP so400m-patch14-384
@@ -19,7 +19,10 @@ from align_cluster.types import Prompt
 
 @dataclass(frozen=True)
 class Published:
-    """Where a version's two parts are, how its head's state dict names the linear layers, and its normalisation."""
+    """Names the sources of a published version: encoder, head, the head's layers, and the normalisation.
+
+    `prefix` and `places` name the linear layers in the head's state dict.
+    """
 
     encoder: str
     head: str
@@ -51,12 +54,12 @@ VERSIONS = {
 
 
 class Aesthetic(DifferentiableReward):
-    """A rating on a scale of 1 to 10, in fp32: about 4 to 7 (v1), 5 to 6.6 (v2.5)."""
+    """Rates an image on a scale of 1 to 10, whatever the prompt: about 4 to 7 (v1), 5 to 6.6 (v2.5), in fp32."""
 
     reads_text = False
 
     class Config(RewardSection):
-        """Without `encoder` and `head`, the published ones of `version`.
+        """Configures aesthetic scores. Without `encoder` and `head`, the published parts of `version` are used.
 
         `encoder` is a hub id or a folder of a transformers CLIPModel (v1) or SiglipModel (v2.5). `head` is the
         published .pth: a file, an address, or owner/repository/file at the hub.
@@ -68,6 +71,7 @@ class Aesthetic(DifferentiableReward):
         head: str | None = None
 
     def load(self, device: str, threads: int) -> None:
+        """Load the encoder and the head."""
         self.published = VERSIONS[self.config.version]
         encoder, head = self.config.encoder or self.published.encoder, self.config.head or self.published.head
         what = f"the encoder {encoder!r} with the head {head!r}"
@@ -83,13 +87,13 @@ class Aesthetic(DifferentiableReward):
         )
 
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""
+        """Return scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels only."""
         with torch.autocast(self.mean.device.type, enabled=False):
             images = images.to(self.mean.device, torch.float32)
             return self.head(F.normalize(self._embed(images), dim=-1)).squeeze(-1)
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, width], as the encoder gives them, of images fp32 [B, 3, H, W] on its device."""
+        """Return the encoder's embeddings [B, width] of images fp32 [B, 3, H, W] on its device."""
         side = self.encoder.config.image_size
         if self.config.version == "v1":
             return self.encoder(pixel_values=(cropped(images, side) - self.mean) / self.std).image_embeds
@@ -103,15 +107,15 @@ class Aesthetic(DifferentiableReward):
         from transformers import CLIPVisionModelWithProjection, SiglipVisionModel
 
         tower = CLIPVisionModelWithProjection if self.config.version == "v1" else SiglipVisionModel
-        tower._keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_"]  # no report on the half that is not wanted
+        tower._keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_"]  # the text half is left out on purpose
         model, report = tower.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        if report["missing_keys"]:  # transformers draws them at random and goes on
+        if report["missing_keys"]:  # transformers would draw these weights at random, without an error
             raise ValueError(f"the encoder's weights are missing, such as {min(report['missing_keys'])}")
         return model
 
 
 def head_weights(source: str) -> dict[str, Any]:
-    """The state dict at `source`: a file, an address (cached by torch), or owner/repository/file at the hub."""
+    """Return the state dict at `source`: a file, an address (cached by torch), or owner/repository/file at the hub."""
     path = Path(source).expanduser()
     if "://" in source:
         return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)

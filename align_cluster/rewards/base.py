@@ -14,11 +14,12 @@ from align_cluster.types import FailureKind, Prompt
 
 
 class FailurePolicy(Section):
-    """What happens when scoring fails: `retries` more tries, `backoff_s` apart and twice as long each time, and `then`:
+    """Configures what happens if scoring fails: `retries` more tries, then `then`. The first waits `backoff_s`.
 
-    mask leaves the images out of the statistics, drop_group all images of their prompt, fail ends the run. A monitor's
-    failures are only counted. A worker that is busy with one batch for more than `timeout_s` is replaced, and the batch
-    goes to `retries` other ones; rewards that share workers add up their times.
+    Each later retry waits twice as long as the one before. After the retries, mask leaves the images out of the
+    statistics, drop_group leaves out all images of their prompt, and fail ends the run. A monitor's failures are only
+    counted. A worker that is busy with one batch for more than `timeout_s` is replaced, and up to `retries` other
+    workers try the batch. Rewards that share workers add up their times.
     """
 
     retries: Annotated[int, Field(ge=0, le=20)] = 2
@@ -28,12 +29,16 @@ class FailurePolicy(Section):
 
 
 class PoolSection(Section):
-    """Workers of a reward's own, each with `cpus` (null: a share of what is left) and `gpus`. Workers that ask for less
-    than 0.5 of a GPU share one with samplers, where there is room; the others have GPUs of their own.
+    """Configures workers that score only this reward.
 
-    While a backlog grows, up to `max_workers` work, where the cluster has room. `batch` images are scored at a time:
-    consecutive chunks of the step with `ordered`, whatever waits with `dynamic`, which never waits for a late chunk,
-    but leaves the last bits of a score to chance. `pip` are requirements that Ray installs for these workers alone.
+    workers       number of workers
+    max_workers   number of workers while a backlog grows, if the cluster has room
+    cpus, gpus    what each worker takes (cpus null: a share of the remaining cores); workers with less than 0.5 of a
+                  GPU share GPUs with samplers if there is room, the others have GPUs of their own
+    batch         number of images that are scored together
+    batching      `ordered` batches consecutive chunks of the step; `dynamic` batches whatever waits and never waits
+                  for a late chunk, but the last bits of a score then depend on timing
+    pip           requirements that Ray installs for these workers alone
     """
 
     workers: PositiveInt = 1
@@ -47,15 +52,17 @@ class PoolSection(Section):
     @field_validator("max_workers")
     @classmethod
     def not_below_the_minimum(cls, count: int | None, info: ValidationInfo) -> int | None:
+        """Refuse `max_workers` below `workers`."""
         if count is not None and count < info.data.get("workers", 1):
             raise ValueError(f"at least workers, {info.data['workers']}")
         return count
 
 
 class RewardSection(Section):
-    """Settings of every reward. A `monitor` is scored and reported, but never trained on; its weight has no effect.
+    """Holds the settings that every reward shares.
 
-    Rewards without a `pool` share `cluster.reward_workers`, one after the other; one with a pool is scored beside them.
+    A `monitor` is scored and reported but never trained on, and its weight has no effect. Rewards without a `pool`
+    share `cluster.reward_workers`, one after the other; a reward with a pool is scored in parallel.
     """
 
     weight: float = 1.0
@@ -65,8 +72,10 @@ class RewardSection(Section):
 
 
 class RewardError(Exception):
-    """What a reward raises where it knows the kind of its failure; any other error is of kind model_error, unless it is
-    a lack of memory, a timeout or a lost connection."""
+    """A reward raises this if it knows the kind of its failure.
+
+    Any other error counts as model_error, unless it is a lack of memory, a timeout or a lost connection.
+    """
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
@@ -75,10 +84,10 @@ class RewardError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of B images.
+    """Holds the scores of B images by one reward.
 
     values    fp64 [B], higher is better, NaN where not valid
-    valid     bool [B], False where the reward does not apply to the prompt
+    valid     bool [B], False if the reward does not apply to the prompt
     details   more columns for reports, fp64 [B] by name, NaN where a column does not apply
     """
 
@@ -88,10 +97,10 @@ class Result:
 
 
 class Reward(ABC):
-    """One reward model. The constructor is cheap; `load` brings in what is heavy, on the worker that will score.
+    """Scores images with one reward model. The constructor is cheap; `load` runs on the worker that scores.
 
-    The same (image, prompt) always gets the same value, whatever else is in the batch. Raise where scoring fails (a
-    RewardError where the kind is known): the worker tries again or masks. Never return a stand-in value.
+    The same (image, prompt) always gets the same value, whatever else is in the batch. A reward raises if scoring fails
+    (a RewardError if it knows the kind), and the worker tries again or masks. It never returns a stand-in value.
     """
 
     Config: type[RewardSection]
@@ -101,7 +110,7 @@ class Reward(ABC):
 
     @abstractmethod
     def load(self, device: str, threads: int) -> None:
-        """Load models to `device`, to run on `threads` CPU threads. UserError says what is missing."""
+        """Load models to `device`, to run on `threads` CPU threads. Raises UserError that says what is missing."""
 
     @abstractmethod
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
@@ -109,34 +118,35 @@ class Reward(ABC):
 
 
 class DifferentiableReward(Reward):
-    """A reward with a gradient to the pixels. It judges every prompt, and its score is that same computation.
+    """Scores with a gradient to the pixels. It judges every prompt, and its score is the same computation.
 
-    `reads_text`: whether the prompt plays a part.
+    `reads_text` says whether the prompt plays a part.
     """
 
     reads_text: ClassVar[bool] = True
 
     @torch.no_grad()
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        """Score the images as floats in [0, 1]."""
         pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
         values = self.differentiable(pixels, prompts).cpu().double().numpy()
         return Result(values, np.ones(len(prompts), dtype=bool))
 
     @abstractmethod
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Scores fp32 [B] of images float [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none."""
+        """Return scores fp32 [B] of images float [B, 3, H, W] in [0, 1], with a gradient to the pixels only."""
 
     def against(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Scores fp32 [B, J] of every image under every one of J texts, with a gradient to the pixels."""
+        """Return scores fp32 [B, J] of every image under each of J texts, with a gradient to the pixels."""
         rows = [self.differentiable(images, [Prompt(0, text)] * len(images)) for text in texts]
         return torch.stack(rows, 1)
 
 
 class EmbeddingReward(DifferentiableReward):
-    """`factor` times the cosine of an image's and a text's embedding, in fp32 whatever the caller's autocast.
+    """Scores `factor` times the cosine of an image's and a text's embedding, in fp32 under any autocast.
 
-    One look at an image judges it under any number of texts, whose embeddings are kept: each is read alone, so that it
-    does not depend on what else is read.
+    One embedding of an image is judged under any number of texts. The embeddings of the last `kept` texts are kept.
+    Each text is read alone, so its embedding does not depend on other texts.
     """
 
     factor: float = 1.0
@@ -144,22 +154,24 @@ class EmbeddingReward(DifferentiableReward):
 
     @abstractmethod
     def see(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, D] of images float [B, 3, H, W] in [0, 1], on the reward's device, with a gradient."""
+        """Return embeddings [B, D] of images float [B, 3, H, W] in [0, 1], on the reward's device, with a gradient."""
 
     @abstractmethod
     def read(self, text: str) -> torch.Tensor:
-        """Embedding [D] of a text."""
+        """Return the embedding [D] of a text."""
 
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """Judge each image under its own prompt; each distinct text is read once."""
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         scores = self.against(images, texts)
         owner = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=scores.device)
         return scores.gather(1, owner[:, None]).squeeze(1)
 
     def against(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        with torch.autocast(images.device.type, enabled=False):  # the trainer's would cost the third digit of a cosine
+        """Embed the images once and compare them with every text."""
+        with torch.autocast(images.device.type, enabled=False):  # bf16 would change the third digit of a cosine
             seen = F.normalize(self.see(images), dim=-1)
-            # Not a matrix product, whose bits would depend on the number of texts and images.
+            # The bits of a matrix product would depend on the number of texts and images; those of a sum do not.
             return self.factor * (seen[:, None] * torch.stack([self._read(text) for text in texts])).sum(-1)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What rewards on transformers' CLIPModel share."""
+"""Shared code of rewards on transformers' CLIPModel."""
 
 import torch
 
@@ -7,10 +7,10 @@ from align_cluster.rewards.loading import loading
 
 
 class Clip:
-    """A frozen CLIPModel in fp32, with the tokenizer and the preprocessing that its publishers name.
+    """Wraps a frozen CLIPModel in fp32, with its publishers' tokenizer and preprocessing.
 
-    `model` and `processor` are hub ids or folders, and may be the same; `kind` is the reward that asks. UserError says
-    what cannot be loaded, or that the preprocessing is none of CLIP's.
+    `model` and `processor` are hub ids or folders, and may be the same; `kind` is the reward's name for messages.
+    Raises UserError if a part cannot be loaded, or if the preprocessing is not CLIP's.
     """
 
     def __init__(self, kind: str, model: str, processor: str, device: str) -> None:
@@ -42,19 +42,19 @@ class Clip:
         )
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings fp32 [B, D] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels."""
+        """Return embeddings fp32 [B, D] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels."""
         pixels = (self._cropped(images.to(self.mean.device, torch.float32)) - self.mean) / self.std
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def read(self, text: str) -> torch.Tensor:
-        """Embedding fp32 [D] of a text."""
+        """Return the embedding fp32 [D] of a text."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer([text], truncation=True, max_length=length, return_tensors="pt")
         ids, mask = (tokens[name].to(self.mean.device) for name in ("input_ids", "attention_mask"))
         return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output[0]
 
     def _cropped(self, images: torch.Tensor) -> torch.Tensor:
-        """The middle square of images whose shorter side is scaled to the model's; odd margins as transformers does."""
+        """Scale the shorter side to the model's and return the middle square; odd margins round as in transformers."""
         height, width = (int(self.side * length / min(images.shape[2:])) for length in images.shape[2:])
         top, left = (height - self.side) // 2, (width - self.side) // 2
         return stretched(images, height, width)[:, :, top : top + self.side, left : left + self.side]

@@ -1,4 +1,4 @@
-"""CLIP score (Hessel et al. 2021, arXiv 2104.08718): cosine of the image's and the prompt's CLIP embedding."""
+"""CLIP score (Hessel et al. 2021, arXiv 2104.08718): the cosine of the image's and the prompt's CLIP embedding."""
 
 from typing import Literal
 
@@ -10,12 +10,16 @@ from align_cluster.rewards.clip import Clip
 
 
 class ClipScore(EmbeddingReward):
-    """The plain cosine: about .24 to .30 for photographs and openai/clip-vit-large-patch14. Tables print 100 x."""
+    """Measures how well an image fits its prompt: the cosine of their CLIP embeddings.
+
+    It is about .24 to .30 for photographs and openai/clip-vit-large-patch14. Tables print 100 times that.
+    """
 
     class Config(RewardSection):
-        """`path` is a hub id, a folder of a transformers CLIPModel with its processor, or "embedded".
+        """Configures the CLIP score.
 
-        `scale: srpo` multiplies by a twentieth of the model's learned temperature, as SRPO's official code does.
+        `path` is a hub id, a folder of a transformers CLIPModel with its processor, or "embedded". `scale: srpo`
+        multiplies by a twentieth of the model's learned temperature, as SRPO's official code does.
         """
 
         kind: Literal["clip_score"] = "clip_score"
@@ -23,13 +27,16 @@ class ClipScore(EmbeddingReward):
         scale: Literal["cosine", "srpo"] = "cosine"
 
     def load(self, device: str, threads: int) -> None:
+        """Load the CLIP model and its processor."""
         source = str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
         self.clip = Clip(self.config.kind, source, source, device)
         if self.config.scale == "srpo":
             self.factor = self.clip.model.logit_scale.exp().item() / 20
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed images with the CLIP model."""
         return self.clip.see(images)
 
     def read(self, text: str) -> torch.Tensor:
+        """Embed a text with the CLIP model."""
         return self.clip.read(text)

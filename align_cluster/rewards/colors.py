@@ -1,4 +1,4 @@
-"""Names of objects' colours by zero-shot CLIP, as GenEval (Ghosh et al. 2023, arXiv 2310.11513) asks for them."""
+"""Names the colours of objects by zero-shot CLIP, as GenEval does (Ghosh et al. 2023, arXiv 2310.11513)."""
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ from align_cluster.rewards.loading import open_clip_model
 
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 GROUND = 0x99  # grey level around an object whose mask is known: GenEval's #999
-BATCH = 32  # objects that CLIP sees at a time
+BATCH = 32  # objects in one forward pass of CLIP
 
 
 def cutout(image: np.ndarray, detection: Detection) -> np.ndarray:
-    """The object's box, uint8 [h, w, 3], of an image uint8 [H, W, 3]; with a mask, all around the object is grey.
+    """Return the object's box, uint8 [h, w, 3], of an image uint8 [H, W, 3]; with a mask, its surroundings are grey.
 
-    Box edges round to whole pixels, and a box has at least one.
+    Box edges round to whole pixels, and a box has at least one pixel.
     """
     if detection.mask is not None:
         image = np.where(detection.mask[:, :, None], image, np.uint8(GROUND))
@@ -28,14 +28,15 @@ def cutout(image: np.ndarray, detection: Detection) -> np.ndarray:
 
 
 class ColorNamer:
-    """open_clip's ViT-L/14 with OpenAI's weights, or the CLIP at `path`: a hub id or a folder in open_clip's format.
+    """Names colours with open_clip's ViT-L/14 and OpenAI's weights, or with the CLIP at `path`.
 
-    A colour's embedding is the normalised mean of its three sentences' normalised embeddings, made for each class of
-    objects; an object has the colour whose embedding is the nearest to its cutout's.
+    `path` is a hub id or a folder in open_clip's format. A colour's embedding is the normalised mean of the normalised
+    embeddings of three sentences, made for each class of objects. An object gets the colour with the embedding nearest
+    to its cutout's.
     """
 
     def __init__(self, path: str | None, device: str) -> None:
-        # GenEval's open_clip gave OpenAI's weights their QuickGELU under either name; a recent one gives it to this.
+        # OpenAI's weights need QuickGELU. Recent open_clip uses it under this name only, GenEval's under either name.
         source, tag = ("ViT-L-14-quickgelu", "openai") if path is None else (path, None)
         model, self.transform, self.tokenizer = open_clip_model("geneval", "color_clip", source, tag)
         self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
@@ -55,7 +56,7 @@ class ColorNamer:
         return colors
 
     def _embedded(self, label: str) -> torch.Tensor:
-        """Embeddings [10, D] of the colours of such objects; each class is read once."""
+        """Return embeddings [10, D] of the colours of objects with this label; each label is read once."""
         if label not in self.known:
             texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
             read = self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)

@@ -1,7 +1,7 @@
-"""Object detectors behind one contract: images in, named objects with a box out, and with a mask where there is one.
+"""Object detectors with one contract: images in; named objects with boxes, and masks if the model has them, out.
 
-Names are those of the prompts: the embedded world's shapes, or the 80 COCO classes as GenEval calls them.
-ADD A DETECTOR HERE: a class like Boxes, and one line in DETECTORS.
+Names are those of the prompts: the embedded world's shapes, or the 80 COCO classes as GenEval calls them. ADD A
+DETECTOR HERE: write a class like Boxes, and add one line to DETECTORS.
 """
 
 import inspect
@@ -19,10 +19,9 @@ from align_cluster.prompts.geneval import CLASSES
 from align_cluster.rewards.loading import extra, loading
 from align_cluster.settings import Section
 
-BATCH = 8  # images that a model sees at a time, whatever the size of a chunk
+BATCH = 8  # images in one forward pass, whatever the size of a chunk
 
-# Labels of checkpoints that GenEval words otherwise: COCO's own, and those of mmdetection, which most checkpoints with
-# 80 labels have.
+# Labels that GenEval words differently: COCO's own, and mmdetection's, which most checkpoints with 80 labels have.
 ALIASES = {
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -37,16 +36,16 @@ ALIASES = {
 
 
 def geneval_name(label: str) -> str:
-    """GenEval's name of a checkpoint's label."""
+    """Return GenEval's name for a checkpoint's label."""
     return ALIASES.get(label.lower(), label.lower())
 
 
 class Detector(ABC):
-    """Finds objects of `classes`. The constructor is cheap; `load` brings in what is heavy.
+    """Finds objects of `classes`. The constructor is cheap; `load` loads the model.
 
     threshold            confidence that an object must exceed to count, by default
-    counting_threshold   the same where a prompt asks for a number; None: no other than `threshold`
-    tells_colors         whether detections come with their colour
+    counting_threshold   the same for prompts that ask for a number; None: `threshold` applies
+    tells_colors         whether detections include their colour
     """
 
     Config: type[Section]
@@ -60,20 +59,22 @@ class Detector(ABC):
 
     @abstractmethod
     def load(self, device: str) -> None:
-        """Load the model to `device`. UserError says what is missing."""
+        """Load the model to `device`. Raises UserError that says what is missing."""
 
     @abstractmethod
     def detect(self, images: np.ndarray, above: float) -> list[list[Detection]]:
-        """Objects in each of B images, uint8 [B, H, W, 3], the most confident first.
+        """Return the objects in each of B images, uint8 [B, H, W, 3], the most confident first.
 
-        Those whose confidence is at most `above` may be missing.
+        Objects with a confidence of at most `above` may be missing.
         """
 
 
 class Embedded(Detector):
-    """The rule-based detector of the embedded world: it needs no weights, and tells colours by hue."""
+    """Finds shapes of the embedded world by rules. It needs no weights, and tells colours by hue."""
 
     class Config(Section):
+        """The embedded detector has no settings."""
+
         kind: Literal["embedded"] = "embedded"
 
     classes = SHAPES
@@ -82,14 +83,16 @@ class Embedded(Detector):
     tells_colors = True
 
     def load(self, device: str) -> None:
+        """There is nothing to load."""
         pass
 
     def detect(self, images: np.ndarray, above: float) -> list[list[Detection]]:
+        """Apply the rules; all found objects are returned, whatever `above` is."""
         return detect(images)
 
 
 class Photographs(Detector):
-    """What detectors of transformers share. The thresholds are GenEval's, tuned for Mask2Former."""
+    """Finds objects in photographs with a model of transformers. The thresholds are GenEval's, for Mask2Former."""
 
     classes = CLASSES
     threshold = 0.3
@@ -98,6 +101,7 @@ class Photographs(Detector):
     auto: ClassVar[str]  # transformers' class that loads such models
 
     def load(self, device: str) -> None:
+        """Load the processor and the model. Raises UserError if weights or COCO labels are missing."""
         import transformers
 
         who, path = f"the detector {self.config.kind}", os.path.expanduser(self.config.path)
@@ -116,7 +120,7 @@ class Photographs(Detector):
         self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
 
     def _check(self, model: torch.nn.Module, missing: set[str]) -> None:
-        """ValueError where parameters would stay random, or objects that prompts may ask for could never be found."""
+        """Raise ValueError if parameters would stay random, or if a class that prompts may ask for has no label."""
         random = sorted(set(missing) & {name for name, _ in model.named_parameters()})
         if random:
             raise ValueError(f"the checkpoint has no {random[0]}")
@@ -126,6 +130,7 @@ class Photographs(Detector):
 
     @torch.no_grad()
     def detect(self, images: np.ndarray, above: float) -> list[list[Detection]]:
+        """Run the model on BATCH images at a time, and keep objects of the 80 classes."""
         found = []
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
@@ -137,17 +142,18 @@ class Photographs(Detector):
 
     @abstractmethod
     def _read(self, outputs: Any, size: tuple[int, int], above: float) -> list[list[Detection]]:
-        """Objects of the images, height and width `size`, from what the model said of them."""
+        """Return the objects of the images, height and width `size`, from the model's outputs."""
 
 
 class Masks(Photographs):
-    """Instance segmentation: Mask2Former (Cheng et al. 2022, arXiv 2112.01527), GenEval's own kind, and MaskFormer.
+    """Segments instances with Mask2Former (Cheng et al. 2022, arXiv 2112.01527), as GenEval, or MaskFormer.
 
-    A box is its mask's. Scores are the class's probability times the mask's mean inside, as in mmdetection.
+    A box surrounds its mask. A score is the class's probability times the mean of the mask's probability inside it, as
+    in mmdetection.
     """
 
     class Config(Section):
-        """`path` is a hub id or a folder of such a model with COCO's 80 labels."""
+        """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
 
         kind: Literal["mask2former"] = "mask2former"
         path: str = "facebook/mask2former-swin-small-coco-instance"
@@ -167,10 +173,10 @@ class Masks(Photographs):
     def _instances(
         self, logits: torch.Tensor, masks: torch.Tensor, size: tuple[int, int], above: float
     ) -> list[Detection]:
-        """Objects of one image from class logits [Q, C + 1] and mask logits [Q, h, w] of its queries."""
-        # The processor scales every query's mask, on the CPU. A score is at most its class's probability, so queries
-        # without a class above the threshold are left out; as many stay as there are classes above it, since the
-        # processor keeps as many (query, class) pairs as there are queries.
+        """Return the objects of one image from class logits [Q, C + 1] and mask logits [Q, h, w] of its queries."""
+        # The processor scales the mask of every query on the CPU, so it gets only queries that can matter. A score is
+        # at most its class's probability, so a query without a class above the threshold cannot. The processor keeps
+        # one (query, class) pair for each query, so `count`, the number of pairs above the threshold, is enough.
         probabilities = logits.softmax(-1)[:, :-1]
         count = min(int((probabilities > above).sum()), len(logits))
         if count == 0:
@@ -191,10 +197,10 @@ class Masks(Photographs):
 
 
 class Boxes(Photographs):
-    """Object detection without masks: DETR, conditional and deformable DETR, RT-DETR and their like."""
+    """Detects objects without masks: DETR, conditional and deformable DETR, RT-DETR and similar models."""
 
     class Config(Section):
-        """`path` is a hub id or a folder of such a model with COCO's 80 labels."""
+        """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
 
         kind: Literal["detr"] = "detr"
         path: str = "PekingU/rtdetr_r50vd_coco_o365"
@@ -217,7 +223,7 @@ class Boxes(Photographs):
 
 
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """The box x0, y0, x1, y1 around a mask bool [H, W] that is not empty, the far edges exclusive."""
+    """Return the box x0, y0, x1, y1 around a non-empty mask bool [H, W]; the far edges are exclusive."""
     (y, x) = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     return float(x[0]), float(y[0]), float(x[-1] + 1), float(y[-1] + 1)
 

@@ -1,8 +1,7 @@
-"""GenEval (Ghosh et al. 2023, arXiv 2310.11513): are the objects that the prompt names there, as it names them?
+"""GenEval (Ghosh et al. 2023, arXiv 2310.11513): does the image show the objects that the prompt names?
 
-The rules are those of GenEval's evaluate_images.py; the graded score is the training reward of Flow-GRPO (Liu et al.
-2025, arXiv 2505.05470). Objects come from `detectors.py`, and their colours, where the detector tells none, from
-`colors.py`.
+The rules are those of GenEval's evaluate_images.py. The graded score is the training reward of Flow-GRPO (Liu et al.
+2025, arXiv 2505.05470). `detectors.py` finds the objects, and `colors.py` names their colours if the detector does not.
 """
 
 from collections.abc import Sequence
@@ -18,16 +17,16 @@ from align_cluster.rewards.colors import ColorNamer, cutout
 from align_cluster.rewards.detectors import DETECTORS, Boxes, Embedded, Masks
 from align_cluster.types import Prompt
 
-MAX_OBJECTS = 16  # of one class
-POSITION_THRESHOLD = 0.1  # part of the two objects' sizes that an offset must exceed
+MAX_OBJECTS = 16  # objects of one class that count, as in GenEval
+POSITION_THRESHOLD = 0.1  # an offset must exceed this fraction of the two objects' sizes
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What GenEval's rules say of one image.
+    """Holds the result of GenEval's rules for one image.
 
-    accuracy   the benchmark's own verdict: at least the asked number of each class; extra objects do not matter
-    strict     as accuracy, and exactly the asked number of each class
+    accuracy   the benchmark's own verdict: at least the requested number of each class; extra objects do not matter
+    strict     as accuracy, and exactly the requested number of each class
     graded     mean over parts of partial credits, at most 1; many extra objects make it negative
     """
 
@@ -37,9 +36,9 @@ class Verdict:
 
 
 def strongest(detections: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:
-    """The objects that count, by class: at most 16 above `threshold`, the most confident first.
+    """Return the objects that count, by class: at most 16 above `threshold`, the most confident first.
 
-    Of equally confident ones the earlier goes first.
+    Among equally confident objects the earlier one comes first.
     """
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
@@ -55,9 +54,9 @@ def judge(
     """Apply a GenEval record to the objects found in one image.
 
     `metadata` has include: clauses {class, count, color?, position? = [relation, index of another clause]}, and
-    optionally exclude: clauses {class, count} of which fewer than count may be there. Objects count above `threshold`.
-    `half_credit` repeats a slip of Flow-GRPO's reward server: objects that are there but stand wrongly add a part of 0
-    and one of 1 to the graded score, where one of 0 was meant.
+    optionally exclude: clauses {class, count}, with fewer than count objects allowed. Objects count above `threshold`.
+    `half_credit` repeats a slip of Flow-GRPO's reward server: present objects in a wrong position add a part of 0 and
+    one of 1 to the graded score, where one of 0 was meant.
     """
     found = strongest(detections, threshold)
     accuracy, _ = _check(metadata["include"], found, exact=False, half_credit=half_credit)
@@ -69,10 +68,10 @@ def judge(
 def _check(
     include: list[dict[str, Any]], found: dict[str, list[Detection]], exact: bool, half_credit: bool
 ) -> tuple[bool, float]:
-    """Whether all clauses hold, and the mean of the parts' credits.
+    """Return whether all clauses hold, and the mean of the parts' credits.
 
-    Parts of a clause: its count, then its color and its position where asked. A part counts 0 where an earlier one
-    failed. `exact` makes an object too many a failure; the credits are meant for this case.
+    Parts of a clause are its count, then its color and its position if it has them. A part counts 0 if an earlier one
+    failed. `exact` makes an extra object a failure; the credits are meant for this case.
     """
     parts: list[float] = []
     groups: list[list[Detection] | None] = []  # the objects that satisfy each clause
@@ -96,7 +95,7 @@ def _check(
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
-    """Where `box` is as seen from `other` (x0, y0, x1, y1, y down); two relations can hold at once, or none."""
+    """Return where `box` is as seen from `other` (x0, y0, x1, y1, y down); none, one or two relations hold."""
     a, b = (np.asarray(value, dtype=np.float64).reshape(2, 2) for value in (box, other))
     offset = a.mean(0) - b.mean(0)
     sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
@@ -109,16 +108,19 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 class GenEval(Reward):
-    """GenEval's verdict as a reward. Prompts without `include` have no verdict."""
+    """Checks an image against its prompt by GenEval's rules on detected objects.
+
+    Prompts without `include` have no score. The details report all three verdicts, whatever `score` is.
+    """
 
     class Config(RewardSection):
-        """`score` chooses the reward: `mixed` is half graded, half accuracy. All three stand in the details anyway.
+        """Configures GenEval. `score` chooses the reward; `mixed` is half graded, half accuracy.
 
-        `detector` may also be the name of its kind alone. Objects count above `threshold`, and above
-        `counting_threshold` where the task is counting; null takes the detector's own (photographs: GenEval's .3 and
-        .9; embedded: .80, and for counting whatever `threshold` is). `color_clip` names colours for detectors that see
-        none: a hub id or a folder of an open_clip model; null is OpenAI's ViT-L/14, as published. `half_credit` pays
-        for wrong positions as Flow-GRPO's server does.
+        `detector` may also be the name of its kind alone. Objects count above `threshold`, and for counting prompts
+        above `counting_threshold`; null takes the detector's own (photographs: GenEval's .3 and .9; embedded: .80, and
+        `threshold` for counting). `color_clip` names colours for detectors that do not: a hub id or a folder of an
+        open_clip model; null is OpenAI's ViT-L/14, as published. `half_credit` pays for wrong positions as Flow-GRPO's
+        server does.
         """
 
         kind: Literal["geneval"] = "geneval"
@@ -134,14 +136,17 @@ class GenEval(Reward):
         @field_validator("detector", mode="before")
         @classmethod
         def kind_alone(cls, value: Any) -> Any:
+            """Accept the name of a detector's kind in place of its settings."""
             return {"kind": value} if isinstance(value, str) else value
 
     def load(self, device: str, threads: int) -> None:
+        """Load the detector and, if it does not tell colours, the CLIP that names them."""
         self.detector = DETECTORS[self.config.detector.kind](self.config.detector)
         self.detector.load(device)
         self.name_colors = None if self.detector.tells_colors else ColorNamer(self.config.color_clip, device)
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        """Judge the images with an `include`; the others stay invalid."""
         valid = np.array([bool(prompt.metadata.get("include")) for prompt in prompts], dtype=bool)
         columns = {name: np.full(len(prompts), np.nan) for name in ("accuracy", "strict", "graded")}
         asked = np.flatnonzero(valid)
@@ -158,12 +163,12 @@ class GenEval(Reward):
         return counting if counting is not None and prompt.task == "counting" else self._setting("threshold")
 
     def _setting(self, name: str) -> float | None:
-        """The run's value, or else the detector's own."""
+        """Return the run's value, or else the detector's own."""
         value = getattr(self.config, name)
         return getattr(self.detector, name) if value is None else value
 
     def _detections(self, images: np.ndarray, prompts: list[Prompt]) -> list[list[Detection]]:
-        """Objects in each image; those whose colour the verdict depends on have one."""
+        """Return the objects in each image; those with a colour that the verdict depends on have one."""
         thresholds = [self._threshold(prompt) for prompt in prompts]
         found = self.detector.detect(images, min(thresholds, default=0.0))
         if self.name_colors is None:
@@ -179,7 +184,10 @@ class GenEval(Reward):
 
 
 def colored(include: list[dict[str, Any]], found: dict[str, list[Detection]]) -> list[Detection]:
-    """The objects whose colour the clauses look at: the surest of a class, where enough of them are there."""
+    """Return the objects with a colour that the clauses check.
+
+    They are the most confident ones of each class, if enough of them were found.
+    """
     wanted: dict[Detection, None] = {}
     for clause in include:
         objects = found.get(clause["class"], [])

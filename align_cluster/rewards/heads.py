@@ -1,4 +1,4 @@
-"""What rewards on top of a CLIP-like tower share: OpenAI CLIP's preprocessing and a linear head."""
+"""Shared code of rewards on a CLIP-like tower: OpenAI CLIP's preprocessing and a linear head."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def stretched(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Images [B, C, H, W] in [0, 1] scaled to [B, C, height, width], with a gradient.
+    """Scale images [B, C, H, W] in [0, 1] to [B, C, height, width], with a gradient.
 
-    PIL's bicubic: along the rows first, with antialiasing, and either pass clamped. PIL also rounds both passes to 8
-    bits; this does not, and is about one level of 255 apart at most. (Recent PIL may take the columns first where
-    that is less work, which shows at hard edges only.)
+    It is PIL's bicubic: along the rows first, with antialiasing, and each pass clamped. PIL also rounds both passes to
+    8 bits; this does not, so the two differ by at most about one level of 255. (Recent PIL may take the columns first
+    if that is less work, which shows at hard edges only.)
     """
     for size in ((images.shape[2], width), (height, width)):
         images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -25,9 +25,9 @@ def stretched(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def cropped(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Images [B, C, H, W] in [0, 1] as OpenAI's CLIP sees them: shorter side scaled to `side`, the middle square kept.
+    """Return the middle square of images [B, C, H, W] in [0, 1], with the shorter side scaled to `side`.
 
-    Sizes and offsets round as torchvision's Resize and CenterCrop do.
+    OpenAI's CLIP sees images like this. Sizes and offsets round as torchvision's Resize and CenterCrop do.
     """
     shorter = min(images.shape[2:])
     height, width = (int(side * length / shorter) for length in images.shape[2:])
@@ -36,10 +36,11 @@ def cropped(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def linear_head(width: int, places: Sequence[int]) -> nn.Sequential:
-    """Linear layers width-1024-128-64-16-1 and nothing between them, as LAION's aesthetic predictor has them.
+    """Build linear layers width-1024-128-64-16-1 with nothing between them, as in LAION's aesthetic predictor.
 
-    The published heads have dropout between some, for training, and no activation. `places` are the layers' numbers in
-    the published Sequential, so that its state dict fits this one, and one of a head with activations does not.
+    The published heads have dropout between some layers, for training, and no activation. `places` are the layers'
+    numbers in the published Sequential, so that its state dict fits this one, and that of a head with activations does
+    not.
     """
     sizes = pairwise((width, 1024, 128, 64, 16, 1))
     return nn.Sequential(OrderedDict((str(place), nn.Linear(*size)) for place, size in zip(places, sizes, strict=True)))

@@ -1,4 +1,4 @@
-"""HPS v2 and v2.1 (Wu et al. 2023, arXiv 2306.09341): CLIP ViT-H/14 tuned on what people prefer."""
+"""HPS v2 and v2.1 (Wu et al. 2023, arXiv 2306.09341): CLIP ViT-H/14 tuned on people's preferences."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,15 @@ from torch.nn import functional as F
 from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.loading import extra, file_of, loading
 
-CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # as named at the hub
+CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # file names at the hub
 
 
 def squared(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Images [B, C, H, W] scaled so that the longer side is `side`, in the middle of a black square.
+    """Scale images [B, C, H, W] so that the longer side is `side`, in the middle of a black square.
 
-    This is the official transform: bicubic with antialiasing, on floats and without clamping. An image that is no
-    square and whose longer side is `side` already it would not pad, and the model would refuse it; here it is padded.
+    This is the official transform: bicubic with antialiasing, on floats and without clamping. The official one does not
+    pad an image that is not square and already has `side` as its longer side, and the model would refuse it; this one
+    does.
     """
     scale = side / max(images.shape[2:])
     height, width = (round(length * scale) for length in images.shape[2:])
@@ -27,11 +28,15 @@ def squared(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 class Hps(EmbeddingReward):
-    """Cosine of the image's and the prompt's embedding, in fp32: about .20 to .37. Tables print 100 x."""
+    """Predicts human preference: the cosine of the image's and the prompt's embedding by HPS, in fp32.
+
+    It is about .20 to .37. Tables print 100 times that.
+    """
 
     class Config(RewardSection):
-        """`path` is a hub id, a folder that has the checkpoint of `version` by its official name, or a checkpoint file.
+        """Configures HPS.
 
+        `path` is a hub id, a folder with the checkpoint of `version` under its official name, or a checkpoint file.
         `model` is an architecture of open_clip, by name or as the path of a model-config json.
         """
 
@@ -41,6 +46,7 @@ class Hps(EmbeddingReward):
         model: str = "ViT-H-14"
 
     def load(self, device: str, threads: int) -> None:
+        """Load the checkpoint into open_clip's architecture."""
         with extra(self.config.kind):
             import open_clip
         remedy = (
@@ -61,10 +67,12 @@ class Hps(EmbeddingReward):
         )
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed images after the official transform."""
         pixels = (squared(images.to(self.mean.device, torch.float32), self.side) - self.mean) / self.std
         return self.model.encode_image(pixels)
 
     def read(self, text: str) -> torch.Tensor:
+        """Embed a text with CLIP's own tokenizer."""
         return self.model.encode_text(self.tokenizer([text]).to(self.mean.device))[0]
 
     def _architecture(self) -> dict[str, Any]:

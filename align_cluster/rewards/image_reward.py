@@ -1,4 +1,7 @@
-"""ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP, tuned on what experts prefer; the text looks at the image."""
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP tuned on experts' preferences.
+
+The text encoder attends to the image.
+"""
 
 import json
 import re
@@ -12,9 +15,9 @@ from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_hea
 from align_cluster.rewards.loading import file_of, loading
 from align_cluster.types import Prompt
 
-CHECKPOINT, TEXT_CONFIG = "ImageReward.pt", "med_config.json"  # as named at the hub
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores of ImageReward-v1.0
-TOKENS = 35
+CHECKPOINT, TEXT_CONFIG = "ImageReward.pt", "med_config.json"  # file names at the hub
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # mean and deviation of ImageReward-v1.0's raw scores
+TOKENS = 35  # length of a tokenized prompt, [CLS] and [SEP] included
 
 # BLIP's repository builds on timm's ViT and an own BERT; transformers renamed the first and kept the second.
 VISION = "blip.visual_encoder."
@@ -43,7 +46,7 @@ HEAD, HEAD_PLACES = "mlp.layers.", (0, 2, 4, 6, 7)
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The entries of a state dict below `prefix`, by the rest of their names. ValueError where there are none."""
+    """Return the entries of a state dict below `prefix`, by the rest of their names. Raises ValueError without any."""
     found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not found:
         raise ValueError(f"the checkpoint has no {prefix}*")
@@ -51,7 +54,7 @@ def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 
 
 def vision_tower(weights: dict[str, torch.Tensor]) -> nn.Module:
-    """transformers' BlipVisionModel with the weights of BLIP's `visual_encoder`, whose shapes say its sizes."""
+    """Return transformers' BlipVisionModel with the weights of BLIP's `visual_encoder`; their shapes give its sizes."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     for pattern, name in VISION_NAMES:
@@ -61,7 +64,7 @@ def vision_tower(weights: dict[str, torch.Tensor]) -> nn.Module:
         hidden_size=width,
         intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=len({key.split(".")[2] for key in weights if key.startswith("encoder.layers.")}),
-        num_attention_heads=width // 64,  # of ViT-B and ViT-L alike
+        num_attention_heads=width // 64,  # true of ViT-B and ViT-L
         patch_size=patch,
         image_size=patch * round((weights["embeddings.position_embedding"].shape[1] - 1) ** 0.5),
         layer_norm_eps=1e-6,  # BLIP's, where transformers' default is 1e-5
@@ -72,7 +75,7 @@ def vision_tower(weights: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def text_tower(weights: dict[str, torch.Tensor], settings: dict[str, Any], vision_width: int) -> nn.Module:
-    """transformers' BlipTextModel with the weights of BLIP's `text_encoder`; `settings` are those of its json."""
+    """Return transformers' BlipTextModel with the weights of BLIP's `text_encoder`; `settings` come from its json."""
     from transformers import BlipTextConfig, BlipTextModel
 
     config = BlipTextConfig(
@@ -86,16 +89,23 @@ def text_tower(weights: dict[str, torch.Tensor], settings: dict[str, Any], visio
 
 
 class ImageReward(DifferentiableReward):
-    """The head's value on the first token's state, shifted and scaled as v1.0's scores are: about -2 to 2."""
+    """Predicts human preference from the image and its prompt, read together: about -2 to 2.
+
+    The score is the head's value on the first token's state, shifted and scaled as v1.0's scores are.
+    """
 
     class Config(RewardSection):
-        """`path` is a hub id or a folder with ImageReward.pt and med_config.json, `tokenizer` one of BERT, uncased."""
+        """Configures ImageReward.
+
+        `path` is a hub id or a folder with ImageReward.pt and med_config.json; `tokenizer` is one of uncased BERT.
+        """
 
         kind: Literal["image_reward"] = "image_reward"
         path: str = "THUDM/ImageReward"
         tokenizer: str = "bert-base-uncased"
 
     def load(self, device: str, threads: int) -> None:
+        """Load both towers, the head and the tokenizer."""
         from transformers import BertTokenizer
 
         what = f"{self.config.path!r} with the tokenizer {self.config.tokenizer!r}"
@@ -122,7 +132,7 @@ class ImageReward(DifferentiableReward):
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels; weights get none.
+        """Return scores fp32 [B] of images [B, 3, H, W] in [0, 1], with a gradient to the pixels only.
 
         Image i meets prompt i only; the official `inference_rank` scores every image against every prompt.
         """

@@ -1,4 +1,4 @@
-"""JPEG size (Black et al. 2023, DDPO, arXiv 2305.13301): a reward without a model, and the smallest example of one."""
+"""JPEG size (Black et al. 2023, DDPO, arXiv 2305.13301): a reward without a model, and the smallest example."""
 
 from io import BytesIO
 from typing import Literal
@@ -11,18 +11,23 @@ from align_cluster.types import Prompt
 
 
 class Jpeg(Reward):
-    """Minus the kilobytes (1000 bytes) of an image saved at PIL's quality 95: smooth images are worth more."""
+    """Prefers smooth images: minus the kilobytes (1000 bytes) of the image saved at PIL's JPEG quality 95."""
 
     class Config(RewardSection):
-        """`incompressible` turns the sign: detail is worth more. Flow-GRPO divides by 500: set weight to 0.002."""
+        """Configures the JPEG reward.
+
+        `incompressible` changes the sign, so that detail is preferred. Flow-GRPO divides by 500: set weight to 0.002.
+        """
 
         kind: Literal["jpeg"] = "jpeg"
         incompressible: bool = False
 
     def load(self, device: str, threads: int) -> None:
+        """There is nothing to load."""
         pass
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        """Compress each image; the prompt plays no part."""
         kilobytes = np.array([self._bytes(image) / 1000 for image in images])
         return Result(kilobytes if self.config.incompressible else -kilobytes, np.ones(len(images), dtype=bool))
 

@@ -1,4 +1,4 @@
-"""Loading other people's models: what is missing, broken or something else's is one sentence that says what to do."""
+"""Loading published models: a missing, broken or wrong file becomes one sentence that says what to do."""
 
 import pickle
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import nn
 
 from align_cluster.errors import UserError
 
-# What torch, transformers and open_clip raise over files that are missing, cut off or of another model.
+# torch, transformers and open_clip raise these for files that are missing, truncated or of another model.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -27,7 +27,7 @@ UNREADABLE = (
 
 @contextmanager
 def extra(who: str) -> Iterator[None]:
-    """UserError instead of an ImportError: `who` needs a package of the extra `rewards`."""
+    """Turn an ImportError into a UserError: `who` needs a package of the extra `rewards`."""
     try:
         yield
     except ImportError as error:
@@ -39,7 +39,7 @@ def extra(who: str) -> Iterator[None]:
 
 @contextmanager
 def loading(who: str, what: str, remedy: str) -> Iterator[None]:
-    """UserError instead of UNREADABLE: `who` cannot load `what`, and what to do."""
+    """Turn errors of the UNREADABLE kinds into a UserError: `who` cannot load `what`, and `remedy` says what to do."""
     try:
         yield
     except UNREADABLE as error:
@@ -49,9 +49,10 @@ def loading(who: str, what: str, remedy: str) -> Iterator[None]:
 
 
 def open_clip_model(who: str, setting: str, source: str, tag: str | None = None) -> tuple[nn.Module, Any, Any]:
-    """open_clip's model, image transform and tokenizer. UserError names the `setting` that `source` comes from.
+    """Return open_clip's model, image transform and tokenizer.
 
-    `source` is a hub id or a folder in open_clip's format; with a `tag`, one of its architectures, with those weights.
+    `source` is a hub id or a folder in open_clip's format; with a `tag` it is one of open_clip's architectures, and the
+    tag names its weights. A UserError names the `setting` that `source` comes from.
     """
     with extra(who):
         import open_clip
@@ -69,7 +70,7 @@ def open_clip_model(who: str, setting: str, source: str, tag: str | None = None)
 
 
 def file_of(source: str, name: str) -> Path:
-    """The file `name` in a folder, or else of the hub id `source`, fetched where the cache has it not."""
+    """Return the path of the file `name` in a folder, or in a hub repository, which is downloaded if necessary."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder / name

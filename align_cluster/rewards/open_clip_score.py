@@ -10,15 +10,22 @@ from align_cluster.rewards.loading import open_clip_model
 
 
 class OpenClipScore(EmbeddingReward):
-    """The plain cosine: about .35 to .45 for the default."""
+    """Measures how well an image fits its prompt: the cosine of their embeddings by a model of open_clip.
+
+    It is about .35 to .45 for the default model.
+    """
 
     class Config(RewardSection):
-        """`path` is a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (safetensors)."""
+        """Configures the model.
+
+        `path` is a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or .safetensors).
+        """
 
         kind: Literal["open_clip_score"] = "open_clip_score"
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
 
     def load(self, device: str, threads: int) -> None:
+        """Load the model. Raises UserError if its transform pads images."""
         model, transform, self.tokenizer = open_clip_model(self.config.kind, "path", self.config.path)
         from open_clip.transform import ResizeKeepRatio
 
@@ -31,11 +38,12 @@ class OpenClipScore(EmbeddingReward):
         self.model, self.device = model.to(device).eval().requires_grad_(False), torch.device(device)
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
-        """Images go through the checkpoint's own transform, as floats instead of PIL's bytes."""
+        """Apply the checkpoint's own transform to floats, and not to PIL's bytes, and embed the images."""
         images = images.to(self.device, torch.float32)
         for step in self.shaping:
             images = step(images)
         return self.model.encode_image(self.normalise(images.clamp(0, 1)))  # PIL's bytes cut off bicubic's overshoots
 
     def read(self, text: str) -> torch.Tensor:
+        """Embed a text with the model."""
         return self.model.encode_text(self.tokenizer([text]).to(self.device))[0]

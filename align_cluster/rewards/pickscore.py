@@ -9,13 +9,17 @@ from align_cluster.rewards.clip import Clip
 
 
 class PickScore(EmbeddingReward):
-    """Cosine times the model's learned temperature, about 100: 20 to 24 for generated images."""
+    """Predicts human preference: PickScore's cosine times its learned temperature, about 100.
+
+    It is 20 to 24 for generated images.
+    """
 
     class Config(RewardSection):
-        """`path` and `processor` are hub ids or folders; the checkpoint is published without a processor of its own.
+        """Configures PickScore.
 
-        `scale` is raw (as tables print it), flow_grpo (raw / 26: about .8 to .95), srpo (raw / 20: about 1.1) or cosine
-        (no temperature, about .2).
+        `path` and `processor` are hub ids or folders; the checkpoint is published without a processor. `scale` is raw
+        (as tables print it), flow_grpo (raw / 26: about .8 to .95), srpo (raw / 20: about 1.1) or cosine (no
+        temperature, about .2).
         """
 
         kind: Literal["pickscore"] = "pickscore"
@@ -24,12 +28,15 @@ class PickScore(EmbeddingReward):
         scale: Literal["raw", "flow_grpo", "srpo", "cosine"] = "raw"
 
     def load(self, device: str, threads: int) -> None:
+        """Load the model and the processor."""
         self.clip = Clip(self.config.kind, self.config.path, self.config.processor, device)
         raw = self.clip.model.logit_scale.exp().item()
         self.factor = {"raw": raw, "flow_grpo": raw / 26, "srpo": raw / 20, "cosine": 1.0}[self.config.scale]
 
     def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed images with the CLIP model."""
         return self.clip.see(images)
 
     def read(self, text: str) -> torch.Tensor:
+        """Embed a text with the CLIP model."""
         return self.clip.read(text)

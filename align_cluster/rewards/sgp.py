@@ -1,4 +1,4 @@
-"""SGP: which of two control words an image is more of, as SRPO's paper measures realism (arXiv 2509.06942, table 1)."""
+"""SGP: which of two control words fits an image better, SRPO's measure of realism (arXiv 2509.06942, table 1)."""
 
 from typing import Annotated, Literal
 
@@ -21,14 +21,18 @@ JudgeConfig = Annotated[
 
 
 class Sgp(Reward):
-    """Cosine under the positive text less that under the negative one; its detail `share` is their softmax.
+    """Measures which of two texts fits an image better: the cosine under the positive less that under the negative.
 
-    The paper speaks of a difference and prints .41 to .51, which no difference of such cosines is: hence both.
+    Its detail `share` is the softmax of the two. The paper speaks of a difference and prints .41 to .51, which no
+    difference of such cosines is, so both are reported.
     """
 
     class Config(RewardSection):
-        """`of` is the reward that judges, of which only its model counts. `temperature` multiplies the cosines of
-        `share`."""
+        """Configures SGP.
+
+        `of` is the reward with the CLIP model that judges; only its model matters. `temperature` multiplies the cosines
+        of `share`.
+        """
 
         kind: Literal["sgp"] = "sgp"
         of: JudgeConfig = Hps.Config()
@@ -40,17 +44,20 @@ class Sgp(Reward):
         @field_validator("of")
         @classmethod
         def says_a_model_only(cls, of: RewardSection) -> RewardSection:
+            """Refuse weight, role and the like inside `of`, where they would have no effect."""
             given = of.model_fields_set & RewardSection.model_fields.keys()
             if given:
                 raise ValueError(f"without {min(given)}, which is to stand beside `of` and not in it")
             return of
 
     def load(self, device: str, threads: int) -> None:
+        """Load the judging reward."""
         self.judge = JUDGES[self.config.of.kind](self.config.of)
         self.judge.load(device, threads)
 
     @torch.no_grad()
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        """Judge each image under the prompt with the positive and with the negative text."""
         pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         words = (self.config.positive, self.config.negative)

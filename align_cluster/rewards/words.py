@@ -1,5 +1,7 @@
-"""Control words: where they stand in a text, and how well a reward's tokenizer knows them. What it has as one piece, it
-has seen often."""
+"""Control words: their place in a text, and whether a reward's tokenizer knows them.
+
+A word that is a single token of the tokenizer is common in its training text.
+"""
 
 import difflib
 import re
@@ -25,33 +27,42 @@ Template = Annotated[str, AfterValidator(_has_both_places)]
 
 
 def worded(template: str, word: str, prompt: str) -> str:
-    """A prompt with a control word."""
+    """Return the prompt with a control word."""
     return template.replace("{word}", word).replace("{prompt}", prompt)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`pieces` cuts a word into tokens, with `unknown` for what it cannot; `words` are those that are one token."""
+    """Holds a tokenizer's vocabulary.
+
+    `pieces` splits a word into tokens, `unknown` is the token for what it cannot split, and `words` are all words that
+    are one token.
+    """
 
     pieces: Callable[[str], list[str]]
     unknown: str | None
     words: tuple[str, ...]
 
     def knows(self, word: str) -> bool:
+        """Return whether the word is a single known token."""
         found = self.pieces(word)
         return len(found) == 1 and found[0] != self.unknown
 
     def nearest(self, word: str) -> str | None:
+        """Return the most similar known word, or None."""
         return next(iter(difflib.get_close_matches(word.lower(), self.words, n=1, cutoff=0.5)), None)
 
 
 def split(text: str) -> list[str]:
-    """The words of a text, without numbers and punctuation."""
+    """Return the words of a text, without numbers and punctuation."""
     return re.findall(r"[^\W\d_]+", text)
 
 
 def vocabulary(reward: RewardSection) -> Vocabulary | None:
-    """That of a reward's tokenizer, where it is on this machine; None where it is not, or reads no text."""
+    """Return the vocabulary of a reward's tokenizer.
+
+    It is None if the reward reads no text, or if the tokenizer is not on this machine.
+    """
     if reward.kind in ("hps", "open_clip_score"):
         return _open_clip()
     named = {"clip_score": "path", "pickscore": "processor", "image_reward": "tokenizer"}.get(reward.kind)
@@ -69,7 +80,8 @@ def _transformers(source: str) -> Vocabulary | None:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError):
         return None
-    unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.eos_token else None  # CLIP's is its end token
+    # CLIP's unknown token is its end token, which says nothing about a word.
+    unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.eos_token else None
     return Vocabulary(tokenizer.tokenize, unknown, _whole(tokenizer.get_vocab()))
 
 

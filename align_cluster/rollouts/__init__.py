@@ -1,1 +1,1 @@
-"""Rollouts: noise schedules, sampler steps, the denoising loop and the worker that draws chunks."""
+"""Rollouts: sampler steps, schedules and windows, the denoising loop, and the worker that draws chunks."""

@@ -1,4 +1,4 @@
-"""The denoising loop: one batched chunk from noise to final latents, recording only what was asked for."""
+"""The denoising loop: it takes one chunk from noise to final latents and records only the requested steps."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,26 @@ import torch
 from align_cluster.rollouts.steps import Step
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> output like x
-Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same, or None where it would be equal
+Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same; None if it equals the velocity
 
 
 class Steer(Protocol):
-    """What a loop is asked to change on its way."""
+    """Changes the course of a denoising loop: it chooses rows and modifies outputs."""
 
     def select(self, k: int, x: torch.Tensor) -> Sequence[int] | None:
-        """Rows of x [B, C, H, W] that step k goes on with, one or more times each; None for all as they are."""
+        """Return the rows of x [B, C, H, W] that step k continues with, each one or more times; None keeps all."""
 
     def push(self, k: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """What step k takes in the place of the network's output, like it."""
+        """Return what step k takes in place of the network's output, in the output's shape."""
 
 
 @dataclass(frozen=True)
 class Path:
-    """Final latents [B, C, H, W] and, for the K recorded steps of each sample, where they began and, where the kind of
-    step has a density, what they drew, its log-density [B, K] and, if asked for, that density's mean."""
+    """Holds a denoising loop's result: final latents x0 [B, C, H, W], and K recorded steps of each sample.
+
+    `before` [B, K, C, H, W] holds the latents before those steps. If the kind of step has a density, `after` holds
+    those after them and `log_probs` [B, K] their log-density; `means` holds the density's mean if it was requested.
+    """
 
     x0: torch.Tensor
     before: torch.Tensor | None = None
@@ -36,18 +39,23 @@ class Path:
 
 
 def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
-    """One standard normal tensor a generator, drawn on the CPU so that it does not depend on device or batch."""
+    """Draw one standard normal tensor a generator, on the CPU, so that it depends on neither device nor batch."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
-    """The noise that rollouts with these seeds begin with, on the CPU. It never travels: anybody can make it again."""
+    """Return the noise with which rollouts of these seeds begin, on the CPU.
+
+    It never travels, because any worker can make it again from the seeds.
+    """
     return initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], shape)
 
 
 def path_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """The streams of the steps' noises: other than those of the initial noises, which may be shared or have the same
-    seeds."""
+    """Return the random streams of the steps' noises.
+
+    They differ from the streams of the initial noises, which may be shared or have the same seeds.
+    """
     return [torch.Generator().manual_seed(seed ^ 1) for seed in seeds]
 
 
@@ -67,12 +75,14 @@ def denoise(
 ) -> Path:
     """Draw len(seeds) samples with a step of `rollouts.steps`, over that step's noise levels.
 
-    `noises` are the seeds of the initial noises (default: `seeds`), `noisy` the steps that are stochastic (default:
-    all, where the kind has a density). `indices` [B, K] are the steps to record, each sample's own; `means` asks
-    for their densities' means, too. Where samples are drawn under another condition than the one that is trained,
-    `policy` predicts for the trained one: log-densities and means are then the policy's, and what was drawn stays what
-    it is. `steer` changes outputs and chooses rows, where nothing is recorded; copies of a row take turns on its stream
-    of noise, so they part at once.
+    noises    seeds of the initial noises (default: `seeds`)
+    noisy     steps that draw noise (default: all, if the kind of step has a density)
+    indices   [B, K], steps to record, which may differ between samples
+    policy    the network under the condition that is trained, if the samples are drawn under another one; log-densities
+              and means are then the policy's
+    means     whether to record the means of the densities
+    steer     changes outputs and chooses rows; only for rollouts that record nothing. Copies of a row take turns on its
+              stream of noise, so they differ from the next noisy step on
     """
     generators = path_generators(seeds)
     x = starting_noise(noises if noises is not None else seeds, shape).to(device)
@@ -116,6 +126,7 @@ class Recorder:
         log_prob: torch.Tensor | None = None,
         mean: torch.Tensor | None = None,
     ) -> None:
+        """Store step k for the samples that record it."""
         rows, slots = (torch.from_numpy(places).to(x.device) for places in np.nonzero(self.indices == k))
         for kept, values in (
             (self.before, x),

@@ -1,4 +1,4 @@
-"""Classifier-free guidance around a backbone's velocity; rollout and learner call the same function."""
+"""Classifier-free guidance around a backbone's velocity. Rollout and learner call the same function."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,10 @@ from align_cluster.types import Condition
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Conditions of a batch on the device: `sequence` [B, T, D], `pooled` [B, P]; `null_*` only where guidance is
-    used."""
+    """Holds the conditions of a batch on the device: `sequence` [B, T, D] and `pooled` [B, P].
+
+    `null_sequence` and `null_pooled` are the empty prompt's, and are present only with guidance.
+    """
 
     sequence: torch.Tensor
     pooled: torch.Tensor
@@ -20,15 +22,17 @@ class TextBatch:
 
     @classmethod
     def build(cls, conditions: list[Condition], null: Condition | None, device: torch.device) -> "TextBatch":
+        """Stack conditions, and repeat the null condition for each of them if there is one."""
+
         def stack(items: list[Condition]) -> tuple[torch.Tensor, torch.Tensor]:
-            # Conditions are few and repeat within a chunk; copying makes read-only shared memory writable.
+            # Conditions may lie in read-only shared memory, which torch warns about, so they are copied.
             sequence = torch.stack([torch.tensor(item.sequence) for item in items])
             return sequence.to(device), torch.stack([torch.tensor(item.pooled) for item in items]).to(device)
 
         return cls(*stack(conditions), *(stack([null] * len(conditions)) if null else ()))
 
     def towards(self, other: "TextBatch", weight: float) -> "TextBatch":
-        """This batch moved by `weight` in [0, 1] towards another one; rows that are equal in both keep their bits."""
+        """Return this batch moved by `weight` in [0, 1] towards another; rows equal in both keep their bits."""
         return TextBatch(
             torch.lerp(self.sequence, other.sequence, weight),
             torch.lerp(self.pooled, other.pooled, weight),
@@ -46,11 +50,13 @@ def guided_velocity(
     guidance: float = 1.0,
     null_gradient: bool = False,
 ) -> torch.Tensor:
-    """The backbone's guidance of the text branch by the null branch. The null branch carries gradient only with
-    `null_gradient`; the official Flow-GRPO code detaches it.
+    """Return the guided velocity, like x: the backbone combines the text branch with the null branch.
 
-    The two branches are separate forwards (Flow-GRPO stacks them): the text branch then has the same batch, hence the
-    same bits, in a rollout without gradient and in the learner with it.
+    With guidance 1 there is no null branch. The null branch carries gradient only with `null_gradient`; the official
+    Flow-GRPO code detaches it.
+
+    The two branches are separate forward passes, where Flow-GRPO stacks them. So the text branch has the same batch,
+    and the same bits, in a rollout without gradient and in the learner with it.
     """
     v = backbone.velocity(denoiser, x, sigma, text.sequence, text.pooled)
     if guidance == 1.0:

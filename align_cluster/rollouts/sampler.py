@@ -1,4 +1,4 @@
-"""The sampler worker: owns a denoiser with one adapter, draws chunks with it, and proves each weight sync."""
+"""The sampler worker: it owns a denoiser with one adapter, draws chunks, and proves each weight sync."""
 
 import hashlib
 import random
@@ -27,12 +27,18 @@ from align_cluster.weights import adopt
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """How to draw: the same for all chunks of a step.
+    """Says how to draw. All chunks of a step share one request.
 
-    `version` names the weights, `window` the denoising steps that are noisy and those to record. `means` asks for the
-    means of the recorded densities, `path` for records of all steps, trained or not. `rho` is E2PO's share of the noise
-    range in which perturbed conditions hold. `distilled_guidance` is what a guidance-distilled network is given
-    (None: the backbone's). `offline` takes the prompts' own images and draws nothing.
+    version              version of the weights that must draw
+    steps, step          number of denoising steps, and the settings of their kind
+    guidance             strength of classifier-free guidance (1: none)
+    window               the denoising steps that are noisy, and those to record
+    means                whether to record the means of the recorded densities
+    schedule             settings of the noise levels
+    rho                  E2PO's share of the noise range in which perturbed conditions act
+    path                 whether to record all steps, trained or not
+    distilled_guidance   strength that is fed to a guidance-distilled network (None: the backbone's)
+    offline              take the prompts' own images and draw nothing
     """
 
     version: int
@@ -50,9 +56,10 @@ class DrawRequest:
 
 
 class Sampler:
-    """Draws images. A plain class: tests construct it directly, the cluster wraps it in an actor.
+    """Draws images. It is a plain class: tests construct it directly, and the cluster wraps it in an actor.
 
-    Version 0 is the base model: its adapter is zero until the first `adopt`. `merge` adds the adapter into the base.
+    Version 0 is the base model: the adapter changes nothing until the first `adopt`. `merge` adds the adapter into the
+    base's weights.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class Sampler:
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        """Loaded at first use, so that a worker that only encodes never holds it."""
+        """Return the network. It loads at first use, so a worker that only encodes never holds it."""
         if self._denoiser is None:
             self._denoiser = add_adapters(self.backbone, self.backbone.load_denoiser(), ("default",)).eval()
         return self._denoiser
@@ -80,12 +87,11 @@ class Sampler:
         return Merged(self.denoiser, "default")
 
     def encode(self, texts: list[str]) -> list[Condition]:
-        """Conditions of prompts, from the disk cache where they are there; the text encoders load only for the
-        others."""
+        """Return the conditions of prompts from the disk cache; only for missing ones do the text encoders load."""
         return cached(Condition, texts, self.backbone.condition_key, self.backbone.encode)
 
     def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
-        """Perturbations of prompts, from the disk cache where they are there; the others are learned together."""
+        """Return the perturbations of prompts from the disk cache; prompts that it lacks are learned together."""
         return cached(
             Perturbation,
             texts,
@@ -94,8 +100,10 @@ class Sampler:
         )
 
     def adopt(self, manifest: Manifest, buffer: np.ndarray) -> Receipt:
-        """Bind every tensor of a published buffer to this worker's adapter; the checksum is read back from the
-        parameters."""
+        """Bind every tensor of a published buffer to this worker's adapter.
+
+        The receipt's checksum is read back from the parameters. Raises RuntimeError if the tensors do not match.
+        """
         started = time.perf_counter()
         parameters = adapter_parameters(self.denoiser, "default")
         checksum = adopt(manifest, buffer, parameters)
@@ -112,7 +120,10 @@ class Sampler:
         request: DrawRequest,
         perturbation: Perturbation | None = None,
     ) -> tuple[DrawInfo, np.ndarray, Record]:
-        """Draw one chunk: (what the driver keeps, images uint8 [B, H, W, 3], what the learner needs)."""
+        """Draw one chunk: return (info for the driver, images uint8 [B, H, W, 3], record for the learner).
+
+        Raises RuntimeError if this worker holds other weights than the request names.
+        """
         if request.version != self.version:
             raise RuntimeError(
                 f"{self.name} holds weights {self.version}, but was asked to draw with {request.version}"
@@ -154,14 +165,14 @@ class Sampler:
         return info, images, record
 
     def _given(self, chunk: Chunk) -> torch.Tensor:
-        """Latents of the prompt's own image, one a member: they differ by the noises that they will meet."""
+        """Return the latents of the prompt's own image, once for each member; members differ in their later noise."""
         _, height, width = self.backbone.latent_shape
         factor = self.backbone.vae_factor
         image = read_image(chunk.prompt.metadata["image"], height * factor, width * factor)
         return self.backbone.latents(image[None]).expand(len(chunk.seeds), -1, -1, -1).contiguous()
 
     def sigmas(self, request: DrawRequest) -> np.ndarray:
-        """Noise levels [N + 1] of a request."""
+        """Return the noise levels [N + 1] of a request."""
         schedule = SCHEDULES[request.schedule.kind](request.schedule)
         return schedule.sigmas(request.steps, self.backbone.sigmas, self.backbone.image_tokens)
 
@@ -173,7 +184,7 @@ class Sampler:
         request: DrawRequest,
         perturbation: Perturbation | None,
     ) -> tuple[Velocity, Policy | None]:
-        """What a chunk is drawn with, and what the policy predicts for it where that is something else.
+        """Return the function that a chunk is drawn with, and the policy's prediction if that is another function.
 
         Perturbed members are drawn under gamma(sigma) C_k + (1 - gamma(sigma)) C (E2PO); the policy knows C alone.
         """
@@ -197,7 +208,10 @@ class Sampler:
 
 
 def recorded_indices(chunk: Chunk, window: Window | None) -> np.ndarray:
-    """Steps [B, K] that each member of a chunk records: the window's, or a choice of its own of `keep` of them."""
+    """Return the steps [B, K] that each member of a chunk records.
+
+    They are all trained steps of the window or, if the window keeps fewer, a seeded choice for each member.
+    """
     if window is None:
         return np.empty((len(chunk.seeds), 0), dtype=np.int64)
     if window.keep == len(window.trained):
@@ -207,7 +221,7 @@ def recorded_indices(chunk: Chunk, window: Window | None) -> np.ndarray:
 
 
 def fingerprint(chunk: Chunk, request: DrawRequest, condition_key: str, perturbation_key: str | None = None) -> str:
-    """Hash of everything that decides a draw; the driver compares the one that comes back with its own."""
+    """Return a hash of everything that decides a draw. The driver compares a sampler's fingerprint with its own."""
     settings = (request.step.model_dump_json(), request.schedule.model_dump_json())
     facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means, request.rho)
     facts += (request.path, request.distilled_guidance, request.offline)

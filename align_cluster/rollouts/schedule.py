@@ -1,6 +1,6 @@
-"""The settings that choose a flow model's noise levels; the levels themselves are in `backbones/levels.py`.
+"""Settings that choose a flow model's noise levels. The levels themselves are in `backbones/levels.py`.
 
-ADD A SCHEDULE HERE: a function, a class with Config and `sigmas`, and a line in SCHEDULES.
+ADD A SCHEDULE HERE: write a class with Config and `sigmas`, and add a line to SCHEDULES.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from align_cluster.settings import Section
 
 
 class Schedule(ABC):
-    """A choice of noise levels for a flow model."""
+    """Chooses the noise levels of a flow model."""
 
     Config: type[Section]
 
@@ -24,50 +24,65 @@ class Schedule(ABC):
 
     @abstractmethod
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
-        """Noise levels [N + 1], fp64, 1 ... 0. `native` gives the pipeline's own; `tokens` is the image's length."""
+        """Return noise levels [N + 1], fp64, from 1 to 0.
+
+        `native` returns the pipeline's own levels for a number of steps, and `tokens` is the image's number of tokens.
+        """
 
 
 class NativeSchedule(Schedule):
-    """The pipeline's own levels."""
+    """Takes the pipeline's own levels."""
 
     class Config(Section):
+        """The native schedule has no settings."""
+
         kind: Literal["native"] = "native"
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        """Return the pipeline's own levels."""
         return native(steps)
 
 
 class Sd3Schedule(Schedule):
-    """SD3's levels, with their double shift."""
+    """Takes SD3's levels, which apply the shift twice."""
 
     class Config(Section):
+        """Configures SD3's schedule; a larger `shift` means more noisy steps."""
+
         kind: Literal["sd3"] = "sd3"
         shift: PositiveFloat = 3.0
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        """Return `sd3_sigmas` for the configured shift."""
         return sd3_sigmas(steps, self.config.shift)
 
 
 class LinearSchedule(Schedule):
-    """Equal steps, shifted once: DanceGRPO, MixGRPO and SRPO."""
+    """Takes equal steps, shifted once, as DanceGRPO, MixGRPO and SRPO do."""
 
     class Config(Section):
+        """Configures the linear schedule; a larger `shift` means more noisy steps."""
+
         kind: Literal["linear"] = "linear"
         shift: PositiveFloat = 3.0
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        """Return `linear_sigmas` for the configured shift."""
         return linear_sigmas(steps, self.config.shift)
 
 
 class FluxSchedule(Schedule):
-    """FLUX's levels, whose shift grows with the size of the image."""
+    """Takes FLUX's levels, with a shift that grows with the size of the image."""
 
     class Config(Section):
+        """Configures FLUX's schedule: the log of the shift for 256 (`base_shift`) and 4,096 (`max_shift`) tokens."""
+
         kind: Literal["flux"] = "flux"
         base_shift: float = 0.5
         max_shift: float = 1.15
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
+        """Return `flux_sigmas` for the image's number of tokens."""
         return flux_sigmas(steps, tokens, self.config.base_shift, self.config.max_shift)
 
 

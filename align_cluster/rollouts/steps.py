@@ -6,7 +6,7 @@ levels sigma [N + 1] (fp64, falling) to tables of a, b and std, one entry a step
 Flow models: x_t = (1 - sigma) x0 + sigma eps, v = eps - x0, so x0_hat = x - sigma v and eps_hat = x + (1 - sigma) v.
 Epsilon and v models: x_t = sqrt(1 - sigma^2) x0 + sigma eps, so alpha_bar = 1 - sigma^2.
 
-ADD A STEP HERE: a coefficients function; a class with Config and `coefficients`; and a line in STEPS.
+ADD A STEP HERE: write a coefficients function and a class with Config and `coefficients`, and add a line to STEPS.
 """
 
 import math
@@ -23,9 +23,9 @@ from align_cluster.settings import Section
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Tables fp64 [N]: step k draws from N(x[k] x + output[k] output, std[k]^2).
+    """Holds tables fp64 [N]: step k draws from N(x[k] x + output[k] output, std[k]^2).
 
-    `std_t` is the noise per unit of time, std / sqrt(-dt), where the kind is a discretised SDE; elsewhere it is `std`.
+    `std_t` is the noise per unit of time, std / sqrt(-dt), for a discretised SDE; for other kinds it equals `std`.
     """
 
     x: np.ndarray
@@ -35,52 +35,53 @@ class Coefficients:
 
 
 def euler_coefficients(sigmas: np.ndarray) -> Coefficients:
-    """x + v dt."""
+    """Return the tables of Euler's step, x + v dt."""
     dt = np.diff(sigmas)
     return Coefficients(np.ones_like(dt), dt, np.zeros_like(dt), np.zeros_like(dt))
 
 
 def _langevin_coefficients(sigmas: np.ndarray, std_t: np.ndarray) -> Coefficients:
-    """x + v dt + std_t^2 / 2 score (-dt) with score = -eps_hat / sigma."""
+    """Return the tables of x + v dt + std_t^2 / 2 score (-dt), where the score is -eps_hat / sigma."""
     sigma, dt = sigmas[:-1], np.diff(sigmas)
     drift = std_t**2 / (2 * sigma) * dt
     return Coefficients(1 + drift, dt + drift * (1 - sigma), std_t * np.sqrt(-dt), std_t)
 
 
 def flow_sde_coefficients(sigmas: np.ndarray, noise_level: float) -> Coefficients:
-    """Flow-GRPO's SDE step (Liu et al. 2025, arXiv 2505.05470, eq. 9): std_t = noise_level sqrt(sigma / (1 - sigma)).
+    """Return Flow-GRPO's SDE step (Liu et al. 2025, arXiv 2505.05470, eq. 9).
 
-    sigmas[1] replaces sigma in the denominator at sigma = 1, as in the official code.
+    std_t = noise_level sqrt(sigma / (1 - sigma)). At sigma = 1, sigmas[1] replaces sigma in the denominator, as in the
+    official code.
     """
     sigma = sigmas[:-1]
     return _langevin_coefficients(sigmas, noise_level * np.sqrt(sigma / (1 - np.where(sigma < 1, sigma, sigmas[1]))))
 
 
 def dance_sde_coefficients(sigmas: np.ndarray, eta: float) -> Coefficients:
-    """DanceGRPO's SDE step (Xue et al. 2025, arXiv 2505.07818): std_t = eta at every level."""
+    """Return DanceGRPO's SDE step (Xue et al. 2025, arXiv 2505.07818): std_t = eta at every level."""
     return _langevin_coefficients(sigmas, np.full(len(sigmas) - 1, eta))
 
 
 def _flow_coefficients(sigmas: np.ndarray, x0: np.ndarray, eps: np.ndarray, std: np.ndarray) -> Coefficients:
-    """x0 x0_hat + eps eps_hat."""
+    """Return the tables of a flow step given by the weights of x0_hat and eps_hat."""
     sigma = sigmas[:-1]
     return Coefficients(x0 + eps, eps * (1 - sigma) - x0 * sigma, std, std)
 
 
 def cps_coefficients(sigmas: np.ndarray, noise_level: float) -> Coefficients:
-    """Flow-CPS step (arXiv 2509.05952): new noise takes the place of old, so that their total is sigma_next.
+    """Return the Flow-CPS step (arXiv 2509.05952): new noise replaces old noise, so their total is sigma_next.
 
-    std = sigma_next sin(noise_level pi / 2), and eps_hat keeps sqrt(sigma_next^2 - std^2). No noise in the last step.
+    std = sigma_next sin(noise_level pi / 2), and eps_hat keeps sqrt(sigma_next^2 - std^2). The last step has no noise.
     """
     after, angle = sigmas[1:], noise_level * math.pi / 2
     return _flow_coefficients(sigmas, 1 - after, after * math.cos(angle), after * math.sin(angle))
 
 
 def flow_ddim_coefficients(sigmas: np.ndarray, eta: float) -> Coefficients:
-    """DDIM for flow models, as in DiffusionNFT's solver: std = eta sigma_next q, where q^2 is one minus the squared
-    ratio of the signal-to-noise ratios before and after.
+    """Return DDIM for flow models, as in DiffusionNFT's solver: std = eta sigma_next q.
 
-    q is 1 at sigma = 1, where nothing of x is signal. No noise in the last step.
+    q^2 is one minus the squared ratio of the signal-to-noise ratios before and after the step. q is 1 at sigma = 1,
+    where x holds no signal. The last step has no noise.
     """
     before, after = sigmas[:-1], sigmas[1:]
     std = eta * after * np.sqrt(1 - (after * (1 - before) / (before * (1 - after))) ** 2)
@@ -88,9 +89,9 @@ def flow_ddim_coefficients(sigmas: np.ndarray, eta: float) -> Coefficients:
 
 
 def ddim_coefficients(levels: np.ndarray, eta: float, prediction: str) -> Coefficients:
-    """DDIM (Song et al. 2020, arXiv 2010.02502, eqs. 12 and 16) for prediction "epsilon" or "v"; eta 1 is DDPM's noise.
+    """Return DDIM (Song et al. 2020, arXiv 2010.02502, eqs. 12 and 16) for prediction "epsilon" or "v".
 
-    ValueError where an epsilon model is asked for x0 at level 1, which has no signal.
+    eta 1 is DDPM's noise. Raises ValueError if an epsilon model is asked for x0 at level 1, which has no signal.
     """
     before, after = levels[:-1], levels[1:]
     kept, kept_after = np.sqrt(1 - before**2), np.sqrt(1 - after**2)  # sqrt(alpha_bar)
@@ -106,10 +107,11 @@ def ddim_coefficients(levels: np.ndarray, eta: float, prediction: str) -> Coeffi
 def dpm2_step(
     x: torch.Tensor, x0: torch.Tensor, x0_before: torch.Tensor, before: float, sigma: float, sigma_next: float
 ) -> torch.Tensor:
-    """DPM-Solver++(2M) in data prediction (Lu et al. 2022, arXiv 2211.01095, alg. 2) for alpha = 1 - sigma.
+    """Return the next latent of DPM-Solver++(2M) in data prediction for alpha = 1 - sigma.
 
-    x0 and x0_before are the predictions at `sigma` and at the level `before` it. For before = 1, whose half log-SNR is
-    minus infinity, the second-order term vanishes and the step is Euler's.
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2. x0 and x0_before are the predictions at `sigma` and at the
+    level `before` it. For before = 1 the half log-SNR is minus infinity, the second-order term vanishes, and the step
+    is Euler's.
     """
 
     def log_snr(level: float) -> float:
@@ -125,37 +127,38 @@ def dpm2_step(
 
 
 def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Log-density of x [B, ...] averaged over all non-batch dimensions, [B] (Flow-GRPO's convention: a mean, not a
-    sum); std [B]."""
+    """Return the log-density [B] of x [B, ...] under N(mean, std [B]), averaged over all non-batch dimensions.
+
+    Flow-GRPO's convention is this mean, and not the sum.
+    """
     std = _like(std, x)
     density = -((x - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
 
 def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """values [B] in a shape that broadcasts over x [B, ...]."""
+    """Return values [B] in a shape that broadcasts over x [B, ...]."""
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
 class _Tables:
-    """Coefficients as one fp32 tensor [4, N], gathered by step index on the device of the latents."""
+    """Holds coefficients as one fp32 tensor [4, N] on the device of the latents."""
 
     def __init__(self, coefficients: Coefficients) -> None:
         rows = (coefficients.x, coefficients.output, coefficients.std, coefficients.std_t)
         self.rows = torch.from_numpy(np.stack(rows)).float()
 
     def at(self, k: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """[4, B] for k [B]."""
+        """Return the coefficients [4, B] of steps k [B]."""
         self.rows = self.rows.to(device)
         return self.rows[:, k.to(device)]
 
 
 class Step:
-    """A kind of step at given noise levels; without `coefficients` of its own it is the ODE's: Euler's for velocities,
-    DDIM's for epsilon and v.
+    """Takes denoising steps at given noise levels. Without `coefficients` of its own it is an ODE step.
 
-    `predictions` are what a network may predict for it. `terminal_noise` False: the last step of a rollout is drawn
-    without noise.
+    The ODE step is Euler's for velocities and DDIM's for epsilon and v. `predictions` are the network predictions that
+    the kind supports. With `terminal_noise = False`, the last step of a rollout draws no noise.
     """
 
     Config: type[Section]
@@ -170,26 +173,27 @@ class Step:
         self._ode = _Tables(self.deterministic())
 
     def deterministic(self) -> Coefficients:
-        """The same kind of step without noise."""
+        """Return the tables of the same step without noise."""
         flow = self.prediction == "flow"
         return euler_coefficients(self.sigmas) if flow else ddim_coefficients(self.sigmas, 0.0, self.prediction)
 
     def is_noisy(self, k: int) -> bool:
-        """Whether a rollout draws noise in step k."""
+        """Return whether a rollout draws noise in step k."""
         return self.has_density and (self.terminal_noise or k < len(self.sigmas) - 2)
 
     def level(self, k: torch.Tensor) -> torch.Tensor:
-        """Noise level fp32 [B] that the network is fed at the steps k, int64 [B]."""
-        return torch.tensor(self.sigmas, dtype=torch.float32, device=k.device)[k]  # records may be read-only
+        """Return the noise levels fp32 [B] that the network is fed at the steps k, int64 [B]."""
+        # torch.tensor copies: sigmas of a record may lie in read-only shared memory.
+        return torch.tensor(self.sigmas, dtype=torch.float32, device=k.device)[k]
 
     def advance(self, k: int, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """The next latent, like x [B, ...], after step k of all samples; noise None: the deterministic step."""
+        """Return the next latent, like x [B, ...], after step k of all samples; without `noise` it is deterministic."""
         a, b, _, _ = self._ode.at(torch.full((len(x),), k, device=x.device), x.device)
         return x * _like(a, x) + output * _like(b, x)
 
 
 class NoisyStep(Step, ABC):
-    """A step with a density. Rollout and learner take the same fp32 coefficients, so they compute the same bits."""
+    """Takes steps with a density. Rollout and learner use the same fp32 coefficients, hence the same bits."""
 
     has_density = True
 
@@ -199,44 +203,52 @@ class NoisyStep(Step, ABC):
 
     @abstractmethod
     def coefficients(self) -> Coefficients:
-        """The step with noise. A std of 0 (the last step of some kinds) means no density there: it is not trained."""
+        """Return the tables of the step with noise.
+
+        Some kinds have a std of 0 in the last step. It then has no density and is not trained.
+        """
 
     def mean(
         self, k: torch.Tensor, x: torch.Tensor, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(mean like x [B, ...], std [B], std_t [B]) at the steps k, int64 [B], which may differ between samples."""
+        """Return (mean like x [B, ...], std [B], std_t [B]) at the steps k, int64 [B]; samples may differ in k."""
         a, b, std, std_t = self._sde.at(k, x.device)
         return x * _like(a, x) + output * _like(b, x), std, std_t
 
     def advance(self, k: int, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the step's mean plus std times the noise; without noise, return the deterministic step."""
         if noise is None:
             return super().advance(k, x, output)
         mean, std, _ = self.mean(torch.full((len(x),), k, device=x.device), x, output)
         return mean + _like(std, x) * noise
 
     def density(self, mean: torch.Tensor, std: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
-        """What `log_prob` is made of, [B]: the Gaussian log-density, averaged over dimensions."""
+        """Return the Gaussian log-density [B] of x_next, averaged over dimensions."""
         return gaussian_log_prob(x_next, mean, std)
 
     def log_prob(self, k: torch.Tensor, x: torch.Tensor, output: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
-        """Log-density [B] of x_next at the steps k [B]; gradient flows through the output only."""
+        """Return the log-density [B] of x_next at the steps k [B]; gradient flows through the output only."""
         mean, std, _ = self.mean(k, x, output)
         return self.density(mean, std, x_next)
 
 
 class Euler(Step):
-    """Plain ODE steps: for networks that predict epsilon or v those of DDIM, which are Euler's in other coordinates."""
+    """Takes plain ODE steps. For networks that predict epsilon or v they are DDIM's: Euler's in other coordinates."""
 
     class Config(Section):
+        """Euler's step has no settings."""
+
         kind: Literal["euler"] = "euler"
 
     predictions = ("flow", "epsilon", "v")
 
 
 class Dpm2(Step):
-    """DPM-Solver++(2M), the ODE solver of DiffusionNFT's rollouts; first and last step are Euler's."""
+    """Takes steps of DPM-Solver++(2M), as DiffusionNFT's rollouts do. The first and the last step are Euler's."""
 
     class Config(Section):
+        """DPM-Solver++(2M) has no settings."""
+
         kind: Literal["dpm2"] = "dpm2"
 
     def __init__(self, config: "Dpm2.Config", sigmas: np.ndarray, prediction: str = "flow") -> None:
@@ -244,6 +256,7 @@ class Dpm2(Step):
         self.x0_before: torch.Tensor | None = None
 
     def advance(self, k: int, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Use the x0 prediction of the step before, which this object keeps; so steps must come in order."""
         sigma, sigma_next = float(self.sigmas[k]), float(self.sigmas[k + 1])
         x0, x0_before = x - sigma * output, self.x0_before
         self.x0_before = x0
@@ -253,24 +266,31 @@ class Dpm2(Step):
 
 
 class FlowSde(NoisyStep):
-    """Flow-GRPO's SDE: the ODE's marginals with noise injected at every step."""
+    """Takes Flow-GRPO's SDE steps, which keep the ODE's marginals and inject noise at every step."""
 
     class Config(Section):
+        """Configures Flow-GRPO's SDE; `noise_level` scales the noise."""
+
         kind: Literal["flow_sde"] = "flow_sde"
         noise_level: PositiveFloat = 0.7
 
     def coefficients(self) -> Coefficients:
+        """Return `flow_sde_coefficients`."""
         return flow_sde_coefficients(self.sigmas, self.config.noise_level)
 
 
 class DanceSde(NoisyStep):
-    """DanceGRPO's SDE, whose noise does not depend on the level.
+    """Takes DanceGRPO's SDE steps, with the same noise per unit of time at every level.
 
-    The last step has no noise, for the reward is to see its x0_hat. `truncate_timesteps` feeds the network with
-    int(1000 sigma) / 1000, as the official code does.
+    The last step has no noise, so that the reward sees its x0_hat.
     """
 
     class Config(Section):
+        """Configures DanceGRPO's SDE.
+
+        `truncate_timesteps` feeds the network with int(1000 sigma) / 1000, as the official code does.
+        """
+
         kind: Literal["dance_sde"] = "dance_sde"
         eta: PositiveFloat = 0.3
         truncate_timesteps: bool = False
@@ -278,52 +298,64 @@ class DanceSde(NoisyStep):
     terminal_noise = False
 
     def coefficients(self) -> Coefficients:
+        """Return `dance_sde_coefficients`."""
         return dance_sde_coefficients(self.sigmas, self.config.eta)
 
     def level(self, k: torch.Tensor) -> torch.Tensor:
+        """Truncate the levels if the settings ask for it."""
         sigma = super().level(k)
-        # In fp32, like the official code: in fp64 a level such as 0.9 may fall just short of its integer.
+        # fp32, like the official code: in fp64 1000 sigma may fall just short of an integer, and lose it.
         return torch.trunc(1000 * sigma) / 1000 if self.config.truncate_timesteps else sigma
 
 
 class Cps(NoisyStep):
-    """Flow-CPS: cleaner images than an SDE's, at the price of the ODE's marginals, which it contracts.
+    """Takes Flow-CPS steps: images are cleaner than an SDE's, but the ODE's marginals contract.
 
-    Its density has no 1 / (2 std^2) and no constants, so log-ratios scale with std^2: clip ranges are about 1e-5.
+    Its density has neither 1 / (2 std^2) nor constants, so log-ratios scale with std^2 and clip ranges are about 1e-5.
     """
 
     class Config(Section):
+        """Configures Flow-CPS; `noise_level` is the angle of the new noise, as a fraction of pi / 2."""
+
         kind: Literal["cps"] = "cps"
         noise_level: Annotated[float, Field(gt=0, le=1)] = 0.8
 
     def coefficients(self) -> Coefficients:
+        """Return `cps_coefficients`."""
         return cps_coefficients(self.sigmas, self.config.noise_level)
 
     def density(self, mean: torch.Tensor, std: torch.Tensor, x_next: torch.Tensor) -> torch.Tensor:
+        """Return minus the mean squared distance to the mean, [B]."""
         return -((x_next - mean) ** 2).flatten(1).mean(1)
 
 
 class FlowDdim(NoisyStep):
-    """DDIM with noise for flow models."""
+    """Takes DDIM steps with noise, for flow models."""
 
     class Config(Section):
+        """Configures DDIM for flow models; `eta` scales the noise."""
+
         kind: Literal["flow_ddim"] = "flow_ddim"
         eta: Annotated[float, Field(gt=0, le=1)] = 0.7
 
     def coefficients(self) -> Coefficients:
+        """Return `flow_ddim_coefficients`."""
         return flow_ddim_coefficients(self.sigmas, self.config.eta)
 
 
 class Ddim(NoisyStep):
-    """DDIM with noise for UNets that predict epsilon or v."""
+    """Takes DDIM steps with noise, for UNets that predict epsilon or v."""
 
     class Config(Section):
+        """Configures DDIM; `eta` scales the noise, and 1 is DDPM's."""
+
         kind: Literal["ddim"] = "ddim"
         eta: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     predictions = ("epsilon", "v")
 
     def coefficients(self) -> Coefficients:
+        """Return `ddim_coefficients`."""
         return ddim_coefficients(self.sigmas, self.config.eta, self.prediction)
 
 

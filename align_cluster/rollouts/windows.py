@@ -1,9 +1,9 @@
-"""Which denoising steps of a training step draw noise, and which of those are trained.
+"""Windows: which denoising steps of a training step draw noise, and which of those are trained.
 
-A plan is a pure function of (steps of a rollout, training step, seed), so that every worker and every resumed run makes
-the same one. The terminal step is never trained: it has (almost) no noise, hence no usable density.
+A plan is a pure function of (steps of a rollout, training step, seed), so every worker and every resumed run makes the
+same plan. The terminal step is never trained, because it has (almost) no noise and hence no usable density.
 
-ADD A WINDOW HERE: a class with Config, `plan`, `width` and `problem`, and a line in WINDOWS.
+ADD A WINDOW HERE: write a class with Config, `plan`, `width` and `problem`, and add a line to WINDOWS.
 """
 
 import math
@@ -19,10 +19,10 @@ from align_cluster.settings import Section
 
 @dataclass(frozen=True)
 class Window:
-    """One training step's plan: indices of denoising steps, ascending.
+    """Holds one training step's plan: indices of denoising steps, ascending.
 
-    `noisy` steps draw noise and all others are ODE steps. Each sample is trained on `keep` of the `trained` ones: on
-    all of them, unless they are chosen per sample.
+    The `noisy` steps draw noise, and all others are ODE steps. Each sample is trained on `keep` of the `trained` steps:
+    on all of them, or on a choice of its own.
     """
 
     noisy: tuple[int, ...]
@@ -31,7 +31,7 @@ class Window:
 
 
 class WindowKind(ABC):
-    """A rule for windows. Steps are counted from 0, the noisiest."""
+    """Plans windows by a rule. Steps are counted from 0, the noisiest."""
 
     Config: type[Section]
 
@@ -40,19 +40,19 @@ class WindowKind(ABC):
 
     @abstractmethod
     def plan(self, steps: int, step: int, seed: int) -> Window:
-        """The window of training step `step` (from 0) in rollouts of `steps`; `seed` is that training step's."""
+        """Return the window of training step `step` (from 0) in rollouts of `steps`; `seed` is that step's own."""
 
     @abstractmethod
     def width(self, steps: int) -> int:
-        """The most steps that a sample is trained on at once."""
+        """Return the largest number of steps that a sample is trained on at once."""
 
     @abstractmethod
     def problem(self, steps: int) -> str | None:
-        """What keeps the settings from fitting a rollout of `steps`, as a sentence for the user."""
+        """Return a sentence for the user if the settings do not fit a rollout of `steps`, else None."""
 
 
 def trainable(steps: int) -> int:
-    """How many steps of a rollout can be trained: all but the terminal one."""
+    """Return how many steps of a rollout can be trained: all but the terminal one."""
     return max(1, steps - 1)
 
 
@@ -62,12 +62,13 @@ def _contiguous(start: int, stop: int) -> Window:
 
 
 class FractionWindow(WindowKind):
-    """Noise at every step, and a fraction of them trained: Flow-GRPO and DanceGRPO."""
+    """Draws noise at every step and trains a fraction of them, as Flow-GRPO and DanceGRPO do."""
 
     class Config(Section):
-        """`first` and `random` (a seeded choice a training step) count the fraction in all steps, as Flow-GRPO does.
+        """Configures the fraction and the choice of steps.
 
-        `per_sample` counts it in the steps that can be trained, and each sample has its own choice: DanceGRPO.
+        `first` and `random` (a seeded choice for each training step) take the fraction of all steps, as Flow-GRPO does.
+        `per_sample` takes the fraction of the trainable steps, with a choice for each sample: DanceGRPO.
         """
 
         kind: Literal["fraction"] = "fraction"
@@ -75,6 +76,7 @@ class FractionWindow(WindowKind):
         choice: Literal["first", "random", "per_sample"] = "first"
 
     def plan(self, steps: int, step: int, seed: int) -> Window:
+        """All steps are noisy, and the choice decides which ones are trained."""
         usable, keep = range(trainable(steps)), self.width(steps)
         if self.config.choice == "first":
             usable = usable[:keep]
@@ -83,25 +85,30 @@ class FractionWindow(WindowKind):
         return Window(tuple(range(steps)), tuple(usable), keep)
 
     def width(self, steps: int) -> int:
+        """Return the fraction as a number of steps, at least 1."""
         counted = trainable(steps) if self.config.choice == "per_sample" else steps
         return max(1, min(trainable(steps), int(counted * self.config.fraction)))
 
     def problem(self, steps: int) -> str | None:
+        """A fraction fits every rollout."""
         return None
 
 
 class SlidingWindow(WindowKind):
-    """MixGRPO (Li et al. 2025, arXiv 2507.21802): a window that moves from the noisiest steps to the cleanest.
+    """Moves the window from the noisiest steps to the cleanest: MixGRPO (Li et al. 2025, arXiv 2507.21802).
 
-    It begins at every `stride`-th step up to the last that can be trained, so the last windows are shorter.
+    Windows start at every `stride`-th step up to the last trainable one, so the last windows are shorter.
     """
 
     class Config(Section):
-        """`progressive`: the window stays for `iters_per_group` training steps. `random`: a seeded start each time.
+        """Configures the sliding window, and how long it stays at each start.
 
-        `decay`: it stays for `max_iters` at the first start, falling linearly to `min_iters` at the last. `exp_decay`:
-        iters_per_group exp(-0.1 (start - 13)) from start 13 on. After the last window `roll_back` begins again;
-        otherwise the window stays there.
+        progressive   `iters_per_group` training steps
+        random        a seeded start for each training step
+        decay         `max_iters` at the first start, falling linearly to `min_iters` at the last
+        exp_decay     iters_per_group exp(-0.1 (start - 13)) from start 13 on
+
+        After the last window, `roll_back` begins again; without it the window stays there.
         """
 
         kind: Literal["sliding"] = "sliding"
@@ -114,6 +121,7 @@ class SlidingWindow(WindowKind):
         roll_back: bool = True
 
     def plan(self, steps: int, step: int, seed: int) -> Window:
+        """Walk the starts until the one that training step `step` belongs to."""
         config, usable = self.config, trainable(steps)
         if config.strategy == "random":
             start = random.Random(seed).randint(0, usable - config.size)
@@ -130,7 +138,7 @@ class SlidingWindow(WindowKind):
         return _contiguous(start, min(start + config.size, usable))
 
     def iters(self, start: int, last_start: int) -> int:
-        """Training steps that the window stays at `start`."""
+        """Return the number of training steps that the window stays at `start`."""
         config = self.config
         if config.strategy == "decay":
             progress = start / max(1, last_start)
@@ -140,9 +148,11 @@ class SlidingWindow(WindowKind):
         return config.iters_per_group
 
     def width(self, steps: int) -> int:
+        """Return the window's size."""
         return self.config.size
 
     def problem(self, steps: int) -> str | None:
+        """The window must fit the trainable steps."""
         if self.config.size > trainable(steps):
             return (
                 f"rollout.window.size is {self.config.size}, and a rollout of {steps} steps has {trainable(steps)} "
@@ -152,10 +162,13 @@ class SlidingWindow(WindowKind):
 
 
 class FastWindow(WindowKind):
-    """Flow-GRPO-Fast: a short window at a seeded place among the noisier steps, drawn anew each training step."""
+    """Draws a short window among the noisier steps, anew for each training step: Flow-GRPO-Fast."""
 
     class Config(Section):
-        """The window lies in the steps lo ... hi - 1 of `range` [lo, hi]; null: the first half of the rollout."""
+        """Configures the short window.
+
+        It lies in the steps lo ... hi - 1 of `range` [lo, hi]; null is the first half of the rollout.
+        """
 
         kind: Literal["fast"] = "fast"
         size: PositiveInt = 2
@@ -165,14 +178,17 @@ class FastWindow(WindowKind):
         return self.config.range or (0, max(1, steps // 2))
 
     def plan(self, steps: int, step: int, seed: int) -> Window:
+        """Draw a start so that the window fits the range."""
         low, high = self._range(steps)
         start = random.Random(seed).randint(low, high - self.config.size)
         return _contiguous(start, start + self.config.size)
 
     def width(self, steps: int) -> int:
+        """Return the window's size."""
         return self.config.size
 
     def problem(self, steps: int) -> str | None:
+        """The range must hold the window and end with the last trainable step or before."""
         low, high = self._range(steps)
         if high > trainable(steps):
             return (

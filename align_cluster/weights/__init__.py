@@ -1,4 +1,4 @@
-"""Weight sync: one flat buffer, a manifest of what is in it, and receipts that prove its adoption.
+"""Weight sync: one flat buffer, a manifest of its contents, and receipts that prove its adoption.
 
 state -> publish() -> (Manifest, uint8 buffer) -> object store -> adopt() on every sampler -> Receipt -> check()
 """
@@ -16,10 +16,10 @@ ROW = 8192  # bytes of one checksum row
 
 
 def checksum(buffer: np.ndarray) -> str:
-    """Position-sensitive 128-bit checksum of a uint8 buffer at memory speed.
+    """Return a position-sensitive 128-bit checksum of a uint8 buffer, computed at memory speed.
 
-    The buffer is read as a matrix of 64-bit words; its row sums and column sums (mod 2^64) are hashed. A changed
-    word, or words that swapped places, changes a row or a column sum.
+    The buffer is read as a matrix of 64-bit words; its row sums and column sums (mod 2^64) are hashed. A changed word,
+    or two words that swap places, changes a row sum or a column sum.
     """
     whole = len(buffer) // ROW * ROW
     digest = hashlib.blake2b(len(buffer).to_bytes(8, "little"), digest_size=16)
@@ -32,7 +32,7 @@ def checksum(buffer: np.ndarray) -> str:
 
 
 def publish(state: dict[str, np.ndarray], version: int) -> tuple[Manifest, np.ndarray]:
-    """Lay named arrays out in one uint8 buffer, sorted by name."""
+    """Lay named arrays out in one uint8 buffer, sorted by name, and describe it in a manifest."""
     tensors, offset = [], 0
     for name in sorted(state):
         tensors.append(Tensor(name, state[name].shape, str(state[name].dtype), offset))
@@ -44,17 +44,16 @@ def publish(state: dict[str, np.ndarray], version: int) -> tuple[Manifest, np.nd
 
 
 def view(buffer: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """The part of a buffer that one tensor occupies, without a copy."""
+    """Return the part of a buffer that one tensor occupies, without a copy."""
     dtype = np.dtype(tensor.dtype)
     size = int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize
     return buffer[tensor.offset : tensor.offset + size].view(dtype).reshape(tensor.shape)
 
 
 def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn.Parameter]) -> str:
-    """Copy every tensor into the parameter of its name, in place, and return the checksum of what the parameters now
-    hold.
+    """Copy every tensor into the parameter of its name, and return the checksum of the parameters' new content.
 
-    Raises RuntimeError where names or shapes differ, and then changes nothing: a weight that binds to nothing is an
+    Raises RuntimeError if names or shapes differ, and then changes nothing. A weight that binds to no parameter is an
     error, never a warning.
     """
     names = {tensor.name for tensor in manifest.tensors}
@@ -63,7 +62,7 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
         raise RuntimeError(
             f"weights {manifest.version} do not fit: {len(missing)} missing {missing[:2]}, unknown {extra[:2]}"
         )
-    for tensor in manifest.tensors:  # all of them before the first copy, so that a refusal changes nothing
+    for tensor in manifest.tensors:  # all shapes are checked before the first copy, so that an error changes nothing
         expected = tuple(parameters[tensor.name].shape)
         if expected != tensor.shape:
             raise RuntimeError(f"{tensor.name}: published {tensor.shape}, expected {expected}")
@@ -71,8 +70,7 @@ def adopt(manifest: Manifest, buffer: np.ndarray, parameters: dict[str, torch.nn
     with torch.no_grad():
         for tensor in manifest.tensors:
             parameter = parameters[tensor.name]
-            # The buffer is read-only shared memory, which torch.from_numpy would warn about: copy through the held
-            # bytes.
+            # torch.from_numpy would warn about the buffer's read-only shared memory, so the copy goes through `held`.
             part = view(held, tensor)
             part[...] = view(buffer, tensor)
             parameter.copy_(torch.from_numpy(part))

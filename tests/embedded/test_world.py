@@ -6,7 +6,7 @@ import torch
 
 from align_cluster.embedded import pipeline_path, scene
 from align_cluster.embedded.render import coverage, render
-from align_cluster.pretraining.tokenizer import MAX_LENGTH, build
+from align_cluster.pretraining.networks import MAX_LENGTH, new_tokenizer
 
 
 @pytest.mark.parametrize("task", scene.TASKS)
@@ -59,7 +59,7 @@ def test_masks_have_the_area_of_the_shape(shape, area):
 
 
 def test_every_prompt_fits_the_tokenizer_and_has_no_unknown_word():
-    tokenizer = build()
+    tokenizer = new_tokenizer()
     texts = [
         record["prompt"]
         for task in scene.TASKS

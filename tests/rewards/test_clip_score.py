@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
-from align_cluster.pretraining.tokenizer import build
+from align_cluster.pretraining.networks import new_tokenizer
 from align_cluster.rewards.clip_score import ClipScore
 
 from .helpers import batched, floats, middle, prompts, refusal
@@ -20,7 +20,7 @@ LONG = "a " + "red " * 40 + "circle"
 
 def write(folder):
     """A tiny random CLIPModel, with the processor configuration of the published checkpoints at 32 px."""
-    tokenizer = build()
+    tokenizer = new_tokenizer()
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": 3, "bos_token_id": 2}
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def reward(folder):
 
 
 def test_equals_an_independent_computation(folder, reward, images):
-    model, tokenizer = CLIPModel.from_pretrained(folder), build()
+    model, tokenizer = CLIPModel.from_pretrained(folder), new_tokenizer()
     expected = []
     for image, text in zip(images, TEXTS, strict=True):
         with torch.no_grad():

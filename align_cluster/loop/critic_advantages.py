@@ -11,7 +11,6 @@ from align_cluster.files import atomic, write_text
 from align_cluster.loop.workers import Drawn
 from align_cluster.observe.charts import Series, scatter_chart
 from align_cluster.observe.rundir import RunDir
-from align_cluster.observe.style import standalone
 from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
 
@@ -136,7 +135,7 @@ def save_critic(run: RunDir, config: RunConfig, state: dict[str, np.ndarray], cr
     facts = {"rewards": creditor.names, "critic": config.algorithm.critic.model_dump(), **creditor.state()}
     write_text(run.critic / "critic.json", json.dumps(facts, indent=1))
     for r, name in enumerate(creditor.names):
-        write_text(run.critic / f"{name}.svg", standalone(scatter(name, r, list(creditor.recent))))
+        write_text(run.critic / f"{name}.svg", scatter(name, r, list(creditor.recent)))
 
 
 def scatter(name: str, r: int, recent: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
@@ -147,4 +146,4 @@ def scatter(name: str, r: int, recent: list[tuple[np.ndarray, np.ndarray, np.nda
         for k, found in points.items():
             found += zip(normal[r, judged[r]].tolist(), values[judged[r], k, r].tolist(), strict=True)
     series = [Series("of noise", points[0], "muted"), Series("before the last step", points[-1], "accent")]
-    return scatter_chart(f"value and reward: {name}", series, f"{name}, normalised", "value", 460, 460)
+    return scatter_chart(series, (460, 460), f"reward {name}, normalised", "value")

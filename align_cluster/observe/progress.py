@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from align_cluster.observe.table import comparison_table, headline_column
+from align_cluster.observe.table import comparison_table, headline_column, short
 
 SHOWN_REWARDS = 3
 
@@ -118,7 +118,7 @@ def table(summary: dict[str, Any], run_dir: Path | None = None) -> Table:
     before, after = summary.get("before") or {}, summary.get("after") or {}
     column = headline_column(summary.get("headline"), list(before.get("overall", {})))
     if column:
-        title = f"held-out {column.removeprefix('reward/')}"
+        title = f"held-out {short(column)}"
         outer.add_row(comparison_table(before, after, column, title))
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(summary, run_dir):

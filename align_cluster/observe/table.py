@@ -118,13 +118,18 @@ def headline_column(wanted: str | None, columns: list[str]) -> str | None:
     return columns[0] if columns else None
 
 
+def short(column: str | None) -> str:
+    """Return the name of a score column without the "reward/" that all of them share."""
+    return (column or "").removeprefix("reward/")
+
+
 def evaluation_table(scores: dict[str, Any], title: str = "held-out scores") -> Table:
     """What `summarise` returned, for the terminal: one row a task, one column a score."""
     columns = list(scores["overall"])
     table = Table(title=title, title_justify="left", caption_justify="left", caption=_caption(scores))
     table.add_column("task")
     for column in columns:
-        table.add_column(column.removeprefix("reward/"), justify="right")
+        table.add_column(short(column), justify="right")
     for task, means in scores["tasks"].items():
         table.add_row(escape(task), *(_score(means.get(column)) for column in columns))
     table.add_section()
@@ -138,7 +143,7 @@ def evaluation_table(scores: dict[str, Any], title: str = "held-out scores") -> 
 def comparison_table(before: dict[str, Any], after: dict[str, Any], column: str, title: str | None = None) -> Table:
     """Before against after in one column: one row a task, and overall."""
     cells = compare(before, after)
-    table = Table(title=title or column.removeprefix("reward/"), title_justify="left")
+    table = Table(title=title or short(column), title_justify="left")
     for name in ("task", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, row in cells["tasks"].items():

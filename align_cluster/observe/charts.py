@@ -86,7 +86,8 @@ def line_chart(
 ) -> str:
     """Draw lines over steps; several lines have a legend at their right.
 
-    `smooth` > 1 draws each point faintly and the mean of the last `smooth` points boldly. `ys` fixes the y range.
+    `smooth` > 1 draws each point faintly and the mean of the last `smooth` points boldly. `ys` fixes the y range;
+    `from_zero` lets it begin at 0 unless there are negative values.
     """
 
     def paint(axes: "Axes") -> None:
@@ -113,7 +114,7 @@ def line_chart(
 
 
 def stacked_chart(steps: Sequence[float], layers: dict[str, Sequence[float]], size: Size) -> str:
-    """Draw a bar a step, cut into layers from the bottom up; layer i has the colour `stage-i`."""
+    """Draw one bar a step, cut into layers from the bottom up; layer i has the colour `stage-i`."""
     thinned = [_thin(np.array(steps, float), np.array(values, float)) for values in layers.values()]
     ends = thinned[0][0]
     edges = np.array([ends[0] - (ends[1] - ends[0] if len(ends) > 1 else 1), *ends]) + 0.5

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from align_cluster.files import write_text
-from align_cluster.observe.charts import PALETTE, STAGES, Point, Series, Size, line_chart, smoothing, stacked_chart
+from align_cluster.observe.charts import PALETTE, STAGES, Point, Series, line_chart, smoothing, stacked_chart
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.progress import clock
 from align_cluster.observe.rundata import RunData, load
@@ -28,12 +28,15 @@ WIDE, SMALL = (620, 200), (300, 160)  # sizes of charts; the page scales them to
 GRID_WIDTH, GRID_BYTES = 1280, 1_500_000  # a grid of more bytes is embedded as a JPEG of this width
 FROM_ZERO = ("fraction", "s", "bytes", "images/s")  # units whose axis begins at zero
 FIRST = ("group/", "images/", "advantage/", "slas/", "explore/", "train/", "lr")  # order of the metrics of an update
-ELSEWHERE = ("reward/", "time/", "throughput/", "weights/", "scoring/", "step", "seconds")  # not metrics of an update
+ELSEWHERE = ("reward/", "time/", "throughput/", "weights/", "scoring/")  # metrics that other sections show
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One framed chart: what it shows, in which unit, and in how many steps the value was not finite."""
+    """One framed chart with its caption.
+
+    `values` are the first and the last number as text; `lost` counts the steps whose value was not finite.
+    """
 
     title: str
     meaning: str
@@ -54,7 +57,7 @@ def write_report(run_dir: Path | str) -> Path:
     files = RunDir(run_dir)
     run = load(files)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "duration": duration, "short": short}
+    environment.filters |= {"duration": duration, "short": short}
     environment.globals["place"] = place
     window = smoothing(len(run.rows))
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -80,14 +83,9 @@ def write_report(run_dir: Path | str) -> Path:
     return files.report
 
 
-def number(value: float) -> str:
-    """Format with three significant digits: 0.612, 12.3, 2e-05."""
-    return f"{value:.3g}"
-
-
 def duration(seconds: float) -> str:
     """Format seconds for a reader: 0.0067 s, 5.4 s, 5:04, 2:13:09."""
-    return clock(seconds) if seconds >= 100 else f"{number(seconds)} s"
+    return clock(seconds) if seconds >= 100 else f"{seconds:.3g} s"
 
 
 def place(start: float, end: float, scale: tuple[float, float]) -> str:
@@ -116,11 +114,12 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
         ("wall time", "–" if wall is None else duration(wall), f"{duration(median(pace))} a step" if pace else ""),
         ("training steps", str(len(run.rows)), "{} prompts × {} images".format(*batch) if all(batch) else ""),
         ("images drawn", "–" if images is None else f"{images:,}", "training and evaluation"),
-        ("throughput", "–" if speed is None else number(speed), "images/s"),
+        ("throughput", "–" if speed is None else f"{speed:.3g}", "images/s"),
     ]
 
 
 def _headline(run: RunData) -> tuple[str, str, str]:
+    """Return label, value and note of the held-out headline score, before and after."""
     before, after = (side.get("overall", {}).get(run.headline) for side in (run.before, run.after))
     when = "mean of task means" if run.summary or "step" not in run.after else f"up to step {run.after['step']}"
     label = f"held-out {short(run.headline)}, {when}"
@@ -197,7 +196,7 @@ def _held_out(run: RunData) -> list[Panel]:
 
 def _update_metrics(run: RunData) -> list[str]:
     """Return the names of what the run wrote about groups, credit and updates, a kind's own metrics included."""
-    names = [name for name in run.metrics("") if not name.startswith(ELSEWHERE)]
+    names = [name for name in run.metrics("") if name not in ("step", "seconds") and not name.startswith(ELSEWHERE)]
     return list(dict.fromkeys([name for prefix in FIRST for name in names if name.startswith(prefix)] + names))
 
 
@@ -215,7 +214,7 @@ def _metric(run: RunData, name: str, wide: bool = False, ys: tuple[float, float]
 
 
 def _first_and_last(points: list[Point]) -> str:
-    known = [number(y) for _, y in points if y is not None]
+    known = [f"{y:.3g}" for _, y in points if y is not None]
     return " → ".join([*known[:1], *known[1:][-1:]])
 
 
@@ -235,9 +234,9 @@ def _stages(run: RunData) -> list[tuple[str, str, float, float]]:
     return [(name, f"stage-{order.index(name) % STAGES}", spent, spent / whole) for name, spent in totals.items()]
 
 
-def _stage_chart(run: RunData, size: Size = WIDE) -> Markup | None:
+def _stage_chart(run: RunData) -> Markup | None:
     layers = {name: [row.get(name) or 0.0 for row in run.rows] for name in run.stages}
-    return _inline(stacked_chart([row["step"] for row in run.rows], layers, size)) if layers else None
+    return _inline(stacked_chart([row["step"] for row in run.rows], layers, WIDE)) if layers else None
 
 
 def _sync(run: RunData) -> dict[str, str]:

@@ -58,7 +58,7 @@ def nodes() -> Iterator[Check]:
         yield Check("warn", "nodes", f"{len(alive)} alive; lost: {gone}", "runs go on without them")
     asked_at, until = time.time(), time.monotonic() + ANSWER_S
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
-    task = ray.remote(probe).options(num_cpus=0, max_retries=0)
+    task = ray.remote(num_cpus=0, max_retries=0)(probe)
     answers = [task.options(scheduling_strategy=place).remote() for place in places]
     here = software() | {"python": platform.python_version()}
     for index, (node, answer) in enumerate(zip(alive, answers, strict=True)):

@@ -215,11 +215,11 @@ def doctor(args: argparse.Namespace) -> int:
     if args.config and not args.address:
         raise UserError("--config is tried on a cluster; add --address auto, or ask `plan` about this machine")
     if args.run:
-        findings = examine_run(args.run)
+        checks = examine_run(args.run)
     else:
-        findings = examine(args.address, args.quick, _config(args) if args.config else None)
-    print(render(findings, as_json=args.json))
-    return 1 if any(finding.state == "fail" for finding in findings) else 0
+        checks = examine(args.address, args.quick, _config(args) if args.config else None)
+    print(render(checks, as_json=args.json))
+    return 1 if any(check.state == "fail" for check in checks) else 0
 
 
 def report(args: argparse.Namespace) -> int:

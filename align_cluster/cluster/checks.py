@@ -1,38 +1,139 @@
-"""One line of the doctor's report, and the report as text."""
+"""The doctor's record of one check, its report as text, and the checks of this machine, which need no Ray."""
 
+import importlib.metadata
 import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 GIB = 2**30
+REQUIRED = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "pydantic", "safetensors")
+OPTIONAL = {  # package: the extra that brings it, and what needs it
+    "rapidocr": ("rewards", "the reward ocr"),
+    "onnxruntime": ("rewards", "the reward ocr"),
+    "open_clip_torch": ("rewards", "the rewards hps and open_clip_score, and geneval's colours in photographs"),
+    "scipy": ("rewards", "geneval's detector mask2former"),
+    "fastapi": ("serve", "reward services"),
+}
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the report. `fail` makes the command exit with 1; `remedy` says what to do."""
+class Check:
+    """One line of the doctor's report. A `fail` makes the command exit with 1; `remedy` says what to do."""
 
     state: Literal["ok", "warn", "fail"]
     name: str
     value: str
     remedy: str = ""
 
+    @classmethod
+    def of(cls, good: bool, name: str, value: str, remedy: str, bad: Literal["warn", "fail"] = "warn") -> "Check":
+        """Return an ok check if `good` holds, and else one in the state `bad` with its remedy."""
+        return cls("ok", name, value) if good else cls(bad, name, value, remedy)
 
-def size(name: str, count: float, least: float, remedy: str) -> Finding:
-    """A number of bytes, of which there should be `least` GiB."""
-    enough = count >= least * GIB
-    return Finding("ok" if enough else "warn", name, f"{count / GIB:.1f} GiB", "" if enough else remedy)
 
-
-def render(findings: list[Finding], as_json: bool = False) -> str:
-    """The report as text, one finding a line with its remedy below, or as JSON."""
+def render(checks: list[Check], as_json: bool = False) -> str:
+    """Return the report: a line for each check with its remedy below, or JSON."""
     if as_json:
-        return json.dumps([asdict(finding) for finding in findings], indent=2)
-    width = max(len(finding.name) for finding in findings)
+        return json.dumps([asdict(check) for check in checks], indent=2)
+    width = max(len(check.name) for check in checks)
     lines = []
-    for finding in findings:
-        lines.append(f"{finding.state:<5} {finding.name:<{width}}  {finding.value}")
-        if finding.remedy:
-            lines.append(f"{'':<5} {'':<{width}}  -> {finding.remedy}")
-    failed = sum(finding.state == "fail" for finding in findings)
+    for check in checks:
+        lines.append(f"{check.state:<5} {check.name:<{width}}  {check.value}")
+        if check.remedy:
+            lines.append(f"{'':<5} {'':<{width}}  -> {check.remedy}")
+    failed = sum(check.state == "fail" for check in checks)
     lines.append(f"{failed} problems" if failed else "ready")
     return "\n".join(lines)
+
+
+def this_machine() -> Iterator[Check]:
+    """Check the software, the hardware and the settings of the machine that this process runs on."""
+    yield from packages()
+    yield from hardware()
+    yield ray_settings()
+    yield torchvision()
+    yield embedded_model()
+
+
+def packages() -> Iterator[Check]:
+    """Check that Python and every package are there; a missing optional one is a warning that says what needs it."""
+    yield Check.of(sys.version_info >= (3, 10), "python", platform.python_version(), "use 3.10 or newer", "fail")
+    for name in REQUIRED:
+        version = package_version(name)
+        yield Check.of(bool(version), name, version or "missing", "pip install align-cluster", "fail")
+    for name, (extra, purpose) in OPTIONAL.items():
+        version = package_version(name)
+        remedy = f"for {purpose}: pip install 'align-cluster[{extra}]'"
+        yield Check.of(bool(version), name, version or "not installed", remedy)
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware() -> Iterator[Check]:
+    """Check cores, memory, GPUs, the disk under the working directory, and shared memory."""
+    import torch
+
+    def size(name: str, count: float, least: float, remedy: str) -> Check:
+        return Check.of(count >= least * GIB, name, f"{count / GIB:.1f} GiB", remedy)
+
+    yield Check("ok", "cores", str(os.cpu_count()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield size("memory", memory, 4, "samplers and learners of the embedded model need about 1 GiB each")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Check("ok", "GPUs", ", ".join(names) or "none, everything runs on the CPU")
+    yield size("free disk", shutil.disk_usage(Path.cwd()).free, 2, "runs and Ray's logs need room")
+    if Path("/dev/shm").exists():
+        remedy = "Ray's object store lives there: docker run --shm-size=2g"
+        yield size("/dev/shm", shutil.disk_usage("/dev/shm").free, 0.5, remedy)
+
+
+def ray_settings() -> Check:
+    """Check that Ray authenticates whoever connects."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode == "disabled":
+        remedy = "whoever reaches a Ray's ports can run code in it: use token, or keep it on 127.0.0.1"
+        return Check("warn", "RAY_AUTH_MODE", mode, remedy)
+    token = "there" if (Path.home() / ".ray" / "auth_token").exists() else "not there yet"
+    value = f"{mode or 'not set (a private Ray uses tokens)'}, ~/.ray/auth_token is {token}"
+    return Check("ok", "RAY_AUTH_MODE", value)
+
+
+def torchvision() -> Check:
+    """Check that torchvision loads beside this torch.
+
+    Its wheels are CUDA builds. With another torch their operators do not load, and transformers breaks without this
+    package's guard.
+    """
+    version = package_version("torchvision")
+    if not version:
+        return Check("ok", "torchvision", "not installed, and only open_clip needs it")
+    command = [sys.executable, "-c", "import align_cluster, torchvision"]
+    if not subprocess.run(command, capture_output=True, text=True).returncode:
+        return Check("ok", "torchvision", f"{version}, importable beside this torch")
+    remedy = "pip uninstall torchvision, or install the build that belongs to this torch"
+    return Check("fail", "torchvision", f"{version}, whose operators do not load with this torch", remedy)
+
+
+def embedded_model() -> Check:
+    """Check that the embedded pipeline came with the package."""
+    from align_cluster.embedded import pipeline_path
+
+    path = pipeline_path()
+    if not (path / "model_index.json").exists():
+        remedy = "reinstall align-cluster with its package data"
+        return Check("fail", "embedded model", f"no pipeline in {path}", remedy)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Check("ok", "embedded model", f"{size / 1e6:.1f} MB in {path}")

@@ -13,12 +13,9 @@ from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
 from align_cluster.evaluate.result import Result
 from align_cluster.files import write_text
-from align_cluster.observe import charts
-from align_cluster.observe.blocks import short
-from align_cluster.observe.curves import smoothing
+from align_cluster.observe.charts import STAGES, Series, line_chart, smoothing
 from align_cluster.observe.rundata import RunData
-from align_cluster.observe.style import standalone
-from align_cluster.observe.table import compare
+from align_cluster.observe.table import compare, short
 
 CARD = """---
 {front}---
@@ -222,9 +219,7 @@ def _curves(path: Path, run: RunData, rewards: list[str]) -> bool:
     points = {name: run.points(f"reward/{name}/mean") for name in rewards}
     if not any(y is not None for one in points.values() for _, y in one):
         return False
-    series = [
-        charts.Series(name, one, "muted" if index else "accent") for index, (name, one) in enumerate(points.items())
-    ]
-    chart = charts.line_chart("reward", series, "reward", 760, 260, smooth=smoothing(len(run.rows)))
-    write_text(path, standalone(chart))
+    colours = ["accent", *(f"stage-{index % STAGES}" for index in range(1, len(points)))]
+    series = [Series(name, one, colour) for (name, one), colour in zip(points.items(), colours, strict=True)]
+    write_text(path, line_chart(series, (760, 260), smoothing(len(run.rows)), y_label="reward"))
     return True

@@ -13,9 +13,8 @@ from align_cluster.evaluate.lora import base_sampler, bind, read_lora
 from align_cluster.evaluate.run import encode, progress
 from align_cluster.evaluate.steer import SavedCritic, Steered
 from align_cluster.files import new_folder, write_json
-from align_cluster.observe.blocks import short
 from align_cluster.observe.grids import save_grid
-from align_cluster.observe.table import KEYS, rows
+from align_cluster.observe.table import KEYS, rows, short
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, read_lines
 from align_cluster.prompts.groups import EVALUATION_STEP, member_seed
 from align_cluster.rewards.worker import RewardWorker

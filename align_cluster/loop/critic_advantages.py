@@ -13,7 +13,6 @@ from align_cluster.loop.learning import CriticValues
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.observe.charts import Series, scatter_chart
 from align_cluster.observe.rundir import RunDir
-from align_cluster.observe.style import standalone
 from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
 
@@ -140,7 +139,7 @@ def save_critic(
     facts = {"rewards": estimator.names, "critic": config.algorithm.critic.model_dump(), **estimator.state()}
     write_text(run.critic / "critic.json", json.dumps(facts, indent=1))
     for r, name in enumerate(estimator.names):
-        write_text(run.critic / f"{name}.svg", standalone(scatter(name, r, list(estimator.recent))))
+        write_text(run.critic / f"{name}.svg", scatter(name, r, list(estimator.recent)))
 
 
 def scatter(name: str, r: int, recent: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
@@ -151,4 +150,4 @@ def scatter(name: str, r: int, recent: list[tuple[np.ndarray, np.ndarray, np.nda
         for k, found in points.items():
             found += zip(normal[r, judged[r]].tolist(), values[judged[r], k, r].tolist(), strict=True)
     series = [Series("of noise", points[0], "muted"), Series("before the last step", points[-1], "accent")]
-    return scatter_chart(f"value and reward: {name}", series, f"{name}, normalised", "value", 460, 460)
+    return scatter_chart(series, (460, 460), f"reward {name}, normalised", "value")

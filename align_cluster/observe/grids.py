@@ -1,4 +1,4 @@
-"""Sample grids: rows of images under their prompts, as one PNG."""
+"""Sample grids show rows of images under their prompts, as one PNG."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from align_cluster.files import atomic
 
 PAPER, INK = (255, 255, 255), (40, 44, 52)
-MARGIN, GAP, TEXT = 12, 6, 16
-LINE, CAPTION_LINES = 20, 2
+MARGIN, GAP, TEXT = 12, 6, 16  # pixels around the grid, between images, and of a letter's height
+LINE, CAPTION_LINES = 20, 2  # pixels of a line of text, and lines that a caption may have
 
 
 def save_grid(
@@ -24,11 +24,11 @@ def save_grid(
 ) -> None:
     """Write `images`, uint8 [R * columns, H, W, 3], as R rows with one caption above each.
 
-    `titles` stand at the top, each over its equal share of the columns.
+    `titles` stand at the top, each over its equal share of the columns. Captions wrap to two lines.
 
     Images whose shorter side is under `min_px` are enlarged by the smallest whole factor that reaches it, with nearest
-    neighbour: the pixels of a 48 px model stay honest pixels. Captions wrap to two lines. The file appears whole or
-    not at all. ValueError where the counts do not fit.
+    neighbour, so a reader sees the pixels that the model drew. The file appears whole or not at all. ValueError where
+    the counts do not fit.
     """
     count, height, width, channels = images.shape
     if images.dtype != np.uint8 or channels != 3 or count == 0 or count % columns:
@@ -63,7 +63,7 @@ def save_grid(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """At most CAPTION_LINES lines that fit into `width` pixels; "…" marks what was cut."""
+    """Break `text` into at most CAPTION_LINES lines that fit into `width` pixels; "…" marks what was cut."""
     letter = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
     size = max(8, int(width / letter))
     while True:

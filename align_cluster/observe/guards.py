@@ -1,6 +1,6 @@
-"""Watches a run's numbers for collapse: rules on rewards, gradients, groups and images, each with what to do then.
+"""A guard watches a run's numbers for collapse: rules on rewards, gradients, groups and images, and what to do then.
 
-Rolling back takes weights, moments and statistics of the last good checkpoint and goes on with the prompts that come
+A rollback takes weights, moments and statistics of the last good checkpoint and goes on with the prompts that come
 next, as PaLM's authors did (arXiv 2204.02311, section 5.1): the same prompts again would end in the same place.
 """
 
@@ -15,15 +15,18 @@ from pydantic import PositiveFloat, PositiveInt
 from align_cluster.errors import UserError
 from align_cluster.settings import Section
 
-WINDOW = 20  # steps that a gradient norm is compared with
-SMOOTH = 5  # steps whose mean reward is one value
+WINDOW = 20  # earlier steps whose median a gradient norm is compared with
+SMOOTH = 5  # steps whose mean is one value of a reward, since a single step is noisy
 ACTIONS = ("warn", "rollback", "stop")  # from mild to strict
 
 Action = Literal["warn", "rollback", "stop"]
 
 
 class Rule(Section):
-    """`action` is taken where a value is at or above `limit` (`below`: under it) for `patience` steps in a row."""
+    """Takes `action` when a value is at or above `limit` for `patience` steps in a row; `below`: when it is under it.
+
+    The alarm's sentence quotes the docstring of a rule, which says what the rule watches.
+    """
 
     below: ClassVar[bool] = False
     limit: PositiveFloat
@@ -32,7 +35,7 @@ class Rule(Section):
 
 
 class NotFinite(Rule):
-    """updates of a step that were skipped because loss or gradient was not finite"""
+    """Watches the updates of a step that were skipped because loss or gradient was not finite."""
 
     limit: PositiveFloat = 1
     patience: PositiveInt = 5
@@ -40,40 +43,40 @@ class NotFinite(Rule):
 
 
 class RewardDrop(Rule):
-    """fall of a trained reward below its best, means of 5 steps, in deviations of the first step's images"""
+    """Watches how far a trained reward fell below its best, as means of 5 steps, in deviations of the first step."""
 
     limit: PositiveFloat = 1.5
 
 
 class GradNorm(Rule):
-    """gradient norm over the median of the last 20 steps"""
+    """Watches the gradient norm over the median of the last 20 steps."""
 
     limit: PositiveFloat = 30
 
 
 class ZeroStd(Rule):
-    """share of groups whose images all score the same, so that they teach nothing"""
+    """Watches the share of groups whose images all score the same, so that they teach nothing."""
 
     limit: PositiveFloat = 0.95
     patience: PositiveInt = 5
 
 
 class Contrast(Rule):
-    """contrast of the images over that of the first step: they turn grey, black or white"""
+    """Watches the contrast of the images over that of the first step: images may turn grey, black or white."""
 
     below: ClassVar[bool] = True
     limit: PositiveFloat = 0.3
 
 
 class Diversity(Rule):
-    """difference between images of a group over that of the first step: they turn into copies"""
+    """Watches how much a group's images differ, over the first step's: images may turn into copies of each other."""
 
     below: ClassVar[bool] = True
     limit: PositiveFloat = 0.1
 
 
 class GuardConfig(Section):
-    """When a run is thought to collapse; null switches a rule off. After so many `rollbacks` the run stops."""
+    """Says when a run counts as collapsing. Null switches a rule off; after `rollbacks` rollbacks the run stops."""
 
     not_finite: NotFinite | None = NotFinite()
     reward_drop: RewardDrop | None = RewardDrop()
@@ -86,7 +89,7 @@ class GuardConfig(Section):
 
 @dataclass(frozen=True)
 class Alarm:
-    """A rule that a run broke, in a sentence, and what is to be done."""
+    """Says in a sentence which rule a run broke, and which action the rule asks for."""
 
     rule: str
     action: Action
@@ -94,9 +97,10 @@ class Alarm:
 
 
 class Guard:
-    """Sees every step's metrics. All its state is in `state`."""
+    """Sees the metrics of every step and raises an alarm where a rule is broken. All its state is in `state`."""
 
     def __init__(self, config: GuardConfig, rewards: list[str]) -> None:
+        """Watch by the rules of `config`; `rewards` are the names of the trained rewards."""
         self.config, self.rewards = config, rewards
         self.streaks: dict[str, int] = {}
         self.first: dict[str, float] = {}
@@ -106,11 +110,11 @@ class Guard:
 
     @property
     def good(self) -> bool:
-        """Whether the last step broke no rule."""
+        """True if the last step broke no rule."""
         return not any(self.streaks.values())
 
     def watch(self, step: int, values: dict[str, float]) -> Alarm | None:
-        """Take in the metrics of one step; the strictest alarm that it raises."""
+        """Take in the metrics of one step and return the strictest alarm that they raise, or None."""
         alarms = []
         for name, value in self._measure(values).items():
             rule: Rule | None = getattr(self.config, name)
@@ -120,9 +124,10 @@ class Guard:
             self.streaks[name] = self.streaks.get(name, 0) + 1 if broken else 0
             if self.streaks[name] == rule.patience:
                 side = "below" if rule.below else "at or above"
+                about = rule.__doc__[0].lower() + rule.__doc__[1:].rstrip(".")
                 message = (
                     f"step {step}: {name} is {value:.3g}, for {rule.patience} steps {side} guard.{name}.limit "
-                    f"{rule.limit:g} ({rule.__doc__})"
+                    f"{rule.limit:g} ({about})"
                 )
                 alarms.append(Alarm(name, rule.action, message))
         return max(alarms, key=lambda alarm: ACTIONS.index(alarm.action), default=None)
@@ -141,6 +146,7 @@ class Guard:
         return alarm if alarm.action == "rollback" else None
 
     def _measure(self, values: dict[str, float]) -> dict[str, float]:
+        """Return what each rule compares with its limit; a rule without a value in this step is absent."""
         found = {"not_finite": values.get("train/skipped", 0.0), "zero_std": values.get("group/zero_std_ratio", 0.0)}
         norm = values.get("train/grad_norm")
         if norm is not None:
@@ -156,6 +162,7 @@ class Guard:
         return found | {"reward_drop": max(drops, default=0.0)}
 
     def _drop(self, name: str, values: dict[str, float]) -> float:
+        """Return how far the reward `name` is below its best, in deviations of the first step's images."""
         mean, spread = (values.get(f"reward/{name}/{kind}") for kind in ("mean", "std"))
         if mean is None:
             return 0.0
@@ -168,13 +175,13 @@ class Guard:
         return (self.best[name] - smooth) / scale
 
     def rolled_back(self) -> None:
-        """The weights are earlier ones: what was seen of later ones counts no more."""
+        """Forget what was seen of the weights that a rollback took back."""
         self.streaks = {}
         self.recent = {name: [] for name in self.rewards}
         self.norms.clear()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"streaks": self.streaks, "first": self.first, "best": self.best} | {
             "norms": list(self.norms),
             "recent": self.recent,

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal while a run works, and the short table at its end."""
+"""Progress shows a run in the terminal while it works; `table` shows its end."""
 
 import time
 from collections import deque
@@ -12,18 +12,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from align_cluster.observe.table import comparison_table, headline_column
+from align_cluster.observe.table import comparison_table, headline_column, short
 
-SHOWN_REWARDS = 3
+SHOWN_REWARDS = 3  # rewards that fit into one line of a terminal
 
 
 class Progress:
-    """Bars for the run and for each stage of its step; where stdout is no terminal, a plain line every `every` steps.
+    """Shows a bar for the run and one for each stage of its step, or plain lines where stdout is no terminal."""
 
-    `every: None` gives about twenty lines a run. `stage` is cheap enough to call once a chunk.
-    """
+    def __init__(
+        self, total_steps: int, stages: list[str], every: int | None = None, console: Console | None = None
+    ) -> None:
+        """Prepare a display of `total_steps` steps with the given stages.
 
-    def __init__(self, total_steps: int, stages: list[str], every: int | None = None, console: Console | None = None):
+        Without a terminal, one line appears every `every` steps; None gives about twenty lines a run.
+        """
         self.total, self.names, self.console = total_steps, stages, console or Console()
         self.every = every or max(1, total_steps // 20)
         self.began = self.last = time.monotonic()
@@ -39,21 +42,26 @@ class Progress:
             self.live = Live(Group(self.run, self.stages), console=self.console, refresh_per_second=8)
 
     def __enter__(self) -> "Progress":
+        """Start the clock and show the bars."""
         self.began = self.last = time.monotonic()
         if self.live:
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Leave the bars as they are on the screen."""
         if self.live:
             self.live.stop()
 
     def resume(self, first: dict[str, float]) -> None:
-        """Rewards began with those of `first`, the metrics of a run's first step."""
+        """Compare rewards with those in `first`, the metrics of the first step of a run that was interrupted."""
         self._rewards(first)
 
     def stage(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` units of stage `name` are ready; `done` = 0 begins the stage anew."""
+        """Show that `done` of `total` units of stage `name` are ready; 0 begins the stage anew.
+
+        A call is cheap enough for every chunk. ValueError for a stage that was not declared.
+        """
         if name not in self.names:
             raise ValueError(f"stage {name!r} was not declared; there are {', '.join(self.names)}")
         if self.live:
@@ -64,9 +72,9 @@ class Progress:
             self.stages.update(bar, completed=done, total=total)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """`step` steps (1 ... total) are done; `values` are the metrics of the last one."""
+        """Show that `step` steps (1 ... total) are done; `values` are the metrics of the last one."""
         now = time.monotonic()
-        # Before the first step lie the start of the workers and the first evaluation, which do not come again.
+        # The time before the first step holds the start of the workers and an evaluation, which do not come again.
         self.recent.append(now - self.last if self.recent else values.get("time/step", now - self.last))
         self.last = now
         text = "  ".join([f"ETA {clock(self._remaining(step))}", *self._rewards(values)])
@@ -82,9 +90,11 @@ class Progress:
         self._plain(text)
 
     def _remaining(self, step: int) -> float:
+        """Return the seconds that the steps after `step` take at the pace of the last ten."""
         return sum(self.recent) / len(self.recent) * (self.total - step)
 
     def _rewards(self, values: dict[str, float]) -> list[str]:
+        """Return a phrase for each mean reward, with the value that it began with."""
         texts = []
         for metric, value in values.items():
             kind, _, rest = metric.partition("/")
@@ -103,22 +113,22 @@ def _name(width: int) -> TextColumn:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Format seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def table(summary: dict[str, Any], run_dir: Path | None = None) -> Table:
-    """The end of a run in one table: held-out score before and after, what was drawn, how long it took, where it lies.
+    """Return the end of a run as a table: held-out score before and after, images, time, and where the files are.
 
-    `summary` is the content of summary.json; what it lacks is left out.
+    `summary` is the content of summary.json; the table leaves out what it lacks.
     """
     outer = Table.grid(padding=(0, 0, 1, 0))
     before, after = summary.get("before") or {}, summary.get("after") or {}
     column = headline_column(summary.get("headline"), list(before.get("overall", {})))
     if column:
-        title = f"held-out {column.removeprefix('reward/')}"
+        title = f"held-out {short(column)}"
         outer.add_row(comparison_table(before, after, column, title))
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(summary, run_dir):

@@ -1,4 +1,4 @@
-"""What the report knows of a run: the files of a run directory, read into one record."""
+"""What the report and the model card know of a run: the files of a run directory, read into one record."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,11 @@ from align_cluster.observe.table import headline_column
 
 @dataclass
 class RunData:
-    """What the report knows of a run; everything but `name` may be missing."""
+    """The content of a run's files. Everything but `name` may be missing.
+
+    `rows` and `evaluations` hold one record a step, in order. `before` and `after` are the held-out scores of the base
+    model and of the last evaluation, as `observe.table.summarise` returns them; `headline` is the column to show first.
+    """
 
     name: str
     config_text: str = ""
@@ -32,20 +36,21 @@ class RunData:
     grid_prompts: list[str] = field(default_factory=list)
 
     def points(self, metric: str) -> list[Point]:
-        """(step, value) of every step that wrote `metric`."""
+        """Return (step, value) of every step that wrote `metric`."""
         return [(row["step"], row[metric]) for row in self.rows if metric in row]
 
-    def metrics(self, prefix: str) -> list[str]:
-        """Names under `prefix`, in the order of their first appearance."""
-        return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix)))
+    def metrics(self, *prefixes: str) -> list[str]:
+        """Return the names that begin with one of `prefixes`, in the order of their first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefixes)))
 
     @property
     def tasks(self) -> list[str]:
+        """The tasks of the held-out prompts, in order."""
         return list(dict.fromkeys([*self.before.get("tasks", {}), *self.after.get("tasks", {})]))
 
     @property
     def stages(self) -> list[str]:
-        """Metric names of the stages that a step's time is divided into."""
+        """The metric names of the stages that a step's time is divided into."""
         return [name for name in self.metrics("time/") if describe(name).pattern == "time/<stage>"]
 
     @property
@@ -66,7 +71,7 @@ def load(files: RunDir) -> RunData:
             f"{files.path} is not a run directory: give the folder that `train` made, such as runs/quickstart"
         )
     summary = read_json(files.summary) or {}
-    evaluations = list(_last_of_each_step(read_jsonl(files.evaluations)).values())
+    evaluations = _last_of_each_step(read_jsonl(files.evaluations))
     before = summary.get("before") or (evaluations[0] if evaluations else {})
     after = summary.get("after") or (evaluations[-1] if len(evaluations) > 1 else {})
     config_text = files.config.read_text(encoding="utf-8") if files.config.exists() else ""
@@ -74,7 +79,7 @@ def load(files: RunDir) -> RunData:
         name=str(summary.get("name", files.path.resolve().name)),
         config_text=config_text,
         config=yaml.safe_load(config_text) or {},
-        rows=list(_last_of_each_step(read_jsonl(files.metrics)).values()),
+        rows=_last_of_each_step(read_jsonl(files.metrics)),
         evaluations=evaluations,
         summary=summary,
         before=before,
@@ -85,6 +90,6 @@ def load(files: RunDir) -> RunData:
     )
 
 
-def _last_of_each_step(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """A resumed run repeats the steps after its checkpoint: the later record counts."""
-    return {record["step"]: record for record in sorted(records, key=lambda record: record["step"])}
+def _last_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort records by step and keep the last one of each: a resumed run repeats the steps after its checkpoint."""
+    return list({record["step"]: record for record in sorted(records, key=lambda record: record["step"])}.values())

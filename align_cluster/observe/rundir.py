@@ -1,4 +1,4 @@
-"""The run directory: what each file is called; no run overwrites another, and no file is ever half written."""
+"""The run directory names every file of a run; no run overwrites another."""
 
 import fcntl
 import getpass
@@ -15,9 +15,10 @@ from align_cluster.errors import UserError
 
 
 class RunDir:
-    """Paths of one run's files under `path`. The constructor touches nothing; `create` makes a new directory."""
+    """Holds the paths of one run's files. The constructor touches nothing; `create` makes a new directory."""
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str) -> None:
+        """Name the files of the run in the folder `path`, which need not exist."""
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
@@ -36,10 +37,10 @@ class RunDir:
 
     @classmethod
     def create(cls, out: Path | str, name: str) -> "RunDir":
-        """Claim `out/name`, or `out/name-2`, `out/name-3` ... where that exists and is not empty.
+        """Make the folder `out/name`, or `out/name-2`, `out/name-3` ... if that exists and is not empty.
 
-        A directory that already holds `grids/` is renamed into place: rename(2) replaces nothing or an empty folder
-        and fails on any other, so of two runs that start at once exactly one gets each name.
+        A folder that already holds `grids/` is renamed into place: rename(2) replaces nothing or an empty folder and
+        fails on any other, so two runs that start at once get different names. UserError where `out` cannot hold runs.
         """
         out = Path(out)
         staged = out / f".{uuid.uuid4().hex}"
@@ -63,8 +64,8 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Own the directory until the context is left or the process ends, however it ends.
 
-        The lock is the system's; the file's content only names the owner. UserError where another process has it, or
-        the directory cannot be written.
+        The operating system holds the lock; the file's content only names the owner. UserError where another process
+        has the lock, or the directory cannot be written.
         """
         try:
             file = self.lock_file.open("a+", encoding="utf-8")
@@ -82,7 +83,7 @@ class RunDir:
                     f"{self.path} is in use by {owner}; wait for it or stop it, or start another run without --resume"
                 ) from None
             except OSError:
-                pass  # a file system without locks
+                pass  # some network file systems have no locks
             file.truncate(0)
             file.write(
                 f"process {os.getpid()} of {_user()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n"
@@ -94,21 +95,21 @@ class RunDir:
                 file.truncate(0)
 
     def discard_unused(self) -> None:
-        """Remove a directory in which nothing has been measured or drawn."""
+        """Remove the directory if nothing has been measured or drawn in it."""
         if not (self.metrics.exists() or self.evaluations.exists() or self.grid_steps()):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def grid(self, step: int) -> Path:
-        """Sample grid of the weights after `step` steps; step 0 is the base model."""
+        """Return the path of the sample grid after `step` steps; step 0 is the base model."""
         return self.grids / f"step_{step:06d}.png"
 
     def grid_steps(self) -> list[int]:
-        """Steps that have a grid, ascending."""
+        """Return the steps that have a grid, in ascending order."""
         return sorted(int(path.stem.removeprefix("step_")) for path in self.grids.glob("step_*.png"))
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container, a user may have no name
         return f"user {os.getuid()}"

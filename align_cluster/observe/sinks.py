@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl and evaluations.jsonl for machines, TensorBoard events for people."""
+"""Sinks take a run's numbers: metrics.jsonl and evaluations.jsonl for machines, TensorBoard events for people."""
 
 import json
 import math
@@ -15,15 +15,18 @@ from align_cluster.observe.rundir import RunDir
 class MetricWriter:
     """Writes one run's numbers. Use it as a context manager, or call `close`.
 
-    Every name must be declared in `metrics.py`. A number that is not finite is written as null (JSON has no NaN; a
-    diverged run must stay visible, and must not die in its logger) and is left out of TensorBoard.
+    Every name must be declared (`observe.metrics.describe`). A number that is not finite is written as null and is left
+    out of TensorBoard: JSON has no NaN, and a run that diverges must stay visible and must not die in its logger.
 
-    `done: n` goes on after n steps of a run that was interrupted, whose files hold no later rows: seconds count on, and
-    TensorBoard forgets what it has of later steps. Lines that the disk has no room for are held and tried again with
-    the next ones; `note` says so once.
+    Lines that the disk has no room for stay in memory and are tried again with the next ones.
     """
 
-    def __init__(self, run_dir: Path | str, done: int | None = None, note: Callable[[str], None] = print):
+    def __init__(self, run_dir: Path | str, done: int | None = None, note: Callable[[str], None] = print) -> None:
+        """Open the files in `run_dir`; `note` is called once with a sentence when the disk is full.
+
+        `done` goes on after that many steps of a run that was interrupted, whose files hold no later rows: its seconds
+        count on, and TensorBoard forgets what it has of later steps.
+        """
         self.files, self.note = RunDir(run_dir), note
         self.files.path.mkdir(parents=True, exist_ok=True)
         rows = read_jsonl(self.files.metrics) if done else []
@@ -50,7 +53,10 @@ class MetricWriter:
                 self.board.add_scalar(f"held_out/{column}", value, record["step"])
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line {"step", "seconds" since the run began, name: number ...} and the same to TensorBoard."""
+        """Append one line {"step", "seconds" since the run began, name: number ...}, and the same to TensorBoard.
+
+        ValueError for a name that nobody declared; then nothing of the step is written.
+        """
         for name in values:
             describe(name)
         record = {"step": step, "seconds": round(time.monotonic() - self.start, 3)}
@@ -58,7 +64,7 @@ class MetricWriter:
         self._scalars(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def evaluation(self, step: int, version: int, adapter: str, scores: dict[str, Any]) -> None:
-        """Append one held-out evaluation: `scores` is what `evaluate.table.summarise` returns."""
+        """Append one held-out evaluation; `scores` is what `observe.table.summarise` returns."""
         self._append(self.files.evaluations, {"step": step, "version": version, "adapter": adapter, **scores})
         self._scalars(step, {f"held_out/{column}": value for column, value in scores["overall"].items()})
 
@@ -83,11 +89,11 @@ class MetricWriter:
             self.board = self.board or self._open_board()
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
-        except OSError:  # of an earlier write: TensorBoard writes in a thread, which has ended with it
+        except OSError:  # an earlier write failed: TensorBoard writes in a thread, which has ended with that error
             self.board = None
 
     def mark(self) -> Callable[[], dict[str, bytes]]:
-        """Where the files stand now; the function returns their content up to here, whenever it is called."""
+        """Return a function that gives the files' content up to this moment, whenever it is called."""
         marks = {}
         for path in (self.files.metrics, self.files.evaluations):
             held = "".join(_line(record) for at, record in self.held if at == path)
@@ -95,6 +101,7 @@ class MetricWriter:
         return lambda: {path.name: _start_of(path, size) + held for path, (size, held) in marks.items()}
 
     def close(self) -> None:
+        """Write what TensorBoard still holds; a disk that refuses is noted, not raised."""
         try:
             if self.board:
                 self.board.close()
@@ -102,14 +109,16 @@ class MetricWriter:
             self.note(f"{self.files.tensorboard} is not complete ({error.strerror}); metrics.jsonl is what counts")
 
     def __enter__(self) -> "MetricWriter":
+        """Return the writer itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the writer."""
         self.close()
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append `record` as one line and hand it to the system at once; numbers that are not finite become null.
+    """Append `record` as one line and hand it to the operating system at once. Numbers that are not finite become null.
 
     A torn last line, which a killed run leaves behind, is cut off first.
     """
@@ -123,9 +132,10 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a file that may still be growing, or whose writer was killed: a torn last line is left out.
+    """Read the records of a file that may still grow, or whose writer was killed: a torn last line is left out.
 
-    A missing file has no records. A line before the last that is not JSON raises: that file was damaged otherwise.
+    A missing file has no records. JSONDecodeError for any other line that is not JSON, since a killed writer does not
+    explain it.
     """
     if not path.exists():
         return []
@@ -134,7 +144,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _start_of(path: Path, size: int) -> bytes:
-    """The whole lines among the first `size` bytes."""
+    """Return the whole lines among the first `size` bytes."""
     if not size:
         return b""
     with path.open("rb") as file:
@@ -147,7 +157,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _ends_clean(file: Any) -> bool:
-    """Whether an open binary file is empty or ends with a newline; leaves the position at the start."""
+    """Return whether an open binary file is empty or ends with a newline, and leave its position at the start."""
     size = file.seek(0, 2)
     if size:
         file.seek(-1, 2)
@@ -157,6 +167,7 @@ def _ends_clean(file: Any) -> bool:
 
 
 def _finite(value: Any) -> Any:
+    """Replace every number that is not finite, at any depth, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

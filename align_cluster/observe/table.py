@@ -1,4 +1,4 @@
-"""Tables of held-out scores: means per task, the overall score with its uncertainty, before against after."""
+"""Tables of held-out scores hold means per task and the overall score with its uncertainty, before and after."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ KEYS = ("task", "prompt_id")
 
 
 def rows(prompt: Prompt, scores: Scores) -> list[dict[str, Any]]:
-    """One row an image for `summarise`: task, prompt and every score column, None where there is no score."""
+    """Return one row an image for `summarise`: task, prompt and every score column, None where there is no score."""
     columns = {f"reward/{name}": np.where(scores.valid[name], values, np.nan) for name, values in scores.values.items()}
     columns |= {f"reward/{name}": values for name, values in scores.details.items()}
     count = len(next(iter(scores.valid.values())))
@@ -24,13 +24,13 @@ def rows(prompt: Prompt, scores: Scores) -> list[dict[str, Any]]:
 
 
 def summarise(rows: list[dict[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Means of the score columns of per-image rows {"task", "prompt_id", column: float or None}.
+    """Average the score columns of per-image rows {"task", "prompt_id", column: float or None}.
 
     Returns {"overall": {column: mean}, "tasks": {task: {column: mean}}, "interval": {column: [low, high]}, "count":
     images, "prompts": distinct prompts}. A task's mean is over its images; `overall` is the mean of the task means
     (GenEval's convention), so a task counts the same however many prompts it has. A failed score (None or NaN) is left
     out, never counted as zero; a column without any score in a task is absent there, and that task does not enter the
-    column's overall.
+    column's overall score.
 
     `interval` is the 95 % bootstrap interval of `overall`: prompts are redrawn with replacement inside each task, with
     all of a prompt's images, since images of one prompt are not independent. ValueError for no rows.
@@ -68,7 +68,7 @@ def summarise(rows: list[dict[str, Any]], resamples: int = 2000, seed: int = 0) 
 
 
 def _per_prompt(scores: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and numbers of the defined scores [B, C] of each of P prompts: two arrays [P, C]."""
+    """Return sums and counts [P, C] of the defined ones among the scores [B, C] of P prompts."""
     keys, owner = np.unique(prompts, return_inverse=True)
     sums, counts = np.zeros((2, len(keys), scores.shape[1]))
     np.add.at(sums, owner, np.nan_to_num(scores))
@@ -77,11 +77,12 @@ def _per_prompt(scores: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _divide(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return sums / counts, with NaN where a count is 0."""
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _mean_of_tasks(means: np.ndarray) -> np.ndarray:
-    """Mean over axis 0 of the tasks that have a score."""
+    """Average over axis 0, the tasks, leaving out tasks without a score."""
     return _divide(np.nansum(means, axis=0), np.isfinite(means).sum(axis=0))
 
 
@@ -90,9 +91,10 @@ def _defined(columns: list[str], means: np.ndarray) -> dict[str, float]:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """{"overall": {column: cell}, "tasks": {task: {column: cell}}} with cell = {"before", "after", "change"}.
+    """Put two summaries side by side, with a cell {"before", "after", "change"} for each score.
 
-    A side without the score has None there, and the change is None.
+    Returns {"overall": {column: cell}, "tasks": {task: {column: cell}}}. A side without the score has None there, and
+    the change is None.
     """
     tasks = list(dict.fromkeys([*before.get("tasks", {}), *after.get("tasks", {})]))
     sides = (before.get("tasks", {}), after.get("tasks", {}))
@@ -111,20 +113,25 @@ def _cells(before: dict[str, float], after: dict[str, float]) -> dict[str, dict[
 
 
 def headline_column(wanted: str | None, columns: list[str]) -> str | None:
-    """The column to show first: `wanted`, with or without its "reward/", or else the first there is."""
+    """Return the column to show first: `wanted`, with or without its "reward/", or else the first there is."""
     for name in (wanted, f"reward/{wanted}"):
         if name in columns:
             return name
     return columns[0] if columns else None
 
 
+def short(column: str | None) -> str:
+    """Return the name of a score column without the "reward/" that all of them share."""
+    return (column or "").removeprefix("reward/")
+
+
 def evaluation_table(scores: dict[str, Any], title: str = "held-out scores") -> Table:
-    """What `summarise` returned, for the terminal: one row a task, one column a score."""
+    """Show what `summarise` returned in the terminal: one row a task, one column a score."""
     columns = list(scores["overall"])
     table = Table(title=title, title_justify="left", caption_justify="left", caption=_caption(scores))
     table.add_column("task")
     for column in columns:
-        table.add_column(column.removeprefix("reward/"), justify="right")
+        table.add_column(short(column), justify="right")
     for task, means in scores["tasks"].items():
         table.add_row(escape(task), *(_score(means.get(column)) for column in columns))
     table.add_section()
@@ -136,9 +143,9 @@ def evaluation_table(scores: dict[str, Any], title: str = "held-out scores") -> 
 
 
 def comparison_table(before: dict[str, Any], after: dict[str, Any], column: str, title: str | None = None) -> Table:
-    """Before against after in one column: one row a task, and overall."""
+    """Show one score before and after in the terminal: one row a task, and overall."""
     cells = compare(before, after)
-    table = Table(title=title or column.removeprefix("reward/"), title_justify="left")
+    table = Table(title=title or short(column), title_justify="left")
     for name in ("task", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, row in cells["tasks"].items():

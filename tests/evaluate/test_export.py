@@ -18,6 +18,7 @@ from align_cluster.config.load import load
 from align_cluster.errors import UserError
 from align_cluster.evaluate.export import export
 from align_cluster.evaluate.sample import Wanted, sample
+from align_cluster.observe.charts import PALETTE
 from align_cluster.observe.rundir import RunDir
 from align_cluster.types import Prompt
 
@@ -131,9 +132,9 @@ def test_the_card_is_the_hubs_and_has_what_the_run_has(run, exported, form):
     assert pictures == ["before.png", "after.png", "reward.svg"]
     assert Image.open(folder / "after.png").tobytes() == Image.open(RunDir(run.path).grid(2)).tobytes()
     picture = ElementTree.parse(folder / "reward.svg").getroot()
-    assert picture.tag == "{http://www.w3.org/2000/svg}svg" and "size, step 2: -1" in ElementTree.tostring(
-        picture, "unicode"
-    )
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {"reward", "step"} <= {text.strip() for text in picture.itertext()}
+    assert any(PALETTE["accent"] in path.get("style", "") for path in picture.iter("{http://www.w3.org/2000/svg}path"))
     assert load(folder / "config.yaml") == load(run.path / "config.yaml")
 
 

@@ -162,8 +162,8 @@ def main(what: str, folder: Path) -> None:
         found["elastic"] = run(folder / "elastic", newcomer(cluster), one)
         config = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, *one])
         too_large = load(Path(__file__).parent / "tiny.yaml", [*OVERRIDES, "rewards.clip.pool.cpus=5"])
-        findings = [*doctor.reach(cluster.address, config), *doctor.reach(cluster.address, too_large)[-1:]]
-        found["doctor"] = [asdict(finding) for finding in [*findings, doctor.sync(cluster.address)]]
+        checks = [*doctor.reach(cluster.address, config), *doctor.reach(cluster.address, too_large)[-1:]]
+        found["doctor"] = [asdict(check) for check in [*checks, doctor.sync(cluster.address)]]
         found["lost_input"] = lost_input(cluster)
     ray.shutdown()
     cluster.shutdown()

@@ -76,7 +76,8 @@ def test_a_run_leaves_its_critic_and_what_its_values_mean(done):
     assert facts["moments"]["clip"]["count"] == 3 * 2 * 2 and facts["warm"]
     for name in facts["rewards"]:
         picture = ElementTree.parse(RunDir(done.path).critic / f"{name}.svg")
-        assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * 3 * 2 * 2  # two levels an image
+        dots = [use for use in picture.iter("{http://www.w3.org/2000/svg}use") if "opacity" in use.attrib["style"]]
+        assert len(dots) == 2 * (3 * 2 * 2 + 1)  # two levels an image, and one of each in the legend
     weights = load_file(RunDir(done.path).critic / "critic.safetensors")
     assert weights["head.last.weight"].shape == (2, 32) and weights["head.last.weight"].any()
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from align_cluster.cluster import doctor
+from align_cluster.cluster import checks
 from align_cluster.cluster.checks import GIB
-from align_cluster.cluster.nodes import judge
+from align_cluster.cluster.nodes import node_checks
 
-NODE = {"Resources": {"CPU": 8.0, "object_store_memory": 4.0 * GIB}}
+NODE = {"NodeManagerHostname": "a", "Resources": {"CPU": 8.0, "object_store_memory": 4.0 * GIB}}
 FACTS = {
-    "host": "a",
     "versions": {"torch": "2.13.0", "numpy": "2.4"},
     "disk": (0.5, 90 * GIB),
     "load": 1.0,
@@ -21,7 +20,7 @@ HERE = FACTS["versions"]
 
 
 def test_a_node_like_this_one_is_ok_and_others_are_told_apart():
-    (fine,) = judge("node", NODE, FACTS, HERE)
+    (fine,) = node_checks("node", NODE, FACTS, HERE)
     assert fine.state == "ok" and fine.value.startswith("a: 8 CPU, 0 GPU, object store 4.00 GiB, disk 90 GiB free")
     cases = {
         ("fail", "torch 2.12.0 (here 2.13.0)"): {"versions": {"torch": "2.12.0", "numpy": "2.4"}},
@@ -30,24 +29,31 @@ def test_a_node_like_this_one_is_ok_and_others_are_told_apart():
         ("warn", "its clock is -9 s off"): {"skew": -9.0},
     }
     for expected, change in cases.items():
-        _, found = judge("node", NODE, FACTS | change, HERE)
+        _, found = node_checks("node", NODE, FACTS | change, HERE)
         assert (found.state, found.value) == expected and found.remedy
-    small = {"Resources": {"object_store_memory": 0.1 * GIB}}
-    assert "object store of 0.10 GiB" in [finding.value for finding in judge("node", small, FACTS, HERE)]
+    small = NODE | {"Resources": {"object_store_memory": 0.1 * GIB}}
+    assert "object store of 0.10 GiB" in [check.value for check in node_checks("node", small, FACTS, HERE)]
 
 
 @pytest.mark.slow
 def test_the_doctor_proves_a_weight_sync_through_a_real_ray():
-    command = [sys.executable, "-m", "align_cluster.cli", "doctor", "--json"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=180)
-    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
-    assert findings["weight sync"]["state"] == "ok", findings["weight sync"]
-    assert "proven" in findings["weight sync"]["value"] and done.returncode == 0
+    code = "import sys; from align_cluster.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--json"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    assert found["weight sync"]["state"] == "ok", found["weight sync"]
+    assert "to samplers on 1 node in" in found["weight sync"]["value"]
+    assert "proven" in found["weight sync"]["value"] and done.returncode == 0
 
 
 def test_a_missing_package_is_named_with_its_extra_and_what_it_is_for(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name in doctor.OPTIONAL else "1.0")
-    missing = {finding.name: finding for finding in doctor.packages() if finding.state == "warn"}
-    assert set(missing) == set(doctor.OPTIONAL)
+    monkeypatch.setattr(checks, "package_version", lambda name: None if name in checks.OPTIONAL else "1.0")
+    missing = {check.name: check for check in checks.packages() if check.state == "warn"}
+    assert set(missing) == set(checks.OPTIONAL)
     assert missing["scipy"].remedy == "for geneval's detector mask2former: pip install 'align-cluster[rewards]'"
     assert missing["fastapi"].remedy == "for reward services: pip install 'align-cluster[serve]'"

@@ -42,11 +42,11 @@ def test_a_node_that_joins_is_used_and_the_doctor_knows_the_nodes(warm):
     """A spare sampler stays only if it has work: it waits for room in step 1, comes, and is there after step 4."""
     found = nodes(warm, "join")
     assert found["elastic"]["samplers"][3:6] == [2, 2, 2] and found["elastic"]["samplers"][0] == 1
-    by_name = {finding["name"].split(" (")[0]: finding for finding in reversed(found["doctor"])}
+    by_name = {check["name"].split(" (")[0]: check for check in reversed(found["doctor"])}
     assert by_name["node 0"]["state"] == by_name["node 1"]["state"] == "ok"
     assert "1 CPU, 0 GPU, object store 0.09 GiB" in by_name["node 1"]["value"]
-    assert any(finding["value"] == "object store of 0.09 GiB" for finding in found["doctor"])
-    fits, lacks = (finding for finding in found["doctor"] if finding["name"] == "run nodes")
+    assert any(check["value"] == "object store of 0.09 GiB" for check in found["doctor"])
+    fits, lacks = (check for check in found["doctor"] if check["name"] == "run nodes")
     assert fits["value"] == "fits: 1 samplers (up to 2), 1 learners, 1 reward workers"
     assert lacks["state"] == "fail" and "rewards ask for more CPU cores" in lacks["value"]
     assert by_name["weight sync"]["state"] == "ok" and "to samplers on 2 nodes" in by_name["weight sync"]["value"]

@@ -35,19 +35,19 @@ STATE = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Function (changes to STATE) -> the findings by name of a run in that state."""
+    """Function (changes to STATE) -> the checks by name of a run in that state."""
 
     def examine(**changes):
         write_text(RunDir(tmp_path).config, "name: run\n")
         write_json(RunDir(tmp_path).state, STATE | {"beat": time.time()} | changes)
-        return {finding.name: finding for finding in examine_run(tmp_path)}
+        return {check.name: check for check in examine_run(tmp_path)}
 
     return examine
 
 
 def test_a_run_that_works_is_ok_with_its_step_phase_and_workers(run):
     found = run()
-    assert {finding.state for finding in found.values()} == {"ok"}
+    assert {check.state for check in found.values()} == {"ok"}
     assert found["run"].value == "step 2 of 9: draw since 4 s, rollout 1 of 8"
     assert found["sampler-0"].value == "draw (1, 0, 0) since 3 s (10.0.0.2 pid 77)"
 
@@ -104,5 +104,5 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     assert worker["phase"].split()[0] in ("encode", "draw") and worker["waiting"] and worker["seconds"] > 4
     said = [record.getMessage() for record in caplog.records]
     assert any(f"waits for sampler-0 ({worker['place']}): {worker['phase']} since" in line for line in said)
-    found = {finding.name: finding for finding in examine_run(done.path)}
+    found = {check.name: check for check in examine_run(done.path)}
     assert found["run"].value == "step 2 of 2: done" and found["driver"].state == "ok"

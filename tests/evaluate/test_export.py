@@ -17,7 +17,7 @@ from align_cluster.cli import main
 from align_cluster.config.load import load
 from align_cluster.errors import UserError
 from align_cluster.evaluate.export import export
-from align_cluster.evaluate.sample import Wanted, sample
+from align_cluster.evaluate.sample import SampleRequest, sample
 from align_cluster.observe.rundir import RunDir
 from align_cluster.types import Prompt
 
@@ -140,8 +140,9 @@ def test_the_card_is_the_hubs_and_has_what_the_run_has(run, exported, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_cards_code_draws_what_sample_draws(run, form, tmp_path, monkeypatch):
     guided = ["evaluate.guidance=1.5"]
-    lora, wanted = RunDir(run.path).lora_weights, Wanted(count=1, seed=3, score=False)
-    facts = sample(load(run.path / "config.yaml", guided), lora, [Prompt(0, TEXT)], tmp_path / "drawn", wanted)
+    request = SampleRequest(prompts=[Prompt(0, TEXT)], count=1, seed=3, score=False)
+    config = load(run.path / "config.yaml", guided)
+    facts = sample(config, RunDir(run.path).lora_weights, request, tmp_path / "drawn")
     export(run.path, form, tmp_path / form, overrides=guided)
     code = re.search(r"```python\n(.*?)```", (tmp_path / form / "README.md").read_text(), re.DOTALL)[1]
     code = code.replace("bfloat16", "float32").replace("manual_seed(0)", f"manual_seed({facts['images'][0]['seed']})")
@@ -183,7 +184,7 @@ def test_merged_weights_are_rounded_after_the_sum(finished, tmp_path, precision,
     import diffusers
 
     run = finished("sd3")
-    export(run.path, "merged", tmp_path / "out", precision)
+    export(run.path, "merged", tmp_path / "out", precision=precision)
     network = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "out", dtype=dtype)
     layer, name = run.denoiser.transformer_blocks[0].attn.to_q, "transformer_blocks.0.attn.to_q.weight"
     expected = (layer.base_layer.weight + layer.get_delta_weight("default")).to(dtype)
@@ -242,7 +243,7 @@ def test_a_folder_that_is_there_is_not_overwritten(finished, tmp_path):
 
 
 def test_what_breaks_half_way_leaves_nothing(finished, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("align_cluster.evaluate.export.write_card", full)

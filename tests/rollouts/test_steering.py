@@ -48,7 +48,8 @@ def make_step(kind, prediction="flow", steps=8):
 
 
 def make(mode, step, values=quadratic, seeds=SEEDS, shares=(1.0, 0.0), **settings):
-    return STEERING[mode](STEERING[mode].Config(**settings), step, values, np.array(shares), seeds)
+    config = STEERING[mode].Config(**settings)
+    return STEERING[mode](config, step=step, value_function=values, shares=np.array(shares), seeds=seeds)
 
 
 def said(*rows):
@@ -96,7 +97,7 @@ def test_the_gradient_is_that_of_finite_differences_also_of_more_latents_than_a_
     up, down = (-0.5 * quadratic(x + sign * nudge, x.new_zeros(11))[:, 0] for sign in (1, -1))
     torch.testing.assert_close(gradient[:, 1, 2, 3], (up - down) / 2e-4, rtol=1e-6, atol=1e-6)
     assert (steering.forwards, steering.backwards) == (11, 11) and not x.requires_grad
-    np.testing.assert_allclose(steering.heads, quadratic(x, x.new_full((11,), float(steering.step.sigmas[3]))))
+    np.testing.assert_allclose(steering.values, quadratic(x, x.new_full((11,), float(steering.step.sigmas[3]))))
 
 
 @pytest.mark.parametrize(("kind", "prediction"), [pair for pair in KINDS if STEPS[pair[0]].has_density])
@@ -224,7 +225,7 @@ def test_pruning_carries_on_the_most_promising_as_if_they_had_been_drawn_alone(k
     steering = make("best_of_n", step, said([1.0, 3.0, 0.0, 3.5]), n=4, prune_at=5, keep=2, shares=(1.0,))
     x0 = denoise(field, step, SHAPE, SEEDS, steer=steering).x0
     assert asked == [4] * 5 + [2] * 3 and steering.forwards == 4
-    assert steering.origin.tolist() == [1, 3] and steering.heads[:, 0].tolist() == [3.0, 3.5]
+    assert steering.origin.tolist() == [1, 3] and steering.values[:, 0].tolist() == [3.0, 3.5]
     assert torch.equal(x0, denoise(velocity, step, SHAPE, SEEDS).x0[[1, 3]])
     assert make("best_of_n", step, prune_at=5).choose(np.full((1, 1), np.nan)) == [0]
 
@@ -272,7 +273,7 @@ def test_guidance_raises_the_value_of_what_a_real_network_draws(tiny_pipeline, b
 
     def draw(scale):
         config = Watched.Config(scale=scale, clip=1.0, low=level - 1e-3, high=level + 1e-3)
-        steering = Watched(config, step, values, np.ones(1), SEEDS)
+        steering = Watched(config, step=step, value_function=values, shares=np.ones(1), seeds=SEEDS)
         states.clear()
         denoise(
             lambda x, sigma: case.velocity(actor, x, sigma, text.sequence, text.pooled),

@@ -19,7 +19,7 @@ class Source(NamedTuple):
     """Says what CONFIG|RUN, --lora and --base name: settings, a LoRA file if any, and the folder of the settings."""
 
     config: "RunConfig"
-    lora: Path | None
+    lora_file: Path | None
     folder: Path
 
 
@@ -120,7 +120,7 @@ def sample(args: argparse.Namespace) -> int:
     if of_mode and not args.steer:
         raise UserError(f"--set {of_mode[0]} needs --steer with the name of a mode, such as --steer best_of_n")
     steer = read_settings(args.steer, of_mode) if args.steer else None
-    config, lora, folder = _source(args, [override for override in args.set if override not in of_mode])
+    config, lora_file, folder = _source(args, [override for override in args.set if override not in of_mode])
     request = SampleRequest(
         prompts=prompts,
         count=args.count,
@@ -134,7 +134,7 @@ def sample(args: argparse.Namespace) -> int:
     )
     names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
     out = args.out.expanduser() if args.out else next(path for path in names if not path.exists())
-    drawn = sample(config, lora, request, out)
+    drawn = sample(config, lora_file, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():
         print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
@@ -161,14 +161,14 @@ def evaluate(args: argparse.Namespace) -> int:
     from align_cluster.files import write_json
     from align_cluster.observe.table import evaluation_table
 
-    config, lora, _ = _source(args, args.set)
-    scores = evaluate(config, lora)
+    config, lora_file, _ = _source(args, args.set)
+    scores = evaluate(config, lora_file)
     if args.out:
         write_json(args.out, scores)
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        Console().print(evaluation_table(scores, f"held-out scores, {lora or 'base model'}"))
+        Console().print(evaluation_table(scores, f"held-out scores, {lora_file or 'base model'}"))
     return 0
 
 

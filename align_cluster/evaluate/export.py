@@ -68,7 +68,7 @@ def for_comfyui(lora: Lora) -> dict[str, np.ndarray]:
 
 def merge(result: Result, dtype: torch.dtype) -> Any:
     """Return the base's denoiser with the LoRA added into its weights in fp32, and only then rounded to `dtype`."""
-    sampler = Sampler(result.backbone.config, os.cpu_count() or 1, "export", "cpu")
+    sampler = Sampler(result.backbone.config, threads=os.cpu_count() or 1, name="export", device="cpu")
     bind(sampler, result.lora)
     denoiser = sampler.denoiser
     denoiser.fuse_lora()

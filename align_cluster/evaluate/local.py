@@ -51,13 +51,13 @@ class LocalModel:
     def __init__(
         self,
         config: RunConfig,
-        lora: Path | None = None,
+        lora_file: Path | None = None,
         *,
         steps: int | None = None,
         guidance: float | None = None,
         score: bool = True,
     ) -> None:
-        """Read the settings of the model and the safetensors file `lora`, and no weights of the base model.
+        """Read the settings of the model and the safetensors file `lora_file`, and no weights of the base model.
 
         `steps` and `guidance` are by default those of the run's evaluation. With `score` the run's rewards score every
         image. Raises UserError for numbers below 1, for a LoRA that does not fit the base model, and for an image size
@@ -68,14 +68,14 @@ class LocalModel:
         self.guidance = config.evaluate.guidance if guidance is None else guidance
         if self.steps < 1 or self.guidance < 1:
             raise UserError(f"--steps {self.steps} and --guidance {self.guidance} must be at least 1")
-        self.lora = read_lora(lora) if lora else None
+        self.lora = read_lora(lora_file) if lora_file else None
         backbone = config.backbone
         if self.lora:
             sizes = {"rank": self.lora.rank, "alpha": self.lora.alpha}
             backbone = backbone.model_copy(update={"lora": backbone.lora.model_copy(update=sizes)})
             check_fits(BACKBONES[backbone.kind](backbone), self.lora)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.sampler = Sampler(backbone, config.cluster.threads, "local", device)
+        self.sampler = Sampler(backbone, threads=config.cluster.threads, name="local", device=device)
         _ = self.sampler.backbone.latent_shape  # refuses a size that cannot be divided, before any weights are read
         self.failures: dict[str, str] = {}
         self._conditions: dict[str, Condition] = {}
@@ -88,7 +88,7 @@ class LocalModel:
     @cached_property
     def rewards(self) -> RewardWorker | None:
         """The run's rewards, loaded at first use; None without `score`."""
-        return RewardWorker(dict(self.config.rewards), self.config.cluster.threads) if self.scored else None
+        return RewardWorker(dict(self.config.rewards), threads=self.config.cluster.threads) if self.scored else None
 
     def draw(
         self, chunks: list[Chunk], label: str, draw_chunk: Callable[[Chunk], ImagesAndFacts] | None = None
@@ -108,7 +108,9 @@ class LocalModel:
 
     def draw_unsteered(self, chunk: Chunk) -> ImagesAndFacts:
         """Draw one chunk with ODE steps, bit for bit as a run's evaluation does; the facts are the seeds."""
-        request = DrawRequest(self.sampler.version, self.steps, Euler.Config(), self.guidance)
+        request = DrawRequest(
+            version=self.sampler.version, steps=self.steps, step=Euler.Config(), guidance=self.guidance
+        )
         _, images, _ = self.sampler.draw(chunk, *self.conditions(chunk.prompt), request)
         return images, [{"seed": seed} for seed in chunk.seeds]
 
@@ -125,10 +127,10 @@ class LocalModel:
         return scores
 
 
-def evaluate(config: RunConfig, lora: Path | None = None) -> dict[str, Any]:
+def evaluate(config: RunConfig, lora_file: Path | None = None) -> dict[str, Any]:
     """Score the held-out prompts under every reward of the run; return what `table.summarise` does, and `failures`.
 
-    `lora` is a safetensors file, None for the base model. Prompts, seeds and batches are those of the run's own
+    `lora_file` is a safetensors file, None for the base model. Prompts, seeds and batches are those of the run's own
     evaluations, so both give the same scores for the same LoRA on the same kind of device. Raises UserError where every
     score failed.
     """
@@ -137,7 +139,7 @@ def evaluate(config: RunConfig, lora: Path | None = None) -> dict[str, Any]:
     chunks = plan_evaluation(
         prompts, settings.count, settings.images_per_prompt, settings.images_per_prompt, config.seed
     )
-    model = LocalModel(config, lora)
+    model = LocalModel(config, lora_file)
     model.bind()
     table = [row for drawn in model.draw(chunks, "evaluating") for row in drawn.rows]
     if model.failures and not any(value is not None for row in table for key, value in row.items() if "/" in key):

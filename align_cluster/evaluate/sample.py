@@ -63,7 +63,7 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
     return prompts
 
 
-def sample(config: RunConfig, lora: Path | None, request: SampleRequest, out: Path) -> dict[str, Any]:
+def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, out: Path) -> dict[str, Any]:
     """Draw the requested images into the new folder `out`, and return what samples.json there says.
 
     Image 002_01.png is member 1 of prompt 2; where both models are drawn, 002_01_base.png is the base model's. One seed
@@ -73,10 +73,10 @@ def sample(config: RunConfig, lora: Path | None, request: SampleRequest, out: Pa
     """
     if request.count < 1:
         raise UserError(f"--count {request.count} must be at least 1")
-    if request.compare and lora is None:
+    if request.compare and lora_file is None:
         raise UserError("--compare base needs a LoRA to compare with the base; name a run that has finished, or --lora")
     with new_folder(out) as folder:
-        model = LocalModel(config, lora, steps=request.steps, guidance=request.guidance, score=request.score)
+        model = LocalModel(config, lora_file, steps=request.steps, guidance=request.guidance, score=request.score)
         steered = None
         if request.steer:
             steered = SteeredDrawing(model, request.steer, SavedCritic.read(request.run, config))
@@ -86,14 +86,14 @@ def sample(config: RunConfig, lora: Path | None, request: SampleRequest, out: Pa
             drawn = model.draw(plan(request), "drawing base")
             images["base"], entries["base"] = write_images(folder, "base", drawn, ending="_base")
         model.bind()
-        name = "steered" if steered else "aligned" if lora else "base"
+        name = "steered" if steered else "aligned" if lora_file else "base"
         chunks = plan(request, request.steer.tries if steered else None)
         drawn = model.draw(chunks, f"drawing {name}", steered.draw if steered else None)
         images[name], entries[name] = write_images(folder, name, drawn)
         _write_overview(folder, request, images)
         facts = {
             "backbone": config.backbone.path,
-            "lora": str(lora) if lora else None,
+            "lora": str(lora_file) if lora_file else None,
             "steps": model.steps,
             "guidance": model.guidance,
             "seed": request.seed,

@@ -49,14 +49,20 @@ def drawn(run, pipe, denoiser=None) -> np.ndarray:
     return image
 
 
+@pytest.fixture(scope="module")
+def images(run):
+    """What the stock pipeline draws with the base's denoiser, and with the run's."""
+    pipe = run.case.pipe()
+    return drawn(run, pipe), drawn(run, pipe, run.denoiser)
+
+
 def tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with safe_open(file, "np") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
 
 
-def test_a_lora_in_the_stock_pipeline_draws_exactly_the_runs_network(run, exported):
-    pipe = run.case.pipe()
-    base, expected = drawn(run, pipe), drawn(run, pipe, run.denoiser)
+def test_a_lora_in_the_stock_pipeline_draws_exactly_the_runs_network(run, exported, images):
+    pipe, (base, expected) = run.case.pipe(), images
     pipe.load_lora_weights(exported / "lora")
     assert np.array_equal(drawn(run, pipe), expected)
     assert np.abs(expected - base).max() > 1e-3
@@ -85,31 +91,26 @@ def test_the_file_for_comfyui_adds_the_same_to_every_layer_at_strength_1_without
     assert layers and not held
 
 
-def test_stock_diffusers_reads_the_file_for_comfyui_too(run, exported):
+def test_stock_diffusers_reads_the_file_for_comfyui_too(run, exported, images):
     pipe = run.case.pipe()
-    expected = drawn(run, pipe, run.denoiser)
     pipe.load_lora_weights(exported / "lora", weight_name=f"tiny-{run.case.kind}_comfyui.safetensors")
-    assert np.abs(drawn(run, pipe) - expected).max() < 1e-5
+    assert np.abs(drawn(run, pipe) - images[1]).max() < 1e-5
 
 
-def test_a_merged_denoiser_differs_by_the_rounding_of_its_sums(run, exported):
+def test_a_merged_denoiser_differs_by_the_rounding_of_its_sums(run, exported, images):
     import diffusers
 
     network = getattr(diffusers, run.backbone.network).from_pretrained(exported / "merged")
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     base = {name.replace(".base_layer", ""): value for name, value in run.denoiser.state_dict().items()}
     assert network.state_dict().keys() == {name for name in base if ".lora_" not in name}
-    pipe = run.case.pipe()
-    expected = drawn(run, pipe, run.denoiser)
-    assert np.abs(drawn(run, pipe, network) - expected).max() < 1e-5
-    assert np.abs(drawn(run, pipe) - expected).max() > 1e-3
+    assert np.abs(drawn(run, run.case.pipe(), network) - images[1]).max() < 1e-5
 
 
-def test_a_whole_pipeline_loads_as_one_and_its_other_parts_are_the_bases(run, exported):
+def test_a_whole_pipeline_loads_as_one_and_its_other_parts_are_the_bases(run, exported, images):
     pipe = run.case.tiny.stock(exported / "diffusers")
     pipe.set_progress_bar_config(disable=True)
-    expected = drawn(run, run.case.pipe(), run.denoiser)
-    assert np.abs(drawn(run, pipe) - expected).max() < 1e-5
+    assert np.abs(drawn(run, pipe) - images[1]).max() < 1e-5
     for file in run.case.folder.rglob("*"):
         name = file.relative_to(run.case.folder)
         if file.is_file() and name.parts[0] != run.backbone.part:

@@ -274,7 +274,3 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "seed": (("--seed",), {"type": int, "default": 0, "help": "seed of the images (default 0)"}),
     "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

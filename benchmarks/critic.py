@@ -64,7 +64,7 @@ def run(arm: str, seed: int) -> dict:
 def steer(run_dir: Path, name: str, seed: int) -> dict:
     """Held-out prompts drawn with a run's LoRA and one mode: mean scores, and passes an image that is kept."""
     from align_cluster.config.load import load
-    from align_cluster.evaluate.sample import Wanted, sample
+    from align_cluster.evaluate.sample import SampleRequest, sample
     from align_cluster.evaluate.steer import read_settings
     from align_cluster.prompts import PROMPTS as SOURCES
     from align_cluster.prompts.groups import spread
@@ -72,9 +72,10 @@ def steer(run_dir: Path, name: str, seed: int) -> dict:
     config = load(run_dir / "config.yaml", ["cluster.threads=1"])
     prompts = spread(SOURCES["embedded"](config.evaluate.prompts).load(), PROMPTS_STEERED)
     mode, settings, steps = STEERED[name]
-    wanted = Wanted(IMAGES_STEERED, seed, steps, steer=read_settings(mode, settings) if mode else None, run=run_dir)
+    steering = read_settings(mode, settings) if mode else None
+    request = SampleRequest(prompts=prompts, count=IMAGES_STEERED, seed=seed, steps=steps, steer=steering, run=run_dir)
     lora = run_dir / "lora" / "pytorch_lora_weights.safetensors"
-    found = sample(config, lora, prompts, run_dir / f"steered {name}", wanted)
+    found = sample(config, lora, request, run_dir / f"steered {name}")
     images = IMAGES_STEERED * len(prompts)
     spent = found["steer"]["compute"] if mode else {"actor": steps * images, "images": images}
     return {

@@ -1,4 +1,7 @@
-"""The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
+"""The command line: its parser, its exit codes, and one sentence for every mistake of the user.
+
+Nothing heavy is imported before a command runs, so `align-cluster --help` answers at once.
+"""
 
 import argparse
 import os
@@ -23,13 +26,16 @@ RESUME = (
     "branch off from a checkpoint's folder"
 )
 
-# Libraries say much that users need not read; Ray's workers inherit these.
+# These silence libraries that print much which users need not read; Ray's workers inherit them.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake the user can mend, 75 when a run was told to end by
-    SIGTERM and should be started again, 130 when interrupted."""
+    """Run one command and return its exit code.
+
+    The code is 0 for success, 1 for a check or a score that failed, 2 for a mistake that the user can mend, 75 where
+    SIGTERM ended a run that should be started again, and 130 after an interrupt. Other errors rise.
+    """
     args = build_parser().parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -53,13 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; each sets `command` to its function in `commands`."""
     parser = argparse.ArgumentParser(
         "align-cluster", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"align-cluster {__version__}")
     group = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Any, summary: str, example: str, *flags: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int], summary: str, example: str, *shared: str
+    ) -> argparse.ArgumentParser:
+        """Add a command with its example and those arguments of SHARED that it takes."""
         command = group.add_parser(
             name,
             help=summary,
@@ -67,18 +77,19 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  align-cluster {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(command=run)
-        for flag in flags:
-            command.add_argument(*ARGUMENTS[flag][0], **ARGUMENTS[flag][1])
+        command.set_defaults(command=function)
+        for argument in shared:
+            flags, settings = SHARED[argument]
+            command.add_argument(*flags, **settings)
         return command
 
-    for add_some in (_add_planning, _add_results, _add_cluster, _add_rest):
-        add_some(add)
+    for add_commands in (_add_planning, _add_results, _add_cluster, _add_inspection):
+        add_commands(add)
     return parser
 
 
 def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Commands that take a run file."""
+    """Add the commands that take a run file."""
     train = add(
         "train",
         commands.train,
@@ -113,7 +124,7 @@ def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Commands that take what a run left."""
+    """Add the commands that take what a run left."""
     sample = add(
         "sample",
         commands.sample,
@@ -174,7 +185,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Commands that talk to a cluster or a service."""
+    """Add the commands that talk to a cluster or a service."""
     submit = add(
         "submit",
         commands.submit,
@@ -220,7 +231,8 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     score.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a request (default 60)")
 
 
-def _add_rest(add: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that look at machines, runs and settings."""
     doctor = add(
         "doctor",
         commands.doctor,
@@ -240,8 +252,8 @@ def _add_rest(add: Callable[..., argparse.ArgumentParser]) -> None:
     add("schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
 
 
-# Arguments that several commands share: name -> (flags, settings).
-ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+# Arguments that several commands share, by name: (flags, settings of `add_argument`).
+SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "config": (("config",), {"metavar": "CONFIG", "help": "run file, such as configs/quickstart.yaml"}),
     "service": (("config",), {"metavar": "CONFIG", "help": "service file, such as configs/rewards_service.yaml"}),
     "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
@@ -262,7 +274,3 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "seed": (("--seed",), {"type": int, "default": 0, "help": "seed of the images (default 0)"}),
     "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,30 @@
-"""What each command of the command line does with its arguments; returns its exit code. Imports wait until one runs."""
+"""The commands of the command line: each function takes the parsed arguments and returns the exit code.
+
+Everything heavy is imported inside the functions, so that `align-cluster --help` answers at once.
+"""
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from align_cluster.config.run import RunConfig
 
 
+class Source(NamedTuple):
+    """Says what CONFIG|RUN, --lora and --base name: settings, a LoRA file if any, and the folder of the settings."""
+
+    config: "RunConfig"
+    lora_file: Path | None
+    folder: Path
+
+
 def _config(args: argparse.Namespace) -> "RunConfig":
-    """The checked config of CONFIG, --set, --name and --out; notes go to stderr."""
+    """Load and check the config that CONFIG, --set, --name and --out describe; notes go to stderr."""
     from align_cluster.config.check import check
     from align_cluster.config.load import load
 
@@ -25,8 +38,8 @@ def _config(args: argparse.Namespace) -> "RunConfig":
     return config
 
 
-def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None, Path]:
-    """Config and LoRA file that CONFIG|RUN, --lora and --base name, and the folder that the config is in."""
+def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
+    """Find and load what CONFIG|RUN, --lora and --base name. Raises UserError where they name none or two."""
     from align_cluster.config.load import load
     from align_cluster.errors import UserError
     from align_cluster.evaluate.lora import find_config, find_lora
@@ -38,10 +51,11 @@ def _target(args: argparse.Namespace) -> tuple["RunConfig", Path | None, Path]:
     target = Path(named or source or find_config(args.lora)).expanduser()
     lora = args.lora or (target if target.is_dir() and not args.base else None)
     file = RunDir(target).config if target.is_dir() else target
-    return load(file, args.set), find_lora(lora) if lora else None, file.parent
+    return Source(load(file, overrides), find_lora(lora) if lora else None, file.parent)
 
 
 def train(args: argparse.Namespace) -> int:
+    """Run an alignment job."""
     config = _config(args)
     from align_cluster.loop.driver import train
 
@@ -50,6 +64,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def validate(args: argparse.Namespace) -> int:
+    """Check a run file, and print one line about it or all of its settings."""
     from align_cluster.config.load import config_hash, dump
 
     config = _config(args)
@@ -65,6 +80,7 @@ def validate(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
+    """Print the pools and batches of a run, and its memory and FLOPs where the base model's settings can be read."""
     from dataclasses import asdict
 
     from align_cluster.config.plan import derive, local_resources, table
@@ -94,72 +110,77 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def sample(args: argparse.Namespace) -> int:
-    from itertools import count
+    """Draw images into a new folder, and print where they are and what they scored."""
+    from align_cluster.errors import UserError
+    from align_cluster.evaluate.sample import SampleRequest, read_prompts, sample
+    from align_cluster.evaluate.steer import describe_compute, read_settings
 
-    from align_cluster.evaluate.sample import Wanted, read_prompts, sample
-    from align_cluster.evaluate.steer import spent
-
-    prompts, steer = read_prompts(args.prompt, args.prompts), _steering(args)
-    config, lora, run = _target(args)
-    scored = not args.no_score
-    wanted = Wanted(args.count, args.seed, args.steps, args.guidance, bool(args.compare), scored, steer, run)
-    free = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
-    out = args.out.expanduser() if args.out else next(path for path in free if not path.exists())
-    drawn = sample(config, lora, prompts, out, wanted)
+    prompts = read_prompts(args.prompt, args.prompts)
+    of_mode = [override for override in args.set if override.startswith("steer.")]
+    if of_mode and not args.steer:
+        raise UserError(f"--set {of_mode[0]} needs --steer with the name of a mode, such as --steer best_of_n")
+    steer = read_settings(args.steer, of_mode) if args.steer else None
+    config, lora_file, folder = _source(args, [override for override in args.set if override not in of_mode])
+    request = SampleRequest(
+        prompts=prompts,
+        count=args.count,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        compare=bool(args.compare),
+        score=not args.no_score,
+        steer=steer,
+        run=folder,
+    )
+    names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
+    out = args.out.expanduser() if args.out else next(path for path in names if not path.exists())
+    drawn = sample(config, lora_file, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():
         print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
     if steer:
-        print(f"{steer.kind}: {spent(drawn['steer']['compute'])}; plain sampling: {spent(drawn['steer']['plain'])}")
+        spent, plain = (describe_compute(drawn["steer"][side]) for side in ("compute", "plain"))
+        print(f"{steer.kind}: {spent}; plain sampling: {plain}")
     return 0
 
 
-def _steering(args: argparse.Namespace) -> Any:
-    """Settings of --steer and --set steer.x=y, which leave `args.set`; None without them."""
-    from align_cluster.errors import UserError
-    from align_cluster.evaluate.steer import read_settings
-
-    own = [override for override in args.set if override.startswith("steer.")]
-    args.set = [override for override in args.set if override not in own]
-    if own and not args.steer:
-        raise UserError(f"--set {own[0]} needs --steer with the name of a mode, such as --steer best_of_n")
-    return read_settings(args.steer, own) if args.steer else None
-
-
 def export(args: argparse.Namespace) -> int:
+    """Write a run's result for other tools into a new folder."""
     from align_cluster.evaluate.export import export
 
-    export(args.run, args.to, args.out.expanduser(), args.precision, args.set)
+    export(args.run, args.to, args.out.expanduser(), precision=args.precision, overrides=args.set)
     print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
     return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from align_cluster.evaluate.run import evaluate
-    from align_cluster.files import write_json
+    """Score held-out prompts, and print the scores as a table or as JSON."""
+    from rich.console import Console
 
-    config, lora, _ = _target(args)
-    scores = evaluate(config, lora)
+    from align_cluster.evaluate.local import evaluate
+    from align_cluster.files import write_json
+    from align_cluster.observe.table import evaluation_table
+
+    config, lora_file, _ = _source(args, args.set)
+    scores = evaluate(config, lora_file)
     if args.out:
         write_json(args.out, scores)
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        from rich.console import Console
-
-        from align_cluster.observe.table import evaluation_table
-
-        Console().print(evaluation_table(scores, f"held-out scores, {lora or 'base model'}"))
+        Console().print(evaluation_table(scores, f"held-out scores, {lora_file or 'base model'}"))
     return 0
 
 
 def submit(args: argparse.Namespace) -> int:
+    """Run `train` as a job on a Ray cluster, and follow its log unless --no-wait is given."""
     from align_cluster.cluster.submit import submit
 
     return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume)
 
 
 def serve_rewards(args: argparse.Namespace) -> int:
+    """Serve rewards over HTTP until interrupted."""
     from align_cluster.config.load import load
     from align_cluster.errors import UserError
     from align_cluster.serving.config import ServiceConfig
@@ -174,6 +195,7 @@ def serve_rewards(args: argparse.Namespace) -> int:
 
 
 def score(args: argparse.Namespace) -> int:
+    """Score image files with a reward of a service; the exit code is 1 where the reward failed."""
     from align_cluster.errors import UserError
     from align_cluster.rewards.base import RewardError
     from align_cluster.rewards.client import RewardClient, Token, read_image
@@ -207,6 +229,7 @@ def score(args: argparse.Namespace) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
+    """Check this machine, a cluster or a run; the exit code is 1 where a check fails."""
     from align_cluster.cluster.checks import render
     from align_cluster.cluster.doctor import examine
     from align_cluster.cluster.run_status import examine_run
@@ -223,6 +246,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
+    """Write a run's report again, and print where it is."""
     from align_cluster.observe.report import write_report
 
     print(write_report(args.run))
@@ -230,6 +254,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def schema(args: argparse.Namespace) -> int:
+    """Print the JSON schema of run files."""
     from align_cluster.config.load import json_schema
 
     print(json.dumps(json_schema(), indent=2))

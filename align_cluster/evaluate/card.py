@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.load import dump
@@ -17,72 +18,60 @@ from align_cluster.observe.charts import STAGES, Series, line_chart, smoothing
 from align_cluster.observe.rundata import RunData
 from align_cluster.observe.table import compare, short
 
-CARD = """---
-{front}---
-
-# {name}
-
-{intro}
-
-{samples}
-{scores}
-## Use
-
-```python
-{code}
-```
-{note}
-## Training
-
-{training}
-
-<details><summary>Every setting</summary>
-
-```yaml
-{config}
-```
-
-</details>
-
-## Licence
-
-{licence}
-"""
-COMFYUI = """
-In ComfyUI, put `{name}_comfyui.safetensors` into `models/loras` and load it with strength 1: its weights hold the
-LoRA's scale already.
-"""
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+FILTERS = {
+    "number": lambda value: "–" if value is None else f"{value:.3f}",
+    "signed": lambda value: "–" if value is None else f"{value:+.3f}",
+    "literal": lambda value: json.dumps(value, ensure_ascii=False),  # Python with double quotes
+}
 
 
-def write_card(folder: Path, title: str, form: str, result: "Result") -> None:
-    """Write README.md about what `folder` holds, with before.png, after.png and reward.svg where the run has them.
+def write_card(result: Result, folder: Path, *, form: str, title: str) -> None:
+    """Write README.md about the `form` of a result in `folder`, which will be called `title` in the end.
 
-    `title` is what the folder will be called.
+    before.png, after.png and reward.svg stand beside it where the run has what they show. The code in it draws one
+    image in stock diffusers with the settings of the run's evaluation.
     """
     run, config, backbone = result.run, result.config, result.backbone
     licence = base_licence(backbone)
-    text = CARD.format(
+    steps = config.evaluate.steps or config.rollout.steps
+    parts = ["folder" if form == "diffusers" else FILTERS["literal"](backbone.source)]
+    parts += [f"{name}=None" for name in backbone.texts if name in backbone.text_parts()]
+    classes = ["DDIMScheduler"] * (not backbone.flow) + ["DiffusionPipeline"]
+    if form == "merged":
+        classes.append(backbone.network)
+        parts.append(f"{backbone.part}={backbone.part}")
+    # The card is Markdown, in which HTML's escapes would be wrong.
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False)
+    environment.filters |= FILTERS
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=run,
+        config=config,
+        backbone=backbone,
+        form=form,
+        title=title,
         front=yaml.safe_dump(front_matter(form, config, licence), sort_keys=False),
-        name=run.name,
-        intro=f"{_what(form, result)}, aligned with `{config.algorithm.kind}` by align-cluster.",
-        samples=_samples(folder, run),
+        what=_what(result, form),
+        grids=_copy_grids(folder, run),
         scores=_scores(run),
-        code=code(form, title, result),
-        note=COMFYUI.format(name=run.name) if form == "lora" else "",
-        training=_training(folder, run, config),
-        config=dump(config).strip(),
-        licence=_licence_note(config, licence),
+        classes=sorted(classes),
+        parts=parts,
+        arguments={"num_inference_steps": steps} | backbone.call(config.evaluate.guidance),
+        curves=_curves(folder / "reward.svg", run, config.trained),
+        training=_training(run, config),
+        settings=dump(config).strip(),
+        licence=licence,
     )
     write_text(folder / "README.md", text)
 
 
 def hub_id(path: str) -> str | None:
-    """A backbone's path where it names a model of the hub, None for a folder."""
+    """Return a backbone's path where it names a model of the hub, and None where it is a folder."""
     return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else None
 
 
 def front_matter(form: str, config: RunConfig, licence: dict[str, str]) -> dict[str, Any]:
-    """The hub's metadata. A base that is a local folder is not named there: the hub knows ids alone."""
+    """Return the hub's metadata. A base that is a local folder is left out, because the hub knows ids alone."""
     base = hub_id(config.backbone.path)
     relation = "adapter" if form == "lora" else "finetune"
     return {
@@ -95,7 +84,7 @@ def front_matter(form: str, config: RunConfig, licence: dict[str, str]) -> dict[
 
 
 def base_licence(backbone: PipelineBackbone) -> dict[str, str]:
-    """The base model's licence as its own card names it, else `other`."""
+    """Return the base model's licence as its own card names it, else `other`."""
     if backbone.config.path == "embedded":
         return {"license": "apache-2.0"}
     card = Path(backbone.source) / "README.md"
@@ -108,14 +97,8 @@ def base_licence(backbone: PipelineBackbone) -> dict[str, str]:
     return named if "license" in named else {"license": "other", "license_name": "as-the-base-model"}
 
 
-def _licence_note(config: RunConfig, licence: dict[str, str]) -> str:
-    base = f"`{config.backbone.path}`"
-    if licence["license"] == "other" and "license_link" not in licence:
-        return f"These weights derive from {base}, whose licence holds for them too; name it above first."
-    return f"These weights derive from {base} and are under its licence: {', '.join(licence.values())}."
-
-
-def _what(form: str, result: "Result") -> str:
+def _what(result: Result, form: str) -> str:
+    """Say in a few words what was exported."""
     base, lora = f"`{result.config.backbone.path}`", result.lora
     size = f"rank {lora.rank}, alpha {lora.alpha:g}"
     if form == "lora":
@@ -124,94 +107,36 @@ def _what(form: str, result: "Result") -> str:
     return f"A `{kind}`: {base} with a LoRA ({size}) merged in"
 
 
-def code(form: str, title: str, result: "Result") -> str:
-    """Python that draws one image in stock diffusers with the settings of the run's evaluation."""
-    config, backbone = result.config, result.backbone
-    steps = config.evaluate.steps or config.rollout.steps
-    arguments = {"num_inference_steps": steps} | backbone.call(config.evaluate.guidance)
-    classes = ["DiffusionPipeline", *["DDIMScheduler"] * (not backbone.flow), *[backbone.network] * (form == "merged")]
-    given = [_literal(backbone.source) if form != "diffusers" else "folder"]
-    given += [f"{name}=None" for name in backbone.texts if name in backbone.text_parts()]
-    lines = [
-        "import torch",
-        f"from diffusers import {', '.join(sorted(classes))}",
-        "",
-        f"folder = {_literal(title)}  # this one, or its id on the hub",
-    ]
-    if form == "merged":
-        lines.append(f"{backbone.part} = {backbone.network}.from_pretrained(folder, dtype=torch.bfloat16)")
-        given.append(f"{backbone.part}={backbone.part}")
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({', '.join(given)}, dtype=torch.bfloat16)")
-    if form == "lora":
-        lines.append("pipe.load_lora_weights(folder)")
-    if not backbone.flow:
-        lines.append("pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)")
-    lines += [
-        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
-        "image = pipe(",
-        f"    {_literal((result.run.grid_prompts or ['a photo of a red circle'])[0])},",
-        *(f"    {name}={_literal(value)}," for name, value in arguments.items()),
-        "    generator=torch.Generator().manual_seed(0),",
-        ").images[0]",
-    ]
-    return "\n".join(lines)
-
-
-def _literal(value: str | float) -> str:
-    """A text or number as Python, with double quotes."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _samples(folder: Path, run: RunData) -> str:
-    """The first and the last grid of the run, side by side."""
+def _copy_grids(folder: Path, run: RunData) -> bool:
+    """Copy the first and the last grid of the run as before.png and after.png; return whether there are two."""
     if len(run.grids) < 2:
-        return ""
+        return False
     for (_, grid), name in ((run.grids[0], "before.png"), (run.grids[-1], "after.png")):
         shutil.copy(grid, folder / name)
-    prompts = "\n".join(f"- {' '.join(prompt.split())}" for prompt in run.grid_prompts)
-    return (
-        "| base model | aligned |\n|---|---|\n| ![before](before.png) | ![after](after.png) |\n\n"
-        f"Same prompts, same noise, row by row:\n\n{prompts}\n"
-    )
+    return True
 
 
-def _scores(run: RunData) -> str:
-    """Held-out scores before and after: each column overall, and the headline by task."""
+def _scores(run: RunData) -> dict[str, dict[str, float | None]]:
+    """Return the held-out scores before and after: each column overall, and the headline by task."""
     if not run.headline:
-        return ""
+        return {}
     cells = compare(run.before, run.after)
-    lines = [_row(short(column), cell) for column, cell in cells["overall"].items()]
     tasks = {task: row[run.headline] for task, row in cells["tasks"].items() if run.headline in row}
-    lines += [_row(f"{short(run.headline)}, {task}", cell) for task, cell in tasks.items() if len(tasks) > 1]
-    count, prompts = (run.before.get(key, "?") for key in ("count", "prompts"))
-    return (
-        f"## Scores\n\nHeld-out: {count} images of {prompts} prompts a side, the same noise for both; a score without "
-        "a task is the mean of its task means.\n\n| score | base model | aligned | change |\n|---|---:|---:|---:|\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    return {short(column): cell for column, cell in cells["overall"].items()} | {
+        f"{short(run.headline)}, {task}": cell for task, cell in tasks.items() if len(tasks) > 1
+    }
 
 
-def _row(name: str, cell: dict[str, float | None]) -> str:
-    before, after = ("–" if cell[side] is None else f"{cell[side]:.3f}" for side in ("before", "after"))
-    change = "–" if cell["change"] is None else f"{cell['change']:+.3f}"
-    return f"| {name.replace('|', '/')} | {before} | {after} | {change} |"
-
-
-def _training(folder: Path, run: RunData, config: RunConfig) -> str:
-    trained = config.trained
-    monitored = [name for name in config.rewards if name not in trained]
-    facts = {
-        "rewards trained on": ", ".join(trained),
-        "only monitored": ", ".join(monitored),
+def _training(run: RunData, config: RunConfig) -> dict[str, str]:
+    """Return facts about the training by what they are called; those that are empty do not apply."""
+    return {
+        "rewards trained on": ", ".join(config.trained),
+        "only monitored": ", ".join(name for name in config.rewards if name not in config.trained),
         "steps": f"{config.steps} of {config.prompts_per_step} prompts x {config.group_members} images",
         "seed": str(config.seed),
         "config hash": f"`{run.summary['config_hash']}`",
         "versions": ", ".join(f"{name} {text}" for name, text in run.summary.get("versions", {}).items()),
     }
-    listed = "\n".join(f"- {name}: {text}" for name, text in facts.items() if text)
-    picture = "![Reward over the steps](reward.svg)\n\n" if _curves(folder / "reward.svg", run, trained) else ""
-    return picture + listed
 
 
 def _curves(path: Path, run: RunData, rewards: list[str]) -> bool:

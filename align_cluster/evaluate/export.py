@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.numpy import save_file
 
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
 from align_cluster.evaluate.card import write_card
 from align_cluster.evaluate.lora import Lora, bind
-from align_cluster.evaluate.result import Result, finished
+from align_cluster.evaluate.result import Result, read_result
 from align_cluster.files import new_folder, write_text
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
 
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(run: Path, form: str, out: Path, precision: str | None = None, overrides: Sequence[str] = ()) -> None:
+def export(run: Path, form: str, out: Path, *, precision: str | None = None, overrides: Sequence[str] = ()) -> None:
     """Write the result of the run folder `run` as `form` (a key of FORMS) into the new folder `out`.
 
-    `precision` is that of merged weights (fp32). `overrides` change settings of the run, such as a backbone.path that
-    has moved. UserError for a run that has not finished, an unknown form, and a LoRA that does not fit the base model.
+    `precision` is that of merged weights, fp32 by default. `overrides` change settings of the run, such as a
+    backbone.path that has moved. Raises UserError for an unknown form or precision, for a run that has not finished,
+    and for a LoRA that does not fit the base model; after any error there is no folder.
     """
     if form not in FORMS:
         raise UserError(f"--to {form} is no form of a result; choose {', '.join(FORMS)}")
@@ -33,16 +36,14 @@ def export(run: Path, form: str, out: Path, precision: str | None = None, overri
     if precision and precision not in PRECISIONS:
         raise UserError(f"--precision {precision} is not there; choose {', '.join(PRECISIONS)}")
     with new_folder(out) as folder:
-        result = finished(run, overrides)
-        FORMS[form](result, folder, precision or "fp32")
+        result = read_result(run, overrides)
+        FORMS[form](result, folder, PRECISIONS[precision or "fp32"])
         write_text(RunDir(folder).config, dump(result.config))
-        write_card(folder, out.name, form, result)
+        write_card(result, folder, form=form, title=out.name)
 
 
-def write_lora(result: Result, folder: Path, precision: str) -> None:
-    """Two files of the same LoRA: diffusers' own, and one for tools that read no alpha from metadata."""
-    from safetensors.numpy import save_file
-
+def write_lora(result: Result, folder: Path, dtype: torch.dtype) -> None:
+    """Write the LoRA twice, in fp32: as diffusers does, and for tools that read no alpha from metadata."""
     lora, facts = result.lora, result.facts
     ours = {f"{lora.prefix}{name}": value for name, value in lora.state.items()}
     save_file(ours, folder / "pytorch_lora_weights.safetensors", lora.metadata | facts)
@@ -51,9 +52,9 @@ def write_lora(result: Result, folder: Path, precision: str) -> None:
 
 
 def for_comfyui(lora: Lora) -> dict[str, np.ndarray]:
-    """The LoRA under the names that ComfyUI looks for, with its scale alpha / rank inside the B matrices.
+    """Return the LoRA under the names that ComfyUI looks for, with its scale alpha / rank inside the B matrices.
 
-    ComfyUI takes alpha from tensors, which diffusers refuses for SD3, and 1 for the scale where there are none. Of
+    ComfyUI takes alpha from tensors, which diffusers refuses for SD3, and a scale of 1 where there are none. Of
     transformers it knows diffusers' names; of UNets it knows those of kohya's trainer, as most other tools do.
     """
     tensors = {}
@@ -65,37 +66,36 @@ def for_comfyui(lora: Lora) -> dict[str, np.ndarray]:
     return tensors
 
 
-def merged(result: Result, precision: str) -> Any:
-    """The base's denoiser with the LoRA added into its weights in fp32, and only then rounded to `precision`."""
-    import torch
-
-    sampler = Sampler(result.backbone.config, os.cpu_count() or 1, "export", "cpu")
+def merge(result: Result, dtype: torch.dtype) -> Any:
+    """Return the base's denoiser with the LoRA added into its weights in fp32, and only then rounded to `dtype`."""
+    sampler = Sampler(result.backbone.config, threads=os.cpu_count() or 1, name="export", device="cpu")
     bind(sampler, result.lora)
     denoiser = sampler.denoiser
     denoiser.fuse_lora()
     denoiser.unload_lora()
-    return denoiser.to(getattr(torch, PRECISIONS[precision]))
+    return denoiser.to(dtype)
 
 
-def write_merged(result: Result, folder: Path, precision: str) -> None:
-    merged(result, precision).save_pretrained(folder)
+def write_merged(result: Result, folder: Path, dtype: torch.dtype) -> None:
+    """Write the merged denoiser as its class's `from_pretrained` reads it."""
+    merge(result, dtype).save_pretrained(folder)
 
 
-def write_pipeline(result: Result, folder: Path, precision: str) -> None:
-    """The base's pipeline folder with the merged denoiser in the place of its own; the other parts are copied."""
+def write_pipeline(result: Result, folder: Path, dtype: torch.dtype) -> None:
+    """Write the base's pipeline with the merged denoiser in the place of its own; the other parts are copied."""
     backbone = result.backbone
     base = Path(backbone.source)
     if not base.is_dir():
         with backbone.reading("model_index.json"):
             base = Path(backbone.stock("DiffusionPipeline").download(backbone.source))
-    merged(result, precision).save_pretrained(folder / backbone.part)
+    write_merged(result, folder / backbone.part, dtype)
     shutil.copy(base / "model_index.json", folder)
     for part in backbone.index:
         if part != backbone.part and (base / part).is_dir():
             shutil.copytree(base / part, folder / part)
 
 
-FORMS: dict[str, Callable[[Result, Path, str], None]] = {
+FORMS: dict[str, Callable[[Result, Path, torch.dtype], None]] = {
     "lora": write_lora,
     "merged": write_merged,
     "diffusers": write_pipeline,

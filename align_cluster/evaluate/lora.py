@@ -1,13 +1,14 @@
-"""LoRA files for sampling, evaluation and export outside a run, bound with the same proof as a weight sync."""
+"""LoRA files outside a run: found, read, checked against a base model, and bound with the proof of a weight sync."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
 
-from align_cluster.backbones import BACKBONES
-from align_cluster.backbones.base import BackboneSection
+from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.errors import UserError
 from align_cluster.observe.rundir import RunDir
@@ -19,8 +20,11 @@ PREFIXES = ("transformer.", "unet.")  # diffusers' names for the denoiser
 
 @dataclass(frozen=True)
 class Lora:
-    """Contents of one file: adapter weights by parameter name (fp32), the prefix that they have in the file, their
-    rank, their scale alpha, and the file's metadata."""
+    """Holds the contents of one LoRA file.
+
+    `state` has the adapter's weights (fp32) by parameter name, without the `prefix` that the names have in the file.
+    `rank` and `alpha` are the LoRA's own, and `metadata` is the file's.
+    """
 
     path: Path
     state: dict[str, np.ndarray]
@@ -31,7 +35,7 @@ class Lora:
 
 
 def find_lora(path: Path | str) -> Path:
-    """The file that `path` means: itself, or the one in a run folder or LoRA folder."""
+    """Return the LoRA file that `path` means: the file itself, or the one in a run folder or LoRA folder."""
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -42,7 +46,7 @@ def find_lora(path: Path | str) -> Path:
 
 
 def find_config(lora: Path) -> Path:
-    """Settings of the run that a LoRA comes from: the config.yaml beside its file, or one folder up."""
+    """Return the settings of the run that a LoRA comes from: the config.yaml beside its file, or one folder up."""
     file = find_lora(lora)
     for folder in (file.parent, file.parent.parent):
         if RunDir(folder).config.is_file():
@@ -51,9 +55,7 @@ def find_config(lora: Path) -> Path:
 
 
 def read_lora(file: Path) -> Lora:
-    """Read a file that `save_lora_weights` wrote. UserError where it is something else."""
-    from safetensors import SafetensorError, safe_open
-
+    """Read a file that diffusers' `save_lora_weights` wrote. Raises UserError for any other file."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             raw = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
@@ -70,24 +72,18 @@ def read_lora(file: Path) -> Lora:
     return Lora(file, state, prefix, rank, alpha, metadata)
 
 
-def shaped(config: BackboneSection, lora: Lora) -> BackboneSection:
-    """The settings of a backbone whose adapters are as large as `lora`."""
-    return config.model_copy(update={"lora": config.lora.model_copy(update={"rank": lora.rank, "alpha": lora.alpha})})
-
-
 def check_fits(backbone: PipelineBackbone, lora: Lora) -> None:
-    """UserError where a LoRA is of another base: found out from the base's settings alone, before weights are read."""
-    from accelerate import init_empty_weights
+    """Raise UserError where a LoRA belongs to another base model.
 
-    from align_cluster.backbones.adapters import adapter_parameters, add_adapters
-
+    The base's settings alone decide that, so the answer comes before any weights are read.
+    """
     with init_empty_weights():
-        shell = backbone.stock(backbone.network).from_config(backbone.network_config)
-        add_adapters(backbone, shell, ("default",))
-    expected = {name: tuple(value.shape) for name, value in adapter_parameters(shell, "default").items()}
+        network = backbone.stock(backbone.network).from_config(backbone.network_config)
+        add_adapters(backbone, network, ("default",))
+    expected = {name: tuple(value.shape) for name, value in adapter_parameters(network, "default").items()}
     held = {name: value.shape for name, value in lora.state.items()}
     problems = [
-        f"its {name} is {_sizes(held[name])}, and that base's is {_sizes(expected[name])}"
+        f"its {name} is {_size(held[name])}, and that base's is {_size(expected[name])}"
         for name in sorted(held.keys() & expected.keys())
         if held[name] != expected[name]
     ]
@@ -103,30 +99,11 @@ def check_fits(backbone: PipelineBackbone, lora: Lora) -> None:
         )
 
 
-def _sizes(shape: tuple[int, ...]) -> str:
+def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def base_sampler(config: BackboneSection, lora: Lora | None, threads: int) -> Sampler:
-    """A sampler of the base model that `lora` can be bound to, on this machine's GPU, or else its CPU."""
-    import torch
-
-    if lora:
-        config = shaped(config, lora)
-        check_fits(BACKBONES[config.kind](config), lora)
-    return Sampler(config, threads, "local", "cuda" if torch.cuda.is_available() else "cpu")
-
-
 def bind(sampler: Sampler, lora: Lora) -> None:
-    """Give a sampler the LoRA, and prove from its own parameters that it holds it."""
+    """Give a sampler the LoRA, and prove from the sampler's own parameters that it holds it."""
     manifest, buffer = publish(lora.state, version=sampler.version + 1)
     check(manifest, [sampler.adopt(manifest, buffer)], expected=1)
-
-
-def sampler_with(config: BackboneSection, file: Path | None, threads: int) -> Sampler:
-    """A sampler that holds the LoRA of `file`, or the base model."""
-    lora = read_lora(file) if file else None
-    sampler = base_sampler(config, lora, threads)
-    if lora:
-        bind(sampler, lora)
-    return sampler

@@ -1,4 +1,4 @@
-"""What a finished run left behind."""
+"""The result of a finished run: its LoRA, and what is known of it."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from align_cluster.observe.rundir import RunDir
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run left behind, and the base model that it is for."""
+    """Holds what a finished run left: its record, its settings, its LoRA, and the base model that this LoRA is for."""
 
     run: RunData
     config: RunConfig
@@ -46,8 +46,12 @@ class Result:
         }
 
 
-def finished(run: Path, overrides: Sequence[str] = ()) -> Result:
-    """Read a run that has ended, and see that its LoRA fits its base model; no weights of the base are read."""
+def read_result(run: Path, overrides: Sequence[str] = ()) -> Result:
+    """Read the folder of a run that has ended, with `overrides` of its settings.
+
+    No weights of the base model are read. Raises UserError where the run has not finished, and where its LoRA is
+    missing or fits neither its settings nor its base model.
+    """
     files = RunDir(run.expanduser())
     data = rundata.load(files)
     if not data.summary:
@@ -64,7 +68,7 @@ def finished(run: Path, overrides: Sequence[str] = ()) -> Result:
             f"{lora.path} has rank {lora.rank} and alpha {lora.alpha:g}, and the run's config.yaml says rank "
             f"{settings.rank} and alpha {settings.alpha:g}; give the folder as `train` left it"
         )
-    plain = {"precision": "fp32", "compile": False, "attention": None}
+    plain = {"precision": "fp32", "compile": False, "attention": None}  # weights are merged and written, never run
     backbone = BACKBONES[config.backbone.kind](config.backbone.model_copy(update=plain))
     check_fits(backbone, lora)
     return Result(data, config, backbone, lora)

@@ -1,4 +1,4 @@
-"""Samples steered by a run's critic: its settings, the critic read back from the run's folder, and the drawing."""
+"""Samples steered by a run's critic: the mode's settings, the critic read from the run's folder, and the drawing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from align_cluster.algorithms.gae import RunningMoments
 from align_cluster.backbones.adapters import active_adapter, add_adapters
@@ -17,17 +19,18 @@ from align_cluster.config.check import judges
 from align_cluster.config.load import loads
 from align_cluster.config.run import RunConfig, one_of
 from align_cluster.errors import UserError
+from align_cluster.evaluate.local import ImagesAndFacts, LocalModel
 from align_cluster.files import read_json
 from align_cluster.observe.rundir import RunDir
-from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import Sampler
-from align_cluster.rollouts.steering import BATCH, STEERING, Steering
+from align_cluster.rollouts.steering import BATCH, SINGLE_STEPS, STEERING, Steering
 from align_cluster.rollouts.steps import STEPS, Euler
 from align_cluster.settings import Root, Section
-from align_cluster.types import Chunk, Condition, Prompt
+from align_cluster.types import Chunk, Prompt
 
+# What steering spends, by its name in samples.json and its name on the terminal. A pass counts once for each latent.
 COMPUTE = {
     "actor": "actor passes",
     "critic": "critic passes",
@@ -37,7 +40,7 @@ COMPUTE = {
 
 
 class SteerSettings(Root):
-    """What --steer and --set steer.x=y say."""
+    """Holds what --steer and --set steer.x=y say."""
 
     what: ClassVar[str] = "steering"
     sample: ClassVar[str] = "--steer best_of_n"
@@ -46,31 +49,33 @@ class SteerSettings(Root):
 
 
 def read_settings(mode: str, overrides: Sequence[str]) -> Section:
-    """Settings of a mode by its name and overrides such as steer.n=4."""
+    """Read the settings of a mode from its name and overrides such as steer.n=4."""
     return loads("{}", "--steer", [f"steer.kind={mode}", *overrides], SteerSettings).steer
 
 
-def spent(compute: dict[str, int]) -> str:
-    """Counts of `Steered.compute` for the terminal."""
-    return ", ".join(f"{count} {COMPUTE[name]}" for name, count in compute.items() if count)
+def describe_compute(compute: dict[str, int]) -> str:
+    """Describe the counts of `SteeredDrawing.compute` for the terminal."""
+    return ", ".join(f"{number} {COMPUTE[name]}" for name, number in compute.items() if number)
 
 
 @dataclass(frozen=True)
 class SavedCritic:
-    """A run's critic: its rewards, what it is made of, the moments that its values are normalised with, its weights."""
+    """Holds the critic of the run folder `run`, as the run left it.
+
+    `rewards` are the names of the rewards that it predicts, in the order of its outputs. `moments` normalise each of
+    them. `section` and `state` are the critic's settings and weights.
+    """
 
     run: Path
-    names: list[str]
+    rewards: list[str]
     section: CriticSection
     moments: dict[str, RunningMoments]
     state: dict[str, torch.Tensor]
 
     @classmethod
     def read(cls, run: Path, config: RunConfig) -> "SavedCritic":
-        """UserError where the run has none, or another than its settings say."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+        """Read a run's critic. Raises UserError where there is none, or where it predicts other rewards than `config`
+        trains on."""
         folder = RunDir(run).critic
         facts = read_json(folder / "critic.json")
         if facts is None:
@@ -78,11 +83,11 @@ class SavedCritic:
                 f"--steer needs a critic, and {run} has none; name the folder of a run that has finished and whose "
                 "algorithm.kind is ppo"
             )
-        names = config.trained
-        if facts["rewards"] != names:
+        rewards = config.trained
+        if facts["rewards"] != rewards:
             raise UserError(
                 f"the critic of {run} judges {' and '.join(facts['rewards'])}, and the rewards that are trained on are "
-                f"{' and '.join(names)}; leave the rewards as they were in the run"
+                f"{' and '.join(rewards)}; leave the rewards as they were in the run"
             )
         try:
             state = load_file(folder / "critic.safetensors")
@@ -90,16 +95,16 @@ class SavedCritic:
             raise UserError(
                 f"{folder / 'critic.safetensors'} cannot be read ({error}); copy it from the run again"
             ) from None
-        moments = {name: RunningMoments.restored(facts["moments"][name]) for name in names}
-        return cls(run, names, CriticSection(**facts["critic"]), moments, state)
+        moments = {name: RunningMoments.restored(facts["moments"][name]) for name in rewards}
+        return cls(run, rewards, CriticSection(**facts["critic"]), moments, state)
 
     def build(self, sampler: Sampler) -> Critic:
-        """The critic beside a sampler's actor, on the same base and frozen."""
+        """Build the critic on the base model of a sampler, beside the actor's adapter, with all weights frozen."""
         denoiser, backbone = sampler.denoiser, sampler.backbone
         if self.section.features == "lora":
-            with active_adapter(denoiser, "default"):  # which is the active one again thereafter
+            with active_adapter(denoiser, "default"):  # add_adapters activates what it adds; this restores the actor's
                 add_adapters(backbone, denoiser, (CRITIC,))
-        critic = Critic(backbone, denoiser, len(self.names), self.section)
+        critic = Critic(backbone, denoiser, len(self.rewards), self.section)
         try:
             critic.restore(self.state)
         except ValueError as error:
@@ -111,115 +116,105 @@ class SavedCritic:
         return critic
 
 
-class Steered:
-    """Draws chunks, each one set of images that are steered together.
+class SteeredDrawing:
+    """Draws chunks with a local model in one mode of steering; the members of a chunk are steered together.
 
-    `compute` counts passes through the networks, one a latent, and decoded images. `failures` say why a reward had no
-    score by which to choose.
+    `compute` counts what was spent, by the names of COMPUTE.
     """
 
-    def __init__(
-        self, settings: Section, saved: SavedCritic, config: RunConfig, sampler: Sampler, steps: int, guidance: float
-    ) -> None:
-        self.settings, self.saved, self.config, self.sampler = settings, saved, config, sampler
-        self.steps, self.guidance, self.mode = steps, guidance, STEERING[settings.kind]
-        self.step_kind = settings.step or (config.step_kind if self.mode.needs_noise else Euler.Config())
-        weights = np.array([config.rewards[name].weight for name in saved.names])
+    def __init__(self, model: LocalModel, settings: Section, saved: SavedCritic) -> None:
+        """Prepare the mode that `settings` name; the critic is built when it is first asked."""
+        self.model, self.settings, self.saved = model, settings, saved
+        self.mode, rewards = STEERING[settings.kind], model.config.rewards
+        self.step_kind = settings.step or (model.config.step_kind if self.mode.needs_noise else Euler.Config())
+        weights = np.array([rewards[name].weight for name in saved.rewards])
         self.shares = weights / np.abs(weights).sum()
-        self.branches = 1 if guidance == 1 else 2  # actor passes a step and latent
+        self.passes_a_step = 1 if model.guidance == 1 else 2  # through the actor, for each latent
         self.compute = dict.fromkeys(COMPUTE, 0)
-        self.failures: dict[str, str] = {}
+        self.images_kept = 0
 
     @cached_property
     def critic(self) -> Critic:
-        return self.saved.build(self.sampler)
+        """The critic on the model's own network, built at first use."""
+        return self.saved.build(self.model.sampler)
 
     @cached_property
     def sigmas(self) -> np.ndarray:
-        return self.sampler.backbone.sigmas(self.steps)
+        """Noise levels [N + 1] of the drawing."""
+        return self.model.sampler.backbone.sigmas(self.model.steps)
 
-    @property
-    def tries(self) -> int | None:
-        """Images that are begun for each one that is kept; None where all are kept, however many are drawn."""
-        return getattr(self.settings, "n", None)
-
-    def check(self, prompts: list[Prompt], scored: bool) -> None:
-        """UserError where this cannot work. `scored`: whether the run's rewards judge."""
-        prediction, kind = self.sampler.backbone.prediction, self.step_kind.kind
-        able = [
+    def check(self, prompts: list[Prompt]) -> None:
+        """Raise UserError where the mode cannot work with its settings, this model and these prompts."""
+        prediction, kind = self.model.sampler.backbone.prediction, self.step_kind.kind
+        usable = [
             name
-            for name, step in STEPS.items()
-            if prediction in step.predictions and step.has_density >= self.mode.needs_noise and name != "dpm2"
+            for name, step in SINGLE_STEPS.items()
+            if prediction in step.predictions and step.has_density >= self.mode.needs_noise
         ]
-        if kind not in able:
+        if kind not in usable:
             why = "has no density, so copies of a particle would stay copies"
             if prediction not in STEPS[kind].predictions:
                 why = f"is not for a network that predicts {prediction}"
             raise UserError(
-                f"{self.settings.kind} cannot use steer.step.kind {kind}, which {why}; set it to {' or '.join(able)}"
+                f"{self.settings.kind} cannot use steer.step.kind {kind}, which {why}; set it to {' or '.join(usable)}"
             )
-        kinds = [self.config.rewards[name].kind for name in self.saved.names]
-        unjudged = (one.text for one in prompts if not (scored and any(judges(kind, one) for kind in kinds)))
+        kinds = [self.model.config.rewards[name].kind for name in self.saved.rewards] if self.model.scored else []
+        unjudged = (prompt.text for prompt in prompts if not any(judges(kind, prompt) for kind in kinds))
         if problems := list(self.mode.problems(self.settings, self.sigmas, next(unjudged, None))):
             raise UserError("\n".join(problems))
 
     @torch.no_grad()
-    def draw(
-        self, chunk: Chunk, condition: Condition, null: Condition | None, rewards: RewardWorker | None
-    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Images of a chunk that are kept [B, H, W, 3], and what is to be said of each."""
-        backbone, denoiser = self.sampler.backbone, self.sampler.denoiser
+    def draw(self, chunk: Chunk) -> ImagesAndFacts:
+        """Draw a chunk steered, and return the images that the mode keeps [B, H, W, 3] with facts about each."""
+        backbone, denoiser = self.model.sampler.backbone, self.model.sampler.denoiser
+        condition, null = self.model.conditions(chunk.prompt)
 
         @cache
-        def text(count: int) -> TextBatch:
-            return TextBatch.build([condition] * count, null, backbone.device)
+        def text(size: int) -> TextBatch:
+            return TextBatch.build([condition] * size, null, backbone.device)
 
         def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            self.compute["actor"] += len(x) * self.branches
+            self.compute["actor"] += len(x) * self.passes_a_step
+            parts = zip(x.split(BATCH), sigma.split(BATCH), strict=True)
             return torch.cat(
-                [
-                    guided_velocity(backbone, denoiser, *part, text(len(part[0])), self.guidance)
-                    for part in zip(x.split(BATCH), sigma.split(BATCH), strict=True)
-                ]
+                [guided_velocity(backbone, denoiser, *part, text(len(part[0])), self.model.guidance) for part in parts]
             )
 
         def values(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return self.critic(x, sigma, text(len(x)).sequence, text(len(x)).pooled)
 
         step = STEPS[self.step_kind.kind](self.step_kind, self.sigmas, backbone.prediction)
-        steering = self.mode(self.settings, step, values, self.shares, chunk.seeds)
+        steering = self.mode(self.settings, step=step, value_function=values, shares=self.shares, seeds=chunk.seeds)
         x0 = denoise(velocity, step, backbone.latent_shape, chunk.seeds, device=backbone.device, steer=steering).x0
         images = np.concatenate([backbone.decode(part) for part in x0.split(BATCH)])
-        rows = steering.choose(self._rewards(images, chunk.prompt, rewards))
+        kept = steering.choose(self._rewards(images, chunk.prompt))
         self.compute["critic"] += steering.forwards
         self.compute["critic_backward"] += steering.backwards
         self.compute["images"] += len(images)
-        return images[rows], [self._facts(steering, row, chunk) for row in rows]
+        self.images_kept += len(kept)
+        return images[kept], [self._facts(steering, row, chunk) for row in kept]
 
-    def report(self, images: int) -> dict[str, Any]:
-        """Settings, and what was spent, beside plain sampling of as many images."""
+    def report(self) -> dict[str, Any]:
+        """Return the settings, what was spent, and what plain sampling of as many images would have cost."""
         settings = self.settings.model_dump() | {"step": self.step_kind.model_dump()}
-        plain = dict.fromkeys(COMPUTE, 0) | {"actor": images * self.steps * self.branches, "images": images}
+        actor = self.images_kept * self.model.steps * self.passes_a_step
+        plain = dict.fromkeys(COMPUTE, 0) | {"actor": actor, "images": self.images_kept}
         return {"settings": settings, "compute": self.compute, "plain": plain}
 
-    def _rewards(self, images: np.ndarray, prompt: Prompt, rewards: RewardWorker | None) -> np.ndarray:
-        """Normalised rewards [n, R] where there is a choice; NaN where a reward says nothing."""
-        columns = np.full((len(images), len(self.saved.names)), np.nan)
-        if rewards and self.tries and len(images) > 1:
-            scores = rewards.score(images, [prompt] * len(images))
-            self.failures |= {name: f"{one.kind}: {one.message}" for name, one in scores.failures.items()}
-            for place, name in enumerate(self.saved.names):
+    def _rewards(self, images: np.ndarray, prompt: Prompt) -> np.ndarray:
+        """Return the normalised rewards [n, R] of images among which to choose; NaN where a reward has no score."""
+        columns = np.full((len(images), len(self.saved.rewards)), np.nan)
+        if self.settings.tries and len(images) > 1 and (scores := self.model.score(images, prompt)):
+            for index, name in enumerate(self.saved.rewards):
                 normal = self.saved.moments[name].normalise(scores.values[name])
-                columns[:, place] = np.where(scores.valid[name], normal, np.nan)
+                columns[:, index] = np.where(scores.valid[name], normal, np.nan)
         return columns
 
     def _facts(self, steering: Steering, row: int, chunk: Chunk) -> dict[str, Any]:
-        """The seed, what the critic last expected of the image in the rewards' own units, and the mode's own facts."""
+        """Return the seed of a row, the critic's last prediction in the rewards' own units, and the mode's facts."""
         facts: dict[str, Any] = {"seed": chunk.seeds[steering.origin[row]]} | steering.facts()
-        heads = steering.heads[row]
-        if np.isfinite(heads).all():
-            moments = self.saved.moments.items()
-            facts["expected"] = {
-                name: one.mean + one.deviation * float(heads[i]) for i, (name, one) in enumerate(moments)
-            }
+        values = steering.values[row]
+        if np.isfinite(values).all():
+            moments = zip(self.saved.moments.items(), values, strict=True)
+            facts["expected"] = {name: one.mean + one.deviation * float(value) for (name, one), value in moments}
         return facts

@@ -1,11 +1,11 @@
 """Steering with a critic while images are drawn, after "Explicit Critic Guidance" (arXiv 2605.27736): best of n,
-sequential Monte Carlo, the critic's gradient, and gradient with best of n. The paper names the modes; the formulas are
-reconstructed from the literature named below.
+sequential Monte Carlo, the critic's gradient, and that gradient with best of n. The paper names the modes; the formulas
+here are reconstructed from the literature that each function names.
 
-A critic says values [B, R] of noisy latents, one a reward, in units of the normalised rewards; `shares` [R] weigh them
-to one value V. Rewards [n, R] are in the same units, NaN where a reward says nothing of an image.
+The value function predicts values [B, R] of noisy latents, one for each of R rewards, in units of the normalised
+rewards. `shares` [R] weigh them to one value V. Rewards [n, R] come in the same units, NaN where a reward has no score.
 
-ADD A MODE HERE: a class with Config and those of Steering's methods that it changes, and a line in STEERING.
+To add a mode, write a class with a Config and those methods of Steering that it changes, and add a line to STEERING.
 """
 
 import random
@@ -19,49 +19,56 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from align_cluster.errors import UserError
 from align_cluster.rollouts.steps import STEPS, Dpm2, Step
-from align_cluster.settings import Section
+from align_cluster.settings import Fraction, Section
 
-Values = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> [B, R], differentiable
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# dpm2 remembers the rows of the step before, which may be others by now.
+ValueFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> [B, R]
+# dpm2 remembers the rows of the step before, and steering may have replaced them since.
+SINGLE_STEPS = {name: kind for name, kind in STEPS.items() if kind is not Dpm2}
 SingleStep = Annotated[
-    Union[tuple(kind.Config for kind in STEPS.values() if kind is not Dpm2)],  # noqa: UP007 - made of a dict
+    Union[tuple(kind.Config for kind in SINGLE_STEPS.values())],  # noqa: UP007 - made of a dict
     Field(discriminator="kind"),
 ]
-SIGNAL = 0.05  # least 1 - sigma that the ODE's guidance divides by
-BATCH = 8  # latents that go through a network at once
+SIGNAL = 0.05  # least 1 - sigma that the ODE's guidance divides by; smaller ones would let the gradient explode
+BATCH = 8  # latents that go through a network at once, so that a large n does not decide how much memory is needed
 
 
 def normalised(log_weights: np.ndarray) -> np.ndarray:
-    """Weights [n] that sum to 1."""
+    """Turn log-weights [n] into weights [n] that sum to 1."""
     weights = np.exp(log_weights - log_weights.max())
     return weights / weights.sum()
 
 
 def effective_size(weights: np.ndarray) -> float:
-    """How many equally weighted particles normalised weights [n] are worth: 1 / sum w^2, from 1 to n."""
+    """Return how many equally weighted particles the normalised weights [n] are worth: 1 / sum w^2, from 1 to n."""
     return float(1 / (weights**2).sum())
 
 
 def systematic(weights: np.ndarray, offset: float) -> np.ndarray:
-    """Ancestors int64 [n] of a systematic resampling (Kitagawa 1996): those under n equally spaced points, moved by
-    `offset` in [0, 1). With a uniform offset i comes n w_i times on average, always rounded down or up."""
+    """Return the ancestors int64 [n] that systematic resampling (Kitagawa 1996) picks by normalised weights [n].
+
+    The ancestors lie under n equally spaced points, moved by `offset` in [0, 1). With a uniform offset particle i is
+    picked n w_i times on average, and always that number rounded down or up.
+    """
     points = (offset + np.arange(len(weights))) / len(weights)
     return np.searchsorted(np.cumsum(weights)[:-1], points, side="right")
 
 
-def weighted(heads: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Weighted mean [n] of the heads [n, R] that are not NaN, by shares [R] of either sign; NaN where all are."""
-    known = ~np.isnan(heads)
+def weighted(rewards: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return the weighted mean [n] of those rewards [n, R] that are not NaN, and NaN where all of a row are.
+
+    Shares [R] may have either sign; a mean divides by the sum of their sizes.
+    """
+    known = ~np.isnan(rewards)
     total = (np.abs(shares) * known).sum(1)
-    return np.divide(np.where(known, heads, 0.0) @ shares, total, out=np.full(len(heads), np.nan), where=total > 0)
+    return np.divide(np.where(known, rewards, 0.0) @ shares, total, out=np.full(len(rewards), np.nan), where=total > 0)
 
 
 def guidance_gains(step: Step) -> np.ndarray:
-    """What a gradient of V is multiplied with before it is added to the network's output: fp64 [N].
+    """Return, for each of N steps, the factor [N] (fp64) of grad V before it is added to the network's output.
 
-    A step that draws noise of std s gets the mean mu + s^2 grad V: a Gaussian tilted by exp(V). One that draws none
-    gets the score + grad V (Dhariwal & Nichol 2021, arXiv 2105.05233): v - sigma / (1 - sigma) grad V of a flow.
+    A step that draws noise of std s gets the mean mu + s^2 grad V, as a Gaussian tilted by exp(V) has. A step without
+    noise gets the score + grad V (Dhariwal & Nichol 2021, arXiv 2105.05233), which is v - sigma / (1 - sigma) grad V
+    for a flow.
     """
     sigma = step.sigmas[:-1]
     signal = {"flow": 1 - sigma, "epsilon": np.ones_like(sigma), "v": np.sqrt(1 - sigma**2)}[step.prediction]
@@ -72,94 +79,115 @@ def guidance_gains(step: Step) -> np.ndarray:
     return gains
 
 
-def clipped(gradient: torch.Tensor, output: torch.Tensor, share: float) -> torch.Tensor:
-    """Gradients [B, ...], each no longer than `share` of the output beside it."""
-    size, most = gradient.flatten(1).norm(dim=1), share * output.flatten(1).norm(dim=1)
+def clipped(gradient: torch.Tensor, output: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Shorten each of the gradients [B, ...] to at most `ratio` times the length of the output beside it."""
+    size, most = gradient.flatten(1).norm(dim=1), ratio * output.flatten(1).norm(dim=1)
     factor = (most / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
     return gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
 
 
 class Steering:
-    """One rollout's `denoise.Steer`, and which of its rows are kept at the end. By itself it changes nothing.
+    """Steers one rollout as the hook `denoise.Steer`, and chooses which of its rows are kept. The base changes nothing.
 
-    `needs_noise`: of no use with deterministic steps. `origin` says which seed each row began with, `heads` [B, R] what
-    the critic last said of the rows. `forwards` and `backwards` count its passes, one a latent.
+    `needs_noise` says that the mode is of no use with deterministic steps. `origin` [B] is the index of the seed that
+    each row began with. `values` [B, R] are the critic's last predictions for the rows, NaN before the first one.
+    `forwards` and `backwards` count the critic's passes, one for each latent.
     """
 
     class Config(Section):
-        """`step: null` takes the ODE's steps, as plain sampling does."""
+        """Settings that all modes share. With `step: null` a mode takes the ODE's steps, as plain sampling does."""
 
         step: SingleStep | None = None
 
+        @property
+        def tries(self) -> int | None:
+            """Number of images that are begun for each one that is kept; None where every image is kept."""
+            return None
+
     needs_noise = False
 
-    def __init__(self, config: Section, step: Step, values: Values, shares: np.ndarray, seeds: Sequence[int]) -> None:
-        self.config, self.step, self.values, self.shares = config, step, values, shares
-        self.origin, self.heads = np.arange(len(seeds)), np.full((len(seeds), len(shares)), np.nan)
+    def __init__(
+        self, config: Section, *, step: Step, value_function: ValueFunction, shares: np.ndarray, seeds: Sequence[int]
+    ) -> None:
+        """Begin a rollout with one row for each seed, over the noise levels of `step`."""
+        self.config, self.step, self.value_function, self.shares = config, step, value_function, shares
+        self.origin, self.values = np.arange(len(seeds)), np.full((len(seeds), len(shares)), np.nan)
         self.random = random.Random(seeds[0])
         self.forwards = self.backwards = 0
 
     @classmethod
     def problems(cls, config: Section, sigmas: np.ndarray, unjudged: str | None) -> Iterator[str]:
-        """What cannot work at noise levels [N + 1], a sentence each; no reward judges images of prompt `unjudged`."""
+        """Yield one sentence for each setting that cannot work with noise levels [N + 1].
+
+        `unjudged` is the text of a prompt whose images no reward scores, None where there is no such prompt.
+        """
         yield from ()
 
     def choose(self, rewards: np.ndarray) -> list[int]:
-        """Final rows that are kept, by their rewards [n, R]."""
+        """Return the indices of the final rows to keep, by their rewards [n, R]."""
         return list(range(len(rewards)))
 
     def facts(self) -> dict[str, object]:
-        """What a mode has to say of its way."""
+        """Return what the mode reports about this rollout, for samples.json."""
         return {}
 
     def select(self, k: int, x: torch.Tensor) -> list[int] | None:
+        """Return the rows of x that step k goes on with; None keeps all as they are."""
         return None
 
     def push(self, k: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Return what step k takes in the place of the network's output."""
         return output
 
-    def appraise(self, k: int, x: torch.Tensor) -> np.ndarray:
-        """V [B] of the rows that step k starts from."""
+    def evaluate(self, k: int, x: torch.Tensor) -> np.ndarray:
+        """Ask the critic for V [B] of the rows that step k starts from."""
         with torch.no_grad():
-            self.heads = torch.cat([self._heads(k, part) for part in x.split(BATCH)]).double().cpu().numpy()
-        return self.heads @ self.shares
+            self.values = torch.cat([self._predict(k, part) for part in x.split(BATCH)]).double().cpu().numpy()
+        return self.values @ self.shares
 
-    def go_on_with(self, rows: np.ndarray) -> list[int]:
-        self.origin, self.heads = self.origin[rows], self.heads[rows]
+    def keep_rows(self, rows: np.ndarray) -> list[int]:
+        """Reorder the records of the rows to the kept ones, and return those for `select`."""
+        self.origin, self.values = self.origin[rows], self.values[rows]
         return rows.tolist()
 
     def gradient(self, k: int, x: torch.Tensor) -> torch.Tensor:
-        """Gradient of V, like x."""
-        gradients, heads = [], []
+        """Return the gradient of V at the rows that step k starts from; it has the shape of x."""
+        gradients, values = [], []
         for part in x.split(BATCH):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                heads.append(self._heads(k, part))
-                total = heads[-1] @ torch.tensor(self.shares, dtype=part.dtype, device=part.device)
+                values.append(self._predict(k, part))
+                total = values[-1] @ torch.tensor(self.shares, dtype=part.dtype, device=part.device)
                 gradients += torch.autograd.grad(total.sum(), part)
-        self.heads = torch.cat(heads).detach().double().cpu().numpy()
+        self.values = torch.cat(values).detach().double().cpu().numpy()
         self.backwards += len(x)
         return torch.cat(gradients)
 
-    def _heads(self, k: int, x: torch.Tensor) -> torch.Tensor:
+    def _predict(self, k: int, x: torch.Tensor) -> torch.Tensor:
         self.forwards += len(x)
-        return self.values(x, x.new_full((len(x),), float(self.step.sigmas[k])))
+        return self.value_function(x, x.new_full((len(x),), float(self.step.sigmas[k])))
 
 
 class BestOfN(Steering):
-    """Keeps the image of highest reward, or what the critic found most promising on the way."""
+    """Keeps the image of highest reward, or those that the critic values most at some step on the way."""
 
     class Config(Steering.Config):
-        """`n` images are begun for each one that is kept. With `prune_at` only the `keep` of highest value go on from
-        that step; where that is one, no reward is asked."""
+        """`n` images are begun for each one that is kept. With `prune_at` only the `keep` rows of highest V go on from
+        that step; where `keep` is 1, no reward is asked."""
 
         kind: Literal["best_of_n"] = "best_of_n"
         n: PositiveInt = 8
         prune_at: NonNegativeInt | None = None
         keep: PositiveInt = 1
 
+        @property
+        def tries(self) -> int:
+            """Number of images that are begun for each one that is kept."""
+            return self.n
+
     @classmethod
     def problems(cls, config: Section, sigmas: np.ndarray, unjudged: str | None) -> Iterator[str]:
+        """Yield what cannot be pruned, and a prompt whose images no reward can choose from."""
         yield from super().problems(config, sigmas, unjudged)
         last = len(sigmas) - 2
         if config.prune_at is None:
@@ -177,12 +205,14 @@ class BestOfN(Steering):
             )
 
     def select(self, k: int, x: torch.Tensor) -> list[int] | None:
+        """Keep the rows of highest V at step `prune_at`, in their old order."""
         if k != self.config.prune_at:
             return None
-        best = np.argsort(-self.appraise(k, x), kind="stable")[: self.config.keep]
-        return self.go_on_with(np.sort(best))
+        best = np.argsort(-self.evaluate(k, x), kind="stable")[: self.config.keep]
+        return self.keep_rows(np.sort(best))
 
     def choose(self, rewards: np.ndarray) -> list[int]:
+        """Return the row of highest weighted reward. Raises UserError where no row has a score."""
         if len(rewards) == 1:
             return [0]
         totals = weighted(rewards, self.shares)
@@ -192,12 +222,14 @@ class BestOfN(Steering):
 
 
 class Smc(Steering):
-    """Sequential Monte Carlo (Del Moral et al. 2006): particles live on in proportion to exp(strength x the gain in
-    value). The last value is the reward, so the weights' product is exp(strength (R - V_0))."""
+    """Sequential Monte Carlo (Del Moral et al. 2006): particles survive in proportion to exp(strength x gain of V).
+
+    The last V is the reward R, so the product of the weights is exp(strength (R - V_0)).
+    """
 
     class Config(Steering.Config):
-        """`n` particles are drawn for each image. They are resampled where their weights are worth less than the share
-        `resample_below` of them. `pick: best` keeps the particle of highest reward, `sample` draws one by the weights.
+        """`n` particles are drawn for each image. They are resampled where their effective size falls below the share
+        `resample_below` of n. `pick: best` keeps the particle of highest reward, `sample` draws one by the weights.
         `step: null` takes the run's own kind of step, which must draw noise.
         """
 
@@ -207,41 +239,51 @@ class Smc(Steering):
         resample_below: Fraction = 0.5
         pick: Literal["best", "sample"] = "best"
 
+        @property
+        def tries(self) -> int:
+            """Number of particles that are begun for each image."""
+            return self.n
+
     needs_noise = True
 
-    def __init__(self, config: Section, step: Step, values: Values, shares: np.ndarray, seeds: Sequence[int]) -> None:
-        super().__init__(config, step, values, shares, seeds)
-        self.log_weights, self.before = np.zeros(len(seeds)), np.zeros(len(seeds))
+    def __init__(
+        self, config: Section, *, step: Step, value_function: ValueFunction, shares: np.ndarray, seeds: Sequence[int]
+    ) -> None:
+        """Begin a rollout whose particles weigh the same."""
+        super().__init__(config, step=step, value_function=value_function, shares=shares, seeds=seeds)
+        self.log_weights, self.last_v = np.zeros(len(seeds)), np.zeros(len(seeds))
         self.resampled: list[int] = []
         self.sizes: list[float] = []
 
     def select(self, k: int, x: torch.Tensor) -> list[int] | None:
-        values = self.appraise(k, x)
+        """Reweigh the particles at step k, and resample them where their effective size is too small."""
+        v = self.evaluate(k, x)
         if k == 0:
-            self.before = values
-        weights = self._weigh(values)
-        if effective_size(weights) >= self.config.resample_below * len(values):
+            self.last_v = v
+        weights = self._reweigh(v)
+        if effective_size(weights) >= self.config.resample_below * len(v):
             return None
         rows = systematic(weights, self.random.random())
         self.resampled.append(k)
-        self.before, self.log_weights = values[rows], np.zeros(len(values))
-        return self.go_on_with(rows)
+        self.last_v, self.log_weights = v[rows], np.zeros(len(v))
+        return self.keep_rows(rows)
 
     def choose(self, rewards: np.ndarray) -> list[int]:
-        """Where a reward says nothing, the critic's last word stands."""
-        final = np.where(np.isnan(rewards), self.heads, rewards) @ self.shares
-        weights = self._weigh(final)
+        """Return the one particle that is kept; the critic's last prediction stands in where a reward has no score."""
+        final = np.where(np.isnan(rewards), self.values, rewards) @ self.shares
+        weights = self._reweigh(final)
         if self.config.pick == "best":
             return [int(final.argmax())]
         return self.random.choices(range(len(final)), weights)
 
     def facts(self) -> dict[str, object]:
+        """Return the steps that resampled, and the effective number of particles before each step and at the end."""
         return {"resampled": self.resampled, "effective_size": self.sizes}
 
-    def _weigh(self, values: np.ndarray) -> np.ndarray:
-        """Normalised weights [n] once the particles have these values."""
-        self.log_weights = self.log_weights + self.config.strength * (values - self.before)
-        self.before = values
+    def _reweigh(self, v: np.ndarray) -> np.ndarray:
+        """Return the normalised weights [n] of the particles once they have the values v [n]."""
+        self.log_weights = self.log_weights + self.config.strength * (v - self.last_v)
+        self.last_v = v
         weights = normalised(self.log_weights)
         self.sizes.append(effective_size(weights))
         return weights
@@ -251,8 +293,8 @@ class Guidance(Steering):
     """Follows the critic's gradient."""
 
     class Config(Steering.Config):
-        """`scale` times the gradient of V, whose length is clipped to the share `clip` of the network's output, at
-        noise levels from `low` to `high`. With a noisy `step` it moves that step's mean, else the ODE's direction."""
+        """`scale` multiplies grad V, whose length is clipped to the share `clip` of the network's output, at noise
+        levels from `low` to `high`. With a noisy `step` it moves that step's mean, else the ODE's direction."""
 
         kind: Literal["guidance"] = "guidance"
         scale: NonNegativeFloat = 4.0
@@ -262,6 +304,7 @@ class Guidance(Steering):
 
     @classmethod
     def problems(cls, config: Section, sigmas: np.ndarray, unjudged: str | None) -> Iterator[str]:
+        """Yield that no noise level lies between `low` and `high`."""
         yield from super().problems(config, sigmas, unjudged)
         if not ((sigmas[:-1] >= config.low) & (sigmas[:-1] <= config.high)).any():
             levels = ", ".join(f"{sigma:.2f}" for sigma in sigmas[:-1])
@@ -272,20 +315,23 @@ class Guidance(Steering):
 
     @cached_property
     def gains(self) -> np.ndarray:
-        """`guidance_gains`, 0 outside the levels that are guided."""
+        """The `guidance_gains` [N], with 0 outside the noise levels that are guided."""
         sigma = self.step.sigmas[:-1]
         return np.where((sigma >= self.config.low) & (sigma <= self.config.high), guidance_gains(self.step), 0.0)
 
     def push(self, k: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add the clipped and scaled gradient to the output of a guided step."""
         if not self.gains[k]:
             return output
         return output + self.config.scale * self.gains[k] * clipped(self.gradient(k, x), output, self.config.clip)
 
 
 class GuidedBestOfN(Guidance, BestOfN):
-    """Every one of n images follows the gradient; the best one is kept."""
+    """Lets every one of n images follow the gradient, and keeps the best one."""
 
     class Config(Guidance.Config, BestOfN.Config):
+        """The settings of both modes."""
+
         kind: Literal["guided_best_of_n"] = "guided_best_of_n"
 
 

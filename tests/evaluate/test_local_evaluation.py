@@ -1,6 +1,5 @@
 """LoRA files and evaluation without Ray, on the embedded pipeline."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.config.load import load
 from align_cluster.errors import UserError
-from align_cluster.evaluate.lora import find_lora, read_lora, sampler_with
-from align_cluster.evaluate.run import evaluate
+from align_cluster.evaluate.local import LocalModel, evaluate
+from align_cluster.evaluate.lora import find_lora, read_lora
 from align_cluster.observe.table import rows
 from align_cluster.types import Prompt, Scores
 
@@ -22,8 +21,9 @@ def test_a_lora_file_is_read_with_its_rank_and_scale_whatever_the_config_says(lo
     read = read_lora(file)
     assert (read.rank, read.alpha) == (4, 12)
     assert read.state.keys() == state.keys() and all(np.array_equal(read.state[k], state[k]) for k in state)
-    sampler = sampler_with(SD3.Config(), file, 1)
-    assert sampler.backbone.config.lora.rank == 4 and sampler.version == 1
+    model = LocalModel(load(QUICKSTART), file)
+    model.bind()
+    assert model.sampler.backbone.config.lora.rank == 4 and model.sampler.version == 1
 
 
 def test_a_run_folder_a_lora_folder_and_a_file_mean_the_same(lora):
@@ -58,30 +58,23 @@ def rewritten(path, file, change):
     return path
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda held: {name: value for name, value in held.items() if ".attn.to_q." not in name}, "it has nothing for"),
-        (
-            lambda held: held | {"transformer.x.lora_A.weight": np.zeros((4, 2), np.float32)},
-            "its x.lora_A.weight belongs",
-        ),
-        (lambda held: {name.replace("transformer.", "unet.", 1): held[name] for name in held}, "it is one of a unet"),
-        (
-            lambda held: (
-                held | {name: value[:, :96] for name, value in held.items() if name.endswith("to_q.lora_A.weight")}
-            ),
-            r"its transformer_blocks.0.attn.to_q.lora_A.weight is 4 x 96, and that base's is 4 x 128",
-        ),
-    ],
-    ids=["layers missing", "a layer more", "another network", "another width"],
-)
-def test_a_lora_of_another_base_is_refused_before_weights_are_read(tmp_path, lora, monkeypatch, change, words):
+def test_a_lora_of_another_base_is_refused_before_weights_are_read(tmp_path, lora, monkeypatch):
     monkeypatch.setattr(SD3, "load_denoiser", None)
-    file = rewritten(tmp_path / "other.safetensors", lora[0], change)
-    with pytest.raises(UserError, match="does not fit embedded") as caught:
-        sampler_with(SD3.Config(), file, 1)
-    assert re.search(words, str(caught.value)) and str(caught.value).count("\n") == 0
+    changes = {
+        "it has nothing for": lambda held: {name: held[name] for name in held if ".attn.to_q." not in name},
+        "its x.lora_A.weight belongs": lambda held: (
+            held | {"transformer.x.lora_A.weight": np.zeros((4, 2), np.float32)}
+        ),
+        "it is one of a unet": lambda held: {name.replace("transformer.", "unet.", 1): held[name] for name in held},
+        "its transformer_blocks.0.attn.to_q.lora_A.weight is 4 x 96, and that base's is 4 x 128": lambda held: (
+            held | {name: value[:, :96] for name, value in held.items() if name.endswith("to_q.lora_A.weight")}
+        ),
+    }
+    for words, change in changes.items():
+        file = rewritten(tmp_path / "other.safetensors", lora[0], change)
+        with pytest.raises(UserError, match="does not fit embedded") as caught:
+            LocalModel(load(QUICKSTART), file)
+        assert words in str(caught.value) and str(caught.value).count("\n") == 0
 
 
 def test_evaluation_scores_every_task_and_repeats_exactly(lora):

@@ -12,7 +12,7 @@ from align_cluster.cli import main
 from align_cluster.config.load import dump, load
 from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
-from align_cluster.evaluate.sample import Wanted, read_prompts, sample
+from align_cluster.evaluate.sample import SampleRequest, read_prompts, sample
 from align_cluster.observe.grids import GAP, LINE, MARGIN
 from align_cluster.types import Prompt
 
@@ -21,9 +21,9 @@ METADATA = {"tag": "single_object", "include": [{"class": "circle", "count": 1, 
 PROMPTS = [Prompt(0, "a photo of a red circle", METADATA), Prompt(1, "a photo of two stars")]
 
 
-def draw(out, lora=None, **wanted):
-    wanted = Wanted(**{"count": 2, "steps": 2, "guidance": 1.0, "score": False} | wanted)
-    facts = sample(load(QUICKSTART), lora, PROMPTS, out, wanted)
+def draw(out, lora=None, **settings):
+    settings = {"count": 2, "steps": 2, "guidance": 1.0, "score": False} | settings
+    facts = sample(load(QUICKSTART), lora, SampleRequest(prompts=PROMPTS, **settings), out)
     assert json.loads((out / "samples.json").read_text()) == facts
     return facts, np.stack([np.asarray(Image.open(out / image["file"])) for image in facts["images"]])
 
@@ -75,12 +75,8 @@ def test_every_image_has_the_scores_of_the_runs_rewards(tmp_path, lora):
     facts, _ = draw(tmp_path / "out", lora=lora[0], compare=True, score=True)
     scores = [image["scores"] for image in facts["images"]]
     assert all(-1 <= one["clip"] <= 1 for one in scores) and facts["failures"] == {}
-    assert [one["geneval"] is None for one in scores] == [
-        False,
-        False,
-        True,
-        True,
-    ] * 2  # it knows nothing of stars here
+    unjudged = [one["geneval"] is None for one in scores]
+    assert unjudged == [False, False, True, True] * 2  # the second prompt has no metadata
     for model, part in (("base", scores[:4]), ("aligned", scores[4:])):
         np.testing.assert_allclose(facts["means"][model]["clip"], np.mean([one["clip"] for one in part]))
         np.testing.assert_allclose(facts["means"][model]["geneval"], np.mean([one["geneval"] for one in part[:2]]))
@@ -94,10 +90,8 @@ def test_a_lora_beside_its_runs_settings_needs_no_other_word(tmp_path, lora, cap
     assert main(["sample", "--lora", "run/lora/pytorch_lora_weights.safetensors", *drawing]) == 0
     assert main(["sample", "--run", "run", *drawing, "--compare", "base", "--no-score"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "1 images in samples, overview in samples/grid.png\naligned:  geneval" not in printed
-    )  # no metadata, no score
-    assert "aligned:  clip 0." in printed and "2 images in samples-2" in printed
+    assert "aligned:  clip 0." in printed and "geneval" not in printed  # which scores no prompt without metadata
+    assert "1 images in samples, overview in samples/grid.png" in printed and "2 images in samples-2" in printed
     drawn = [Image.open(f"{folder}/000_00.png").tobytes() for folder in ("samples", "samples-2")]
     assert drawn[0] == drawn[1] != Image.open("samples-2/000_00_base.png").tobytes()
 
@@ -109,25 +103,24 @@ def test_prompts_of_the_command_line_come_before_those_of_a_file(tmp_path):
     assert read_prompts([], str(tmp_path / "ocr.jsonl"))[0].metadata["text"] == "OPEN"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--prompts", "empty-line.txt"], "prompt file empty-line.txt, line 2 is empty"),
-        (["--prompts", "latin.txt"], "latin.txt cannot be read"),
-        (["--set", "backbone.path=/nowhere"], "'/nowhere' has no readable 'model_index.json' part"),
-        (["--set", "backbone.height=40"], "backbone.height"),
-        (
-            ["--set", "backbone.path=coarse", "backbone.width=80"],
-            "cannot divide into patches of 32 pixels; set it to 64",
-        ),
-        (["--compare", "base"], "--compare base needs a LoRA"),
-        (["--steps", "0"], "--steps 0"),
-        (["--run", "elsewhere"], "name one model"),
-        (["--out", "taken"], "--out taken exists already"),
-        (["--out", "taken.txt/out"], "--out taken.txt/out cannot be made"),
-    ],
-)
-def test_what_cannot_be_drawn_is_one_sentence_and_no_folder(tmp_path, capsys, monkeypatch, arguments, words):
+REFUSED = [
+    (["--prompts", "empty-line.txt"], "prompt file empty-line.txt, line 2 is empty"),
+    (["--prompts", "latin.txt"], "latin.txt cannot be read"),
+    (["--set", "backbone.path=/nowhere"], "'/nowhere' has no readable 'model_index.json' part"),
+    (["--set", "backbone.height=40"], "backbone.height"),
+    (
+        ["--set", "backbone.path=coarse", "backbone.width=80"],
+        "cannot divide into patches of 32 pixels; set it to 64",
+    ),
+    (["--compare", "base"], "--compare base needs a LoRA"),
+    (["--steps", "0"], "--steps 0"),
+    (["--run", "elsewhere"], "name one model"),
+    (["--out", "taken"], "--out taken exists already"),
+    (["--out", "taken.txt/out"], "--out taken.txt/out cannot be made"),
+]
+
+
+def test_what_cannot_be_drawn_is_one_sentence_and_no_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty-line.txt").write_text("one\n\nthree\n")
     (tmp_path / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
@@ -137,11 +130,12 @@ def test_what_cannot_be_drawn_is_one_sentence_and_no_folder(tmp_path, capsys, mo
     vae = json.loads(Path(coarse, "vae", "config.json").read_text())
     Path(coarse, "vae", "config.json").write_text(json.dumps(vae | {"block_out_channels": [8] * 5}))
     before = {path.name for path in tmp_path.iterdir()}
-    prompt = [] if "--prompts" in arguments else ["--prompt", "x"]
-    assert main(["sample", str(QUICKSTART), *prompt, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == before
+    for arguments, words in REFUSED:
+        prompt = [] if "--prompts" in arguments else ["--prompt", "x"]
+        assert main(["sample", str(QUICKSTART), *prompt, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+        assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_what_breaks_half_way_leaves_no_folder(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ def make_step(kind, prediction="flow", steps=8):
 
 
 def make(mode, step, values=quadratic, seeds=SEEDS, shares=(1.0, 0.0), **settings):
-    return STEERING[mode](STEERING[mode].Config(**settings), step, values, np.array(shares), seeds)
+    config = STEERING[mode].Config(**settings)
+    return STEERING[mode](config, step=step, value_function=values, shares=np.array(shares), seeds=seeds)
 
 
 def said(*rows):
@@ -77,13 +79,12 @@ def test_a_mean_of_heads_leaves_out_what_is_not_known_and_keeps_the_signs_of_the
     np.testing.assert_allclose(weighted(heads, np.array([0.75, -0.25])), [0.25, -2.0, 1.0, np.nan])
 
 
-@pytest.mark.parametrize(("kind", "prediction"), KINDS)
-@pytest.mark.parametrize("mode", ["guidance", "guided_best_of_n"])
-def test_guidance_of_scale_zero_is_plain_sampling_bit_for_bit(mode, kind, prediction):
-    step = make_step(kind, prediction)
-    steering = make(mode, step, scale=0.0)
-    steered = denoise(velocity, step, SHAPE, SEEDS, steer=steering)
-    assert torch.equal(steered.x0, denoise(velocity, step, SHAPE, SEEDS).x0) and steering.backwards > 0
+def test_guidance_of_scale_zero_is_plain_sampling_bit_for_bit():
+    for (kind, prediction), mode in product(KINDS, ("guidance", "guided_best_of_n")):
+        step = make_step(kind, prediction)
+        steering = make(mode, step, scale=0.0)
+        steered = denoise(velocity, step, SHAPE, SEEDS, steer=steering)
+        assert torch.equal(steered.x0, denoise(velocity, step, SHAPE, SEEDS).x0) and steering.backwards > 0
 
 
 def test_the_gradient_is_that_of_finite_differences_also_of_more_latents_than_a_batch():
@@ -96,39 +97,39 @@ def test_the_gradient_is_that_of_finite_differences_also_of_more_latents_than_a_
     up, down = (-0.5 * quadratic(x + sign * nudge, x.new_zeros(11))[:, 0] for sign in (1, -1))
     torch.testing.assert_close(gradient[:, 1, 2, 3], (up - down) / 2e-4, rtol=1e-6, atol=1e-6)
     assert (steering.forwards, steering.backwards) == (11, 11) and not x.requires_grad
-    np.testing.assert_allclose(steering.heads, quadratic(x, x.new_full((11,), float(steering.step.sigmas[3]))))
+    np.testing.assert_allclose(steering.values, quadratic(x, x.new_full((11,), float(steering.step.sigmas[3]))))
 
 
-@pytest.mark.parametrize(("kind", "prediction"), [pair for pair in KINDS if STEPS[pair[0]].has_density])
-def test_guidance_moves_the_mean_of_a_noisy_step_by_its_variance_times_the_gradient(kind, prediction):
-    step, scale = make_step(kind, prediction), 0.5
-    steering = make("guidance", step, scale=scale, clip=1e6, low=0.0, high=1.0)
-    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    for k in range(7):
-        v, at = velocity(x, torch.ones(2)), torch.full((2,), k)
-        mean, std, _ = step.mean(at, x, v)
-        pushed, _, _ = step.mean(at, x, steering.push(k, x, v))
-        wanted = mean - scale * std.view(-1, 1, 1, 1) ** 2 * (x - CENTRE)
-        torch.testing.assert_close(pushed, wanted, rtol=1e-4, atol=1e-5)
+def test_guidance_moves_the_mean_of_a_noisy_step_by_its_variance_times_the_gradient():
+    scale, x = 0.5, torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for kind, prediction in (pair for pair in KINDS if STEPS[pair[0]].has_density):
+        step = make_step(kind, prediction)
+        steering = make("guidance", step, scale=scale, clip=1e6, low=0.0, high=1.0)
+        for k in range(7):
+            v, at = velocity(x, torch.ones(2)), torch.full((2,), k)
+            mean, std, _ = step.mean(at, x, v)
+            pushed, _, _ = step.mean(at, x, steering.push(k, x, v))
+            wanted = mean - scale * std.view(-1, 1, 1, 1) ** 2 * (x - CENTRE)
+            torch.testing.assert_close(pushed, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["flow", "epsilon", "v"])
-def test_guidance_adds_the_gradient_to_the_score_of_a_step_without_noise(prediction):
-    step, scale = make_step("euler", prediction), 0.5
-    steering = make("guidance", step, scale=scale, clip=1e6)
-    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    for k in np.flatnonzero((step.sigmas[:-1] >= 0.2) & (step.sigmas[:-1] <= 0.95)):
-        sigma, v = float(step.sigmas[k]), velocity(x, torch.ones(2))
-        pushed = steering.push(k, x, v)
-        noise = {  # what an output says of the noise in x; the score is -noise / sigma
-            "flow": lambda output, s=sigma: x + (1 - s) * output,
-            "epsilon": lambda output: output,
-            "v": lambda output, s=sigma: s * x + math.sqrt(1 - s**2) * output,
-        }[prediction]
-        gained = (noise(v) - noise(pushed)) / sigma
-        torch.testing.assert_close(gained, -scale * (x - CENTRE), rtol=1e-3, atol=1e-4)
-        if prediction == "flow":
-            torch.testing.assert_close(pushed, v + scale * sigma / (1 - sigma) * (x - CENTRE), rtol=1e-4, atol=1e-5)
+def test_guidance_adds_the_gradient_to_the_score_of_a_step_without_noise():
+    scale, x = 0.5, torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    noise = {  # what an output at noise level s says of the noise in x; the score is -noise / sigma
+        "flow": lambda output, s: x + (1 - s) * output,
+        "epsilon": lambda output, s: output,
+        "v": lambda output, s: s * x + math.sqrt(1 - s**2) * output,
+    }
+    for prediction, noise_of in noise.items():
+        step = make_step("euler", prediction)
+        steering = make("guidance", step, scale=scale, clip=1e6)
+        for k in np.flatnonzero((step.sigmas[:-1] >= 0.2) & (step.sigmas[:-1] <= 0.95)):
+            sigma, v = float(step.sigmas[k]), velocity(x, torch.ones(2))
+            pushed = steering.push(k, x, v)
+            gained = (noise_of(v, sigma) - noise_of(pushed, sigma)) / sigma
+            torch.testing.assert_close(gained, -scale * (x - CENTRE), rtol=1e-3, atol=1e-4)
+            if prediction == "flow":
+                torch.testing.assert_close(pushed, v + scale * sigma / (1 - sigma) * (x - CENTRE), rtol=1e-4, atol=1e-5)
 
 
 def test_where_almost_all_is_noise_the_odes_guidance_is_bounded_and_a_last_step_without_noise_is_the_odes():
@@ -213,37 +214,36 @@ def test_best_of_n_keeps_the_highest_reward_and_asks_no_critic():
         steering.choose(np.full((4, 2), np.nan))
 
 
-@pytest.mark.parametrize("kind", ["euler", "flow_sde"])
-def test_pruning_carries_on_the_most_promising_as_if_they_had_been_drawn_alone(kind):
-    step, asked = make_step(kind), []
-
+def test_pruning_carries_on_the_most_promising_as_if_they_had_been_drawn_alone():
     def field(x, sigma):
         asked.append(len(x))
         return velocity(x, sigma)
 
-    steering = make("best_of_n", step, said([1.0, 3.0, 0.0, 3.5]), n=4, prune_at=5, keep=2, shares=(1.0,))
-    x0 = denoise(field, step, SHAPE, SEEDS, steer=steering).x0
-    assert asked == [4] * 5 + [2] * 3 and steering.forwards == 4
-    assert steering.origin.tolist() == [1, 3] and steering.heads[:, 0].tolist() == [3.0, 3.5]
-    assert torch.equal(x0, denoise(velocity, step, SHAPE, SEEDS).x0[[1, 3]])
-    assert make("best_of_n", step, prune_at=5).choose(np.full((1, 1), np.nan)) == [0]
+    for kind in ("euler", "flow_sde"):
+        step, asked = make_step(kind), []
+        steering = make("best_of_n", step, said([1.0, 3.0, 0.0, 3.5]), n=4, prune_at=5, keep=2, shares=(1.0,))
+        x0 = denoise(field, step, SHAPE, SEEDS, steer=steering).x0
+        assert asked == [4] * 5 + [2] * 3 and steering.forwards == 4
+        assert steering.origin.tolist() == [1, 3] and steering.values[:, 0].tolist() == [3.0, 3.5]
+        assert torch.equal(x0, denoise(velocity, step, SHAPE, SEEDS).x0[[1, 3]])
+        assert make("best_of_n", step, prune_at=5).choose(np.full((1, 1), np.nan)) == [0]
 
 
-@pytest.mark.parametrize(
-    ("mode", "settings", "unjudged", "sentence"),
-    [
-        ("best_of_n", {"keep": 2}, None, "steer.keep is 2, and nothing is pruned"),
-        ("best_of_n", {"prune_at": 8}, None, "steer.prune_at is 8 .* with steps 0 to 7"),
-        ("guided_best_of_n", {"n": 2, "prune_at": 4, "keep": 3}, None, "keep to 2 at most"),
-        ("best_of_n", {}, "a star", "no reward judges 'a star'.*steer.prune_at=4"),
-        ("guidance", {"low": 0.8, "high": 0.7}, None, "no step has a noise level from steer.low 0.8"),
-        ("guided_best_of_n", {"prune_at": 1, "low": 0.99, "high": 0.995}, None, "nothing would be guided"),
-    ],
-)
-def test_what_a_mode_cannot_do_is_one_sentence(mode, settings, unjudged, sentence):
-    kind = STEERING[mode]
-    (problem,) = kind.problems(kind.Config(**settings), sd3_sigmas(8, 3.0), unjudged)
-    assert re.search(sentence, problem)
+PROBLEMS = [
+    ("best_of_n", {"keep": 2}, None, "steer.keep is 2, and nothing is pruned"),
+    ("best_of_n", {"prune_at": 8}, None, "steer.prune_at is 8 .* with steps 0 to 7"),
+    ("guided_best_of_n", {"n": 2, "prune_at": 4, "keep": 3}, None, "keep to 2 at most"),
+    ("best_of_n", {}, "a star", "no reward judges 'a star'.*steer.prune_at=4"),
+    ("guidance", {"low": 0.8, "high": 0.7}, None, "no step has a noise level from steer.low 0.8"),
+    ("guided_best_of_n", {"prune_at": 1, "low": 0.99, "high": 0.995}, None, "nothing would be guided"),
+]
+
+
+def test_what_a_mode_cannot_do_is_one_sentence():
+    for mode, settings, unjudged, sentence in PROBLEMS:
+        kind = STEERING[mode]
+        (problem,) = kind.problems(kind.Config(**settings), sd3_sigmas(8, 3.0), unjudged)
+        assert re.search(sentence, problem)
 
 
 def test_what_chooses_without_rewards_needs_none():
@@ -272,7 +272,7 @@ def test_guidance_raises_the_value_of_what_a_real_network_draws(tiny_pipeline, b
 
     def draw(scale):
         config = Watched.Config(scale=scale, clip=1.0, low=level - 1e-3, high=level + 1e-3)
-        steering = Watched(config, step, values, np.ones(1), SEEDS)
+        steering = Watched(config, step=step, value_function=values, shares=np.ones(1), seeds=SEEDS)
         states.clear()
         denoise(
             lambda x, sigma: case.velocity(actor, x, sigma, text.sequence, text.pooled),

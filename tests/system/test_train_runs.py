@@ -99,7 +99,7 @@ def test_the_stock_pipeline_loads_the_lora_and_draws_other_images(runs, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_evaluate_command_repeats_the_runs_own_scores(runs, kind):
-    from align_cluster.evaluate.run import evaluate
+    from align_cluster.evaluate.local import evaluate
 
     run = runs[kind]
     scores = evaluate(load(run.path / "config.yaml", []), Path(run.summary["lora_path"]))

@@ -1,0 +1,154 @@
+"""Drawing and scoring on this machine, without Ray: the one path of `evaluate`, `sample` and steering."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from align_cluster.backbones import BACKBONES
+from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
+from align_cluster.evaluate.lora import bind, check_fits, read_lora
+from align_cluster.observe.table import rows, summarise
+from align_cluster.prompts import PROMPTS
+from align_cluster.prompts.groups import plan_evaluation
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.rollouts.sampler import DrawRequest, Sampler
+from align_cluster.rollouts.steps import Euler
+from align_cluster.types import Chunk, Condition, Prompt, Scores
+
+T = TypeVar("T")
+ImagesAndFacts = tuple[np.ndarray, list[dict[str, Any]]]  # images uint8 [B, H, W, 3], and facts about each of them
+
+
+@dataclass(frozen=True)
+class DrawnChunk:
+    """Holds the images uint8 [B, H, W, 3] of one chunk and what is known of each.
+
+    `facts` say how each image was made, such as its seed. `rows` hold its scores as `table.rows` returns them; the list
+    is empty where nothing is scored.
+    """
+
+    chunk: Chunk
+    images: np.ndarray
+    facts: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+
+class LocalModel:
+    """Draws and scores with the model of a run file in this process, on a GPU if there is one.
+
+    The model starts as the base model, and `bind` adds the LoRA. `failures` maps the name of each reward that failed to
+    the reason.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        lora_file: Path | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        score: bool = True,
+    ) -> None:
+        """Read the settings of the model and the safetensors file `lora_file`, and no weights of the base model.
+
+        `steps` and `guidance` are by default those of the run's evaluation. With `score` the run's rewards score every
+        image. Raises UserError for numbers below 1, for a LoRA that does not fit the base model, and for an image size
+        that the model does not have.
+        """
+        self.config, self.scored = config, score
+        self.steps = (config.evaluate.steps or config.rollout.steps) if steps is None else steps
+        self.guidance = config.evaluate.guidance if guidance is None else guidance
+        if self.steps < 1 or self.guidance < 1:
+            raise UserError(f"--steps {self.steps} and --guidance {self.guidance} must be at least 1")
+        self.lora = read_lora(lora_file) if lora_file else None
+        backbone = config.backbone
+        if self.lora:
+            sizes = {"rank": self.lora.rank, "alpha": self.lora.alpha}
+            backbone = backbone.model_copy(update={"lora": backbone.lora.model_copy(update=sizes)})
+            check_fits(BACKBONES[backbone.kind](backbone), self.lora)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.sampler = Sampler(backbone, threads=config.cluster.threads, name="local", device=device)
+        _ = self.sampler.backbone.latent_shape  # refuses a size that cannot be divided, before any weights are read
+        self.failures: dict[str, str] = {}
+        self._conditions: dict[str, Condition] = {}
+
+    def bind(self) -> None:
+        """Add the LoRA to the base model, if there is one."""
+        if self.lora:
+            bind(self.sampler, self.lora)
+
+    @cached_property
+    def rewards(self) -> RewardWorker | None:
+        """The run's rewards, loaded at first use; None without `score`."""
+        return RewardWorker(dict(self.config.rewards), threads=self.config.cluster.threads) if self.scored else None
+
+    def draw(
+        self, chunks: list[Chunk], label: str, draw_chunk: Callable[[Chunk], ImagesAndFacts] | None = None
+    ) -> Iterator[DrawnChunk]:
+        """Draw and score the chunks one after the other, behind a progress bar with this label.
+
+        `draw_chunk` draws one chunk, by default as a run's evaluation does.
+        """
+        _ = self.rewards  # a reward that cannot be loaded ends the command before anything is drawn
+        texts = {chunk.prompt.text: None for chunk in chunks} | ({"": None} if self.guidance > 1 else {})
+        missing = [text for text in texts if text not in self._conditions]
+        self._conditions |= zip(missing, self.sampler.encode(missing), strict=True)
+        for chunk in progress(chunks, label):
+            images, facts = (draw_chunk or self.draw_unsteered)(chunk)
+            scores = self.score(images, chunk.prompt)
+            yield DrawnChunk(chunk, images, facts, rows(chunk.prompt, scores) if scores else [])
+
+    def draw_unsteered(self, chunk: Chunk) -> ImagesAndFacts:
+        """Draw one chunk with ODE steps, bit for bit as a run's evaluation does; the facts are the seeds."""
+        request = DrawRequest(
+            version=self.sampler.version, steps=self.steps, step=Euler.Config(), guidance=self.guidance
+        )
+        _, images, _ = self.sampler.draw(chunk, *self.conditions(chunk.prompt), request)
+        return images, [{"seed": seed} for seed in chunk.seeds]
+
+    def conditions(self, prompt: Prompt) -> tuple[Condition, Condition | None]:
+        """Return the encoded prompt, and the empty prompt where guidance needs it. `draw` encodes both."""
+        return self._conditions[prompt.text], self._conditions.get("")
+
+    def score(self, images: np.ndarray, prompt: Prompt) -> Scores | None:
+        """Score images uint8 [B, H, W, 3] of one prompt, and note failures; None without rewards."""
+        if not self.rewards:
+            return None
+        scores = self.rewards.score(images, [prompt] * len(images))
+        self.failures |= {name: f"{failure.kind}: {failure.message}" for name, failure in scores.failures.items()}
+        return scores
+
+
+def evaluate(config: RunConfig, lora_file: Path | None = None) -> dict[str, Any]:
+    """Score the held-out prompts under every reward of the run; return what `table.summarise` does, and `failures`.
+
+    `lora_file` is a safetensors file, None for the base model. Prompts, seeds and batches are those of the run's own
+    evaluations, so both give the same scores for the same LoRA on the same kind of device. Raises UserError where every
+    score failed.
+    """
+    settings = config.evaluate
+    prompts = PROMPTS[settings.prompts.kind](settings.prompts).load()
+    chunks = plan_evaluation(
+        prompts, settings.count, settings.images_per_prompt, settings.images_per_prompt, config.seed
+    )
+    model = LocalModel(config, lora_file)
+    model.bind()
+    table = [row for drawn in model.draw(chunks, "evaluating") for row in drawn.rows]
+    if model.failures and not any(value is not None for row in table for key, value in row.items() if "/" in key):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in model.failures.items())
+        raise UserError(f"every score failed: {reasons}")
+    return {**summarise(table), "failures": model.failures}
+
+
+def progress(items: list[T], label: str) -> Iterable[T]:
+    """Return the items behind a progress bar on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, label, console=console, transient=True, disable=not console.is_terminal)

@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 
 from align_cluster.embedded import pipeline_path
-from align_cluster.rewards.base import EmbeddingReward, RewardSection
-from align_cluster.rewards.clip import Clip
+from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
+from align_cluster.rewards.clip import CLIPS, Clip
+from align_cluster.rewards.loading import model_size
 
 
 class ClipScore(EmbeddingReward):
@@ -22,9 +23,13 @@ class ClipScore(EmbeddingReward):
         path: str = "embedded"
         scale: Literal["cosine", "srpo"] = "cosine"
 
+    @property
+    def source(self) -> str:
+        """The hub id or folder of the CLIP."""
+        return str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
+
     def load(self, device: str, threads: int) -> None:
-        source = str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
-        self.clip = Clip(self.config.kind, source, source, device)
+        self.clip = Clip(self.config.kind, self.source, self.source, device)
         if self.config.scale == "srpo":
             self.factor = self.clip.model.logit_scale.exp().item() / 20
 
@@ -33,3 +38,7 @@ class ClipScore(EmbeddingReward):
 
     def read(self, text: str) -> torch.Tensor:
         return self.clip.read(text)
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the CLIP."""
+        return [model_size(self.source, CLIPS)]

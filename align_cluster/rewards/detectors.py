@@ -16,9 +16,15 @@ import torch
 from align_cluster.embedded.detector import Detection, detect
 from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts.geneval import CLASSES
-from align_cluster.rewards.loading import extra, loading
+from align_cluster.rewards.base import ModelSize
+from align_cluster.rewards.loading import extra, loading, model_size
 from align_cluster.settings import Section
 
+# Counted as the sizes in clip.py, on square images: 800 x 800 pixels for Mask2Former and 640 x 640 for RT-DETR.
+PUBLISHED = {
+    "facebook/mask2former-swin-small-coco-instance": ModelSize(68.7e6, 448.7e9),
+    "PekingU/rtdetr_r50vd_coco_o365": ModelSize(42.7e6, 137.4e9),
+}
 BATCH = 8  # images that a model sees at a time, whatever the size of a chunk
 
 # Labels of checkpoints that GenEval words otherwise: COCO's own, and those of mmdetection, which most checkpoints with
@@ -69,6 +75,10 @@ class Detector(ABC):
         Those whose confidence is at most `above` may be missing.
         """
 
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the sizes of the models that `load` loads, as `Reward.model_sizes` does."""
+        return [None]
+
 
 class Embedded(Detector):
     """The rule-based detector of the embedded world: it needs no weights, and tells colours by hue."""
@@ -87,6 +97,10 @@ class Embedded(Detector):
     def detect(self, images: np.ndarray, above: float) -> list[list[Detection]]:
         return detect(images)
 
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return nothing, because no model is loaded."""
+        return []
+
 
 class Photographs(Detector):
     """What detectors of transformers share. The thresholds are GenEval's, tuned for Mask2Former."""
@@ -96,6 +110,10 @@ class Photographs(Detector):
     counting_threshold = 0.9
     tells_colors = False
     auto: ClassVar[str]  # transformers' class that loads such models
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the detector."""
+        return [model_size(self.config.path, PUBLISHED)]
 
     def load(self, device: str) -> None:
         import transformers

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from align_cluster.prompts.files import quoted
-from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
 from align_cluster.rewards.loading import extra
 from align_cluster.types import Prompt
 
@@ -53,6 +53,10 @@ class Ocr(Reward):
 
     class Config(RewardSection):
         kind: Literal["ocr"] = "ocr"
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return nothing: the reader's models take a few megabytes."""
+        return []
 
     def load(self, device: str, threads: int) -> None:
         with extra(self.config.kind):

@@ -1,4 +1,4 @@
-"""Every run that can train can be counted. The tests loop over all backbones and algorithms, so new ones are covered."""
+"""Every run that can train can be counted. Tests loop over all backbones and algorithms, so new ones are covered."""
 
 import pytest
 

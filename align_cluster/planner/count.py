@@ -46,11 +46,13 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        """Start at nothing."""
         super().__init__()
         self.bytes = self.most = self.flops = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run one operator and count its FLOPs and the storages that it makes."""
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in FLOPS:
             self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)

@@ -91,6 +91,7 @@ class Networks:
     """
 
     def __init__(self, config: RunConfig, device: str) -> None:
+        """Build the networks as they are on `device`, cpu or cuda."""
         self.config, self.algorithm = config, ALGORITHMS[config.algorithm.kind](config.algorithm)
         self.backbone = meta_backbone(config.backbone, device)
         self.text_encoders, self.vae = text_encoders(self.backbone), self.backbone._vae
@@ -213,6 +214,7 @@ class RecordingPolicy(Policy):
     """A policy that predicts zeros and records under which adapters a loss asks for predictions."""
 
     def __init__(self, step: Step) -> None:
+        """Take the rollout's step kind, which losses read."""
         self.step, self.adapters = step, []
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:

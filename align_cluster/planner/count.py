@@ -46,7 +46,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        """Start at nothing."""
+        """Begin with no bytes and no FLOPs."""
         super().__init__()
         self.bytes = self.most = self.flops = 0
         self._sizes: dict[int, int] = {}

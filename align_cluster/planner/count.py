@@ -46,7 +46,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        """Begin with no bytes and no FLOPs."""
+        """Start at nothing."""
         super().__init__()
         self.bytes = self.most = self.flops = 0
         self._sizes: dict[int, int] = {}

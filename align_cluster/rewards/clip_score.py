@@ -24,12 +24,11 @@ class ClipScore(EmbeddingReward):
         scale: Literal["cosine", "srpo"] = "cosine"
 
     @property
-    def source(self) -> str:
-        """The hub id or folder of the CLIP."""
+    def _source(self) -> str:
         return str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
 
     def load(self, device: str, threads: int) -> None:
-        self.clip = Clip(self.config.kind, self.source, self.source, device)
+        self.clip = Clip(self.config.kind, self._source, self._source, device)
         if self.config.scale == "srpo":
             self.factor = self.clip.model.logit_scale.exp().item() / 20
 
@@ -41,4 +40,4 @@ class ClipScore(EmbeddingReward):
 
     def model_sizes(self) -> list[ModelSize | None]:
         """Return the size of the CLIP."""
-        return [model_size(self.source, CLIPS)]
+        return [model_size(self._source, CLIPS)]

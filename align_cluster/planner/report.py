@@ -169,14 +169,14 @@ def step_seconds(config: RunConfig, plan: Plan, flops: dict[str, float], gpu: st
 
 def notes(config: RunConfig, plan: Plan) -> Iterator[str]:
     """Yield a sentence for each part of the run that the estimate leaves out."""
-    followed = config.trained if ALGORITHMS[config.algorithm.kind].reward_gradient else []
     for name in config.rewards:
         models = reward_models(config, [name])
         if None in models:
             yield f"the size of rewards.{name}'s model is not known, and counts nothing here"
         elif any(model.flops is None for model in models):
             yield f"the FLOPs of rewards.{name}'s model are not known, and count nothing here"
-        if name in followed and any(model is None or model.activations is None for model in models):
+    for name in config.trained if ALGORITHMS[config.algorithm.kind].reward_gradient else ():
+        if any(model is None or model.activations is None for model in reward_models(config, [name])):
             yield f"what gradients of rewards.{name} keep on the learner is not known, and counts nothing here"
     if plan.gpus and not all(pool.gpus for pool in plan.reward_pools):
         yield "rewards without pool.gpus compute on CPUs, whose seconds are not predicted"

@@ -227,8 +227,9 @@ def verdict(plan: Plan, found: Estimate) -> Iterator[str]:
         fit = "it fits" if found.fits else "it does not fit"
         yield f"{holds} of {found.memory / GIB:.4g} GiB with {cuda}: {fit}"
     if found.fits is False:
-        saved = ", ".join(f"{hint.setting} ({hint.saves / GIB:.1f} GiB)" for hint in found.hints)
-        yield f"what saves most, each alone: {saved}" if saved else "no setting saves memory: take larger GPUs"
+        saved = [(hint.setting, hint.saves, *unit_of(hint.saves)) for hint in found.hints]
+        said = ", ".join(f"{setting} ({saves / unit:.1f} {name})" for setting, saves, unit, name in saved)
+        yield f"these settings save most, each alone: {said}" if said else "no setting saves memory: take larger GPUs"
 
 
 def unit_of(size: float) -> tuple[int, str]:

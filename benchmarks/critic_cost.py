@@ -19,7 +19,7 @@ from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import TrainingChunk
 from align_cluster.learner.worker import Learner
-from align_cluster.planner.memory import learner as learner_bytes
+from align_cluster.planner.fit import learner_memory
 from align_cluster.planner.memory import measure
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_step
@@ -120,7 +120,7 @@ def memory() -> list[dict]:
         assert features is None or ALGORITHMS["ppo"](config.algorithm).critic.features == features
         plan = derive(config, 16, 1)
         sizes = measure(config, plan, "cuda")
-        role = learner_bytes(config, plan, sizes)
+        role = learner_memory(config, plan, sizes)
         rows.append({"critic": features, "total": role.total, "trained": sizes.critic_trained})
     return rows
 

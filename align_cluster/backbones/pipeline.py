@@ -100,8 +100,8 @@ class PipelineBackbone(Backbone):
         _ = self.index
         return self.read_config(cls, part)
 
-    def hollow(self, cls: str, part: str) -> torch.nn.Module:
-        """Build a part without weights from its settings, on the meta device."""
+    def on_meta(self, cls: str, part: str) -> torch.nn.Module:
+        """Build a part from its settings alone, on the meta device: it has shapes and no weights."""
         with torch.device("meta"):
             return self.stock(cls).from_config(self.part_config(cls, part))
 

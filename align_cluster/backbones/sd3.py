@@ -42,9 +42,9 @@ class SD3(ClipExploration, PipelineBackbone):
         return self.config.t5 and self.index.get("text_encoder_3", (None, None))[0] is not None
 
     def text_parts(self) -> dict[str, Any]:
-        """The transformer is present without weights: without T5, the stock pipeline reads its widths."""
+        """The transformer stays on the meta device: the stock pipeline reads its widths where T5 is missing."""
         without_t5 = {} if self._has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        return super().text_parts() | {"transformer": self.hollow(self.network, self.part)} | without_t5
+        return super().text_parts() | {"transformer": self.on_meta(self.network, self.part)} | without_t5
 
     @property
     def _sequence_length(self) -> int:

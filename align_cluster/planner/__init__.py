@@ -1,1 +1,1 @@
-"""What a run takes, before anything is downloaded: parameters, memory of each role, FLOPs, and whether it fits."""
+"""Plans a run before anything is downloaded: parameters, memory of each worker, FLOPs, and whether it fits."""

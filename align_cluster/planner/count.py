@@ -1,7 +1,7 @@
-"""Counting what computations take by running the real code on tensors that have shapes and no values.
+"""Counts the bytes and FLOPs of computations by running the real code on tensors that have shapes and no values.
 
-FakeTensorMode stands in for every operator, autograd and activation checkpointing included, so nothing of a network is
-known here: what autograd keeps is what it would keep.
+FakeTensorMode replaces every operator, also under autograd and activation checkpointing. So no formula describes a
+network here: autograd keeps what it would keep of real tensors.
 """
 
 import weakref
@@ -18,38 +18,41 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-# FLOPs of operators: PyTorch's formulas, which leave out the fused attention of the CPU. It keeps what GPUs' keep.
+# PyTorch's formulas for the FLOPs of operators lack the fused attention of the CPU, which keeps the same tensors as the
+# one of GPUs.
 FLOPS = flop_registry | {
     getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{end}"): flop_registry[
         getattr(aten, f"_scaled_dot_product_flash_attention{end}")
     ]
     for end in ("", "_backward")
 }
-# Of the operators that autocast runs in fp32 on a GPU and in bf16 on a CPU (ATen/autocast_mode.h), those whose inputs
-# are activations of networks.
+# Operators that autocast runs in fp32 on a GPU and in bf16 on a CPU (ATen/autocast_mode.h), as far as networks use them
+# on activations.
 FP32_ON_GPUS = "layer_norm rms_norm group_norm softmax.int rsqrt pow.Tensor_Scalar upsample_nearest2d".split()
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one computation: the most bytes that it held at once beyond what was there before, and its FLOPs."""
+    """The most bytes that one computation held at once, beyond those held before it, and its FLOPs."""
 
     bytes: int
     flops: int
 
 
 class Counter(TorchDispatchMode):
-    """Follows the bytes of tensors from where an operator makes them until nothing refers to them, and adds up FLOPs.
+    """Adds up FLOPs, and follows the bytes of tensors from the operator that makes them until nothing refers to them.
 
-    FlopCounterMode would keep tensors alive that activation checkpointing lets go.
+    PyTorch's own FlopCounterMode would keep tensors alive that activation checkpointing releases.
     """
 
     def __init__(self) -> None:
+        """Start at nothing."""
         super().__init__()
         self.bytes = self.most = self.flops = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run one operator and count its FLOPs and the storages that it makes."""
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in FLOPS:
             self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
@@ -70,7 +73,7 @@ class Counter(TorchDispatchMode):
         self.bytes -= self._sizes.pop(key)
 
     def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Put a module of the meta device on the device that is counted for."""
+        """Replace the tensors of a module on the meta device by counted ones, in place."""
         for part in module.modules():
             for tensors in (part._parameters, part._buffers, vars(part)):
                 for name, tensor in tensors.items():
@@ -82,7 +85,7 @@ class Counter(TorchDispatchMode):
         return module
 
     def measure(self, run: Callable[[], Any]) -> Usage:
-        """What `run` takes, its result included."""
+        """Run a computation and return what it takes, its result included."""
         before, flops = self.bytes, self.flops
         self.most = self.bytes
         _ = run()
@@ -91,9 +94,9 @@ class Counter(TorchDispatchMode):
 
 @contextmanager
 def counting(device: str) -> Iterator[Counter]:
-    """Count for a cpu, or by the rules of a cuda device; either way all tensors claim to be the CPU's.
+    """Count what a cpu or a cuda device would take. Tensors that are made in this context have no values.
 
-    Tensors that are made in this context have no values.
+    They all claim to be on the CPU; for cuda, autocast follows the rules of GPUs.
     """
     rules = autocast_of_gpus() if device == "cuda" else nullcontext()
     with rules, FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
@@ -102,10 +105,10 @@ def counting(device: str) -> Iterator[Counter]:
 
 @contextmanager
 def autocast_of_gpus() -> Iterator[None]:
-    """Let autocast on the CPU treat FP32_ON_GPUS as it does on GPUs.
+    """Let autocast on the CPU run FP32_ON_GPUS in fp32, as it does on GPUs.
 
     `torch.autocast("cuda")` turns itself off where there is no GPU, and PyTorch without CUDA cannot even slice tensors
-    that claim to be there.
+    that claim to be on one.
     """
     library = torch.library.Library("aten", "IMPL")
     for name in FP32_ON_GPUS:

@@ -1,29 +1,107 @@
-"""Whether a run fits on its GPUs, and what to change where it does not."""
+"""Bytes of each worker and of the fullest GPU, whether they fit, and the settings that save most where they do not."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align_cluster.config.plan import HALF, Plan
 from align_cluster.config.run import RunConfig
-from align_cluster.planner.memory import Sizes, learner, sampler
-from align_cluster.planner.rewards import models
+from align_cluster.planner.memory import Sizes
+from align_cluster.rewards import REWARDS
+from align_cluster.rewards.base import ModelSize
 
 GIB = 2**30
-CONTEXT = GIB / 2  # what CUDA and its libraries take of a GPU, for each process
-EFFICIENT = 4  # images in a batch, below which GPUs are not busy
-SPARE = 0.05  # of a GPU's memory, which the allocator cannot use
+CONTEXT = GIB / 2  # bytes of a GPU that CUDA and its libraries take for each process
+SPARE = 0.05  # part of a GPU's memory that the allocator cannot use
+HINTS = 3  # settings that a run which does not fit is told about
+ZERO3_LIVE_PARAMETERS = 10**9  # parameters that ZeRO 3 keeps whole at a time, DeepSpeed's stage3_max_live_parameters
 
 
-def reward_bytes(config: RunConfig, rewards: Sequence[str]) -> float:
-    """Weights in fp32 of all models of these rewards; those of models that are not known count nothing."""
-    known = [model for name in rewards for model in models(config.rewards[name]) if model]
-    return 4 * sum(model.parameters for model in known)
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes of one worker. `optimizer` includes gradients and DeepSpeed's buffers."""
+
+    weights: float
+    lora: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All bytes of the worker."""
+        return self.weights + self.lora + self.optimizer + self.activations
 
 
-def fullest(config: RunConfig, plan: Plan, sizes: Sizes) -> float:
-    """Bytes that the fullest GPU holds; without GPUs, that all workers hold."""
-    drawing, training = (role(config, plan, sizes).total for role in (sampler, learner))
+@dataclass(frozen=True)
+class Hint:
+    """A setting as a run file writes it, and the bytes that it alone saves on the fullest GPU."""
+
+    setting: str
+    saves: float
+
+
+def reward_models(config: RunConfig, rewards: Iterable[str]) -> list[ModelSize | None]:
+    """Return the sizes of the models that these rewards load; None stands for a model of unknown size."""
+    sections = [config.rewards[name] for name in rewards]
+    return [size for section in sections for size in REWARDS[section.kind](section).model_sizes()]
+
+
+def reward_bytes(config: RunConfig, rewards: Iterable[str]) -> float:
+    """Return the bytes of these rewards' weights in fp32. Models of unknown size count nothing."""
+    return 4 * sum(model.parameters for model in reward_models(config, rewards) if model)
+
+
+def sampler_memory(config: RunConfig, plan: Plan, sizes: Sizes) -> WorkerMemory:
+    """Return a sampler's bytes with the settings of `config`, whose chunk may differ from the one in `plan`.
+
+    Activations were counted with the plan's chunk and grow in proportion to it.
+    """
+    chunk = config.rollout.chunk or config.rollout.group_size
+    text = sizes.text if config.backbone.text == "keep" else 0
+    activations = max(sizes.draw.bytes, sizes.decode.bytes) * chunk / plan.chunk
+    return WorkerMemory(sizes.denoiser + sizes.vae + text, sizes.adapter, 0, activations)
+
+
+def learner_memory(config: RunConfig, plan: Plan, sizes: Sizes) -> WorkerMemory:
+    """Return a learner rank's bytes with the settings of `config`, whose batches may differ from those in `plan`.
+
+    DeepSpeed keeps whole gradients up to stage 1. From stage 2 on it keeps a bucket as large as they are, and a rank's
+    share of the gradients, of the optimizer's moments and of another fp32 copy of the weights. ZeRO 3 may take more.
+    """
+    stage, ranks, one = config.learner.zero_stage, plan.learners, sizes.adapter
+    share = 1 / ranks if stage == 3 else 1
+    weights = sizes.denoiser * share
+    if stage == 3:
+        weights += min(sizes.denoiser - weights, ZERO3_LIVE_PARAMETERS * sizes.itemsize)
+    moments = 2 * one if stage == 0 else 3 * one / ranks
+    gradients = (one, 2 * one, one + one / ranks, one + one / ranks)[stage]
+    reward_weights, reward_activations = _reward_gradient(config, plan, sizes)
+    used = sizes.learner(config)
+    update = used.update.bytes * config.micro_batch / plan.micro_batch
+    critic = used.critic.bytes * config.critic_batch / plan.critic_batch
+    return WorkerMemory(
+        weights + sizes.critic_weights + reward_weights,
+        one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
+        moments + gradients + 3 * sizes.critic_trained,
+        max(update, critic) + reward_activations,
+    )
+
+
+def _reward_gradient(config: RunConfig, plan: Plan, sizes: Sizes) -> tuple[float, float]:
+    """Return the bytes of weights and of activations that a learner keeps to follow the gradients of rewards."""
+    decode = sizes.learner(config).reward_decode
+    if not decode.flops:
+        return 0.0, 0.0
+    models = [model for model in reward_models(config, config.trained) if model]
+    weights, one_image = sizes.vae + reward_bytes(config, config.trained), sum(m.activations or 0 for m in models)
+    if config.learner.gradient_checkpointing:  # one image at a time
+        return weights, decode.bytes + one_image
+    return weights, (decode.bytes + plan.micro_batch * one_image) * config.micro_batch / plan.micro_batch
+
+
+def fullest_gpu(config: RunConfig, plan: Plan, sizes: Sizes) -> float:
+    """Return the bytes that the fullest GPU holds; without GPUs, the bytes that all workers hold."""
+    drawing, training = (role(config, plan, sizes).total for role in (sampler_memory, learner_memory))
     rewards = {pool: reward_bytes(config, pool.rewards) for pool in plan.reward_pools}
     if not plan.gpus:
         scoring = sum(pool.workers * weights for pool, weights in rewards.items())
@@ -35,60 +113,41 @@ def fullest(config: RunConfig, plan: Plan, sizes: Sizes) -> float:
     return max(shared, alone, *own) if plan.apart else max(shared + alone, *own, 0)
 
 
-@dataclass(frozen=True)
-class Change:
-    """Settings to change, by section, what of the plan changes with them, and how to say it."""
-
-    text: str
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
+def fits(need: float, memory: float) -> bool:
+    """Say whether `need` bytes fit into a GPU of `memory` bytes."""
+    return need <= (1 - SPARE) * memory
 
 
-def candidates(config: RunConfig, plan: Plan) -> Iterator[Change]:
-    """What takes less memory, what costs least speed first."""
+def hints(config: RunConfig, plan: Plan, sizes: Sizes) -> list[Hint]:
+    """Return the settings that save most on the fullest GPU, the best first. Each is measured alone."""
+    need = fullest_gpu(config, plan, sizes)
+    found = [Hint(setting, need - fullest_gpu(other, then, sizes)) for setting, other, then in options(config, plan)]
+    return sorted((hint for hint in found if hint.saves > 0), key=lambda hint: -hint.saves)[:HINTS]
+
+
+def options(config: RunConfig, plan: Plan) -> Iterator[tuple[str, RunConfig, Plan]]:
+    """Yield settings that may save memory, each with the run's config and plan after the change.
+
+    Batches are halved. Of a plan only the numbers change that memory depends on.
+    """
     if not config.learner.gradient_checkpointing:
-        yield Change("learner.gradient_checkpointing: true", {"learner": {"gradient_checkpointing": True}})
+        yield "learner.gradient_checkpointing: true", changed(config, "learner", gradient_checkpointing=True), plan
+    if (half := config.micro_batch // 2) > 0:
+        yield f"learner.micro_batch: {half}", changed(config, "learner", micro_batch=half), plan
+    least = config.learner.micro_batch or 1  # validate refuses smaller chunks
+    chunks = [size for size in range(least, plan.chunk // 2 + 1) if config.group_members % size == 0]
+    if chunks:
+        yield f"rollout.chunk: {chunks[-1]}", changed(config, "rollout", chunk=chunks[-1]), plan
     if config.backbone.text == "keep":
-        yield Change("backbone.text: free", {"backbone": {"text": "free"}})
-    chunks = [size for size in range(plan.chunk - 1, 0, -1) if config.group_members % size == 0]
-    cuts = [Change(f"rollout.chunk: {chunk}", {"rollout": {"chunk": chunk}}) for chunk in chunks]
-    yield from (cut for cut, chunk in zip(cuts, chunks, strict=True) if chunk >= EFFICIENT)
+        yield "backbone.text: free", changed(config, "backbone", text="free"), plan
+    if plan.learners > 1 and config.learner.zero_stage < 3:
+        yield "learner.zero_stage: 3", changed(config, "learner", zero_stage=3), plan
     if plan.gpus > 1 and not plan.apart:
         samplers, learners = plan.gpus // 2, plan.gpus - plan.gpus // 2
         apart = {"samplers": samplers, "learners": learners, "hosts": samplers, "together": 1, "learner_gpus": 1.0}
-        yield Change(f"cluster.samplers: {samplers}, cluster.learners: {learners}", plan=apart)
-    if plan.learners > 1 and config.learner.zero_stage < 3:
-        yield Change("learner.zero_stage: 3", {"learner": {"zero_stage": 3}})
-    yield from (cut for cut, chunk in zip(cuts, chunks, strict=True) if chunk < EFFICIENT)
+        yield f"cluster.samplers: {samplers}, cluster.learners: {learners}", config, replace(plan, **apart)
 
 
-def changed(config: RunConfig, settings: dict[str, dict[str, Any]]) -> RunConfig:
-    """The config with other values in some sections."""
-    sections = {name: getattr(config, name).model_copy(update=values) for name, values in settings.items()}
-    return config.model_copy(update=sections)
-
-
-def remedy(config: RunConfig, plan: Plan, sizes: Sizes, memory: float) -> tuple[list[str], float]:
-    """The fewest changes, in the order of `candidates`, with which a run fits into GPUs of so many bytes, and what the
-    fullest GPU holds then; all of them where even they are too few."""
-
-    def need(changes: list[Change]) -> float:
-        then, planned = config, plan
-        for change in changes:
-            then, planned = changed(then, change.settings), replace(planned, **change.plan)
-        return fullest(then, planned, sizes)
-
-    chosen: list[Change] = []
-    for change in candidates(config, plan):
-        chosen.append(change)
-        if fits(need(chosen), memory):
-            break
-    for change in reversed(list(chosen)):
-        others = [other for other in chosen if other is not change]
-        if fits(need(others), memory):
-            chosen = others
-    return [change.text for change in chosen], need(chosen)
-
-
-def fits(need: float, memory: float) -> bool:
-    return need <= (1 - SPARE) * memory
+def changed(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    """Return the config with other values in one section."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

@@ -1,6 +1,8 @@
-"""Bytes and FLOPs of a run's samplers and learners, counted on its own networks."""
+"""Sizes of a run's networks, and the bytes and FLOPs of what its samplers and learners compute with them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,26 +14,46 @@ from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.policy import LearnerPolicy
-from align_cluster.planner.count import Usage, counting
-from align_cluster.planner.meta_backbone import shell, text_encoders
-from align_cluster.planner.rewards import models
+from align_cluster.planner.count import Counter, Usage, counting
+from align_cluster.planner.meta_backbone import meta_backbone, text_encoders
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import STEPS, Step
 
-GATHERED = 10**9  # parameters that DeepSpeed's stage 3 keeps whole at a time (stage3_max_live_parameters)
+NOTHING = Usage(0, 0)
+Inputs = tuple[torch.Tensor, torch.Tensor, TextBatch]
+
+
+@dataclass(frozen=True)
+class LearnerUsage:
+    """What a learner's computations take with their backward passes, with or without gradient checkpointing.
+
+    update          the loss of one micro-batch at one noise level
+    critic          one training batch of the critic
+    reward_decode   the decoding of images that rewards send gradients to: of a micro-batch, or with checkpointing of
+                    one image
+    """
+
+    update: Usage
+    critic: Usage = NOTHING
+    reward_decode: Usage = NOTHING
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run's model takes: numbers of parameters, bytes of its parts, and what one batch of each kind uses.
+    """What a run's networks and computations take, in bytes unless said otherwise.
 
-    `text` are the text encoders, `adapter` is one adapter in fp32, of which the learner keeps `adapters`. `draw` is one
-    (guided) prediction for a chunk, `decode` makes its images; `update` is all that the loss asks of one micro-batch at
-    one noise level, with its backward, and `checkpointed` the same with gradient checkpointing. `values` is what a
-    critic says of the states that it reads at once, `critic` its training on them, `critic_checkpointed` likewise;
-    `critic_weights` and `critic_trained` are bytes of what it adds. Where the learner follows rewards' gradients,
-    `judge` is decoding a micro-batch with its backward, `frugal` decoding one image with the VAE's blocks computed
-    again, and `rewards` and `seen` are bytes of the rewards' weights and of what they keep of one image.
+    parameters       number of parameters of each part, and of one adapter as "lora"
+    itemsize         of one weight of the base
+    denoiser, vae    their weights and buffers
+    text             weights of all text encoders
+    adapter          one adapter in fp32
+    adapters         number of adapters that the learner keeps
+    draw, decode     one (guided) prediction for a chunk, and the decoding of its images
+    plain            the learner's computations without gradient checkpointing
+    checkpointed     the same with gradient checkpointing
+    values           one batch of states that the critic judges
+    critic_weights   what the critic adds to the base
+    critic_trained   the critic's trainable weights in fp32
     """
 
     parameters: dict[str, int]
@@ -43,129 +65,147 @@ class Sizes:
     adapters: int
     draw: Usage
     decode: Usage
-    update: Usage
-    checkpointed: Usage
-    values: Usage = Usage(0, 0)
-    critic: Usage = Usage(0, 0)
-    critic_checkpointed: Usage = Usage(0, 0)
+    plain: LearnerUsage
+    checkpointed: LearnerUsage
+    values: Usage = NOTHING
     critic_weights: int = 0
     critic_trained: int = 0
-    judge: Usage = Usage(0, 0)
-    frugal: Usage = Usage(0, 0)
-    rewards: float = 0
-    seen: float = 0
 
-
-@dataclass(frozen=True)
-class Role:
-    """Bytes of one worker. `optimizer` holds gradients and DeepSpeed's buffers, too."""
-
-    weights: float
-    lora: float = 0.0
-    optimizer: float = 0.0
-    activations: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.lora + self.optimizer + self.activations
+    def learner(self, config: RunConfig) -> LearnerUsage:
+        """Return what the learner's computations take with the gradient checkpointing of `config`."""
+        return self.checkpointed if config.learner.gradient_checkpointing else self.plain
 
 
 def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
-    """Count a run on `device`, cpu or cuda. Takes seconds and little memory, whatever the model's size."""
-    algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
-    backbone = shell(config.backbone, device)
-    encoders, vae = text_encoders(backbone), backbone._vae
-    denoiser = add_adapters(backbone, backbone.load_denoiser(), algorithm.adapters)
-    parts = {backbone.part: _tensors(denoiser, "lora_"), "vae": _tensors(vae)}
-    parts |= {name: _tensors(encoder) for name, encoder in encoders.items()}
-    adapter = sum(parameter.numel() for parameter in adapter_parameters(denoiser, "default").values())
-    critic = Critic(backbone, denoiser, len(config.trained), algorithm.critic) if algorithm.critic else None
-    asked = predictions(config, algorithm, backbone)
-    guidance, both = config.rollout.guidance, config.learner.guidance_gradient == "both"
+    """Count a run on `device`, cpu or cuda. This takes seconds and little memory, whatever the model's size."""
+    networks = Networks(config, device)
+    sizes = networks.sizes()
     with counting(device) as counter:
-        for module in (denoiser, vae, *([critic.head, critic.network] if critic else ())):
+        return Sizes(**sizes, **networks.usage(counter, plan))
+
+
+class Networks:
+    """A run's networks without values, and the computations of its samplers and learners.
+
+    A computation takes `inputs`: latents x [B, C, H, W], noise levels sigma [B] and the text of B images.
+    """
+
+    def __init__(self, config: RunConfig, device: str) -> None:
+        """Build the networks as they are on `device`, cpu or cuda."""
+        self.config, self.algorithm = config, ALGORITHMS[config.algorithm.kind](config.algorithm)
+        self.backbone = meta_backbone(config.backbone, device)
+        self.text_encoders, self.vae = text_encoders(self.backbone), self.backbone._vae
+        self.denoiser = add_adapters(self.backbone, self.backbone.load_denoiser(), self.algorithm.adapters)
+        critic, rewards = self.algorithm.critic, len(config.trained)
+        self.critic = Critic(self.backbone, self.denoiser, rewards, critic) if critic else None
+        self.predictions = predictions(config, self.algorithm, self.backbone)
+
+    def sizes(self) -> dict[str, Any]:
+        """Return the fields of `Sizes` that describe weights."""
+        denoiser, vae = _tensors(self.denoiser, without="lora_"), _tensors(self.vae)
+        text = {name: _parameters(_tensors(encoder)) for name, encoder in self.text_encoders.items()}
+        adapter = sum(parameter.numel() for parameter in adapter_parameters(self.denoiser, "default").values())
+        sizes = {
+            "parameters": {self.backbone.part: _parameters(denoiser), "vae": _parameters(vae), **text, "lora": adapter},
+            "itemsize": self.backbone.dtype.itemsize,
+            "denoiser": _bytes(denoiser),
+            "vae": _bytes(vae),
+            "text": sum(text.values()) * self.backbone.dtype.itemsize,
+            "adapter": 4 * adapter,
+            "adapters": len(self.algorithm.adapters),
+        }
+        if self.critic:
+            own_network = self.critic.network is not self.denoiser
+            copy = _tensors(self.critic.network, without="lora_") if own_network else {}
+            sizes["critic_weights"] = _bytes(_tensors(self.critic.head)) + _bytes(copy)
+            sizes["critic_trained"] = 4 * sum(parameter.numel() for parameter in self.critic.trainable)
+        return sizes
+
+    def usage(self, counter: Counter, plan: Plan) -> dict[str, Any]:
+        """Run the computations and return the fields of `Sizes` that describe them. Checkpointing stays on at the end.
+
+        An update is counted at one noise level: the losses go through their levels one after the other.
+        """
+        for module in (self.denoiser, self.vae, *([self.critic.head, self.critic.network] if self.critic else ())):
             counter.adopt(module)
 
-        def batch(size: int) -> tuple[torch.Tensor, torch.Tensor, TextBatch]:
-            tokens, width, pooled = backbone.text_shape
-            text = (torch.empty(size, tokens, width), torch.empty(size, pooled))
-            null = [torch.empty_like(part) for part in text] if guidance > 1 else []
-            return torch.empty(size, *backbone.latent_shape), torch.empty(size), TextBatch(*text, *null)
+        def taken(compute: Callable[..., object], size: int) -> Usage:
+            inputs = self.inputs(size)
+            return counter.measure(lambda: compute(*inputs))
 
-        @torch.no_grad()
-        def draw() -> torch.Tensor:
-            return guided_velocity(backbone, denoiser, x, sigma, text, guidance)
-
-        @torch.no_grad()
-        def decode() -> torch.Tensor:
-            return backbone.pixels(x)
-
-        def update() -> None:
-            policy = LearnerPolicy(
-                backbone=backbone,
-                network=denoiser,
-                denoiser=denoiser,
-                step=None,
-                text=text,
-                guidance=guidance,
-                null_gradient=both,
+        def learner(decoded: int) -> LearnerUsage:
+            return LearnerUsage(
+                update=taken(self.update, plan.micro_batch),
+                critic=taken(self.train_critic, plan.critic_batch) if self.critic else NOTHING,
+                reward_decode=taken(self.reward_decode, decoded) if self.algorithm.reward_gradient else NOTHING,
             )
-            outputs = [policy.velocity(x, sigma, name) for name in asked]
-            torch.autograd.backward(sum(output.square().mean() for output in outputs))
-            denoiser.zero_grad()
 
-        @torch.no_grad()
-        def appraise() -> torch.Tensor:
-            return critic(*states)
+        draw, decode = taken(self.draw, plan.chunk), taken(self.decode, plan.chunk)
+        values = taken(self.values, plan.critic_batch) if self.critic else NOTHING
+        plain = learner(plan.micro_batch)
+        self.enable_gradient_checkpointing()
+        checkpointed = learner(1)
+        return {"draw": draw, "decode": decode, "values": values, "plain": plain, "checkpointed": checkpointed}
 
-        def learn() -> None:
-            with critic.active():
-                torch.autograd.backward(critic(*states).square().mean())
-            critic.zero_grad()
+    def inputs(self, size: int) -> Inputs:
+        """Make the inputs of one computation for `size` images."""
+        tokens, width, pooled = self.backbone.text_shape
+        text = (torch.empty(size, tokens, width), torch.empty(size, pooled))
+        null = [torch.empty_like(part) for part in text] if self.config.rollout.guidance > 1 else []
+        return torch.empty(size, *self.backbone.latent_shape), torch.empty(size), TextBatch(*text, *null)
 
-        x, sigma, text = batch(plan.chunk)
-        used = {"draw": counter.measure(draw), "decode": counter.measure(decode)}
-        x, sigma, text = batch(plan.critic_batch)
-        states = (x, sigma, text.sequence, text.pooled)
-        x, sigma, text = batch(plan.micro_batch)
-        used["update"] = counter.measure(update)
-        if critic:
-            copy = _tensors(critic.network, "lora_") if critic.network is not denoiser else {}
-            used |= {"values": counter.measure(appraise), "critic": counter.measure(learn)}
-            used["critic_trained"] = 4 * sum(parameter.numel() for parameter in critic.trainable)
-            used["critic_weights"] = _bytes(_tensors(critic.head)) + _bytes(copy)
-        denoiser.enable_gradient_checkpointing()
-        used["checkpointed"] = counter.measure(update)
-        if critic:
-            critic.network.enable_gradient_checkpointing()
-            used["critic_checkpointed"] = counter.measure(learn)
-        if algorithm.reward_gradient:
+    @torch.no_grad()
+    def draw(self, x: torch.Tensor, sigma: torch.Tensor, text: TextBatch) -> torch.Tensor:
+        """Predict as a sampler does at each denoising step."""
+        return guided_velocity(self.backbone, self.denoiser, x, sigma, text, self.config.rollout.guidance)
 
-            def decoded() -> None:
-                torch.autograd.backward(backbone.pixels(x.requires_grad_()).square().mean())
-                x.grad = None
+    @torch.no_grad()
+    def decode(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        """Decode images as a sampler does."""
+        return self.backbone.pixels(x)
 
-            used["judge"] = counter.measure(decoded)
-            x, _, _ = batch(1)
-            backbone.checkpoint_decoder()
-            used["frugal"] = counter.measure(decoded)
-            known = [model for name in config.trained for model in models(config.rewards[name]) if model]
-            used["rewards"] = 4 * sum(model.parameters for model in known)
-            used["seen"] = sum(model.activations or 0 for model in known)
-    return Sizes(
-        parameters={name: _parameters(part) for name, part in parts.items()} | {"lora": adapter},
-        itemsize=backbone.dtype.itemsize,
-        denoiser=_bytes(parts[backbone.part]),
-        vae=_bytes(parts["vae"]),
-        text=sum(_parameters(parts[name]) for name in encoders) * backbone.dtype.itemsize,
-        adapter=4 * adapter,
-        adapters=len(algorithm.adapters),
-        **used,
-    )
+    def update(self, x: torch.Tensor, sigma: torch.Tensor, text: TextBatch) -> None:
+        """Make every prediction that the loss asks for at one noise level, and go back through them."""
+        guidance, both = self.config.rollout.guidance, self.config.learner.guidance_gradient == "both"
+        policy = LearnerPolicy(
+            backbone=self.backbone,
+            network=self.denoiser,
+            denoiser=self.denoiser,
+            step=None,
+            text=text,
+            guidance=guidance,
+            null_gradient=both,
+        )
+        outputs = [policy.velocity(x, sigma, adapter) for adapter in self.predictions]
+        torch.autograd.backward(sum(output.square().mean() for output in outputs))
+        self.denoiser.zero_grad()
+
+    @torch.no_grad()
+    def values(self, x: torch.Tensor, sigma: torch.Tensor, text: TextBatch) -> torch.Tensor:
+        """Judge states by the critic."""
+        return self.critic(x, sigma, text.sequence, text.pooled)
+
+    def train_critic(self, x: torch.Tensor, sigma: torch.Tensor, text: TextBatch) -> None:
+        """Judge states by the critic, and go back through it."""
+        with self.critic.active():
+            torch.autograd.backward(self.critic(x, sigma, text.sequence, text.pooled).square().mean())
+        self.critic.zero_grad()
+
+    def reward_decode(self, x: torch.Tensor, *_: object) -> None:
+        """Decode images, and go back to their latents as the gradient of a reward does."""
+        torch.autograd.backward(self.backbone.pixels(x.requires_grad_()).square().mean())
+        x.grad = None
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Let the denoiser, the critic's network and the VAE's decoder compute activations again."""
+        self.denoiser.enable_gradient_checkpointing()
+        if self.critic:
+            self.critic.network.enable_gradient_checkpointing()
+        self.backbone.checkpoint_decoder()
 
 
 def _tensors(module: torch.nn.Module, without: str = "\n") -> dict[str, torch.Tensor]:
-    """Parameters and buffers; those that are shared, once."""
+    """Return parameters and buffers by name; those that are shared come once."""
     named = dict(module.named_parameters()) | dict(module.named_buffers())
     return {name: tensor for name, tensor in named.items() if without not in name}
 
@@ -178,25 +218,31 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-class Tally(Policy):
-    """A policy that predicts nothing and remembers which adapters it was asked for."""
+class RecordingPolicy(Policy):
+    """A policy that predicts zeros and records under which adapters a loss asks for predictions."""
 
     def __init__(self, step: Step) -> None:
+        """Take the rollout's step kind, which losses read."""
         self.step, self.adapters = step, []
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
+        """Record the adapter and return zeros like x; only the default adapter's carry a gradient."""
         self.adapters.append(adapter)
         return torch.zeros_like(x, requires_grad=adapter == "default")
 
     def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """Return made-up rewards [b, J] with a gradient to the latents."""
         return latents.flatten(1).sum(1, keepdim=True).expand(-1, len(texts))
 
 
 def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackbone) -> list[str | None]:
-    """The adapters under which a loss asks for a prediction of each sample and noise level, in its order."""
+    """Return the adapters under which a loss asks for a prediction at each noise level of a sample, in its order.
+
+    None stands for the bare base.
+    """
     kind, steps = config.step_kind, config.rollout.steps
     sigmas = backbone.sigmas(steps)
-    policy = Tally(STEPS[kind.kind](kind, sigmas, backbone.prediction))
+    policy = RecordingPolicy(STEPS[kind.kind](kind, sigmas, backbone.prediction))
     one, flat = torch.zeros(1, 1, 2, 2), torch.zeros(1, steps)
     path, advantages = one[:, None].expand(1, steps, 1, 2, 2), flat if algorithm.critic else flat[:, 0]
     indices = torch.arange(steps)[None]
@@ -207,38 +253,3 @@ def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackb
         Batch(inner_pass=0, advantages=advantages, x0=one, sigmas=sigmas, recorded=recorded, **streams),
     )
     return policy.adapters
-
-
-def sampler(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
-    """A sampler with the settings of `config`, which may have another chunk than `sizes` was counted with."""
-    chunk = config.rollout.chunk or config.rollout.group_size
-    text = sizes.text if config.backbone.text == "keep" else 0
-    activations = max(sizes.draw.bytes, sizes.decode.bytes) * chunk / plan.chunk
-    return Role(sizes.denoiser + sizes.vae + text, sizes.adapter, 0, activations)
-
-
-def learner(config: RunConfig, plan: Plan, sizes: Sizes) -> Role:
-    """A learner rank with the settings of `config`, likewise. Of stage 3 this is the least that it may take.
-
-    DeepSpeed keeps whole gradients up to stage 1, from there on a bucket as large as they are and a rank's share of the
-    optimizer's moments and of another fp32 copy of the weights.
-    """
-    stage, ranks, one = config.learner.zero_stage, plan.learners, sizes.adapter
-    frugal, used = config.learner.gradient_checkpointing, (sizes.update.bytes, sizes.critic.bytes)
-    if frugal:
-        used = (sizes.checkpointed.bytes, sizes.critic_checkpointed.bytes)
-    cut, cut_critic = config.micro_batch / plan.micro_batch, config.critic_batch / plan.critic_batch
-    share = 1 / ranks if stage == 3 else 1
-    weights = sizes.denoiser * share
-    if stage == 3:
-        weights += min(sizes.denoiser - weights, GATHERED * sizes.itemsize)
-    moments = 2 * one if stage == 0 else 3 * one / ranks
-    gradients = (one, 2 * one, one + one / ranks, one + one / ranks)[stage]
-    reward_gradient = sizes.judge.flops > 0
-    judging = sizes.frugal.bytes + sizes.seen if frugal else (sizes.judge.bytes + plan.micro_batch * sizes.seen) * cut
-    return Role(
-        weights + sizes.critic_weights + reward_gradient * (sizes.vae + sizes.rewards),
-        one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
-        moments + gradients + 3 * sizes.critic_trained,
-        max(used[0] * cut, used[1] * cut_critic) + reward_gradient * judging,
-    )

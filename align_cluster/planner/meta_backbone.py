@@ -1,6 +1,8 @@
-"""A run's backbone without its weights: the real classes, built from their settings alone."""
+"""A run's backbone without its weights: the real classes on the meta device, built from their settings alone."""
 
+import json
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,40 +10,46 @@ import torch
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.base import BackboneSection
 from align_cluster.backbones.pipeline import PipelineBackbone
-from align_cluster.planner.published import PIPELINES
+
+# Hub id -> file with the settings of the pipeline's parts. "--" in the file's name stands for the slash of the hub id.
+PUBLISHED = {path.stem.replace("--", "/"): path for path in Path(__file__).with_name("published").glob("*.json")}
 
 
-def shell(config: BackboneSection, device: str) -> PipelineBackbone:
-    """The backbone of `config` as it is on `device`, cpu or cuda, with parts on the meta device.
+def meta_backbone(config: BackboneSection, device: str) -> PipelineBackbone:
+    """Build the backbone of `config` in the precision that it has on `device`, cpu or cuda, on the meta device.
 
-    Nothing is downloaded for pipelines in published.py; a folder's own settings are read, and those of another hub id
-    where this machine has or reaches them. UserError where there are none.
+    Nothing is downloaded for pipelines in published/. A folder brings its own settings, and those of another hub id are
+    read from this machine's cache or from the hub. UserError where they cannot be read.
     """
     half = config.precision == "bf16" and device == "cuda"
 
-    class Shell(BACKBONES[config.kind]):
+    class MetaBackbone(BACKBONES[config.kind]):
         dtype = torch.bfloat16 if half else torch.float32
 
+        @cached_property
+        def published(self) -> dict[str, Any] | None:
+            path = PUBLISHED.get(self.config.path)
+            return json.loads(path.read_text()) if path else None
+
         def read_config(self, cls: str, part: str | None = None) -> dict[str, Any]:
-            known = PIPELINES.get(self.config.path)
-            return known[part or "model_index.json"] if known else super().read_config(cls, part)
+            return self.published[part or "model_index.json"] if self.published else super().read_config(cls, part)
 
         def load_denoiser(self) -> torch.nn.Module:
-            return self._frozen(self.hollow(self.network, self.part))
+            return self._frozen(self.on_meta(self.network, self.part))
 
         @cached_property
         def _vae(self) -> torch.nn.Module:
-            return self._frozen(self.hollow(self.vae, "vae"))
+            return self._frozen(self.on_meta(self.vae, "vae"))
 
         def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:
             return torch.nn.Module.to(model, self.dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
 
-    # Whether blocks are compiled, and by which kernel they attend, changes no shape.
-    return Shell(config.model_copy(update={"compile": False, "attention": None}), "cpu")
+    # Shapes do not depend on whether blocks are compiled, nor on the attention kernel.
+    return MetaBackbone(config.model_copy(update={"compile": False, "attention": None}), "cpu")
 
 
 def text_encoders(backbone: PipelineBackbone) -> dict[str, torch.nn.Module]:
-    """The text encoders that a run loads, by name, on the meta device."""
+    """Build the text encoders that a run loads, by name, on the meta device."""
     import transformers
 
     encoders = {}

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from align_cluster.rewards.base import DifferentiableReward, RewardSection
+from align_cluster.rewards.base import DifferentiableReward, ModelSize, RewardSection
+from align_cluster.rewards.clip import CLIPS
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head, stretched
-from align_cluster.rewards.loading import loading
+from align_cluster.rewards.loading import loading, model_size
 from align_cluster.types import Prompt
 
 
@@ -91,6 +92,10 @@ class Aesthetic(DifferentiableReward):
         with torch.autocast(self.mean.device.type, enabled=False):
             images = images.to(self.mean.device, torch.float32)
             return self.head(F.normalize(self._embed(images), dim=-1)).squeeze(-1)
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the encoder; the head is small."""
+        return [model_size(self.config.encoder or VERSIONS[self.config.version].encoder, CLIPS)]
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return the encoder's embeddings [B, width] of images fp32 [B, 3, H, W] on its device."""

@@ -96,6 +96,20 @@ class Result:
     details: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model that a reward loads, for the planner.
+
+    parameters   number of weights, which rewards keep in fp32
+    flops        FLOPs of one image; None where nobody counted them
+    activations  bytes that a gradient to one image's pixels keeps; None where nobody counted them
+    """
+
+    parameters: float
+    flops: float | None = None
+    activations: float | None = None
+
+
 class Reward(ABC):
     """Scores images with one reward model. The constructor is cheap; `load` runs on the worker that scores.
 
@@ -115,6 +129,13 @@ class Reward(ABC):
     @abstractmethod
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Score images uint8 [B, H, W, 3], one prompt an image."""
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the sizes of the models that `load` loads with these settings.
+
+        None stands for a model of unknown size; the planner then says that it counts nothing.
+        """
+        return [None]
 
 
 class DifferentiableReward(Reward):

@@ -2,8 +2,20 @@
 
 import torch
 
+from align_cluster.rewards.base import ModelSize
 from align_cluster.rewards.heads import stretched
 from align_cluster.rewards.loading import loading
+
+# Counted on the meta device as transformers builds them; they agree with open_clip's model_profile.csv. Activations are
+# those of the image's tower in fp32, counted by align_cluster/planner/count.py.
+CLIP_L = ModelSize(427.6e6, 162.0e9, 369e6)
+CLIP_H = ModelSize(986.1e6, 334.6e9, 435e6)
+CLIPS = {
+    "openai/clip-vit-large-patch14": CLIP_L,
+    "yuvalkirstain/PickScore_v1": CLIP_H,
+    "apple/DFN5B-CLIP-ViT-H-14-378": ModelSize(986.7e6, 1007.0e9, 1729e6),
+    "google/siglip-so400m-patch14-384": ModelSize(428.2e6, 670.3e9, 913e6),
+}
 
 
 class Clip:

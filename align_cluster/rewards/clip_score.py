@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 
 from align_cluster.embedded import pipeline_path
-from align_cluster.rewards.base import EmbeddingReward, RewardSection
-from align_cluster.rewards.clip import Clip
+from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
+from align_cluster.rewards.clip import CLIPS, Clip
+from align_cluster.rewards.loading import model_size
 
 
 class ClipScore(EmbeddingReward):
@@ -26,10 +27,13 @@ class ClipScore(EmbeddingReward):
         path: str = "embedded"
         scale: Literal["cosine", "srpo"] = "cosine"
 
+    @property
+    def _source(self) -> str:
+        return str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
+
     def load(self, device: str, threads: int) -> None:
         """Load the CLIP model and its processor."""
-        source = str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
-        self.clip = Clip(self.config.kind, source, source, device)
+        self.clip = Clip(self.config.kind, self._source, self._source, device)
         if self.config.scale == "srpo":
             self.factor = self.clip.model.logit_scale.exp().item() / 20
 
@@ -40,3 +44,7 @@ class ClipScore(EmbeddingReward):
     def read(self, text: str) -> torch.Tensor:
         """Embed a text with the CLIP model."""
         return self.clip.read(text)
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the CLIP."""
+        return [model_size(self._source, CLIPS)]

@@ -16,9 +16,15 @@ import torch
 from align_cluster.embedded.detector import Detection, detect
 from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts.geneval import CLASSES
-from align_cluster.rewards.loading import extra, loading
+from align_cluster.rewards.base import ModelSize
+from align_cluster.rewards.loading import extra, loading, model_size
 from align_cluster.settings import Section
 
+# Counted as the sizes in clip.py, on square images: 800 x 800 pixels for Mask2Former and 640 x 640 for RT-DETR.
+PUBLISHED = {
+    "facebook/mask2former-swin-small-coco-instance": ModelSize(68.7e6, 448.7e9),
+    "PekingU/rtdetr_r50vd_coco_o365": ModelSize(42.7e6, 137.4e9),
+}
 BATCH = 8  # images in one forward pass, whatever the size of a chunk
 
 # Labels that GenEval words differently: COCO's own, and mmdetection's, which most checkpoints with 80 labels have.
@@ -68,6 +74,10 @@ class Detector(ABC):
         Objects with a confidence of at most `above` may be missing.
         """
 
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the sizes of the models that `load` loads, as `Reward.model_sizes` does."""
+        return [None]
+
 
 class Embedded(Detector):
     """Finds shapes of the embedded world by rules. It needs no weights, and tells colours by hue."""
@@ -90,6 +100,10 @@ class Embedded(Detector):
         """Apply the rules; all found objects are returned, whatever `above` is."""
         return detect(images)
 
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return nothing, because no model is loaded."""
+        return []
+
 
 class Photographs(Detector):
     """Finds objects in photographs with a model of transformers. The thresholds are GenEval's, for Mask2Former."""
@@ -99,6 +113,10 @@ class Photographs(Detector):
     counting_threshold = 0.9
     tells_colors = False
     auto: ClassVar[str]  # transformers' class that loads such models
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the detector."""
+        return [model_size(self.config.path, PUBLISHED)]
 
     def load(self, device: str) -> None:
         """Load the processor and the model. Raises UserError if weights or COCO labels are missing."""

@@ -12,9 +12,11 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from align_cluster.embedded.detector import Detection
-from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
+from align_cluster.rewards.clip import CLIP_L, CLIPS
 from align_cluster.rewards.colors import ColorNamer, cutout
 from align_cluster.rewards.detectors import DETECTORS, Boxes, Embedded, Masks
+from align_cluster.rewards.loading import model_size
 from align_cluster.types import Prompt
 
 MAX_OBJECTS = 16  # objects of one class that count, as in GenEval
@@ -138,6 +140,12 @@ class GenEval(Reward):
         def kind_alone(cls, value: Any) -> Any:
             """Accept the name of a detector's kind in place of its settings."""
             return {"kind": value} if isinstance(value, str) else value
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the sizes of the detector and, where it tells no colours, of the CLIP that names them."""
+        detector, color_clip = DETECTORS[self.config.detector.kind](self.config.detector), self.config.color_clip
+        colors = [CLIP_L if color_clip is None else model_size(color_clip, CLIPS)]
+        return detector.model_sizes() + ([] if detector.tells_colors else colors)
 
     def load(self, device: str, threads: int) -> None:
         """Load the detector and, if it does not tell colours, the CLIP that names them."""

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from align_cluster.rewards.base import EmbeddingReward, RewardSection
+from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
+from align_cluster.rewards.clip import CLIP_H
 from align_cluster.rewards.loading import extra, file_of, loading
 
 CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # file names at the hub
@@ -74,6 +75,10 @@ class Hps(EmbeddingReward):
     def read(self, text: str) -> torch.Tensor:
         """Embed a text with CLIP's own tokenizer."""
         return self.model.encode_text(self.tokenizer([text]).to(self.mean.device))[0]
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the CLIP, which is known for the published architecture."""
+        return [CLIP_H if self.config.model == "ViT-H-14" else None]
 
     def _architecture(self) -> dict[str, Any]:
         import open_clip

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
 
 from align_cluster.errors import UserError
-from align_cluster.rewards.base import Result, Reward, RewardError, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardError, RewardSection
 from align_cluster.rewards.client import RewardClient, Token, address
 from align_cluster.rewards.wire import Encoding
 from align_cluster.types import Prompt
@@ -44,6 +44,10 @@ class Http(Reward):
             if seconds is not None and seconds >= info.data.get("timeout_s", math.inf):
                 raise ValueError(f"below timeout_s, {info.data['timeout_s']:g}")
             return seconds
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return nothing, because the service holds the models."""
+        return []
 
     def load(self, device: str, threads: int) -> None:
         config = self.config

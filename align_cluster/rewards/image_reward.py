@@ -10,14 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from align_cluster.rewards.base import DifferentiableReward, RewardSection
+from align_cluster.rewards.base import DifferentiableReward, ModelSize, RewardSection
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head
-from align_cluster.rewards.loading import file_of, loading
+from align_cluster.rewards.loading import file_of, loading, model_size
 from align_cluster.types import Prompt
 
 CHECKPOINT, TEXT_CONFIG = "ImageReward.pt", "med_config.json"  # file names at the hub
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # mean and deviation of ImageReward-v1.0's raw scores
 TOKENS = 35  # length of a tokenized prompt, [CLS] and [SEP] included
+PUBLISHED = {"THUDM/ImageReward": ModelSize(446.0e6, 137.8e9, 241e6)}  # counted as the sizes in clip.py
 
 # BLIP's repository builds on timm's ViT and an own BERT; transformers renamed the first and kept the second.
 VISION = "blip.visual_encoder."
@@ -147,3 +148,7 @@ class ImageReward(DifferentiableReward):
                 encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
             ).last_hidden_state
             return (self.head(states[:, 0]).squeeze(-1) - MEAN) / STD
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the BLIP."""
+        return [model_size(self.config.path, PUBLISHED)]

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
 from align_cluster.types import Prompt
 
 
@@ -21,6 +21,10 @@ class Jpeg(Reward):
 
         kind: Literal["jpeg"] = "jpeg"
         incompressible: bool = False
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return nothing, because no model is loaded."""
+        return []
 
     def load(self, device: str, threads: int) -> None:
         """There is nothing to load."""

@@ -1,7 +1,7 @@
 """Loading published models: a missing, broken or wrong file becomes one sentence that says what to do."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from align_cluster.errors import UserError
+from align_cluster.rewards.base import ModelSize
 
 # torch, transformers and open_clip raise these for files that are missing, truncated or of another model.
 UNREADABLE = (
@@ -77,6 +78,18 @@ def file_of(source: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(source, name))
+
+
+def model_size(source: str, published: Mapping[str, ModelSize]) -> ModelSize | None:
+    """Return the size of a `published` hub id, or of the weight files in a folder, taken as fp32.
+
+    None where `source` is neither. Nothing is downloaded.
+    """
+    if source in published:
+        return published[source]
+    folder = Path(source).expanduser()
+    files = [path for end in ("safetensors", "bin", "pt", "pth") for path in folder.glob(f"*.{end}")]
+    return ModelSize(sum(path.stat().st_size for path in files) / 4) if files else None
 
 
 def _line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from align_cluster.prompts.files import quoted
-from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
 from align_cluster.rewards.loading import extra
 from align_cluster.types import Prompt
 
@@ -62,6 +62,10 @@ class Ocr(Reward):
         """The OCR reward has no settings of its own."""
 
         kind: Literal["ocr"] = "ocr"
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return nothing: the reader's models take a few megabytes."""
+        return []
 
     def load(self, device: str, threads: int) -> None:
         """Load RapidOCR's detection and recognition models."""

@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 
 from align_cluster.errors import UserError
-from align_cluster.rewards.base import EmbeddingReward, RewardSection
-from align_cluster.rewards.loading import open_clip_model
+from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
+from align_cluster.rewards.clip import CLIPS
+from align_cluster.rewards.loading import model_size, open_clip_model
 
 
 class OpenClipScore(EmbeddingReward):
@@ -47,3 +48,7 @@ class OpenClipScore(EmbeddingReward):
     def read(self, text: str) -> torch.Tensor:
         """Embed a text with the model."""
         return self.model.encode_text(self.tokenizer([text]).to(self.device))[0]
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the CLIP."""
+        return [model_size(self.config.path, CLIPS)]

@@ -4,8 +4,9 @@ from typing import Literal
 
 import torch
 
-from align_cluster.rewards.base import EmbeddingReward, RewardSection
-from align_cluster.rewards.clip import Clip
+from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
+from align_cluster.rewards.clip import CLIPS, Clip
+from align_cluster.rewards.loading import model_size
 
 
 class PickScore(EmbeddingReward):
@@ -40,3 +41,7 @@ class PickScore(EmbeddingReward):
     def read(self, text: str) -> torch.Tensor:
         """Embed a text with the CLIP model."""
         return self.clip.read(text)
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the size of the CLIP."""
+        return [model_size(self.config.path, CLIPS)]

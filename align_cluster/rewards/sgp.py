@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, field_validator
 
-from align_cluster.rewards.base import Result, Reward, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.open_clip_score import OpenClipScore
@@ -49,6 +49,10 @@ class Sgp(Reward):
             if given:
                 raise ValueError(f"without {min(given)}, which is to stand beside `of` and not in it")
             return of
+
+    def model_sizes(self) -> list[ModelSize | None]:
+        """Return the sizes of the model that judges."""
+        return JUDGES[self.config.of.kind](self.config.of).model_sizes()
 
     def load(self, device: str, threads: int) -> None:
         """Load the judging reward."""

@@ -45,9 +45,9 @@ def test_the_shape_of_the_longest_encoding_is_known_without_any_weights(case, ba
     (condition,) = backbone.encode([LONG])
     bare = case.backbone(case.only(tmp_path / "pipeline"))
     assert bare.text_shape == (*condition.sequence.shape, *condition.pooled.shape)
-    hollow, denoiser = bare.hollow(bare.network, bare.part), backbone.load_denoiser()
-    assert {n: p.shape for n, p in hollow.named_parameters()} == {n: p.shape for n, p in denoiser.named_parameters()}
-    assert all(parameter.is_meta for parameter in hollow.parameters())
+    on_meta, denoiser = bare.on_meta(bare.network, bare.part), backbone.load_denoiser()
+    assert {n: p.shape for n, p in on_meta.named_parameters()} == {n: p.shape for n, p in denoiser.named_parameters()}
+    assert all(parameter.is_meta for parameter in on_meta.parameters())
 
 
 def test_a_condition_depends_on_its_own_text_only(backbone):

@@ -8,8 +8,18 @@ import pytest
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive
 from align_cluster.planner.count import Usage
-from align_cluster.planner.fit import CONTEXT, candidates, changed, fits, fullest, remedy, reward_bytes
-from align_cluster.planner.memory import Sizes, learner, sampler
+from align_cluster.planner.fit import (
+    CONTEXT,
+    changed,
+    fits,
+    fullest_gpu,
+    hints,
+    learner_memory,
+    options,
+    reward_bytes,
+    sampler_memory,
+)
+from align_cluster.planner.memory import LearnerUsage, Sizes
 from align_cluster.planner.report import image_flops, roles, step_seconds
 
 GB = 10**9
@@ -23,8 +33,8 @@ SIZES = Sizes(
     adapters=2,
     draw=Usage(2 * GB, 12 * 10**12),
     decode=Usage(6 * GB, 24 * 10**12),
-    update=Usage(20 * GB, 48 * 10**12),
-    checkpointed=Usage(4 * GB, 60 * 10**12),
+    plain=LearnerUsage(Usage(20 * GB, 48 * 10**12)),
+    checkpointed=LearnerUsage(Usage(4 * GB, 60 * 10**12)),
 )
 SAMPLER = 10 + 1 + 8 + 1 + 6  # with an adapter
 LEARNER = 10 + 2 + 1 + 20  # with two adapters and an average; the optimiser comes on top
@@ -38,78 +48,67 @@ def planned(gpus=1, *overrides):
 
 def test_a_gpu_holds_its_sampler_its_learner_and_the_rewards_that_share_it():
     config, plan = planned()
-    assert sampler(config, plan, SIZES).total == SAMPLER * GB
-    assert learner(config, plan, SIZES).total == (LEARNER + 3 + 2) * GB, "moments and a copy, a bucket and gradients"
+    assert sampler_memory(config, plan, SIZES).total == SAMPLER * GB
+    optimizer = 3 + 2  # moments and a copy, a bucket and gradients
+    assert learner_memory(config, plan, SIZES).total == (LEARNER + optimizer) * GB
     rewards = reward_bytes(config, ("geneval",))
     assert rewards == 4 * (68.7e6 + 427.6e6)
-    assert fullest(config, plan, SIZES) == (SAMPLER + LEARNER + 5) * GB + 2 * rewards + 4 * CONTEXT
+    assert fullest_gpu(config, plan, SIZES) == (SAMPLER + LEARNER + 5) * GB + 2 * rewards + 4 * CONTEXT
     config, plan = planned(1, "cluster.samplers=2", "rewards.geneval.pool.gpus=0")
-    assert fullest(config, plan, SIZES) == (2 * SAMPLER + LEARNER + 5) * GB + 3 * CONTEXT
+    assert fullest_gpu(config, plan, SIZES) == (2 * SAMPLER + LEARNER + 5) * GB + 3 * CONTEXT
 
 
 def test_roles_on_gpus_of_their_own_do_not_add_up():
     config, plan = planned(2, "cluster.samplers=1", "cluster.learners=1", "rewards.geneval.pool.gpus=0")
-    assert plan.apart and fullest(config, plan, SIZES) == (LEARNER + 5) * GB + CONTEXT
+    assert plan.apart and fullest_gpu(config, plan, SIZES) == (LEARNER + 5) * GB + CONTEXT
     config, plan = planned(3, "rewards.geneval.pool.gpus=0.5")
-    assert fullest(config, plan, replace(SIZES, denoiser=0, text=0, update=Usage(0, 0))) < 20 * GB
-    assert fullest(config, plan, SIZES) == fullest(*planned(2, "rewards.geneval.pool.gpus=0"), SIZES)
+    assert fullest_gpu(config, plan, replace(SIZES, denoiser=0, text=0, plain=LearnerUsage(Usage(0, 0)))) < 20 * GB
+    assert fullest_gpu(config, plan, SIZES) == fullest_gpu(*planned(2, "rewards.geneval.pool.gpus=0"), SIZES)
 
 
-@pytest.mark.parametrize(
-    ("stage", "optimizer", "weights"), [(0, 3, 10), (1, 2 + 0.75, 10), (2, 1 + 0.25 + 0.75, 10), (3, 2, 2.5 + 2)]
-)
-def test_zero_shares_more_between_ranks_from_stage_to_stage(stage, optimizer, weights):
-    config, plan = planned(4, f"learner.zero_stage={stage}")
-    role = learner(config, plan, SIZES)
-    assert (role.optimizer, role.weights) == (optimizer * GB, weights * GB)
-    assert role.lora == pytest.approx((2 / (4 if stage == 3 else 1) + 1) * GB)
+def test_zero_shares_more_between_ranks_from_stage_to_stage():
+    for stage, optimizer, weights in ((0, 3, 10), (1, 2 + 0.75, 10), (2, 1 + 0.25 + 0.75, 10), (3, 2, 2.5 + 2)):
+        config, plan = planned(4, f"learner.zero_stage={stage}")
+        role = learner_memory(config, plan, SIZES)
+        assert (role.optimizer, role.weights) == (optimizer * GB, weights * GB)
+        assert role.lora == pytest.approx((2 / (4 if stage == 3 else 1) + 1) * GB)
 
 
 def test_the_average_and_the_text_encoders_count_where_they_are_kept():
     plain, plan = planned()
-    assert learner(*planned(1, "learner.ema=0"), SIZES).lora == learner(plain, plan, SIZES).lora - GB
+    assert learner_memory(*planned(1, "learner.ema=0"), SIZES).lora == learner_memory(plain, plan, SIZES).lora - GB
     for place in ("cpu", "free"):
-        away = sampler(*planned(1, f"backbone.text={place}"), SIZES)
-        assert away.weights == sampler(plain, plan, SIZES).weights - 8 * GB
+        away = sampler_memory(*planned(1, f"backbone.text={place}"), SIZES)
+        assert away.weights == sampler_memory(plain, plan, SIZES).weights - 8 * GB
 
 
 def test_what_fits_leaves_a_twentieth_free():
     assert fits(95, 100) and not fits(95.1, 100)
 
 
-CHECKPOINTING, FREE = "learner.gradient_checkpointing: true", "backbone.text: free"
+def test_hints_are_the_settings_that_save_most():
+    found = hints(*planned(1, "rewards.geneval.pool.gpus=0"), SIZES)
+    assert [(hint.setting, hint.saves / GB) for hint in found] == [
+        ("learner.gradient_checkpointing: true", 20 - 4),
+        ("rollout.chunk: 6", 20 / 2 + 6 / 2),  # and with the chunk the micro-batch
+        ("learner.micro_batch: 6", 20 / 2),
+    ]
+    found = hints(*planned(2, "rewards.geneval.pool.gpus=0", "learner.gradient_checkpointing=true"), SIZES)
+    apart = "cluster.samplers: 1, cluster.learners: 1"
+    assert [hint.setting for hint in found] == [apart, "backbone.text: free", "rollout.chunk: 6"]
 
 
-@pytest.mark.parametrize(
-    ("memory", "gpus", "sizes", "changes"),
-    [
-        (62, 1, SIZES, [CHECKPOINTING]),
-        (50, 1, SIZES, [CHECKPOINTING, FREE]),
-        (46, 1, replace(SIZES, update=Usage(5 * GB, 0)), [FREE]),
-        (42, 1, SIZES, [CHECKPOINTING, FREE, "rollout.chunk: 8"]),
-        (30, 2, SIZES, [CHECKPOINTING, "cluster.samplers: 1, cluster.learners: 1"]),
-        (13, 8, SIZES, None),
-    ],
-)
-def test_the_remedy_is_the_fewest_changes_that_suffice(memory, gpus, sizes, changes):
-    config, plan = planned(gpus, "rewards.geneval.pool.gpus=0")
-    assert not fits(fullest(config, plan, sizes), memory * GB)
-    found, need = remedy(config, plan, sizes, memory * GB)
-    if changes is None:
-        assert not fits(need, memory * GB) and len(found) == len(list(candidates(config, plan)))
-    else:
-        assert found == changes and fits(need, memory * GB)
-
-
-def test_remedies_are_settings_that_a_run_file_takes():
-    """Planned anew with them, a run holds what was said."""
-    config, plan = planned(2, "rewards.geneval.pool.gpus=0")
-    for change in candidates(config, plan):
-        settings = [setting.replace(": ", "=") for setting in change.text.split(", ")]
-        again, replanned = planned(2, "rewards.geneval.pool.gpus=0", *settings)
+def test_options_are_settings_that_a_run_file_takes():
+    """Planned anew with an option, a run holds what the option promises."""
+    stated = ("rewards.geneval.pool.gpus=0", "learner.micro_batch=3")
+    config, plan = planned(2, *stated)
+    found = list(options(config, plan))
+    assert len(found) == 6
+    for text, changed_config, changed_plan in found:
+        again, replanned = planned(2, *stated, *(setting.replace(": ", "=") for setting in text.split(", ")))
         same_sizes = replace(replanned, chunk=plan.chunk, micro_batch=plan.micro_batch)
-        mine = fullest(changed(config, change.settings), replace(plan, **change.plan), SIZES)
-        assert mine == pytest.approx(fullest(again, same_sizes, SIZES)), change.text
+        mine = fullest_gpu(changed_config, changed_plan, SIZES)
+        assert mine == pytest.approx(fullest_gpu(again, same_sizes, SIZES)), text
 
 
 def test_flops_and_seconds_follow_the_plan():
@@ -122,7 +121,7 @@ def test_flops_and_seconds_follow_the_plan():
     assert seconds["rollout"] == pytest.approx(images * flops["rollout"] / rate / 2)
     assert seconds["update"] == pytest.approx(images * flops["update"] / rate / 2)
     assert seconds["reward"] == pytest.approx(images * flops["reward"] / (0.4 * 67e12) / 2)
-    checkpointed = changed(config, {"learner": {"gradient_checkpointing": True}})
+    checkpointed = changed(config, "learner", gradient_checkpointing=True)
     assert image_flops(checkpointed, plan, SIZES)["update"] == 9 * 60 * 10**12 / 12
 
 

@@ -13,7 +13,8 @@ import torch
 
 from align_cluster.config.plan import Plan, derive
 from align_cluster.config.run import RunConfig
-from align_cluster.planner.memory import learner, measure, sampler
+from align_cluster.planner.fit import learner_memory, sampler_memory
+from align_cluster.planner.memory import measure
 
 SCRIPT = Path(__file__).with_name("measured.py")
 # Of these networks weights, optimiser and activations all weigh something.
@@ -82,7 +83,8 @@ def predicted(config: RunConfig, world: int, device: str = "cpu") -> dict[str, f
     plan: Plan = derive(config, world, 1 if device == "cuda" else 0)
     assert plan.learners == world
     sizes = measure(config, plan, device)
-    return {"learner": learner(config, plan, sizes).total, "sampler": sampler(config, plan, sizes).total}
+    roles = {"learner": learner_memory, "sampler": sampler_memory}
+    return {name: role(config, plan, sizes).total for name, role in roles.items()}
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from align_cluster.rewards.image_files import encode
-from align_cluster.rewards.limits import Limits
+from align_cluster.rewards.wire import encode_image
+from align_cluster.serving.config import Limits
 from align_cluster.rewards.wire import MEDIA_TYPE
 
 TOKEN = "secret"
@@ -28,7 +28,7 @@ LIMITS = Limits(
     concurrency=4,
 )
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
-PNG, WEBP = (encode(IMAGES[0], kind) for kind in ("png", "webp"))
+PNG, WEBP = (encode_image(IMAGES[0], kind) for kind in ("png", "webp"))
 
 
 def http_request(body=b"", path="/v1/score", method="POST", **headers):

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.client import RewardClient
+from align_cluster.rewards.http import RewardClient
 from align_cluster.rewards.http import Http
-from align_cluster.rewards.limits import Limits
+from align_cluster.serving.config import Limits
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
 from align_cluster.types import Failure, Prompt, Scores
 
@@ -160,7 +160,7 @@ def test_a_service_is_ready_while_all_rewards_are(service):
     "body", [bytes(100_000), encode_request(["bright"], np.repeat(IMAGES, 200, 0), PROMPTS, "raw")]
 )
 def test_a_refusal_reaches_a_client_that_still_sends(service, body, monkeypatch):
-    monkeypatch.setattr("align_cluster.rewards.client.encode_request", lambda *_: body)
+    monkeypatch.setattr("align_cluster.rewards.http.encode_request", lambda *_: body)
     with pytest.raises(RewardError, match="413") as caught:
         RewardClient(service[0], TOKEN).score(["bright"], IMAGES, PROMPTS)
     assert caught.value.kind == "bad_input"

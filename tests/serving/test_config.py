@@ -68,7 +68,7 @@ def test_one_mistake_gives_one_sentence_with_place_and_remedy(old, new, parts):
 
 @pytest.mark.parametrize("text", ["", "two words", "käse", "a\tb"])
 def test_a_token_is_one_word(text, tmp_path, monkeypatch):
-    from align_cluster.rewards.client import Token
+    from align_cluster.rewards.http import Token
 
     monkeypatch.setenv("SERVICE_TOKEN", text)
     with pytest.raises(UserError, match="SERVICE_TOKEN holds no token"):

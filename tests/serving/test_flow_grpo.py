@@ -13,7 +13,7 @@ from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
 from align_cluster.rewards.geneval import GenEval
 from align_cluster.rewards.jpeg import Jpeg
-from align_cluster.rewards.limits import Limits
+from align_cluster.serving.config import Limits
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.types import Prompt
 
@@ -43,7 +43,7 @@ def url(http_server):
     from align_cluster.serving.api import create_app
 
     described = [{"name": "geneval"}, {"name": "jpeg"}]
-    with http_server(create_app(Limits(), described, None, Backend())) as url:
+    with http_server(create_app(Backend(), described, limits=Limits(), token=None)) as url:
         yield f"{url}/v1/flow_grpo"
 
 

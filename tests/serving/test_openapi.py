@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from align_cluster.rewards.image_files import encode
-from align_cluster.rewards.limits import Limits
+from align_cluster.rewards.wire import encode_image
+from align_cluster.serving.config import Limits
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
 from align_cluster.types import Prompt, Scores
 
@@ -28,7 +28,7 @@ CHECKS = [
     checks.unsupported_method,
     checks.ignored_auth,
 ]
-PNG = encode(np.zeros((4, 4, 3), np.uint8), "png")
+PNG = encode_image(np.zeros((4, 4, 3), np.uint8), "png")
 BODY = encode_request(["mean"], np.zeros((1, 4, 4, 3), np.uint8), [Prompt(0, "p")], "png")
 
 
@@ -44,7 +44,7 @@ class Backend:
 def document(http_server):
     from align_cluster.serving.api import create_app
 
-    app = create_app(Limits(), [{"name": "mean"}], hashlib.sha256(b"secret").digest(), Backend())
+    app = create_app(Backend(), [{"name": "mean"}], limits=Limits(), token=hashlib.sha256(b"secret").digest())
     with http_server(app) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 

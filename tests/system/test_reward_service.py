@@ -18,9 +18,9 @@ from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.client import RewardClient
+from align_cluster.rewards.http import RewardClient
 from align_cluster.rewards.http import Http
-from align_cluster.rewards.image_files import encode
+from align_cluster.rewards.wire import encode_image
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.config import ServiceConfig
@@ -144,7 +144,7 @@ def test_refusals_have_their_status_and_a_sentence(url):
 
 def test_flow_grpos_request_is_answered_as_well_but_never_unpickled(url, worker):
     here, fields = worker.score(IMAGES, PROMPTS), {"meta_datas": RECORDS, "only_strict": True}
-    data = fields | {"images": [base64.b64encode(encode(image, "png")).decode() for image in IMAGES]}
+    data = fields | {"images": [base64.b64encode(encode_image(image, "png")).decode() for image in IMAGES]}
     as_json = {"Content_Type": "application/json"}
     status, text = ask(url, "POST", "/v1/flow_grpo/objects", json.dumps(data).encode(), **as_json)
     answer = json.loads(text)

@@ -1,23 +1,16 @@
-"""Requests of many callers as full batches for one worker."""
+"""Makes full batches for one worker from the requests of many callers."""
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
 from align_cluster.rewards.mix import concatenate
+from align_cluster.rewards.worker import RewardWorker, score_together
 from align_cluster.types import Prompt, Scores
-
-Part = tuple[np.ndarray, list[Prompt]]  # images and one prompt each
-Score = Callable[[np.ndarray, list[Prompt]], Scores]
-
-
-class Scorer(Protocol):
-    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores: ...
 
 
 @dataclass(frozen=True)
@@ -28,14 +21,14 @@ class _Job:
 
 
 class MicroBatcher:
-    """Scores up to `batch` images at a time, of as many requests as wait. Nobody waits for others to come.
+    """Scores up to `batch` images at a time, of as many requests as wait. No request waits for others to come.
 
     The worker is made, and always used, in one thread of its own: torch's number of threads belongs to the thread that
     sets it. Only images of one size are scored together. Where a batch of several requests has a failure, each request
     is scored again alone, so that none pays for another.
     """
 
-    def __init__(self, make_worker: Callable[[], Scorer], batch: int) -> None:
+    def __init__(self, make_worker: Callable[[], RewardWorker], batch: int) -> None:
         self.thread = ThreadPoolExecutor(1)
         self.worker = self.thread.submit(make_worker).result()
         self.batch = batch
@@ -43,12 +36,10 @@ class MicroBatcher:
         self.task: asyncio.Task | None = None
 
     async def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        """Score images uint8 [B, H, W, 3] with one prompt each. It raises what the worker raises."""
         loop = asyncio.get_running_loop()
-        starts = range(0, len(images), self.batch)
-        jobs = [
-            _Job(images[start : start + self.batch], prompts[start : start + self.batch], loop.create_future())
-            for start in starts
-        ]
+        rows = [slice(start, start + self.batch) for start in range(0, len(images), self.batch)]
+        jobs = [_Job(images[part], prompts[part], loop.create_future()) for part in rows]
         self.waiting += jobs
         if self.task is None or self.task.done():
             self.task = loop.create_task(self._work())
@@ -60,14 +51,14 @@ class MicroBatcher:
             results = await loop.run_in_executor(self.thread, self._score, jobs)
             for job, result in zip(jobs, results, strict=True):
                 if job.done.done():
-                    continue  # its caller has gone
+                    continue  # Its caller has gone.
                 if isinstance(result, Exception):
                     job.done.set_exception(result)
                 else:
                     job.done.set_result(result)
 
     def _next(self) -> list[_Job]:
-        """The oldest job and others of its image size that fit beside it."""
+        """Take the oldest job, and others of its image size that fit beside it. Drop those whose caller has gone."""
         chosen: list[_Job] = []
         left: deque[_Job] = deque()
         count = 0
@@ -84,30 +75,8 @@ class MicroBatcher:
         return chosen
 
     def _score(self, jobs: list[_Job]) -> list[Scores | Exception]:
-        """What comes of each job."""
         parts = [(job.images, job.prompts) for job in jobs]
         try:
             return score_together(self.worker.score, parts)
         except Exception as error:
             return [error] if len(jobs) == 1 else [result for job in jobs for result in self._score([job])]
-
-
-def score_together(score: Score, parts: Sequence[Part]) -> list[Scores]:
-    """Scores of each part, from one batch of them all. If something in it fails, each part is scored again alone, so
-    that none pays for another."""
-    if len(parts) == 1:
-        return [score(*parts[0])]
-    together = score(np.concatenate([images for images, _ in parts]), [p for _, prompts in parts for p in prompts])
-    if together.failures:
-        return [score(images, prompts) for images, prompts in parts]
-    ends = np.cumsum([len(images) for images, _ in parts])
-    return [_rows(together, end - len(images), end) for (images, _), end in zip(parts, ends, strict=True)]
-
-
-def _rows(scores: Scores, start: int, end: int) -> Scores:
-    columns = {
-        part: {name: column[start:end] for name, column in getattr(scores, part).items()}
-        for part in ("values", "valid", "details")
-    }
-    share = (end - start) / len(next(iter(scores.valid.values())))
-    return replace(scores, **columns, seconds={name: share * spent for name, spent in scores.seconds.items()})

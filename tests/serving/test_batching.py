@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 
-from align_cluster.rewards.batching import MicroBatcher
+from align_cluster.serving.batching import MicroBatcher
 from align_cluster.types import Failure, Prompt, Scores
 
 

@@ -50,7 +50,7 @@ def decode_request(body: bytes, limits: Limits) -> tuple[list[str], np.ndarray, 
     if isinstance(head.images, Raw):
         return head.rewards, _raw(head.images, data[length:], len(prompts), limits), prompts
     files = _files(head.images.sizes, data[length:], len(prompts))
-    return head.rewards, decode_images(files, [head.images.encoding], limits), prompts
+    return head.rewards, decode_images(files, [head.images.encoding.upper()], limits), prompts
 
 
 def _raw(images: Raw, data: memoryview, count: int, limits: Limits) -> np.ndarray:
@@ -88,7 +88,7 @@ def validated(model: type[Model], data: Any, *, strict: bool = True) -> Model:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:100] or "the JSON"
         status = 415 if first["type"] == "union_tag_invalid" else 422
-        raise HTTPException(status, f"{where}: {first['msg'][:300]}") from None
+        raise HTTPException(status, f"{where}: {first['msg'].removeprefix('Value error, ')[:300]}") from None
 
 
 def check_prompts(prompts: Sequence[Prompt], limits: Limits) -> None:
@@ -121,19 +121,18 @@ def decode_images(files: Sequence[bytes], formats: Sequence[str], limits: Limits
                     pixels = np.empty((len(files), image.height, image.width, 3), np.uint8)
                 pixels[index] = _decoded(image, pixels.shape[1:3], bits=file[PNG_DEPTH] if image.format == "PNG" else 8)
         except Image.DecompressionBombError:
-            raise HTTPException(
-                413, f"image {index} has far more than {limits.image_pixels} pixels, the most"
-            ) from None
+            raise HTTPException(413, f"image {index} has far more than {limits.image_pixels} pixels") from None
         except Image.UnidentifiedImageError:
-            raise HTTPException(422, f"image {index}: it cannot be read as {' or '.join(formats)}") from None
+            raise HTTPException(422, f"image {index} cannot be read as {' or '.join(formats)}") from None
         except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-            raise HTTPException(422, f"image {index}: {error}") from None
+            raise HTTPException(422, f"image {index} cannot be used: {error}") from None
     return pixels
 
 
 def _decoded(image: Image.Image, shape: tuple[int, int], bits: int) -> np.ndarray:
-    if image.mode != "RGB" or bits != 8 or getattr(image, "n_frames", 1) != 1:
-        raise ValueError(f"it is {bits}-bit {image.mode} or has several frames; send a still image of 8-bit RGB")
+    frames = getattr(image, "n_frames", 1)
+    if image.mode != "RGB" or bits != 8 or frames != 1:
+        raise ValueError(f"it has {frames} frames of {bits}-bit {image.mode}; send a single one of 8-bit RGB")
     if (image.height, image.width) != shape:
         raise ValueError(
             f"it has {image.width} x {image.height} pixels, image 0 {shape[1]} x {shape[0]}; send images of one size"

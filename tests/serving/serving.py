@@ -13,10 +13,10 @@ import uvicorn
 
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import FailurePolicy, Result, Reward, RewardSection
-from align_cluster.serving.batching import MicroBatcher
-from align_cluster.serving.config import Limits
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.api import create_app
+from align_cluster.serving.batching import MicroBatcher
+from align_cluster.serving.config import Limits
 
 
 class Returns(Reward):

@@ -65,7 +65,7 @@ def test_each_bad_request_is_refused_in_a_sentence_and_leaves_no_trace(service):
         said = sentence and "\n" not in sentence and len(sentence) < 600 and words in sentence
         if found != status or not said or not scores_right(service[0]):
             wrong[name] = (found, sentence)
-    assert not wrong
+    assert not wrong, "\n".join(f"{name}: {found}" for name, found in wrong.items())
     assert len(BAD) > 200
 
 

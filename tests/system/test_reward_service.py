@@ -18,10 +18,8 @@ from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.http import RewardClient
-from align_cluster.rewards.http import Http
-from align_cluster.rewards.wire import encode_image
-from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
+from align_cluster.rewards.http import Http, RewardClient
+from align_cluster.rewards.wire import MEDIA_TYPE, encode_image, encode_request
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.config import ServiceConfig
 from align_cluster.types import Failure, Prompt

@@ -11,13 +11,13 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
 from PIL import Image
-from pydantic import AfterValidator, PositiveFloat, model_validator
+from pydantic import PositiveFloat, field_validator, model_validator
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import Result, Reward, RewardError, RewardSection
@@ -179,11 +179,17 @@ class Http(Reward):
         """
 
         kind: Literal["http"] = "http"
-        url: Annotated[str, AfterValidator(service_address)]
+        url: str
         reward: str
         token: Token | None = None
         timeout_s: PositiveFloat = 60.0
         encoding: Encoding = "png"
+
+        @field_validator("url")
+        @classmethod
+        def is_an_address(cls, url: str) -> str:
+            """Refuse what is no address of a service."""
+            return service_address(url)
 
     def load(self, device: str, threads: int) -> None:
         """Ask the service whether it has the reward. UserError says why it cannot be used."""

@@ -310,6 +310,12 @@ FLOW = {
     "form of 100 parts": (form(*[("images", b"")] * 100), 413, "100 parts"),
     "form with an empty image": (form(("images", b""), ("prompts", b"p")), 422, "cannot be read as JPEG"),
     "form in Latin-1": (form(("images", PNG), ("prompts", "Käfer".encode("latin-1"))), 422, "unicode"),
+    "form without prompts": (form(("images", PNG)), 422, "prompts is missing"),
+    "form with NaN": (
+        form(("images", PNG), ("meta_datas", b'{"prompt": "p", "count": NaN}')),
+        422,
+        "JSON cannot be read",
+    ),
     "form with a broken record": (form(("images", PNG), ("meta_datas", b"{")), 422, "JSON cannot be read"),
     "form with a long record": (form(("images", PNG), ("meta_datas", b'"%s"' % (b"a" * 2500))), 413, "JSON has"),
     "form with a record that is a list": (form(("images", PNG), ("meta_datas", b"[]")), 422, "meta_datas.0"),

@@ -66,7 +66,7 @@ def test_each_bad_request_is_refused_in_a_sentence_and_leaves_no_trace(service):
         if found != status or not said or not scores_right(service[0]):
             wrong[name] = (found, sentence)
     assert not wrong, "\n".join(f"{name}: {found}" for name, found in wrong.items())
-    assert len(BAD) > 200
+    assert len(BAD) >= 200
 
 
 def test_what_a_reward_may_not_return_is_its_failure_and_nobody_elses(service):

@@ -27,6 +27,7 @@ def test_a_request_arrives_as_it_was_sent():
         assert prompts == PROMPTS and [p.metadata for p in prompts] == [p.metadata for p in PROMPTS]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_before_memory_is_taken_for_it():
     """A small file whose header tells of many pixels; Pillow itself refuses from 178,956,970 on."""
     for encoding, at, size in (

@@ -91,7 +91,7 @@ class Metrics:
         self.reward_seconds = Histogram("reward_seconds", "one reward, waiting included", ["reward"], **made)
 
 
-class Reception:
+class Frontend:
     """Receives requests for the rewards `names` within `limits`, has them scored, and counts them.
 
     `token` is the SHA-256 of the bearer token; None lets everybody in.
@@ -178,17 +178,17 @@ class Reception:
 def create_app(
     backend: Backend, described: Sequence[dict[str, object]], *, limits: Limits, token: bytes | None
 ) -> FastAPI:
-    """Return the app for rewards that are `described` by name, kind and so on. `token` is as in Reception."""
-    reception = Reception(backend, [str(reward["name"]) for reward in described], limits=limits, token=token)
+    """Return the app for rewards that are `described` by name, kind and so on. `token` is as in Frontend."""
+    frontend = Frontend(backend, [str(reward["name"]) for reward in described], limits=limits, token=token)
     app = FastAPI(title="align_cluster rewards", version=__version__, description=ABOUT, redirect_slashes=False)
-    app.include_router(_scoring(reception))
-    app.include_router(_status(reception, described))
+    app.include_router(_scoring(frontend))
+    app.include_router(_status(frontend, described))
     return app
 
 
-def _scoring(reception: Reception) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(reception.authorize)])
-    has = f"this service has {', '.join(reception.names)}"
+def _scoring(frontend: Frontend) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(frontend.authorize)])
+    has = f"this service has {', '.join(frontend.names)}"
 
     @router.post(
         "/v1/score",
@@ -198,14 +198,14 @@ def _scoring(reception: Reception) -> APIRouter:
     )
     async def score(request: Request) -> Response:
         """Score images with one reward or several."""
-        async with reception.request():
-            body = await reception.body(request, MEDIA_TYPE, wanted=WANTED)
-            rewards, images, prompts = await asyncio.to_thread(decode_request, body, reception.limits)
+        async with frontend.request():
+            body = await frontend.body(request, MEDIA_TYPE, wanted=WANTED)
+            rewards, images, prompts = await asyncio.to_thread(decode_request, body, frontend.limits)
             for name in rewards:
-                if name not in reception.names:
+                if name not in frontend.names:
                     raise HTTPException(422, f"there is no reward {name[:80]!r} here; {has}")
             started = time.perf_counter()
-            scores = await reception.score(rewards, images, prompts)
+            scores = await frontend.score(rewards, images, prompts)
             answer = encode_answer(scores, time.perf_counter() - started)
             return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -216,32 +216,32 @@ def _scoring(reception: Reception) -> APIRouter:
         openapi_extra={"requestBody": flow_grpo.request_schema()},
     )
     async def score_as_flow_grpo(
-        reward: Annotated[str, Path(json_schema_extra={"enum": list(reception.names)})], request: Request
+        reward: Annotated[str, Path(json_schema_extra={"enum": list(frontend.names)})], request: Request
     ) -> Response:
         """Score images as flow_grpo's reward servers do, without pickle."""
-        async with reception.request():
-            if reward not in reception.names:
+        async with frontend.request():
+            if reward not in frontend.names:
                 raise HTTPException(404, f"there is no reward {reward[:80]!r} here; {has}")
-            body = await reception.body(request, flow_grpo.JSON, flow_grpo.FORM, wanted=WANTED_OF_FLOW_GRPO)
+            body = await frontend.body(request, flow_grpo.JSON, flow_grpo.FORM, wanted=WANTED_OF_FLOW_GRPO)
             content_type = request.headers["content-type"]
-            images, prompts = await asyncio.to_thread(flow_grpo.decode_request, body, content_type, reception.limits)
-            answer = flow_grpo.encode_scores(await reception.score([reward], images, prompts), reward, prompts)
+            images, prompts = await asyncio.to_thread(flow_grpo.decode_request, body, content_type, frontend.limits)
+            answer = flow_grpo.encode_scores(await frontend.score([reward], images, prompts), reward, prompts)
             return Response(answer.model_dump_json(), media_type="application/json")
 
     return router
 
 
-def _status(reception: Reception, described: Sequence[dict[str, object]]) -> APIRouter:
+def _status(frontend: Frontend, described: Sequence[dict[str, object]]) -> APIRouter:
     router = APIRouter()
 
     @router.get(
         "/v1/rewards",
-        dependencies=[Depends(reception.authorize)],
+        dependencies=[Depends(frontend.authorize)],
         responses={status: REFUSALS[status] for status in (401, 431)},
     )
     async def rewards() -> dict[str, object]:
         """Tell the names, kinds, inputs and versions of the rewards, and what a request may hold."""
-        return {"rewards": described, "limits": reception.limits.model_dump(), "version": __version__}
+        return {"rewards": described, "limits": frontend.limits.model_dump(), "version": __version__}
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -251,7 +251,7 @@ def _status(reception: Reception, described: Sequence[dict[str, object]]) -> API
     @router.get("/readyz", responses={503: {"model": Refusal, "description": "some reward is not ready"}})
     async def readyz() -> dict[str, str]:
         """Answer 200 while the service can score with every reward."""
-        unready = await reception.backend.unready()
+        unready = await frontend.backend.unready()
         if unready:
             raise HTTPException(503, f"not ready: {', '.join(unready)}")
         return {"status": "ready"}
@@ -259,6 +259,6 @@ def _status(reception: Reception, described: Sequence[dict[str, object]]) -> API
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Answer with the metrics as Prometheus text."""
-        return Response(generate_latest(reception.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -1,7 +1,6 @@
 """Makes full batches for one worker from the requests of many callers."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from align_cluster.rewards.worker import RewardWorker, score_together
 from align_cluster.types import Prompt, Scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     images: np.ndarray
     prompts: list[Prompt]
@@ -32,7 +31,7 @@ class MicroBatcher:
         self.thread = ThreadPoolExecutor(1)
         self.worker = self.thread.submit(make_worker).result()
         self.batch = batch
-        self.waiting: deque[_Job] = deque()
+        self.waiting: list[_Job] = []
         self.task: asyncio.Task | None = None
 
     async def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:
@@ -59,19 +58,14 @@ class MicroBatcher:
 
     def _next(self) -> list[_Job]:
         """Take the oldest job, and others of its image size that fit beside it. Drop those whose caller has gone."""
-        chosen: list[_Job] = []
-        left: deque[_Job] = deque()
-        count = 0
+        self.waiting = [job for job in self.waiting if not job.done.done()]
+        chosen, count = [], 0
         for job in self.waiting:
-            if job.done.done():
-                continue
-            same = not chosen or job.images.shape[1:] == chosen[0].images.shape[1:]
+            same = job.images.shape[1:] == self.waiting[0].images.shape[1:]
             if same and count + len(job.images) <= self.batch:
                 chosen.append(job)
                 count += len(job.images)
-            else:
-                left.append(job)
-        self.waiting = left
+        self.waiting = [job for job in self.waiting if job not in chosen]
         return chosen
 
     def _score(self, jobs: list[_Job]) -> list[Scores | Exception]:

@@ -80,15 +80,12 @@ class Ingress:
     async def unready(self) -> list[str]:
         """Return the names of the rewards without a worker that answers within 5 s."""
 
-        async def silent(name: str) -> bool:
-            try:
-                async with asyncio.timeout(5):
-                    return not await self.deployments[name].ready.remote()
-            except (*LOST, TimeoutError):
-                return True
+        async def ready(name: str) -> bool:
+            async with asyncio.timeout(5):
+                return await self.deployments[name].ready.remote()
 
-        answers = await asyncio.gather(*map(silent, self.deployments))
-        return [name for name, missing in zip(self.deployments, answers, strict=True) if missing]
+        answers = await asyncio.gather(*map(ready, self.deployments), return_exceptions=True)
+        return [name for name, answer in zip(self.deployments, answers, strict=True) if answer is not True]
 
 
 def describe(rewards: Mapping[str, RewardSection]) -> list[dict[str, object]]:

@@ -82,8 +82,15 @@ class RewardClient:
         except ValueError as error:
             raise UserError(f"{url!r} is no address; it must be {error}") from None
         self.timeout_s, self.encoding = timeout_s, encoding
-        self._tls = ssl.create_default_context()
-        self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        self._client = httpx2.AsyncClient(
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
+            # httpx2's own timeouts hold for each read and write, so a slow service could stretch them without an end.
+            timeout=None,
+            # A request fails when the service closes an idle connection in that moment, so each has a new one.
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            verify=ssl.create_default_context(),
+            trust_env=False,
+        )
 
     def rewards(self) -> dict[str, dict]:
         """Return what the service offers: the kind, inputs and version of each reward by its name."""
@@ -115,16 +122,11 @@ class RewardClient:
             request.cancel()  # Ends the request where the caller is interrupted, and does nothing after an answer.
 
     async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
-        # httpx2's own timeouts hold for each read and write, so a slow service could stretch them without an end.
-        # A service closes idle connections, and a request that meets one in that moment fails: each has its own.
         answer = bytearray()
-        headers = self._headers | ({} if body is None else {"Content-Type": MEDIA_TYPE})
+        headers = {} if body is None else {"Content-Type": MEDIA_TYPE}
+        request = self._client.stream(method, self.url + path, content=body, headers=headers)
         try:
-            async with (
-                asyncio.timeout(self.timeout_s),
-                httpx2.AsyncClient(timeout=None, verify=self._tls, trust_env=False) as client,
-                client.stream(method, self.url + path, content=body, headers=headers) as response,
-            ):
+            async with asyncio.timeout(self.timeout_s), request as response:
                 async for part in response.aiter_raw():
                     answer += part
                     if len(answer) > ANSWER_BYTES:

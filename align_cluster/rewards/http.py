@@ -77,6 +77,7 @@ class RewardClient:
     def __init__(
         self, url: str, token: str | None = None, *, timeout_s: float = 120, encoding: Encoding = "png"
     ) -> None:
+        """Prepare to ask; nothing is sent. UserError says where `url` is no address."""
         try:
             self.url = service_address(url).rstrip("/")
         except ValueError as error:

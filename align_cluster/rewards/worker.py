@@ -27,6 +27,7 @@ class RewardWorker:
     def __init__(
         self, configs: Mapping[str, RewardSection], threads: int = 1, device: str = "cpu", batch: int | None = None
     ) -> None:
+        """Load the rewards to `device`, to run on `threads` CPU threads."""
         torch.set_num_threads(threads)
         self.batch = batch
         self.rewards = {name: REWARDS[config.kind](config) for name, config in configs.items()}

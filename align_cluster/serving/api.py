@@ -82,6 +82,7 @@ class Metrics:
     """Counts what one process does, in a registry of its own."""
 
     def __init__(self) -> None:
+        """Register all metrics with the value 0."""
         self.registry = CollectorRegistry()
         made = {"registry": self.registry, "namespace": "align_cluster"}
         self.requests = Counter("requests", "requests to score by HTTP status", ["status"], **made)
@@ -98,6 +99,7 @@ class Frontend:
     """
 
     def __init__(self, backend: Backend, names: Sequence[str], *, limits: Limits, token: bytes | None) -> None:
+        """Let requests in, of which `backend` computes the scores."""
         self.backend, self.names, self.limits, self.token = backend, names, limits, token
         self.metrics = Metrics()
         self.room = asyncio.Semaphore(limits.concurrency)

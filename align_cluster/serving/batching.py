@@ -28,6 +28,7 @@ class MicroBatcher:
     """
 
     def __init__(self, make_worker: Callable[[], RewardWorker], batch: int) -> None:
+        """Make the worker in its thread. Its errors rise here."""
         self.thread = ThreadPoolExecutor(1)
         self.worker = self.thread.submit(make_worker).result()
         self.batch = batch

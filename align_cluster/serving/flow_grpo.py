@@ -8,6 +8,7 @@ group_strict_rewards), and `outputs`, which the other servers have.
 
 import base64
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -15,8 +16,8 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import HTTPException
 from pydantic import BeforeValidator, Field, WithJsonSchema
+from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import File, FormParser, parse_options_header
 
 from align_cluster.rewards.wire import WireFailure, encode_answer, encode_image
 from align_cluster.serving.config import Limits
@@ -143,7 +144,7 @@ def _json(body: bytes, limits: Limits) -> FlowGrpoRequest:
     other = len(body.translate(None, BASE64))
     check_limit(other, limits.json_bytes, f"the JSON has {other} bytes beside base64")
     request = validated(FlowGrpoRequest, read_json(body))
-    rest = len(body) - sum(4 * -(-len(file) // 3) for file in request.images)
+    rest = len(body) - sum(4 * math.ceil(len(file) / 3) for file in request.images)  # 4 characters for 3 bytes
     check_limit(rest, limits.json_bytes, f"the JSON has {rest} bytes beside images")
     return request
 
@@ -162,7 +163,7 @@ def _form(body: bytes, content_type: str, limits: Limits) -> FlowGrpoRequest:
 
 def _parts(body: bytes, content_type: str, most: int) -> dict[str, list[bytes]]:
     """Return the contents of a form's parts by their names."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    boundary = multipart.parse_options_header(content_type)[1].get(b"boundary", b"")
     line = b"--" + boundary
     if not boundary or not body[-len(line) - 6 :].rstrip(b"\r\n").endswith(line + b"--"):
         raise HTTPException(422, "the form does not end with the boundary of its content type; it may be cut off")
@@ -172,15 +173,16 @@ def _parts(body: bytes, content_type: str, most: int) -> dict[str, list[bytes]]:
     def add(name: bytes, content: bytes) -> None:
         parts[name.decode("utf-8", "replace")].append(content)
 
-    def add_file(file: File) -> None:
+    def add_file(file: multipart.File) -> None:
         file.file_object.seek(0)
         add(file.field_name, file.file_object.read())
 
+    def add_field(field: multipart.Field) -> None:
+        add(field.field_name, field.value)
+
     in_memory = {"MAX_MEMORY_FILE_SIZE": len(body)}
     try:
-        FormParser(
-            FORM, lambda field: add(field.field_name, field.value), add_file, boundary=boundary, config=in_memory
-        ).write(body)
+        multipart.FormParser(FORM, add_field, add_file, boundary=boundary, config=in_memory).write(body)
     except FormParserError as error:
         raise HTTPException(422, f"the form cannot be read: {error}") from None
     return parts

@@ -45,6 +45,7 @@ class Scorer:
     """Scores with one reward: a replica of its deployment."""
 
     def __init__(self, name: str, config: RewardSection, settings: DeploymentConfig) -> None:
+        """Load the reward, whose name is `name`."""
         rewards = {name: config.model_copy(update={"on_failure": ONCE})}
         device = "cuda" if settings.gpus else "cpu"
         self.batcher = MicroBatcher(lambda: RewardWorker(rewards, settings.threads, device), settings.batch)
@@ -62,9 +63,11 @@ class Ingress:
     """Answers over HTTP: checks and decodes requests, and asks the deployments. It is the backend of the app."""
 
     def __init__(self, config: ServiceConfig, token: bytes | None, deployments: dict[str, Any]) -> None:
+        """Keep the SHA-256 of the token, and the handle of each reward's deployment."""
         self.config, self.token, self.deployments = config, token, deployments
 
     def __serve_build_asgi_app__(self) -> Any:
+        """Build the app for Ray Serve, which calls this in the replica's process."""
         return create_app(self, describe(self.config.rewards), limits=self.config.limits, token=self.token)
 
     async def score(self, reward: str, images: np.ndarray, prompts: list[Prompt]) -> Scores:

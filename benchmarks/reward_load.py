@@ -18,10 +18,11 @@ import torch
 from align_cluster.embedded import scene
 from align_cluster.pretraining.networks import new_tokenizer
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.client import RewardClient
 from align_cluster.rewards.clip_score import ClipScore
-from align_cluster.rewards.limits import Limits
-from align_cluster.rewards.wire import Encoding, decode_request, encode_request
+from align_cluster.rewards.http import RewardClient
+from align_cluster.rewards.wire import Encoding, encode_request
+from align_cluster.serving.config import Limits
+from align_cluster.serving.decoding import decode_request
 from align_cluster.types import Prompt
 
 SIDE, IMAGES = 512, 32

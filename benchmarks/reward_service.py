@@ -59,10 +59,9 @@ from align_cluster.config.load import load
 from align_cluster.config.plan import derive
 from align_cluster.config.run import ClusterConfig
 from align_cluster.rewards.clip_score import ClipScore
-from align_cluster.rewards.limits import Limits
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving import service
-from align_cluster.serving.config import DeploymentConfig, ServiceConfig
+from align_cluster.serving.config import DeploymentConfig, Limits, ServiceConfig
 from align_cluster.types import Prompt, Scores
 
 # isort: split

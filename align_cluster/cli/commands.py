@@ -198,7 +198,7 @@ def score(args: argparse.Namespace) -> int:
     """Score image files with a reward of a service; the exit code is 1 where the reward failed."""
     from align_cluster.errors import UserError
     from align_cluster.rewards.base import RewardError
-    from align_cluster.rewards.client import RewardClient, Token, read_image
+    from align_cluster.rewards.http import RewardClient, Token, read_image
     from align_cluster.types import Prompt
 
     try:
@@ -208,7 +208,7 @@ def score(args: argparse.Namespace) -> int:
             f'--metadata {args.metadata}: write it as a JSON object such as \'{{"text": "OPEN"}}\''
         ) from None
     token = Token(env=args.token_env, file=args.token_file).read() if args.token_env or args.token_file else None
-    client = RewardClient(args.url, token, args.timeout)
+    client = RewardClient(args.url, token, timeout_s=args.timeout)
     rows: list[dict[str, Any]] = []
     for path in args.images:
         image = read_image(path)

@@ -1,4 +1,4 @@
-"""Scoring that may fail: tries again, cuts down, and tells what has no score. A failed score is never a number."""
+"""Scores where scoring may fail: tries again, halves the batch, and tells what has no score. No failure is a number."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Score = Callable[[np.ndarray, list[Prompt]], Result]
 
 
 def classify(error: Exception) -> FailureKind:
-    """The kind of an error that a reward raised."""
+    """Return the kind of an error that a reward raised."""
     if isinstance(error, RewardError):
         return error.kind
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
@@ -29,10 +29,10 @@ def classify(error: Exception) -> FailureKind:
 def score_with(
     score: Score, images: np.ndarray, prompts: list[Prompt], policy: FailurePolicy
 ) -> tuple[Result, Failure | None]:
-    """Scores of B images, and the failure of those that have none. What can be scored is.
+    """Return scores of B images, and the failure of those that have none. Whatever can be scored gets its score.
 
-    A batch that does not fit into memory is halved; one with an image that cannot be read is scored image by image;
-    other kinds are tried again.
+    A batch that does not fit into memory, or has an image that cannot be read, is halved until the rest has scores.
+    Other failures are tried again as the policy says.
     """
     for attempt in range(policy.retries + 1):
         if attempt:
@@ -53,7 +53,7 @@ def score_with(
 
 
 def checked(result: Result, count: int) -> Result:
-    """The result, or ValueError where it breaks the contract of a reward."""
+    """Return the result. ValueError says how it breaks the contract of a reward."""
     columns = {"values": result.values, "valid": result.valid, **result.details}
     for name, column in columns.items():
         if np.shape(column) != (count,):
@@ -70,7 +70,7 @@ def _free() -> None:
 
 
 def _joined(parts: list[tuple[Result, Failure | None]]) -> tuple[Result, Failure | None]:
-    name = ""  # of the one reward whose scores these are
+    name = ""  # The scores are of one reward, whose name is not known here.
     whole = concatenate(
         [Scores({name: r.values}, {name: r.valid}, {name: f} if f else {}, r.details) for r, f in parts]
     )

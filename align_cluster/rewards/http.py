@@ -1,27 +1,187 @@
-"""A reward that a service computes: `align-cluster serve-rewards` on another machine, shared by many runs."""
+"""A reward that a service computes, and the client that asks the service: `RewardClient(url).score(["clip"], ...)`.
 
-import math
+Runs on other machines share the rewards of one service, which `align-cluster serve-rewards` starts.
+"""
+
+import asyncio
+import json
+import os
+import ssl
+import threading
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
+import httpx2
 import numpy as np
-from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
+from PIL import Image
+from pydantic import PositiveFloat, field_validator, model_validator
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import ModelSize, Result, Reward, RewardError, RewardSection
-from align_cluster.rewards.client import RewardClient, Token, address
-from align_cluster.rewards.wire import Encoding
-from align_cluster.types import Prompt
+from align_cluster.rewards.wire import MEDIA_TYPE, Encoding, decode_answer, encode_request
+from align_cluster.settings import Section
+from align_cluster.types import FailureKind, Prompt, Scores
+
+ANSWER_BYTES = 64 * 2**20  # More than any real answer: scores take about 25 bytes an image and column.
+# The kind of a refusal by its HTTP status. Every other status is of kind "unavailable".
+KINDS: dict[int, FailureKind] = dict.fromkeys((400, 413, 415, 422), "bad_input") | dict.fromkeys((408, 504), "timeout")
+
+
+class Token(Section):
+    """Names the place of a bearer token: an environment variable, or a file that holds nothing else."""
+
+    env: str | None = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def one_source(self) -> "Token":
+        """Refuse a token with two places, or with none."""
+        if (self.env is None) == (self.file is None):
+            raise ValueError("either env, the name of a variable, or file, a path")
+        return self
+
+    def read(self) -> str:
+        """Return the token. UserError says what is wrong with its place."""
+        try:
+            text = os.environ.get(self.env, "") if self.env else Path(self.file).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"token.file: {self.file} cannot be read ({error}); put the token there") from None
+        token, source = text.strip(), f"token.env: {self.env}" if self.env else f"token.file: {self.file}"
+        if not token or not token.isascii() or not token.isprintable() or " " in token:
+            raise UserError(f"{source} holds no token; put one word of ASCII there, as `openssl rand -hex 32` prints")
+        return token
+
+
+def service_address(url: str) -> str:
+    """Return the address of a service as it is. ValueError says what an address must be."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.hostname and parts.port != 0 and not (parts.query or parts.fragment or parts.username)
+    except ValueError:
+        whole = False
+    if not whole or parts.scheme not in ("http", "https") or any(char.isspace() for char in url):
+        raise ValueError("the address of a service such as http://10.0.0.5:8000")
+    return url
+
+
+class RewardClient:
+    """Asks the service at `url` for scores. Its errors are RewardErrors: timeout, unavailable or bad_input.
+
+    Each request has `timeout_s` seconds from the connection to the last byte of the answer. Several threads may share
+    a client.
+    """
+
+    def __init__(
+        self, url: str, token: str | None = None, *, timeout_s: float = 120, encoding: Encoding = "png"
+    ) -> None:
+        """Prepare to ask; nothing is sent. UserError says where `url` is no address."""
+        try:
+            self.url = service_address(url).rstrip("/")
+        except ValueError as error:
+            raise UserError(f"{url!r} is no address; it must be {error}") from None
+        self.timeout_s, self.encoding = timeout_s, encoding
+        self._client = httpx2.AsyncClient(
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
+            # httpx2's own timeouts hold for each read and write, so a slow service could stretch them without an end.
+            timeout=None,
+            # A request fails when the service closes an idle connection in that moment, so each has a new one.
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            verify=ssl.create_default_context(),
+            trust_env=False,
+        )
+
+    def rewards(self) -> dict[str, dict]:
+        """Return what the service offers: the kind, inputs and version of each reward by its name."""
+        try:
+            return {reward["name"]: reward for reward in json.loads(self._ask("GET", "/v1/rewards"))["rewards"]}
+        except (ValueError, KeyError, TypeError):
+            raise RewardError("unavailable", f"{self.url} is no reward service") from None
+
+    def ready(self) -> None:
+        """Return if the service can score with every reward. RewardError says why it cannot."""
+        self._ask("GET", "/readyz")
+
+    def score(self, rewards: Sequence[str], images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
+        """Return the scores of images uint8 [B, H, W, 3] with one prompt each."""
+        answer = self._ask("POST", "/v1/score", encode_request(rewards, images, prompts, self.encoding))
+        try:
+            scores = decode_answer(answer, len(images))
+            if set(scores.values) != set(rewards):
+                raise ValueError(f"scores of {', '.join(scores.values) or 'nothing'}")
+            return scores
+        except ValueError as error:
+            raise RewardError("unavailable", f"{self.url} answered something else than scores: {error}") from None
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        request = asyncio.run_coroutine_threadsafe(self._request(method, path, body), _event_loop(os.getpid()))
+        try:
+            return request.result()
+        finally:
+            request.cancel()  # Ends the request where the caller is interrupted, and does nothing after an answer.
+
+    async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
+        try:
+            response, answer = await asyncio.wait_for(self._exchange(method, path, body), self.timeout_s)
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+            raise RewardError("timeout", f"{self.url} did not answer within {self.timeout_s:g} s") from None
+        except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+            reason = str(error) or type(error).__name__
+            raise RewardError("unavailable", f"{self.url} does not answer: {reason}") from None
+        if response.status_code == 200:
+            return answer
+        kind = KINDS.get(response.status_code, "unavailable")
+        reason = _detail(answer) or response.reason_phrase
+        raise RewardError(kind, f"{self.url} says {response.status_code}: {reason}")
+
+    async def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[httpx2.Response, bytes]:
+        answer = bytearray()
+        headers = {} if body is None else {"Content-Type": MEDIA_TYPE}
+        async with self._client.stream(method, self.url + path, content=body, headers=headers) as response:
+            async for part in response.aiter_raw():
+                answer += part
+                if len(answer) > ANSWER_BYTES:
+                    raise httpx2.RemoteProtocolError(f"it answers with more than {ANSWER_BYTES} bytes")
+        return response, bytes(answer)
+
+
+@cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """Return the loop of this process's requests, which runs in a thread of its own; a forked process gets another."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"reward-client-{process}", daemon=True).start()
+    return loop
+
+
+def _detail(answer: bytes) -> str | None:
+    try:
+        return str(json.loads(answer)["detail"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Return an image file of any kind as uint8 RGB [H, W, 3]. UserError says why it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 
 class Http(Reward):
-    """Sends the images and prompts to a service. Its failures keep their kind, so `on_failure` treats them as if the
-    reward ran here."""
+    """Sends images and prompts to a service.
+
+    A failure there keeps its kind here, so `on_failure` treats it as if the reward ran in this process.
+    """
 
     class Config(RewardSection):
-        """`reward` is the name at the service. `raw` sends more bytes than `png` and takes less time to pack.
+        """Names a reward of a service: `reward` is its name there.
 
-        The token is read where rewards run: the variable or the file has to be there. With `hedge_s`, images that have
-        no scores after so many seconds are sent once more, and the first answer counts: p99 is a good choice.
+        The encoding `raw` sends more bytes than `png` and takes less time to pack. The token is read where rewards
+        run, so the variable or the file has to be there.
         """
 
         kind: Literal["http"] = "http"
@@ -29,30 +189,23 @@ class Http(Reward):
         reward: str
         token: Token | None = None
         timeout_s: PositiveFloat = 60.0
-        hedge_s: PositiveFloat | None = Field(None, description="null: never")
         encoding: Encoding = "png"
 
         @field_validator("url")
         @classmethod
         def is_an_address(cls, url: str) -> str:
-            address(url)
-            return url
-
-        @field_validator("hedge_s")
-        @classmethod
-        def before_the_end(cls, seconds: float | None, info: ValidationInfo) -> float | None:
-            if seconds is not None and seconds >= info.data.get("timeout_s", math.inf):
-                raise ValueError(f"below timeout_s, {info.data['timeout_s']:g}")
-            return seconds
+            """Refuse what is no address of a service."""
+            return service_address(url)
 
     def model_sizes(self) -> list[ModelSize | None]:
         """Return nothing, because the service holds the models."""
         return []
 
     def load(self, device: str, threads: int) -> None:
+        """Ask the service whether it has the reward. UserError says why it cannot be used."""
         config = self.config
         token = config.token.read() if config.token else None
-        self.client = RewardClient(config.url, token, config.timeout_s, config.encoding, config.hedge_s)
+        self.client = RewardClient(config.url, token, timeout_s=config.timeout_s, encoding=config.encoding)
         try:
             served = self.client.rewards()
         except RewardError as error:
@@ -64,6 +217,7 @@ class Http(Reward):
             raise UserError(f"{config.url} has no reward {config.reward!r}; it has {', '.join(served)}")
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
+        """Score images uint8 [B, H, W, 3] with one prompt each, all in one request."""
         name = self.config.reward
         scores = self.client.score([name], images, prompts)
         if name in scores.failures:

@@ -1,6 +1,6 @@
-"""Many chunks' scores in one table.
+"""Joins the scores of many chunks and of several workers into one table.
 
-How its rewards are weighed and become an advantage is the business of `algorithms/advantage.py`.
+`algorithms/advantage.py` weighs the rewards and makes an advantage of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from align_cluster.types import Failure, Scores
 
 
 def unscored(rewards: Sequence[str], failure: Failure) -> Scores:
-    """No score of the failure's images by any of the rewards."""
+    """Return scores in which no reward has a value for the failure's images."""
     count = failure.images
     values, valid = np.full(count, np.nan), np.zeros(count, bool)
     return Scores(dict.fromkeys(rewards, values), dict.fromkeys(rewards, valid), dict.fromkeys(rewards, failure))
 
 
 def beside(parts: Sequence[Scores], order: Sequence[str]) -> Scores:
-    """Scores of the same images by different workers as one, rewards in `order`, whichever came first."""
+    """Join scores of the same images by different workers; the rewards stand in `order`, whichever came first."""
     columns = {
         part: {
             name: found for name in order for scores in parts if (found := getattr(scores, part).get(name)) is not None
@@ -39,7 +39,10 @@ def beside(parts: Sequence[Scores], order: Sequence[str]) -> Scores:
 
 
 def concatenate(chunks: Sequence[Scores]) -> Scores:
-    """Scores of all N images of the chunks, in order. A column that a chunk lacks is NaN there, a reward not valid."""
+    """Join the scores of all N images of the chunks, in order.
+
+    Where a chunk lacks a column, its entries are NaN; where it lacks a reward, they are not valid.
+    """
     sizes = [_size(scores) for scores in chunks]
     columns = {
         part: {
@@ -66,7 +69,7 @@ def concatenate(chunks: Sequence[Scores]) -> Scores:
 def table(
     chunks: Sequence[Scores], rewards: Mapping[str, RewardSection]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Scores of the R rewards to train on over all N images, in order: values, applies, valid and weights.
+    """Return what the R trained rewards say about all N images, in order: values, applies, valid and weights.
 
     values fp64 [R, N], NaN where there is no score. applies bool [R, N] is False where a reward does not judge the
     prompt: it is left out there, the same for all members of a group. valid bool [N] is False where a reward failed,
@@ -88,8 +91,10 @@ def table(
 
 
 def lost(chunks: Sequence[Scores], rewards: Mapping[str, RewardSection]) -> np.ndarray:
-    """bool [N]: images that a trained reward with `on_failure.then: drop_group` failed on. RuntimeError where one with
-    `fail` did."""
+    """Return which images a trained reward with `on_failure.then: drop_group` failed on, as bool [N].
+
+    RuntimeError says which reward with `then: fail` failed.
+    """
     dropped = []
     for scores in chunks:
         drop = np.zeros(_size(scores), dtype=bool)

@@ -1,58 +1,49 @@
-"""What reward services speak: JSON and image bytes in one body, JSON back. Nothing in it can run code; never pickle.
+"""The format in which reward services are asked: JSON and image bytes in one body, and JSON back.
 
-A request is 8 bytes with the length of the JSON (little-endian), the JSON, and the images' bytes one after the other:
+Nothing in it can run code, so it holds no pickles. A request is 8 bytes with the length of the JSON (little-endian),
+the JSON, and the images' bytes one after the other:
 
     {"rewards": ["clip"], "prompts": [{"text": "a red circle", "metadata": {}}],
      "images": {"encoding": "png", "sizes": [1234]}}
 
-There is one prompt an image. `raw` images have a height and a width instead of sizes: uint8 RGB, row by row. Sizes are
-read from the images' headers and compared with the limits before anything is decoded.
+Each image has one prompt. Images of the encoding `raw` have a height and a width instead of sizes; they are uint8 RGB,
+row by row. `serving/decoding.py` reads requests.
 """
 
+import io
 import json
 import struct
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from PIL import Image
 from pydantic import Field, PositiveInt
 
-from align_cluster.rewards.image_files import encode
-from align_cluster.rewards.limits import (
-    Limits,
-    WireError,
-    check_json,
-    check_pixels,
-    check_prompts,
-    decode_files,
-    read_json,
-    validated,
-)
 from align_cluster.settings import Section
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
 
 MEDIA_TYPE = "application/vnd.align-cluster.score"
-PREFIX = struct.Struct("<Q")
+PREFIX = struct.Struct("<Q")  # the length of the JSON
 Encoding = Literal["png", "webp", "raw"]
 
 
 class WirePrompt(Section):
-    """A prompt and what rewards read beside it: GenEval's include, the text for OCR."""
+    """A prompt, and what rewards read beside it: GenEval's include, or the text for OCR."""
 
     text: str
     metadata: dict[str, Any] = {}
 
 
 class Files(Section):
-    """Images as files, with the number of bytes of each."""
+    """Images are sent as files; `sizes` has the number of bytes of each."""
 
     encoding: Literal["png", "webp"]
     sizes: Annotated[list[PositiveInt], Field(min_length=1)]
 
 
 class Raw(Section):
-    """Images as uint8 RGB, row by row."""
+    """Images are sent as uint8 RGB, row by row."""
 
     encoding: Literal["raw"]
     height: PositiveInt
@@ -67,71 +58,8 @@ class Head(Section):
     images: Annotated[Files | Raw, Field(discriminator="encoding")]
 
 
-def encode_request(rewards: Sequence[str], images: np.ndarray, prompts: Sequence[Prompt], encoding: Encoding) -> bytes:
-    """The body of a request to score images uint8 [B, H, W, 3], one prompt an image. WebP is lossless."""
-    if encoding == "raw":
-        files = [np.ascontiguousarray(images).tobytes()]
-        described = {"height": images.shape[1], "width": images.shape[2]}
-    else:
-        files = [encode(image, encoding) for image in images]
-        described = {"sizes": [len(file) for file in files]}
-    head = {
-        "rewards": list(rewards),
-        "prompts": [{"text": prompt.text, "metadata": prompt.metadata} for prompt in prompts],
-        "images": {"encoding": encoding, **described},
-    }
-    text = json.dumps(head, allow_nan=False).encode()
-    return b"".join([PREFIX.pack(len(text)), text, *files])
-
-
-def decode_request(body: bytes, limits: Limits) -> tuple[list[str], np.ndarray, list[Prompt]]:
-    """Rewards asked for, images uint8 [B, H, W, 3] and their prompts. WireError says why a body is refused."""
-    if len(body) > limits.body_bytes:
-        raise WireError(413, f"the body has {len(body)} bytes, and this service takes at most {limits.body_bytes}")
-    head, rest = _head(body, limits)
-    check_prompts([prompt.text for prompt in head.prompts], limits)
-    if len(set(head.rewards)) < len(head.rewards):
-        raise WireError(422, "rewards names one of them twice; name each once")
-    images = (_raw if isinstance(head.images, Raw) else _files)(head.images, rest, len(head.prompts), limits)
-    return head.rewards, images, [Prompt(i, prompt.text, prompt.metadata) for i, prompt in enumerate(head.prompts)]
-
-
-def _head(body: bytes, limits: Limits) -> tuple[Head, memoryview]:
-    if len(body) < PREFIX.size:
-        raise WireError(422, f"the body has {len(body)} bytes; it starts with 8 bytes that tell the length of its JSON")
-    (length,) = PREFIX.unpack_from(body)
-    if length > len(body) - PREFIX.size:
-        raise WireError(
-            422, f"the body says that its JSON has {length} bytes, and only {len(body) - PREFIX.size} follow"
-        )
-    check_json(length, limits)
-    view = memoryview(body)[PREFIX.size :]
-    return validated(Head, read_json(bytes(view[:length]), limits)), view[length:]
-
-
-def _raw(images: Raw, rest: memoryview, count: int, limits: Limits) -> np.ndarray:
-    check_pixels(count, images.width, images.height, limits)
-    shape = (count, images.height, images.width, 3)
-    if len(rest) != np.prod(shape):
-        raise WireError(
-            422,
-            f"{len(rest)} bytes follow the JSON, where uint8 {list(shape)} (one image a prompt) needs {np.prod(shape)}",
-        )
-    return np.frombuffer(rest, np.uint8).reshape(shape)
-
-
-def _files(images: Files, rest: memoryview, count: int, limits: Limits) -> np.ndarray:
-    if len(images.sizes) != count:
-        raise WireError(422, f"{len(images.sizes)} images came with {count} prompts; give one prompt an image")
-    if sum(images.sizes) != len(rest):
-        raise WireError(422, f"images.sizes add up to {sum(images.sizes)} bytes, and {len(rest)} follow the JSON")
-    ends = list(accumulate(images.sizes))
-    files = [bytes(rest[end - size : end]) for end, size in zip(ends, images.sizes, strict=True)]
-    return decode_files(files, [images.encoding] * count, limits)
-
-
 class WireFailure(Section):
-    """Why `images` of a request have no score."""
+    """Says why `images` of a request have no score."""
 
     kind: FailureKind
     message: str
@@ -139,7 +67,7 @@ class WireFailure(Section):
 
 
 class RewardScores(Section):
-    """Scores by one reward, one of each an image: null where there is none, `valid` false there.
+    """Scores by one reward: each image has one entry, which is null where it has no score; `valid` is false there.
 
     Without a failure, an image has no score where the reward does not judge its prompt. Details are more columns.
     """
@@ -157,8 +85,33 @@ class Answer(Section):
     seconds: float
 
 
+def encode_image(image: np.ndarray, encoding: Literal["png", "webp"]) -> bytes:
+    """Return the file of an image uint8 [H, W, 3], without loss."""
+    buffer = io.BytesIO()
+    settings = {"compress_level": 1} if encoding == "png" else {"lossless": True, "method": 0}
+    Image.fromarray(image).save(buffer, encoding, **settings)
+    return buffer.getvalue()
+
+
+def encode_request(rewards: Sequence[str], images: np.ndarray, prompts: Sequence[Prompt], encoding: Encoding) -> bytes:
+    """Return the body of a request to score images uint8 [B, H, W, 3] with one prompt each."""
+    if encoding == "raw":
+        files = [np.ascontiguousarray(images).tobytes()]
+        described = {"height": images.shape[1], "width": images.shape[2]}
+    else:
+        files = [encode_image(image, encoding) for image in images]
+        described = {"sizes": [len(file) for file in files]}
+    head = {
+        "rewards": list(rewards),
+        "prompts": [{"text": prompt.text, "metadata": prompt.metadata} for prompt in prompts],
+        "images": {"encoding": encoding, **described},
+    }
+    text = json.dumps(head, allow_nan=False).encode()
+    return b"".join([PREFIX.pack(len(text)), text, *files])
+
+
 def encode_answer(scores: Scores, seconds: float) -> Answer:
-    """Scores as an answer; the numbers come out with the same bits."""
+    """Return scores as an answer; the numbers keep every bit, and undefined ones become null."""
     rewards = {}
     for name, values in scores.values.items():
         failure = scores.failures.get(name)
@@ -176,7 +129,7 @@ def encode_answer(scores: Scores, seconds: float) -> Answer:
 
 
 def decode_answer(body: bytes, count: int) -> Scores:
-    """Scores of the `count` images of a request. ValueError where the answer is not one to it."""
+    """Return the scores of the `count` images of a request. ValueError says why the body is no answer to it."""
     answer = Answer.model_validate_json(body)
     values, valid, failures, details = {}, {}, {}, {}
     for name, part in answer.rewards.items():
@@ -184,10 +137,10 @@ def decode_answer(body: bytes, count: int) -> Scores:
         wrong = next((column for column, found in columns.items() if len(found) != count), None)
         if wrong:
             raise ValueError(f"{name}.{wrong} has {len(columns[wrong])} entries for {count} images")
-        values[name], valid[name] = _nans(part.values), np.array(part.valid, bool)
+        values[name], valid[name] = np.array(part.values, np.float64), np.array(part.valid, bool)
         if np.isnan(values[name][valid[name]]).any():
             raise ValueError(f"{name} has valid images without a value")
-        details |= {f"{name}/{detail}": _nans(column) for detail, column in part.details.items()}
+        details |= {f"{name}/{detail}": np.array(column, np.float64) for detail, column in part.details.items()}
         if part.failure:
             failures[name] = Failure(part.failure.kind, part.failure.message, part.failure.images)
     return Scores(values, valid, failures, details, dict.fromkeys(values, answer.seconds))
@@ -195,7 +148,3 @@ def decode_answer(body: bytes, count: int) -> Scores:
 
 def _nulls(column: np.ndarray) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in column]
-
-
-def _nans(column: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in column], np.float64)

@@ -1,1 +1,1 @@
-"""Rewards as a service over HTTP."""
+"""Serves rewards over HTTP to jobs on any cluster."""

@@ -1,25 +1,41 @@
-"""The routes of a reward service over HTTP. Needs the extra `serve`."""
+"""The HTTP side of a reward service: who may ask, how much, and the routes. Needs the extra `serve`."""
 
 import asyncio
+import hashlib
+import hmac
 import json
 import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+import numpy as np
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from align_cluster import __version__
-from align_cluster.rewards.limits import Limits, WireError
-from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, decode_request, encode_answer
+from align_cluster.rewards.failure import classify
+from align_cluster.rewards.mix import beside, unscored
+from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, encode_answer
 from align_cluster.serving import flow_grpo
-from align_cluster.serving.intake import REFUSALS, Backend, Intake, Refusal
+from align_cluster.serving.config import Limits
+from align_cluster.serving.decoding import check_limit, decode_request
+from align_cluster.types import Failure, Prompt, Scores
 
 ABOUT = f"""Scores images with reward models. A body is of type `{MEDIA_TYPE}`: 8 bytes with the length of the JSON
 (little-endian), the JSON, and the bytes of the images one after the other. Every refusal has a sentence
 in `detail`. Scores that failed are null, with the reason in `failure`."""
+NO_PICKLE = "pickles are refused, because unpickling runs whatever code their sender put there"
 WANTED = (
     f"send {MEDIA_TYPE}: 8 bytes with the length of the JSON, the JSON, and the images; see /docs, or use "
-    "align_cluster.rewards.client.RewardClient"
+    f"align_cluster.rewards.http.RewardClient; {NO_PICKLE}"
+)
+WANTED_OF_FLOW_GRPO = (
+    f"send the same fields as {flow_grpo.JSON}, images in base64, or as {flow_grpo.FORM}; see /docs; {NO_PICKLE}"
 )
 BODY = {
     "required": True,
@@ -27,73 +43,224 @@ BODY = {
     "description": f"8 bytes, JSON, images. The JSON's schema:\n```json\n"
     f"{json.dumps(Head.model_json_schema(), indent=1)}\n```",
 }
+HEADER_BYTES = 2**16
 
 
-def create_app(limits: Limits, described: list[dict[str, object]], token: bytes | None, backend: Backend) -> FastAPI:
-    """The app for rewards `described` by name, kind and so on. `token` is the SHA-256 of the bearer token, if any."""
-    intake = Intake(limits, [str(reward["name"]) for reward in described], token, backend)
+class Refusal(BaseModel):
+    """Says in a sentence why a request is refused."""
+
+    detail: str
+
+
+REFUSALS = {
+    status: {"model": Refusal, "description": reason}
+    for status, reason in {
+        400: "the connection closed before the whole body was there",
+        401: "no token, or a wrong one",
+        404: "there is no such reward",
+        408: "the body did not arrive in time",
+        413: "over a limit",
+        415: "not this format",
+        422: "malformed, or an unknown reward",
+        429: "too many requests at once",
+        431: "the headers are too long",
+    }.items()
+}
+
+
+class Backend(Protocol):
+    """Computes the scores."""
+
+    async def score(self, reward: str, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        """Score images uint8 [B, H, W, 3] with one reward. It raises what went wrong."""
+
+    async def unready(self) -> list[str]:
+        """Return the names of the rewards that cannot score now."""
+
+
+class Metrics:
+    """Counts what one process does, in a registry of its own."""
+
+    def __init__(self) -> None:
+        """Register all metrics with the value 0."""
+        self.registry = CollectorRegistry()
+        made = {"registry": self.registry, "namespace": "align_cluster"}
+        self.requests = Counter("requests", "requests to score by HTTP status", ["status"], **made)
+        self.images = Counter("images", "images scored by reward", ["reward"], **made)
+        self.failures = Counter("failures", "images without a score, by reward and kind", ["reward", "kind"], **made)
+        self.seconds = Histogram("request_seconds", "whole requests to score", **made)
+        self.reward_seconds = Histogram("reward_seconds", "one reward, waiting included", ["reward"], **made)
+
+
+class Frontend:
+    """Receives requests for the rewards `names` within `limits`, has them scored, and counts them.
+
+    `token` is the SHA-256 of the bearer token; None lets everybody in.
+    """
+
+    def __init__(self, backend: Backend, names: Sequence[str], *, limits: Limits, token: bytes | None) -> None:
+        """Let requests in, of which `backend` computes the scores."""
+        self.backend, self.names, self.limits, self.token = backend, names, limits, token
+        self.metrics = Metrics()
+        self.room = asyncio.Semaphore(limits.concurrency)
+
+    async def authorize(
+        self,
+        request: Request,
+        given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+    ) -> None:
+        """Refuse with 401 without the token, and with 431 where the headers are too long to look for one."""
+        headers = sum(len(name) + len(value) for name, value in request.headers.raw)
+        if headers > HEADER_BYTES:
+            self.metrics.requests.labels("431").inc()
+            raise HTTPException(431, f"the headers have {headers} bytes; send at most {HEADER_BYTES}")
+        digest = hashlib.sha256(given.credentials.encode() if given else b"").digest()
+        if self.token is not None and not hmac.compare_digest(digest, self.token):
+            self.metrics.requests.labels("401").inc()
+            raise HTTPException(
+                401, "give the service's token as `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"}
+            )
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """Hold a place for the work on one request, and count it. It refuses with 429 where all places are taken."""
+        started, status = time.perf_counter(), 500
+        try:
+            if self.room.locked():
+                raise HTTPException(429, f"{self.limits.concurrency} requests are in work, the most; try again soon")
+            async with self.room:
+                yield
+            status = 200
+        except HTTPException as refusal:
+            status = refusal.status_code
+            raise
+        finally:
+            self.metrics.requests.labels(str(status)).inc()
+            self.metrics.seconds.observe(time.perf_counter() - started)
+
+    async def body(self, request: Request, *types: str, wanted: str) -> bytes:
+        """Return the body of a request. It refuses other media types with `wanted`, and what is too large or late."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() not in types:
+            raise HTTPException(415, wanted)
+        most, announced = self.limits.body_bytes, request.headers.get("content-length", "0")
+        check_limit(int(announced), most, f"the body has {announced} bytes")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    check_limit(len(body), most, f"the body has more than {most} bytes")
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {self.limits.body_timeout_s:g} s") from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the connection closed before the whole body was there") from None
+        return bytes(body)
+
+    async def score(self, rewards: Sequence[str], images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        """Score images uint8 [B, H, W, 3] with each reward. What goes wrong with one is a failure of that one alone."""
+        return beside(await asyncio.gather(*(self._score(name, images, prompts) for name in rewards)), rewards)
+
+    async def _score(self, reward: str, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        started, count, limit = time.perf_counter(), len(images), self.limits.score_timeout_s
+        try:
+            async with asyncio.timeout(limit) as timeout:
+                scores = await self.backend.score(reward, images, prompts)
+        except Exception as error:
+            late = timeout.expired()
+            kind, message = ("timeout", f"no score in {limit:g} s") if late else (classify(error), str(error)[:500])
+            scores = unscored([reward], Failure(kind, message, count))
+        self.metrics.reward_seconds.labels(reward).observe(time.perf_counter() - started)
+        if failure := scores.failures.get(reward):
+            self.metrics.failures.labels(reward, failure.kind).inc(failure.images)
+            count -= failure.images
+        self.metrics.images.labels(reward).inc(count)
+        return scores
+
+
+def create_app(
+    backend: Backend, described: Sequence[dict[str, object]], *, limits: Limits, token: bytes | None
+) -> FastAPI:
+    """Return the app for rewards that are `described` by name, kind and so on. `token` is as in Frontend."""
+    frontend = Frontend(backend, [str(reward["name"]) for reward in described], limits=limits, token=token)
     app = FastAPI(title="align_cluster rewards", version=__version__, description=ABOUT, redirect_slashes=False)
-    app.include_router(_scoring(intake))
-    app.include_router(flow_grpo.router(intake))
-    app.include_router(_telling(intake, described))
+    app.include_router(_scoring(frontend))
+    app.include_router(_status(frontend, described))
     return app
 
 
-def _scoring(intake: Intake) -> APIRouter:
-    router = APIRouter()
+def _scoring(frontend: Frontend) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(frontend.authorize)])
+    has = f"this service has {', '.join(frontend.names)}"
 
     @router.post(
         "/v1/score",
         response_model=Answer,
-        dependencies=[Depends(intake.authorize)],
-        responses=REFUSALS,
+        responses={status: refusal for status, refusal in REFUSALS.items() if status != 404},
         openapi_extra={"requestBody": BODY},
     )
     async def score(request: Request) -> Response:
         """Score images with one reward or several."""
-        async with intake.request():
-            body = await intake.body(request, [MEDIA_TYPE], WANTED)
-            wanted, images, prompts = await asyncio.to_thread(decode_request, body, intake.limits)
-            missing = [name for name in wanted if name not in intake.names]
-            if missing:
-                has = ", ".join(intake.names)
-                raise WireError(422, f"there is no reward {missing[0][:80]!r} here; this service has {has}")
+        async with frontend.request():
+            body = await frontend.body(request, MEDIA_TYPE, wanted=WANTED)
+            rewards, images, prompts = await asyncio.to_thread(decode_request, body, frontend.limits)
+            for name in rewards:
+                if name not in frontend.names:
+                    raise HTTPException(422, f"there is no reward {name[:80]!r} here; {has}")
             started = time.perf_counter()
-            scores = await intake.score(wanted, images, prompts)
+            scores = await frontend.score(rewards, images, prompts)
             answer = encode_answer(scores, time.perf_counter() - started)
+            return Response(answer.model_dump_json(), media_type="application/json")
+
+    @router.post(
+        "/v1/flow_grpo/{reward}",
+        response_model=flow_grpo.FlowGrpoAnswer,
+        responses=REFUSALS,
+        openapi_extra={"requestBody": flow_grpo.request_schema()},
+    )
+    async def score_as_flow_grpo(
+        reward: Annotated[str, Path(json_schema_extra={"enum": list(frontend.names)})], request: Request
+    ) -> Response:
+        """Score images as flow_grpo's reward servers do, without pickle."""
+        async with frontend.request():
+            if reward not in frontend.names:
+                raise HTTPException(404, f"there is no reward {reward[:80]!r} here; {has}")
+            body = await frontend.body(request, flow_grpo.JSON, flow_grpo.FORM, wanted=WANTED_OF_FLOW_GRPO)
+            content_type = request.headers["content-type"]
+            images, prompts = await asyncio.to_thread(flow_grpo.decode_request, body, content_type, frontend.limits)
+            answer = flow_grpo.encode_scores(await frontend.score([reward], images, prompts), reward, prompts)
             return Response(answer.model_dump_json(), media_type="application/json")
 
     return router
 
 
-def _telling(intake: Intake, described: list[dict[str, object]]) -> APIRouter:
+def _status(frontend: Frontend, described: Sequence[dict[str, object]]) -> APIRouter:
     router = APIRouter()
 
     @router.get(
         "/v1/rewards",
-        dependencies=[Depends(intake.authorize)],
+        dependencies=[Depends(frontend.authorize)],
         responses={status: REFUSALS[status] for status in (401, 431)},
     )
     async def rewards() -> dict[str, object]:
-        """The rewards here: names, kinds, inputs and versions; and what a request may hold."""
-        return {"rewards": described, "limits": intake.limits.model_dump(), "version": __version__}
+        """Tell the names, kinds, inputs and versions of the rewards, and what a request may hold."""
+        return {"rewards": described, "limits": frontend.limits.model_dump(), "version": __version__}
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """200 while the service answers at all."""
+        """Answer 200 while the service answers at all."""
         return {"status": "ok"}
 
     @router.get("/readyz", responses={503: {"model": Refusal, "description": "some reward is not ready"}})
     async def readyz() -> dict[str, str]:
-        """200 while every reward can be scored with."""
-        unready = await intake.backend.unready()
+        """Answer 200 while the service can score with every reward."""
+        unready = await frontend.backend.unready()
         if unready:
             raise HTTPException(503, f"not ready: {', '.join(unready)}")
         return {"status": "ready"}
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
-        """Prometheus text."""
-        return Response(generate_latest(intake.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics() -> Response:
+        """Answer with the metrics as Prometheus text."""
+        return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router

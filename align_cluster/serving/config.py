@@ -1,4 +1,4 @@
-"""Every choice of a reward service in one model."""
+"""Every choice of a reward service in one model. configs/rewards_service.yaml is an example."""
 
 import difflib
 from typing import Annotated, ClassVar
@@ -8,8 +8,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, Validati
 from align_cluster.config.run import one_of
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
-from align_cluster.rewards.client import Token
-from align_cluster.rewards.limits import Limits
+from align_cluster.rewards.http import Token
 from align_cluster.settings import Root, Section
 
 ONLY_IN_A_RUN = ("weight", "role", "on_failure", "pool")
@@ -23,12 +22,30 @@ def _without_a_run(reward: RewardSection) -> RewardSection:
     return reward
 
 
-class DeploymentConfig(Section):
-    """Workers of one reward: `min_replicas` at rest, up to `max_replicas` while each has more than `target_queue`
-    requests waiting or in work. A worker scores up to `batch` images at once, of several requests where they wait.
+class Limits(Section):
+    """Bounds what a service takes from strangers.
 
-    A worker is added when the queue, averaged over `upscale_s`, has been too long for `upscale_s`, and one is taken
-    away when it has been short enough for `downscale_s`.
+    A request takes up to twice `body_bytes` of memory, with images in base64 three times, and 3 bytes for each of
+    `request_pixels`.
+    """
+
+    body_bytes: PositiveInt = 128 * 2**20
+    json_bytes: PositiveInt = Field(2**20, description="without what base64 takes in flow_grpo's requests")
+    images: PositiveInt = Field(64, description="in one request")
+    image_pixels: PositiveInt = 2048 * 2048
+    request_pixels: PositiveInt = 2**25
+    prompt_chars: PositiveInt = 4096
+    concurrency: PositiveInt = Field(32, description="requests that are read or scored at once")
+    body_timeout_s: PositiveFloat = Field(30.0, description="for the body to arrive")
+    score_timeout_s: PositiveFloat = Field(120.0, description="for a reward to score it, waiting included")
+
+
+class DeploymentConfig(Section):
+    """Sets the workers of one reward: `min_replicas` at rest, and up to `max_replicas` under load.
+
+    Ray Serve adds a worker when more than `target_queue` requests a worker have been waiting or in work for
+    `upscale_s`, and it takes one away when there have been fewer for `downscale_s`. A worker scores up to `batch`
+    images at once, of several requests where they wait.
     """
 
     min_replicas: PositiveInt = 1
@@ -46,15 +63,16 @@ class DeploymentConfig(Section):
     @field_validator("max_replicas")
     @classmethod
     def not_below_the_minimum(cls, count: int | None, info: ValidationInfo) -> int | None:
+        """Refuse fewer workers at most than at least."""
         if count is not None and count < info.data.get("min_replicas", 1):
             raise ValueError(f"at least min_replicas, {info.data['min_replicas']}")
         return count
 
 
 class ServiceConfig(Root):
-    """A reward service. `address: null` starts a Ray on this machine; "auto" joins the running one.
+    """Describes a reward service. `address: null` starts a Ray on this machine; "auto" joins the running one.
 
-    The token is wanted from everybody who asks for scores; without one the service answers this machine only.
+    Whoever asks for scores must give the token. A service without one answers this machine only.
     """
 
     what: ClassVar[str] = "a service"
@@ -81,6 +99,7 @@ class ServiceConfig(Root):
     @field_validator("deployments")
     @classmethod
     def of_rewards(cls, deployments: dict[str, DeploymentConfig], info: ValidationInfo) -> dict[str, DeploymentConfig]:
+        """Refuse deployments of rewards that the service does not have."""
         names = info.data.get("rewards", deployments)
         for name in deployments:
             if name not in names:
@@ -92,10 +111,12 @@ class ServiceConfig(Root):
     @field_validator("token")
     @classmethod
     def wanted_by_others(cls, token: Token | None, info: ValidationInfo) -> Token | None:
+        """Refuse a service without a token that other machines can reach."""
         host = info.data.get("host")
         if token is None and host not in (*THIS_MACHINE, None):
             raise ValueError(f"given, as env: NAME or file: PATH, because host {host} lets other machines in")
         return token
 
     def deployment(self, reward: str) -> DeploymentConfig:
+        """Return how the reward is deployed."""
         return self.deployments.get(reward, DeploymentConfig())

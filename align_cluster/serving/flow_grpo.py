@@ -1,68 +1,69 @@
 """The request of flow_grpo's reward servers (github.com/yifan123/flow_grpo, flow_grpo/rewards.py) without its pickles.
 
-The fields have the same names: images (JPEG files; PNG and WebP will do), prompts, meta_datas (GenEval's records) and
-only_strict. They come as JSON with the images in base64, or as a form with one part a value and the records as JSON. So
-do the answer's: scores, rewards, strict_rewards, group_rewards and group_strict_rewards, as of the GenEval server, and
-outputs, as of the others.
+The fields have the same names: images (JPEG, PNG or WebP files), prompts, meta_datas (GenEval's records) and
+only_strict. They come as JSON with the images in base64, or as a form in which each value is a part and records are
+JSON. The fields of the answer are those of the GenEval server (scores, rewards, strict_rewards, group_rewards and
+group_strict_rewards), and `outputs`, which the other servers have.
 """
 
-import asyncio
 import base64
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Path, Request, Response
-from pydantic import Field
+from fastapi import HTTPException
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 
-from align_cluster.rewards.image_files import encode, format_of
-from align_cluster.rewards.limits import (
-    Limits,
-    WireError,
-    check_json,
-    check_prompts,
-    decode_files,
-    read_json,
-    validated,
-)
-from align_cluster.rewards.wire import WireFailure, encode_answer
-from align_cluster.serving.intake import REFUSALS, Intake, Refusal, media_type
+from align_cluster.rewards.wire import WireFailure, encode_answer, encode_image
+from align_cluster.serving.config import Limits
+from align_cluster.serving.decoding import check_limit, check_prompts, decode_images, read_json, validated
 from align_cluster.settings import Section
 from align_cluster.types import Prompt, Scores
 
 JSON, FORM = "application/json", "multipart/form-data"
-WANTED = f"send the same fields as {JSON}, images in base64, or as {FORM}; see /docs"
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-OTHER_TASK = -10.0  # what flow_grpo has in a task's column for images of another one
+OTHER_TASK = -10.0  # flow_grpo has this in a task's column for images of another task.
+FORMATS = ("JPEG", "PNG", "WEBP")
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 Column = list[float | None]
-logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it would write a line for each broken form
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # It would write a line for each broken form.
 
 
-class Fields(Section):
-    """What comes beside the images, one of each an image. Prompts may stand in the records as `prompt` instead.
+def _file(image: object) -> bytes:
+    """Return an image of a form as it is, and one of a JSON, which is in base64, decoded."""
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise ValueError("it is no text")
+    try:
+        return base64.b64decode(image, validate=True)
+    except ValueError as error:
+        raise ValueError(f"it is no base64 ({error})") from None
 
-    `only_strict` spares nothing here and changes nothing: the verdicts are all of one detection.
+
+class FlowGrpoRequest(Section):
+    """The fields of a request: each image has a prompt, or a record that holds one as `prompt`, or both.
+
+    `only_strict` changes nothing, because one detection gives all verdicts.
     """
 
+    images: Annotated[
+        list[Annotated[bytes, BeforeValidator(_file), WithJsonSchema({"type": "string", "format": "byte"})]],
+        Field(min_length=1),
+    ]
     prompts: list[str] | None = None
     meta_datas: list[dict[str, Any]] | None = None
     only_strict: bool = False
 
 
-class FlowGrpoRequest(Fields):
-    """The JSON of a request: with images, files in base64."""
-
-    images: Annotated[list[Annotated[str, Field(json_schema_extra={"format": "byte"})]], Field(min_length=1)]
-
-
 class FlowGrpoAnswer(Section):
-    """One entry an image, null where there is no score, and then `failure` says why, or the prompt was not judged.
+    """Scores with one entry an image: null where it has no score, because `failure` says why or nothing was judged.
 
     `scores` and `outputs` are the values of the reward. A GenEval reward also gives `rewards` (the benchmark's verdict,
     0 or 1), `strict_rewards`, and both by task, with -10 for images of another task.
@@ -77,38 +78,11 @@ class FlowGrpoAnswer(Section):
     failure: WireFailure | None
 
 
-def router(intake: Intake) -> APIRouter:
-    """The route, for every reward of the service."""
-    routes = APIRouter()
-
-    @routes.post(
-        "/v1/flow_grpo/{reward}",
-        response_model=FlowGrpoAnswer,
-        dependencies=[Depends(intake.authorize)],
-        responses={**REFUSALS, 404: {"model": Refusal, "description": "there is no such reward"}},
-        openapi_extra={"requestBody": _documented()},
-    )
-    async def score(
-        reward: Annotated[str, Path(json_schema_extra={"enum": list(intake.names)})], request: Request
-    ) -> Response:
-        """Score images as flow_grpo's reward servers do, without pickle."""
-        async with intake.request():
-            if reward not in intake.names:
-                has = ", ".join(intake.names)
-                raise WireError(404, f"there is no reward {reward[:80]!r} here; this service has {has}")
-            body = await intake.body(request, (JSON, FORM), WANTED)
-            form = request.headers["content-type"] if media_type(request) == FORM else None
-            images, prompts = await asyncio.to_thread(decode_request, body, form, intake.limits)
-            answer = encode_scores(await intake.score([reward], images, prompts), reward, prompts)
-            return Response(answer.model_dump_json(), media_type=JSON)
-
-    return routes
-
-
-def _documented() -> dict[str, Any]:
-    """The two kinds of body for the OpenAPI document, with an example."""
-    image = base64.b64encode(encode(np.full((8, 8, 3), 128, np.uint8), "png")).decode()
+def request_schema() -> dict[str, Any]:
+    """Return both kinds of body for the OpenAPI document, with an example."""
+    image = base64.b64encode(encode_image(np.full((8, 8, 3), 128, np.uint8), "png")).decode()
     record = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}
+    example = {"images": [image], "meta_datas": [record], "only_strict": True}
     part, json_part = {"type": "string"}, {"type": "string", "contentMediaType": JSON}
     form = {
         "images": {"type": "array", "items": {"type": "string", "contentMediaType": "image/jpeg"}, "minItems": 1},
@@ -116,45 +90,35 @@ def _documented() -> dict[str, Any]:
         "meta_datas": {"type": "array", "items": json_part},
         "only_strict": {"type": "boolean"},
     }
+    form_schema = {"type": "object", "properties": form, "required": ["images"], "additionalProperties": False}
     return {
         "required": True,
         "content": {
-            JSON: {
-                "schema": FlowGrpoRequest.model_json_schema(),
-                "example": {"images": [image], "meta_datas": [record], "only_strict": True},
-            },
-            FORM: {
-                "schema": {"type": "object", "properties": form, "required": ["images"], "additionalProperties": False}
-            },
+            JSON: {"schema": FlowGrpoRequest.model_json_schema(), "example": example},
+            FORM: {"schema": form_schema},
         },
     }
 
 
-def decode_request(body: bytes, form: str | None, limits: Limits) -> tuple[np.ndarray, list[Prompt]]:
-    """Images uint8 [B, H, W, 3] and their prompts. `form` is the content type of a form; without it, JSON is meant."""
-    files, fields = _form(body, form, limits) if form else _json(body, limits)
-    count = len(files)
-    records = [{}] * count if fields.meta_datas is None else fields.meta_datas
-    texts = [record.get("prompt") for record in records] if fields.prompts is None else fields.prompts
+def decode_request(body: bytes, content_type: str, limits: Limits) -> tuple[np.ndarray, list[Prompt]]:
+    """Return images uint8 [B, H, W, 3] and their prompts. HTTPException says why a body is refused."""
+    is_form = content_type.lower().startswith(FORM)
+    request = _form(body, content_type, limits) if is_form else _json(body, limits)
+    count = len(request.images)
+    records = [{}] * count if request.meta_datas is None else request.meta_datas
+    texts = [record.get("prompt") for record in records] if request.prompts is None else request.prompts
     for name, column in (("prompts", texts), ("meta_datas", records)):
         if len(column) != count:
-            raise WireError(422, f"{count} images came with {len(column)} {name}; give one an image")
+            raise HTTPException(422, f"{count} images came with {len(column)} {name}; give one an image")
     if not all(isinstance(text, str) for text in texts):
-        raise WireError(422, "prompts is missing, and not all meta_datas have a prompt in its place; give one an image")
-    check_prompts(texts, limits)
-    formats = []
-    for index, file in enumerate(files):
-        try:
-            formats.append(format_of(file))
-        except ValueError as error:
-            raise WireError(422, f"image {index}: {error}") from None
-    return decode_files(files, formats, limits), [
-        Prompt(index, *pair) for index, pair in enumerate(zip(texts, records, strict=True))
-    ]
+        raise HTTPException(422, "prompts is missing, and not all meta_datas have a prompt; give one an image")
+    prompts = [Prompt(index, text, record) for index, (text, record) in enumerate(zip(texts, records, strict=True))]
+    check_prompts(prompts, limits)
+    return decode_images(request.images, FORMATS, limits), prompts
 
 
 def encode_scores(scores: Scores, reward: str, prompts: Sequence[Prompt]) -> FlowGrpoAnswer:
-    """The answer with the scores of one reward."""
+    """Return the answer with the scores of one reward."""
     part = encode_answer(scores, 0.0).rewards[reward]
     verdicts, strict = (part.details.get(name) for name in ("accuracy", "strict"))
     return FlowGrpoAnswer(
@@ -175,70 +139,50 @@ def _by_task(column: Column | None, prompts: Sequence[Prompt]) -> dict[str, Colu
     return {task: [value if prompt.task == task else OTHER_TASK for value, prompt in pairs] for task in TASKS}
 
 
-def _json(body: bytes, limits: Limits) -> tuple[list[bytes], Fields]:
-    check_json(len(body.translate(None, BASE64)), limits)  # what remains tells how many values there are at most
-    request = validated(FlowGrpoRequest, read_json(body, limits, apart="images"))
-    files = []
-    for index, text in enumerate(request.images):
-        try:
-            files.append(base64.b64decode(text, validate=True))
-        except ValueError as error:
-            raise WireError(422, f"images.{index}: it is no base64 ({error})") from None
-    return files, request
+def _json(body: bytes, limits: Limits) -> FlowGrpoRequest:
+    # Every value but base64 has other characters, so this bounds how many values there are before they take memory.
+    other = len(body.translate(None, BASE64))
+    check_limit(other, limits.json_bytes, f"the JSON has {other} bytes beside base64")
+    request = validated(FlowGrpoRequest, read_json(body))
+    rest = len(body) - sum(4 * math.ceil(len(file) / 3) for file in request.images)  # 4 characters for 3 bytes
+    check_limit(rest, limits.json_bytes, f"the JSON has {rest} bytes beside images")
+    return request
 
 
-def _form(body: bytes, content_type: str, limits: Limits) -> tuple[list[bytes], Fields]:
-    found = defaultdict(list)
-    for name, content in _parts(body, content_type, most=3 * limits.images + 1):
-        found[name].append(bytes(content))
-    files = found.pop("images", [])
-    if not files:
-        raise WireError(422, "the form has no part named images; give each image one")
-    check_json(sum(len(content) for contents in found.values() for content in contents), limits)
-    fields: dict[str, Any] = {}
-    for name, contents in found.items():
-        if name == "meta_datas":
-            fields[name] = [read_json(content, limits) for content in contents]
-            continue
-        try:
-            texts = [content.decode("utf-8") for content in contents]
-        except UnicodeDecodeError:
-            raise WireError(422, f"{name[:80]} is not UTF-8") from None
-        fields[name] = texts if name == "prompts" or len(texts) > 1 else texts[0]
-    return files, validated(Fields, fields, strict=False)
+def _form(body: bytes, content_type: str, limits: Limits) -> FlowGrpoRequest:
+    parts = _parts(body, content_type, most=3 * limits.images + 1)
+    rest = sum(len(content) for name, contents in parts.items() if name != "images" for content in contents)
+    check_limit(rest, limits.json_bytes, f"the JSON has {rest} bytes beside images")
+    fields: dict[str, Any] = dict(parts)
+    if "meta_datas" in fields:
+        fields["meta_datas"] = [read_json(content) for content in fields["meta_datas"]]
+    if len(fields.get("only_strict", ())) == 1:
+        (fields["only_strict"],) = fields["only_strict"]
+    return validated(FlowGrpoRequest, fields, strict=False)
 
 
-def _parts(body: bytes, content_type: str, most: int) -> list[tuple[str, bytearray]]:
-    """Names and contents of a form's parts."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+def _parts(body: bytes, content_type: str, most: int) -> dict[str, list[bytes]]:
+    """Return the contents of a form's parts by their names."""
+    boundary = multipart.parse_options_header(content_type)[1].get(b"boundary", b"")
     line = b"--" + boundary
     if not boundary or not body[-len(line) - 6 :].rstrip(b"\r\n").endswith(line + b"--"):
-        raise WireError(422, "the form does not end with the boundary that its content type names; it may be cut off")
-    if body.count(line) > most + 1:
-        raise WireError(413, f"the form has {body.count(line) - 1} parts, and this service takes at most {most}")
-    names: list[str] = []
-    contents: list[bytearray] = []
-    header, value = bytearray(), bytearray()
+        raise HTTPException(422, "the form does not end with the boundary of its content type; it may be cut off")
+    check_limit(body.count(line) - 1, most, f"the form has {body.count(line) - 1} parts")
+    parts: dict[str, list[bytes]] = defaultdict(list)
 
-    def begin() -> None:
-        names.append("")
-        contents.append(bytearray())
+    def add(name: bytes, content: bytes) -> None:
+        parts[name.decode("utf-8", "replace")].append(content)
 
-    def end_of_header() -> None:
-        if header.lower() == b"content-disposition":
-            names[-1] = parse_options_header(bytes(value))[1].get(b"name", b"").decode("utf-8", "replace")
-        header.clear()
-        value.clear()
+    def add_file(file: multipart.File) -> None:
+        file.file_object.seek(0)
+        add(file.field_name, file.file_object.read())
 
-    callbacks = {
-        "on_part_begin": begin,
-        "on_header_field": lambda data, start, end: header.extend(data[start:end]),
-        "on_header_value": lambda data, start, end: value.extend(data[start:end]),
-        "on_header_end": end_of_header,
-        "on_part_data": lambda data, start, end: contents[-1].extend(data[start:end]),
-    }
+    def add_field(field: multipart.Field) -> None:
+        add(field.field_name, field.value)
+
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body)}
     try:
-        MultipartParser(boundary, callbacks).write(body)
+        multipart.FormParser(FORM, add_field, add_file, boundary=boundary, config=in_memory).write(body)
     except FormParserError as error:
-        raise WireError(422, f"the form cannot be read: {error}") from None
-    return list(zip(names, contents, strict=True))
+        raise HTTPException(422, f"the form cannot be read: {error}") from None
+    return parts

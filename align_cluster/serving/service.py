@@ -1,4 +1,4 @@
-"""A reward service on Ray Serve: one deployment a reward, and an HTTP ingress before them. Needs the extra `serve`."""
+"""Runs a reward service on Ray Serve: a deployment for each reward behind one HTTP ingress. Needs the extra `serve`."""
 
 import align_cluster.cluster  # noqa: F401 - before ray, see there
 
@@ -28,44 +28,50 @@ from align_cluster.config.run import ClusterConfig
 from align_cluster.errors import UserError
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import FailurePolicy, RewardError, RewardSection
-from align_cluster.rewards.batching import MicroBatcher
-from align_cluster.rewards.client import RewardClient
+from align_cluster.rewards.http import RewardClient
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.api import create_app
+from align_cluster.serving.batching import MicroBatcher
 from align_cluster.serving.config import DeploymentConfig, ServiceConfig
 from align_cluster.types import Prompt, Scores
 
 APP = "align-cluster-rewards"
-TRIES = 4  # of a request whose worker dies; scoring it again is harmless
+TRIES = 4  # A request whose worker dies goes to another one this often; scoring it again is harmless.
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
-ONCE = FailurePolicy(retries=0)  # whoever asks tries again, as the policy of his run says
+ONCE = FailurePolicy(retries=0)  # The run that asks tries again, as its own policy says.
 
 
 class Scorer:
-    """One worker of one reward."""
+    """Scores with one reward: a replica of its deployment."""
 
     def __init__(self, name: str, config: RewardSection, settings: DeploymentConfig) -> None:
+        """Load the reward, whose name is `name`."""
         rewards = {name: config.model_copy(update={"on_failure": ONCE})}
         device = "cuda" if settings.gpus else "cpu"
         self.batcher = MicroBatcher(lambda: RewardWorker(rewards, settings.threads, device), settings.batch)
 
     async def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        """Score images uint8 [B, H, W, 3] with one prompt each."""
         return await self.batcher.score(images, prompts)
 
     async def ready(self) -> bool:
+        """Answer as soon as the reward has loaded."""
         return True
 
 
 class Ingress:
-    """The HTTP side: checks and decodes requests, and asks the deployments."""
+    """Answers over HTTP: checks and decodes requests, and asks the deployments. It is the backend of the app."""
 
     def __init__(self, config: ServiceConfig, token: bytes | None, deployments: dict[str, Any]) -> None:
+        """Keep the SHA-256 of the token, and the handle of each reward's deployment."""
         self.config, self.token, self.deployments = config, token, deployments
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self.config.limits, describe(self.config.rewards), self.token, self)
+        """Build the app for Ray Serve, which calls this in the replica's process."""
+        return create_app(self, describe(self.config.rewards), limits=self.config.limits, token=self.token)
 
     async def score(self, reward: str, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+        """Score with one reward. A request whose worker dies goes to another one; RewardError where TRIES died."""
         for wait in range(TRIES):
             try:
                 return await self.deployments[reward].score.remote(images, prompts)
@@ -75,51 +81,44 @@ class Ingress:
         raise RewardError("unavailable", f"lost {TRIES} workers in a row: {str(lost).splitlines()[0]}")
 
     async def unready(self) -> list[str]:
-        async def silent(name: str) -> bool:
-            try:
-                return not await asyncio.wait_for(self._ready(name), 5)
-            except (*LOST, asyncio.TimeoutError):
-                return True
+        """Return the names of the rewards without a worker that answers within 5 s."""
 
-        answers = await asyncio.gather(*map(silent, self.deployments))
-        return [name for name, missing in zip(self.deployments, answers, strict=True) if missing]
+        async def ready(name: str) -> bool:
+            async with asyncio.timeout(5):
+                return await self.deployments[name].ready.remote()
 
-    async def _ready(self, name: str) -> bool:
-        return await self.deployments[name].ready.remote()
+        answers = await asyncio.gather(*map(ready, self.deployments), return_exceptions=True)
+        return [name for name, answer in zip(self.deployments, answers, strict=True) if answer is not True]
 
 
 def describe(rewards: Mapping[str, RewardSection]) -> list[dict[str, object]]:
-    """What clients learn of each reward. The version changes with the package and with the reward's settings."""
-    return [
-        {
-            "name": name,
-            "kind": config.kind,
-            "about": (REWARDS[config.kind].__doc__ or "").strip(),
-            "inputs": {"images": "RGB, 8 bits", "prompts": "text, and the metadata that the kind reads"},
-            "version": f"{__version__}+{hashlib.sha256(_settings(config).encode()).hexdigest()[:12]}",
-        }
-        for name, config in rewards.items()
-    ]
-
-
-def _settings(config: RewardSection) -> str:
-    return json.dumps(config.model_dump(mode="json", exclude=set(RewardSection.model_fields)), sort_keys=True)
+    """Tell clients about each reward. Its version changes with the package and with its own settings."""
+    described = []
+    for name, config in rewards.items():
+        own = config.model_dump(mode="json", exclude=set(RewardSection.model_fields))
+        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+        described.append(
+            {
+                "name": name,
+                "kind": config.kind,
+                "about": (REWARDS[config.kind].__doc__ or "").strip(),
+                "inputs": {"images": "RGB, 8 bits", "prompts": "text, and the metadata that the kind reads"},
+                "version": f"{__version__}+{digest}",
+            }
+        )
+    return described
 
 
 def _deployment(name: str, reward: RewardSection, settings: DeploymentConfig) -> Any:
-    most = settings.max_replicas or settings.min_replicas
-    scaling: dict[str, Any] = {"num_replicas": settings.min_replicas}
-    if most > settings.min_replicas:
-        autoscaling = AutoscalingConfig(
-            min_replicas=settings.min_replicas,
-            max_replicas=most,
-            target_ongoing_requests=settings.target_queue,
-            upscale_delay_s=settings.upscale_s,
-            downscale_delay_s=settings.downscale_s,
-            look_back_period_s=settings.upscale_s,
-            metrics_interval_s=min(10.0, settings.upscale_s / 3),
-        )
-        scaling = {"autoscaling_config": autoscaling}
+    autoscaling = AutoscalingConfig(
+        min_replicas=settings.min_replicas,
+        max_replicas=settings.max_replicas or settings.min_replicas,
+        target_ongoing_requests=settings.target_queue,
+        upscale_delay_s=settings.upscale_s,
+        downscale_delay_s=settings.downscale_s,
+        look_back_period_s=settings.upscale_s,
+        metrics_interval_s=min(10.0, settings.upscale_s / 3),
+    )
     return serve.deployment(
         Scorer,
         name=name,
@@ -128,18 +127,18 @@ def _deployment(name: str, reward: RewardSection, settings: DeploymentConfig) ->
         health_check_period_s=settings.health_check_s,
         graceful_shutdown_timeout_s=settings.drain_s,
         max_constructor_retry_count=1,
-        **scaling,
+        autoscaling_config=autoscaling,
     ).bind(name, reward, settings)
 
 
 def application(config: ServiceConfig, token: str | None) -> Any:
-    """The Serve application. Of the token, only a digest travels."""
+    """Return the Serve application. Only a digest of the token travels in it."""
     deployments = {name: _deployment(name, reward, config.deployment(name)) for name, reward in config.rewards.items()}
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * config.limits.concurrency + 64,  # room to answer 429 and the health checks
+        max_ongoing_requests=4 * config.limits.concurrency + 64,  # It leaves room to answer 429 and health checks.
         graceful_shutdown_timeout_s=max(config.deployment(name).drain_s for name in config.rewards),
         max_constructor_retry_count=1,
     )
@@ -149,8 +148,10 @@ def application(config: ServiceConfig, token: str | None) -> Any:
 
 @contextmanager
 def serving(config: ServiceConfig) -> Iterator[str]:
-    """The service, for the length of a with block; yields its URL once every reward answers. What is in work at the
-    end is finished first. UserError says why it cannot start."""
+    """Run the service for the length of a with block, and yield its URL once every reward answers.
+
+    The service finishes what it has in work before it ends. UserError says why it cannot start.
+    """
     token = config.token.read() if config.token else None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with cluster(ClusterConfig(address=config.address)):
@@ -163,12 +164,12 @@ def serving(config: ServiceConfig) -> Iterator[str]:
             yield _url_when_ready(config)
         finally:
             serve.delete(APP)
-            if not serve.status().applications:  # a cluster that was joined may serve other things
+            if not serve.status().applications:  # A cluster that was joined may serve other things.
                 serve.shutdown()
 
 
 def run(config: ServiceConfig) -> None:
-    """Serve until the process is told to end, and then finish what has begun."""
+    """Run the service until the process is told to end, and then finish what has begun."""
     end = threading.Event()
     with serving(config) as url:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -191,13 +192,13 @@ def _fits(config: ServiceConfig) -> None:
 
 
 def _head_address() -> str:
-    """The node of the cluster that Serve listens at."""
+    """Return the address of the node that Serve listens at."""
     return next(node["NodeManagerAddress"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
 
 
 def _port_is_free(config: ServiceConfig) -> None:
     if _head_address() != ray.util.get_node_ip_address():
-        return  # nothing that can be tried from here
+        return  # The port of another machine cannot be tried from here.
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -231,7 +232,7 @@ def _url_when_ready(config: ServiceConfig) -> str:
 
 
 def _reason(status: Any) -> str:
-    """The user's error in what Ray tells of a failed start, or its last line."""
+    """Return the user's error in what Ray tells about a failed start, or its last line."""
     text = "\n".join([status.message, *(deployment.message for deployment in status.deployments.values())])
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reward_load import BATCH, IMAGES, REQUEST, Asked, Batch, disturbance, figures, medians, piece, slow_seconds, wrong
 
-from align_cluster.rewards.image_files import encode
+from align_cluster.rewards.wire import encode_image
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reward_service.py"
 
@@ -26,7 +26,7 @@ def env(**more):
 def test_images_are_as_large_as_photographs_and_the_same_in_every_process():
     images, prompts = piece(1, REQUEST)
     assert images.shape == (REQUEST, 512, 512, 3) and len({prompt.text for prompt in prompts}) == 1
-    sizes = [len(encode(image, "png")) for image in images]
+    sizes = [len(encode_image(image, "png")) for image in images]
     assert min(sizes) > 300_000 and max(sizes) < 500_000
     code = "import hashlib, reward_load as r; print(hashlib.sha256(r.piece(1, 4)[0].tobytes()).hexdigest())"
     elsewhere = subprocess.run([sys.executable, "-c", code], env=env(), capture_output=True, text=True, check=True)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from align_cluster.rewards.base import FailurePolicy, Result, RewardError
+from align_cluster.rewards.base import FailurePolicy, Result, RewardError, RewardSection
 from align_cluster.rewards.failure import classify, score_with
 from align_cluster.rewards.mix import lost
 from align_cluster.types import Failure, Prompt, Scores
@@ -18,9 +18,8 @@ def brightness(images: np.ndarray, prompts: list[Prompt]) -> Result:
     return Result(values, np.ones(len(images), bool), {"double": 2 * values})
 
 
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
+def test_errors_have_kinds():
+    for error, kind in (
         (RewardError("unavailable", "no"), "unavailable"),
         (RewardError("bad_input", "no"), "bad_input"),
         (MemoryError(), "oom"),
@@ -30,27 +29,25 @@ def brightness(images: np.ndarray, prompts: list[Prompt]) -> Result:
         (ConnectionRefusedError("gone"), "unavailable"),
         (ValueError("odd"), "model_error"),
         (KeyError("count"), "model_error"),
-    ],
-)
-def test_errors_have_kinds(error, kind):
-    assert classify(error) == kind
+    ):
+        assert classify(error) == kind
 
 
-@pytest.mark.parametrize("fits", [1, 2, 3, 5])
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(fits):
-    sizes = []
+def test_a_batch_that_does_not_fit_is_halved_until_it_does():
+    for fits in (1, 2, 3, 5):
+        sizes = []
 
-    def small(images, prompts):
-        sizes.append(len(images))
-        if len(images) > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return brightness(images, prompts)
+        def small(images, prompts, fits=fits, sizes=sizes):
+            sizes.append(len(images))
+            if len(images) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return brightness(images, prompts)
 
-    result, failure = score_with(small, IMAGES, PROMPTS, AT_ONCE)
-    assert failure is None and result.valid.all()
-    np.testing.assert_array_equal(result.values, range(6))
-    np.testing.assert_array_equal(result.details["double"], 2 * np.arange(6))
-    assert sizes[0] == 6 and min(sizes) >= max(1, fits // 2) and sum(size for size in sizes if size <= fits) == 6
+        result, failure = score_with(small, IMAGES, PROMPTS, AT_ONCE)
+        assert failure is None and result.valid.all()
+        np.testing.assert_array_equal(result.values, range(6))
+        np.testing.assert_array_equal(result.details["double"], 2 * np.arange(6))
+        assert sizes[0] == 6 and min(sizes) >= max(1, fits // 2) and sum(size for size in sizes if size <= fits) == 6
 
 
 def test_an_image_that_does_not_fit_alone_fails_alone():
@@ -113,18 +110,19 @@ def test_values_that_are_not_numbers_are_a_failure_and_not_a_score():
     assert failure.kind == "model_error" and "not finite" in failure.message
 
 
-@pytest.mark.parametrize("then", ["mask", "drop_group", "fail"])
-@pytest.mark.parametrize("role", ["train", "monitor"])
-def test_the_policy_of_a_trained_reward_decides_what_a_failure_costs(then, role):
-    from align_cluster.rewards.geneval import GenEval
-
-    rewards = {"a": GenEval.Config(role=role, on_failure={"then": then}), "b": GenEval.Config()}
+def test_the_policy_of_a_trained_reward_decides_what_a_failure_costs():
     ok, partly = np.ones(3, bool), np.array([True, False, True])
     whole = Scores({"a": np.zeros(3), "b": np.zeros(3)}, {"a": ok, "b": ok})
     failed = Scores({"a": np.zeros(3), "b": np.zeros(3)}, {"a": partly, "b": ok}, {"a": Failure("timeout", "late", 1)})
-    if (then, role) == ("fail", "train"):
-        with pytest.raises(RuntimeError, match=r"rewards\.a has no score for 1 images \(timeout: late\).*is fail"):
-            lost([whole, failed], rewards)
-        return
-    expected = [False] * 3 + ([False, True, False] if (then, role) == ("drop_group", "train") else [False] * 3)
-    np.testing.assert_array_equal(lost([whole, failed], rewards), expected)
+    for then, role, costs in (
+        ("mask", "train", [False, False, False]),
+        ("drop_group", "train", [False, True, False]),
+        ("mask", "monitor", [False, False, False]),
+        ("drop_group", "monitor", [False, False, False]),
+        ("fail", "monitor", [False, False, False]),
+    ):
+        rewards = {"a": RewardSection(role=role, on_failure={"then": then}), "b": RewardSection()}
+        np.testing.assert_array_equal(lost([whole, failed], rewards), [False] * 3 + costs)
+    rewards = {"a": RewardSection(on_failure={"then": "fail"}), "b": RewardSection()}
+    with pytest.raises(RuntimeError, match=r"rewards\.a has no score for 1 images \(timeout: late\).*is fail"):
+        lost([whole, failed], rewards)

@@ -13,10 +13,10 @@ import uvicorn
 
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import FailurePolicy, Result, Reward, RewardSection
-from align_cluster.rewards.batching import MicroBatcher
-from align_cluster.rewards.limits import Limits
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.api import create_app
+from align_cluster.serving.batching import MicroBatcher
+from align_cluster.serving.config import Limits
 
 
 class Returns(Reward):
@@ -65,7 +65,7 @@ class Backend:
 
 async def main() -> None:
     limits, token = Limits.model_validate_json(sys.argv[1]), hashlib.sha256(sys.argv[2].encode()).digest()
-    app = create_app(limits, [{"name": name} for name in NAMES], token, Backend())
+    app = create_app(Backend(), [{"name": name} for name in NAMES], limits=limits, token=token)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     serving = asyncio.create_task(server.serve())
     while not server.started:

@@ -1,6 +1,7 @@
 """The HTTP side of a service without Ray, on a real socket; and what its client makes of services that misbehave."""
 
 import asyncio
+import contextlib
 import hashlib
 import http.client
 import json
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,10 +17,9 @@ from pydantic import ValidationError
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.client import RewardClient
-from align_cluster.rewards.http import Http
-from align_cluster.rewards.limits import Limits
+from align_cluster.rewards.http import Http, RewardClient
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
+from align_cluster.serving.config import Limits
 from align_cluster.types import Failure, Prompt, Scores
 
 IMAGES = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
@@ -60,7 +61,9 @@ def service(http_server) -> Iterator[tuple[str, Backend]]:
 
     backend = Backend()
     described = [{"name": name, "kind": "test"} for name in Backend.names]
-    with http_server(create_app(LIMITS, described, hashlib.sha256(TOKEN.encode()).digest(), backend)) as url:
+    with http_server(
+        create_app(backend, described, limits=LIMITS, token=hashlib.sha256(TOKEN.encode()).digest())
+    ) as url:
         yield url, backend
 
 
@@ -114,22 +117,6 @@ def test_a_service_counts_images_and_failures(service):
         assert after[name] - before.get(name, 0) == more
 
 
-def test_a_body_without_a_length_is_cut_off_at_the_limit(service):
-    with_chunks = opened(service[0], {"Transfer-Encoding": "chunked"}, b"2710\r\n" + bytes(10_000) + b"\r\n")
-    with_chunks.send(b"2711\r\n" + bytes(10_001) + b"\r\n")
-    assert answer(with_chunks) == (413, "the body has more than 20000 bytes, the most that this service takes")
-
-
-def test_an_announced_giant_is_refused_before_it_is_sent(service):
-    status, sentence = answer(opened(service[0], {"Content-Length": str(10**12)}))
-    assert status == 413 and str(10**12) in sentence
-
-
-def test_a_slow_client_is_told_so(service):
-    status, sentence = answer(opened(service[0], {"Content-Length": "100"}, b"12345"))
-    assert status == 408 and "0.5 s" in sentence
-
-
 def test_more_requests_than_the_limit_are_answered_at_once(service):
     slow = [opened(service[0], {"Content-Length": "100"}, b"12345") for _ in range(2)]
     time.sleep(0.1)
@@ -156,84 +143,86 @@ def test_a_service_is_ready_while_all_rewards_are(service):
     backend.missing = []
 
 
-@pytest.mark.parametrize(
-    "body", [bytes(100_000), encode_request(["bright"], np.repeat(IMAGES, 200, 0), PROMPTS, "raw")]
-)
-def test_a_refusal_reaches_a_client_that_still_sends(service, body, monkeypatch):
-    monkeypatch.setattr("align_cluster.rewards.client.encode_request", lambda *_: body)
-    with pytest.raises(RewardError, match="413") as caught:
-        RewardClient(service[0], TOKEN).score(["bright"], IMAGES, PROMPTS)
-    assert caught.value.kind == "bad_input"
+def test_a_refusal_reaches_a_client_that_still_sends(service, monkeypatch):
+    for body in (bytes(10_000_000), encode_request(["bright"], np.repeat(IMAGES, 200, 0), PROMPTS, "raw")):
+        monkeypatch.setattr("align_cluster.rewards.http.encode_request", lambda *_, body=body: body)
+        with pytest.raises(RewardError, match="413") as caught:
+            RewardClient(service[0], TOKEN).score(["bright"], IMAGES, PROMPTS)
+        assert caught.value.kind == "bad_input"
 
 
-@pytest.mark.parametrize(
-    ("said", "kind", "words"),
-    [
-        (b"", "unavailable", "does not answer"),
-        (b"SSH-2.0-OpenSSH\r\n", "unavailable", "does not answer"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}", "unavailable", "does not answer"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "unavailable", "something else than scores"),
-        (b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere\r\nContent-Length: 0\r\n\r\n", "unavailable", "302: Found"),
-        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\n\r\nhtml", "unavailable", "502: Bad Gateway"),
-        (b"HTTP/1.1 504 Timeout\r\nContent-Length: 0\r\n\r\n", "timeout", "504"),
-        (b'HTTP/1.1 422 No\r\nContent-Length: 14\r\n\r\n{"detail":"x"}', "bad_input", "422: x"),
-        (None, "timeout", "within 0.3 s"),
-        ("drip", "timeout", "within 0.3 s"),
-    ],
-)
-def test_services_that_misbehave_fail_in_their_kind(said, kind, words):
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def test_threads_share_a_client_and_an_event_loop_may_run_where_it_is_called(service):
+    client, expected = RewardClient(service[0], TOKEN), list(range(3))
 
-        def serve():
-            connection, _ = server.accept()
-            with connection:
-                connection.settimeout(5)
-                connection.recv(2**16)
-                if said == "drip":
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                    for _ in range(10):
-                        time.sleep(0.1)
-                        try:
-                            connection.sendall(b" ")
-                        except OSError:
-                            return
-                elif said is None:
-                    time.sleep(0.6)
-                else:
+    def scores(_=None):
+        return client.score(["bright"], IMAGES, PROMPTS).values["bright"].tolist()
+
+    async def in_a_notebook():
+        return scores()
+
+    assert asyncio.run(in_a_notebook()) == expected
+    with ThreadPoolExecutor(2) as threads:  # As many as the service takes at once.
+        assert list(threads.map(scores, range(20))) == [expected] * 20
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+MISBEHAVE = [  # What a service sends, again and again with a pause where there is one; the failure's kind and words.
+    (b"", None, "unavailable", "does not answer"),
+    (b"SSH-2.0-OpenSSH\r\n", None, "unavailable", "does not answer"),
+    (OK % 50 + b"{}", None, "unavailable", "does not answer"),
+    (OK % 2 + b"{}", None, "unavailable", "something else than scores"),
+    (OK % 10**6 + bytes(10**6), None, "unavailable", "more than 100000 bytes"),
+    (
+        b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere\r\nContent-Length: 0\r\n\r\n",
+        None,
+        "unavailable",
+        "302: Found",
+    ),
+    (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\n\r\nhtml", None, "unavailable", "502: Bad Gateway"),
+    (b"HTTP/1.1 504 Timeout\r\nContent-Length: 0\r\n\r\n", None, "timeout", "504"),
+    (b'HTTP/1.1 422 No\r\nContent-Length: 14\r\n\r\n{"detail":"x"}', None, "bad_input", "422: x"),
+    (b"", 0.1, "timeout", "within 0.3 s"),
+    (OK % 1000, 0.1, "timeout", "within 0.3 s"),  # and then one byte of the body at a time
+]
+
+
+def test_services_that_misbehave_fail_in_their_kind(monkeypatch):
+    monkeypatch.setattr("align_cluster.rewards.http.ANSWER_BYTES", 100_000)
+    for said, pause, kind, words in MISBEHAVE:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve(server=server, said=said, pause=pause):
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.settimeout(5)
+                    connection.recv(2**16)
                     connection.sendall(said)
+                    for _ in range(10 if pause else 0):
+                        time.sleep(pause)
+                        connection.sendall(b" " if said else b"")
 
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with pytest.raises(RewardError, match=words) as caught:
-            client = RewardClient(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3)
-            client.score(["bright"], IMAGES, PROMPTS)
-        thread.join()
-    assert caught.value.kind == kind
+            thread = threading.Thread(target=serve)
+            thread.start()
+            started = time.monotonic()
+            with pytest.raises(RewardError, match=words) as caught:
+                client = RewardClient(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3)
+                client.score(["bright"], IMAGES, PROMPTS)
+            assert caught.value.kind == kind and time.monotonic() - started < 0.7
+            thread.join()
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "10.0.0.5:8000",
-        "ftp://a",
-        "http://",
-        "http://[::1",
-        "http://a:99999",
-        "http://a b",
-        "http://me:pw@a",
-        "http://a?b",
-    ],
-)
-def test_what_is_no_address_is_refused_with_an_example(url):
-    with pytest.raises(UserError, match="such as http://10.0.0.5:8000"):
-        RewardClient(url)
-    password = "@" in url  # no setting at all may hold one
-    with pytest.raises(ValidationError, match="without a user or password" if password else "such as http://10.0.0.5"):
-        Http.Config(url=url, reward="clip")
+def test_what_is_no_address_is_refused_with_an_example():
+    urls = ["", "10.0.0.5:8000", "ftp://a", "http://", "http://[::1", "http://a:99999", "http://a b", "http://a?b"]
+    for url in [*urls, "http://me:pw@a"]:
+        with pytest.raises(UserError, match="such as http://10.0.0.5:8000"):
+            RewardClient(url)
+        password = "@" in url  # No setting at all may hold one.
+        with pytest.raises(ValidationError, match="without a user or password" if password else "such as http://10.0"):
+            Http.Config(url=url, reward="clip")
 
 
 def test_a_host_that_nobody_knows_is_unavailable():
-    with pytest.raises(RewardError) as caught:
-        RewardClient("http://no-such-host.invalid", timeout_s=2).ready()
-    assert caught.value.kind == "unavailable"
+    for host in ("no-such-host.invalid", "a" * 70):
+        with pytest.raises(RewardError) as caught:
+            RewardClient(f"http://{host}", timeout_s=5).ready()
+        assert caught.value.kind == "unavailable"

@@ -13,7 +13,7 @@ from align_cluster.config.load import loads
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.client import RewardClient
+from align_cluster.rewards.http import RewardClient
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.config import ServiceConfig
 from align_cluster.types import Prompt

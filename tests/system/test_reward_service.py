@@ -18,10 +18,8 @@ from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.client import RewardClient
-from align_cluster.rewards.http import Http
-from align_cluster.rewards.image_files import encode
-from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
+from align_cluster.rewards.http import Http, RewardClient
+from align_cluster.rewards.wire import MEDIA_TYPE, encode_image, encode_request
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.config import ServiceConfig
 from align_cluster.types import Failure, Prompt
@@ -87,15 +85,15 @@ def score(url: str, body: bytes, **headers: str) -> tuple[int, str]:
     return status, json.loads(text)["detail"] if status != 200 else text
 
 
-@pytest.mark.parametrize("encoding", ["png", "webp", "raw"])
-def test_a_service_gives_the_values_of_a_worker_here(url, worker, encoding):
+def test_a_service_gives_the_values_of_a_worker_here(url, worker):
     here = worker.score(IMAGES, PROMPTS)
-    there = RewardClient(url, TOKEN, encoding=encoding).score(["objects", "clip"], IMAGES, PROMPTS)
-    assert list(there.values) == ["objects", "clip"] and there.failures == {} and there.valid["objects"].all()
-    for part in ("values", "valid", "details"):
-        assert getattr(here, part).keys() == getattr(there, part).keys()
-        for name, column in getattr(here, part).items():
-            np.testing.assert_array_equal(getattr(there, part)[name], column)
+    for encoding in ("png", "webp", "raw"):
+        there = RewardClient(url, TOKEN, encoding=encoding).score(["objects", "clip"], IMAGES, PROMPTS)
+        assert list(there.values) == ["objects", "clip"] and there.failures == {} and there.valid["objects"].all()
+        for part in ("values", "valid", "details"):
+            assert getattr(here, part).keys() == getattr(there, part).keys()
+            for name, column in getattr(here, part).items():
+                np.testing.assert_array_equal(getattr(there, part)[name], column)
 
 
 def test_many_callers_at_once_get_their_own_scores(url, worker):
@@ -120,21 +118,15 @@ def test_a_prompt_that_a_reward_cannot_read_is_a_failure_of_that_reward_alone(ur
     assert np.isnan(scores.values["objects"][0]) and not scores.valid["objects"][0] and scores.valid["clip"][0]
 
 
-def test_refusals_have_their_status_and_a_sentence(url):
+def test_refusals_come_through_rays_proxy_with_their_status_and_a_sentence(url):
     good = encode_request(["clip"], IMAGES, PROMPTS, "png")
     flow_grpo = pickle.dumps({"images": [b"jpeg"], "prompts": ["a circle"], "metadata": {}})
     for body, headers, status, words in [
         (good, {"Authorization": ""}, 401, "Bearer"),
         (good, {"Authorization": "Bearer wrong"}, 401, "Bearer"),
-        (good, {"Authorization": "Bearer käse"}, 401, "Bearer"),
-        (good, {"Authorization": f"Basic {TOKEN}"}, 401, "Bearer"),
         (bytes(1_000_001), {}, 413, "at most 1000000"),
-        (encode_request(["clip"], np.repeat(IMAGES, 3, 0), PROMPTS * 3, "png"), {}, 413, "12 images"),
         (flow_grpo, {"Content_Type": "application/octet-stream"}, 415, "unpickling runs whatever code"),
-        (flow_grpo, {"Content_Type": ""}, 415, "unpickling runs whatever code"),
-        (b"{}", {"Content_Type": "application/json"}, 415, MEDIA_TYPE),
         (good[:-9], {}, 422, "add up to"),
-        (b"", {}, 422, "8 bytes"),
         (good, {"X": "x" * 100_000}, 431, "at most 65536"),
         (encode_request(["hps"], IMAGES, PROMPTS, "png"), {}, 422, "this service has objects, clip"),
     ]:
@@ -144,7 +136,7 @@ def test_refusals_have_their_status_and_a_sentence(url):
 
 def test_flow_grpos_request_is_answered_as_well_but_never_unpickled(url, worker):
     here, fields = worker.score(IMAGES, PROMPTS), {"meta_datas": RECORDS, "only_strict": True}
-    data = fields | {"images": [base64.b64encode(encode(image, "png")).decode() for image in IMAGES]}
+    data = fields | {"images": [base64.b64encode(encode_image(image, "png")).decode() for image in IMAGES]}
     as_json = {"Content_Type": "application/json"}
     status, text = ask(url, "POST", "/v1/flow_grpo/objects", json.dumps(data).encode(), **as_json)
     answer = json.loads(text)

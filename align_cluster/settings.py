@@ -1,6 +1,7 @@
 """Base class of every settings block."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -22,12 +23,38 @@ class Section(BaseModel):
                 raise ValueError("without a user or password in the address: put them into ~/.netrc or a variable")
         return value
 
+    def problems(self, where: str, run: "Root") -> Iterator[str]:
+        """Yield a sentence for each thing about this block that cannot work in `run`; `where` is the block's path.
+
+        A sentence names the setting's path, says what is wrong, and gives the nearest valid choice.
+        """
+        yield from ()
+
+    def notes(self, where: str, run: "Root") -> Iterator[str]:
+        """Yield a sentence for each thing that is allowed but probably not meant."""
+        yield from ()
+
 
 class Root(Section):
     """All settings of a file: what errors call it, and a file to start from."""
 
     what: ClassVar[str]
     sample: ClassVar[str]
+
+    def blocks(self) -> Iterator[tuple[str, Section]]:
+        """Yield every block of settings inside the file with its dotted path, outer ones first."""
+        yield from _inside(self, "")
+
+
+def _inside(value: Any, where: str) -> Iterator[tuple[str, Section]]:
+    if isinstance(value, Section):
+        if where:
+            yield where, value
+        parts = {name: getattr(value, name) for name in type(value).model_fields}
+    else:
+        parts = value if isinstance(value, dict) else {}
+    for name, part in parts.items():
+        yield from _inside(part, f"{where}.{name}".lstrip("."))
 
 
 def masked(text: str) -> str:

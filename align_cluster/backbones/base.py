@@ -1,6 +1,7 @@
 """The contract of a backbone: load parts alone, encode, predict, decode. One code path serves rollout and learner."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 from align_cluster.types import Condition
 
 
@@ -35,6 +36,10 @@ class CriticSection(Section):
     features: Literal["lora", "frozen", "copy"] = "lora"
     width: Annotated[int, Field(gt=0, multiple_of=8)] = 512
     heads: PositiveInt = 8
+
+    def problems(self, where: str, run: Root) -> Iterator[str]:
+        if self.width % self.heads:
+            yield f"{where}.width is {self.width}, which {self.heads} heads cannot share; set heads to 8"
 
 
 class BackboneSection(Section):
@@ -69,6 +74,10 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     explorable: ClassVar[bool] = False  # has a CLIP text encoder whose token embeddings can be perturbed
     patch: ClassVar[int] = 2  # latent pixels a token, along one side
+    pipelines: ClassVar[tuple[str, ...]] = ()  # classes that model_index.json may name; () where `path` has none
+    critic_blocks: ClassVar[tuple[str, ...]] = ()  # the denoiser's lists of blocks that tokens pass, in order
+    takes_distilled_guidance: ClassVar[bool] = False  # has an input for the strength of guidance
+    tiny_last_level: ClassVar[bool] = False  # the pipeline's own last step begins near 0, as SD3's does (at .009)
     distilled_guidance: float | None = (
         None  # strength of guidance that a distilled network is told, where it is not the settings'
     )
@@ -134,8 +143,14 @@ class Backbone(ABC):
 
     def taps(self, denoiser: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
         """Layers whose output a critic reads, and their channels: of a transformer the middle and the last block."""
-        blocks = [*denoiser.transformer_blocks, *getattr(denoiser, "single_transformer_blocks", ())]
-        return [(blocks[index], denoiser.inner_dim) for index in sorted({len(blocks) // 2, len(blocks) - 1})]
+        blocks = [block for name in self.critic_blocks for block in getattr(denoiser, name)]
+        channels = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
+        return [(blocks[index], channels) for index in sorted({len(blocks) // 2, len(blocks) - 1})]
+
+    @classmethod
+    def has_taps(cls) -> bool:
+        """Return whether a critic can read this backbone: `critic_blocks` are named, or `taps` is its own."""
+        return bool(cls.critic_blocks) or cls.taps is not Backbone.taps
 
     def tokens(self, output: object) -> torch.Tensor:
         """Image tokens [B, L, D] of a tapped layer's output: of a transformer block the part after the text's."""

@@ -37,6 +37,9 @@ ALLOWED = {
     "value_error": "{error}",
 }
 YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
+# Settings of earlier versions: what they are called now, and what became of those that nothing replaces.
+RENAMED = {"embedded_guidance": "distilled_guidance"}
+GONE = {"hedge_s": "requests to a reward service are sent once, and on_failure says how often they are tried again"}
 # A misspelt key often brings a "missing" with it, so unknown keys come first.
 ORDER = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found", "missing")
 
@@ -54,11 +57,14 @@ def explain(error: ValidationError, source: str, overridden: set[str], root: typ
         if item["type"] == "extra_forbidden":
             near = nearest_setting(path, owner, root)
             meant.add(near)
-            hint = (
-                f"did you mean {near}?"
-                if near
-                else f"{'.'.join(path[:-1]) or root.what} has {', '.join(owner.model_fields)}"
-            )
+            if path[-1] in RENAMED:
+                hint = f"it is called {'.'.join([*path[:-1], RENAMED[path[-1]]])} now"
+            elif path[-1] in GONE:
+                hint = f"it is gone: {GONE[path[-1]]}; leave it out"
+            elif near:
+                hint = f"did you mean {near}?"
+            else:
+                hint = f"{'.'.join(path[:-1]) or root.what} has {', '.join(owner.model_fields)}"
             lines.append(f"{where}: {dotted} is no setting; {hint}")
         elif item["type"] == "missing":
             if dotted not in meant:
@@ -107,7 +113,9 @@ def locate(loc: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], 
 
 def sections(annotation: Any) -> Iterator[type[BaseModel]]:
     """The settings models among the alternatives of an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if hasattr(annotation, "models"):  # of `one_of`
+        yield from annotation.models()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) is Annotated:
         yield from sections(get_args(annotation)[0])

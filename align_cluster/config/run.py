@@ -1,8 +1,11 @@
 """Every choice of a run in one model. Reward, algorithm, backbone and prompt settings stand beside their code."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationInfo, field_validator
+from pydantic_core import core_schema
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
@@ -19,12 +22,33 @@ from align_cluster.rollouts.windows import WINDOWS
 from align_cluster.settings import Root, Section
 
 
-def one_of(kinds: dict[str, type]) -> object:
-    """The settings type of a folder's classes, told apart by `kind`."""
-    union = None
-    for implementation in kinds.values():
-        union = implementation.Config if union is None else union | implementation.Config
-    return union if len(kinds) == 1 else Annotated[union, Field(discriminator="kind")]
+def one_of(kinds: Mapping[str, type], when: Callable[[type], bool] = lambda kind: True) -> type:
+    """Make the settings type of a folder's classes, told apart by `kind`; `when` leaves some of them out.
+
+    The dict is read whenever settings are checked, so a class that is put into it later is a choice from then on.
+    """
+
+    class OneOf:
+        @classmethod
+        def models(cls) -> tuple[type[Section], ...]:
+            return tuple(kind.Config for kind in kinds.values() if when(kind))
+
+        @classmethod
+        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+            return core_schema.no_info_plain_validator_function(
+                lambda value: _choice(cls.models()).validate_python(value)
+            )
+
+        @classmethod
+        def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+            return handler(_choice(cls.models()).core_schema)
+
+    return OneOf
+
+
+@lru_cache
+def _choice(models: tuple[type[Section], ...]) -> TypeAdapter:
+    return TypeAdapter(models[0] if len(models) == 1 else Annotated[Union[models], Field(discriminator="kind")])  # noqa: UP007 - made of a tuple
 
 
 class RolloutConfig(Section):
@@ -134,10 +158,19 @@ class RunConfig(Root):
     @property
     def step_kind(self) -> Section:
         """Settings of the sampler step that training rollouts use."""
-        algorithm = ALGORITHMS[self.algorithm.kind]
-        diffusion = "ddim" if algorithm.needs_density else "euler"
         flow = BACKBONES[self.backbone.kind].flow
-        return self.rollout.step or STEPS[algorithm.default_step if flow else diffusion].Config()
+        return self.rollout.step or STEPS[ALGORITHMS[self.algorithm.kind].step_for(flow)].Config()
+
+    @property
+    def prediction(self) -> str:
+        """What a step kind must be for: "flow", or "epsilon" where the network predicts epsilon or v."""
+        return "flow" if BACKBONES[self.backbone.kind].flow else "epsilon"
+
+    @property
+    def tiny_last_level(self) -> bool:
+        """Whether the last step of training rollouts begins near noise level 0, as with SD3's schedule."""
+        schedule = SCHEDULES[self.rollout.schedule.kind]
+        return BACKBONES[self.backbone.kind].tiny_last_level if schedule.native else schedule.tiny_last_level
 
     @property
     def window(self) -> object | None:
@@ -158,10 +191,14 @@ class RunConfig(Root):
         return self.rollout.group_size * self.conditions
 
     @property
+    def chunk(self) -> int:
+        """Images that are drawn in one batch."""
+        return self.rollout.chunk or self.rollout.group_size
+
+    @property
     def micro_batch(self) -> int:
         """Images of a learner's micro-batch: members of one chunk."""
-        chunk = self.rollout.chunk or self.rollout.group_size
-        return min(self.learner.micro_batch or chunk, chunk)
+        return min(self.learner.micro_batch or self.chunk, self.chunk)
 
     @property
     def critic_batch(self) -> int:

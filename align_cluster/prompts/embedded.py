@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from align_cluster.embedded import scene
+from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Section
 from align_cluster.types import Prompt
 
 
-class EmbeddedPrompts:
+class EmbeddedPrompts(PromptSource):
     """The prompts of the chosen tasks in one split; training and held-out prompts never meet.
 
     `even` gives every task the same number of turns: the prompts of a smaller task come again (there are 1,167
@@ -34,9 +35,6 @@ class EmbeddedPrompts:
             if repeated:
                 raise ValueError(f"a list that names {repeated!r} once")
             return tasks
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def load(self) -> list[Prompt]:
         prompts: list[Prompt] = []

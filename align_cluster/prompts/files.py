@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictInt, ValidationError
 
 from align_cluster.errors import UserError
+from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Section
 from align_cluster.types import Prompt
 
@@ -15,16 +16,13 @@ RELATIONS = ("left of", "right of", "above", "below")
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
-class TextPrompts:
+class TextPrompts(PromptSource):
     """One prompt a line; blank lines are skipped. With `ocr` the first quoted text of a line becomes the OCR target."""
 
     class Config(Section):
         kind: Literal["txt"] = "txt"
         path: Annotated[str, Field(min_length=1)]
         ocr: bool = False
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def load(self) -> list[Prompt]:
         prompts = []
@@ -70,15 +68,14 @@ class Line(BaseModel):
     text: Annotated[str, Field(min_length=1)] | None = None
 
 
-class JsonlPrompts:
+class JsonlPrompts(PromptSource):
     """One JSON object a line: `prompt`, and what rewards read (`tag`, `include`, `exclude`, `text`)."""
 
     class Config(Section):
         kind: Literal["jsonl"] = "jsonl"
         path: Annotated[str, Field(min_length=1)]
 
-    def __init__(self, config: Config):
-        self.config = config
+    has_records = True
 
     def load(self) -> list[Prompt]:
         records = [parse(line, f"{self.config.path}, line {number}") for number, line in read_lines(self.config.path)]

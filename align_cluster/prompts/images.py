@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from align_cluster.errors import UserError
-from align_cluster.settings import Section
+from align_cluster.prompts.base import PromptSource
+from align_cluster.settings import Root, Section
 from align_cluster.types import Prompt
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -30,7 +31,7 @@ class Survey:
     unreadable: tuple[Path, ...]
 
 
-class ImagePrompts:
+class ImagePrompts(PromptSource):
     """Captions of images as prompts, whose metadata say where the `image` is.
 
     A caption stands in a text file of the image's name (cat.jpg, cat.txt), or in a line {"file_name": "cat.jpg",
@@ -44,8 +45,11 @@ class ImagePrompts:
         kind: Literal["images"] = "images"
         folder: Annotated[str, Field(min_length=1)]
 
-    def __init__(self, config: Config):
-        self.config = config
+        def notes(self, where: str, run: Root) -> Iterator[str]:
+            if sentence := left_out(self.folder):
+                yield sentence
+
+    has_images = True
 
     def load(self) -> list[Prompt]:
         found = survey(self.config.folder)

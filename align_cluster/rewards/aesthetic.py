@@ -67,6 +67,10 @@ class Aesthetic(DifferentiableReward):
         encoder: str | None = None
         head: str | None = None
 
+    @property
+    def usual(self) -> float:
+        return 4.0
+
     def load(self, device: str, threads: int) -> None:
         self.published = VERSIONS[self.config.version]
         encoder, head = self.config.encoder or self.published.encoder, self.config.head or self.published.head

@@ -7,6 +7,7 @@ import torch
 from align_cluster.embedded import pipeline_path
 from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.clip import Clip
+from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
 
 class ClipScore(EmbeddingReward):
@@ -22,9 +23,15 @@ class ClipScore(EmbeddingReward):
         path: str = "embedded"
         scale: Literal["cosine", "srpo"] = "cosine"
 
+    @property
+    def _source(self) -> str:
+        return str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
+
+    def vocabulary(self) -> Vocabulary | None:
+        return transformers_vocabulary(self._source)
+
     def load(self, device: str, threads: int) -> None:
-        source = str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
-        self.clip = Clip(self.config.kind, source, source, device)
+        self.clip = Clip(self.config.kind, self._source, self._source, device)
         if self.config.scale == "srpo":
             self.factor = self.clip.model.logit_scale.exp().item() / 20
 

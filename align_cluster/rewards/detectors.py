@@ -47,6 +47,7 @@ class Detector(ABC):
     threshold            confidence that an object must exceed to count, by default
     counting_threshold   the same where a prompt asks for a number; None: no other than `threshold`
     tells_colors         whether detections come with their colour
+    remedy               what to do where prompts ask for objects that it does not know
     """
 
     Config: type[Section]
@@ -54,6 +55,7 @@ class Detector(ABC):
     threshold: ClassVar[float]
     counting_threshold: ClassVar[float | None]
     tells_colors: ClassVar[bool]
+    remedy: ClassVar[str] = "use clip_score for these prompts"
 
     def __init__(self, config: Section) -> None:
         self.config = config
@@ -80,6 +82,7 @@ class Embedded(Detector):
     threshold = 0.80
     counting_threshold = None
     tells_colors = True
+    remedy = "use the detector mask2former, or clip_score, for these prompts"
 
     def load(self, device: str) -> None:
         pass

@@ -5,7 +5,7 @@ The rules are those of GenEval's evaluate_images.py; the graded score is the tra
 `colors.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from align_cluster.embedded.detector import Detection
 from align_cluster.rewards.base import Result, Reward, RewardSection
 from align_cluster.rewards.colors import ColorNamer, cutout
-from align_cluster.rewards.detectors import DETECTORS, Boxes, Embedded, Masks
+from align_cluster.rewards.detectors import DETECTORS, Boxes, Embedded, Masks, geneval_name
 from align_cluster.types import Prompt
 
 MAX_OBJECTS = 16  # of one class
@@ -136,13 +136,32 @@ class GenEval(Reward):
         def kind_alone(cls, value: Any) -> Any:
             return {"kind": value} if isinstance(value, str) else value
 
+    needs = "it needs metadata with include clauses, as prompts of kind embedded, geneval and jsonl have"
+    headline = "graded"
+
+    @classmethod
+    def judges(cls, prompt: Prompt) -> bool:
+        return bool(prompt.metadata.get("include"))
+
+    def prompt_problems(self, where: str, prompts: Iterable[Prompt]) -> Iterator[str]:
+        detector = DETECTORS[self.config.detector.kind]
+        known = detector.classes
+        asked = {clause["class"] for prompt in prompts for clause in prompt.metadata.get("include", ())}
+        for unknown in sorted(asked - set(known))[:1]:
+            vocabulary = ", ".join(known) if len(known) < 10 else f"{len(known)} classes of COCO by GenEval's names"
+            name = geneval_name(unknown)
+            yield (
+                f"{where}: the {self.config.detector.kind} detector knows {vocabulary}, and prompts ask for "
+                f"{unknown!r}; {f'write {name!r}' if name in known else detector.remedy}"
+            )
+
     def load(self, device: str, threads: int) -> None:
         self.detector = DETECTORS[self.config.detector.kind](self.config.detector)
         self.detector.load(device)
         self.name_colors = None if self.detector.tells_colors else ColorNamer(self.config.color_clip, device)
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
-        valid = np.array([bool(prompt.metadata.get("include")) for prompt in prompts], dtype=bool)
+        valid = np.array([self.judges(prompt) for prompt in prompts], dtype=bool)
         columns = {name: np.full(len(prompts), np.nan) for name in ("accuracy", "strict", "graded")}
         asked = np.flatnonzero(valid)
         for index, detections in zip(asked, self._detections(images[asked], [prompts[i] for i in asked]), strict=True):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.loading import extra, file_of, loading
+from align_cluster.rewards.words import Vocabulary, open_clip_vocabulary
 
 CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # as named at the hub
 
@@ -39,6 +40,9 @@ class Hps(EmbeddingReward):
         path: str = "xswu/HPSv2"
         version: Literal["v2", "v2.1"] = "v2.1"
         model: str = "ViT-H-14"
+
+    def vocabulary(self) -> Vocabulary | None:
+        return open_clip_vocabulary()
 
     def load(self, device: str, threads: int) -> None:
         with extra(self.config.kind):

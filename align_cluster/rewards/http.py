@@ -17,6 +17,8 @@ class Http(Reward):
     """Sends the images and prompts to a service. Its failures keep their kind, so `on_failure` treats them as if the
     reward ran here."""
 
+    remote = True
+
     class Config(RewardSection):
         """`reward` is the name at the service. `raw` sends more bytes than `png` and takes less time to pack.
 

@@ -10,6 +10,7 @@ from torch import nn
 from align_cluster.rewards.base import DifferentiableReward, RewardSection
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head
 from align_cluster.rewards.loading import file_of, loading
+from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 from align_cluster.types import Prompt
 
 CHECKPOINT, TEXT_CONFIG = "ImageReward.pt", "med_config.json"  # as named at the hub
@@ -94,6 +95,9 @@ class ImageReward(DifferentiableReward):
         kind: Literal["image_reward"] = "image_reward"
         path: str = "THUDM/ImageReward"
         tokenizer: str = "bert-base-uncased"
+
+    def vocabulary(self) -> Vocabulary | None:
+        return transformers_vocabulary(self.config.tokenizer)
 
     def load(self, device: str, threads: int) -> None:
         from transformers import BertTokenizer

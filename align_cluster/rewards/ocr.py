@@ -54,6 +54,12 @@ class Ocr(Reward):
     class Config(RewardSection):
         kind: Literal["ocr"] = "ocr"
 
+    needs = "it needs prompts that quote text, as the embedded task ocr does"
+
+    @classmethod
+    def judges(cls, prompt: Prompt) -> bool:
+        return bool(prompt.metadata.get("text") or quoted(prompt.text))
+
     def load(self, device: str, threads: int) -> None:
         with extra(self.config.kind):
             import cv2

@@ -7,6 +7,7 @@ import torch
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.loading import open_clip_model
+from align_cluster.rewards.words import Vocabulary, open_clip_vocabulary
 
 
 class OpenClipScore(EmbeddingReward):
@@ -17,6 +18,9 @@ class OpenClipScore(EmbeddingReward):
 
         kind: Literal["open_clip_score"] = "open_clip_score"
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
+
+    def vocabulary(self) -> Vocabulary | None:
+        return open_clip_vocabulary()
 
     def load(self, device: str, threads: int) -> None:
         model, transform, self.tokenizer = open_clip_model(self.config.kind, "path", self.config.path)

@@ -6,6 +6,7 @@ import torch
 
 from align_cluster.rewards.base import EmbeddingReward, RewardSection
 from align_cluster.rewards.clip import Clip
+from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
 
 class PickScore(EmbeddingReward):
@@ -22,6 +23,13 @@ class PickScore(EmbeddingReward):
         path: str = "yuvalkirstain/PickScore_v1"
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         scale: Literal["raw", "flow_grpo", "srpo", "cosine"] = "raw"
+
+    @property
+    def usual(self) -> float:
+        return {"raw": 20.0, "flow_grpo": 0.8, "srpo": 1.0, "cosine": 0.0}[self.config.scale]
+
+    def vocabulary(self) -> Vocabulary | None:
+        return transformers_vocabulary(self.config.processor)
 
     def load(self, device: str, threads: int) -> None:
         self.clip = Clip(self.config.kind, self.config.path, self.config.processor, device)

@@ -5,7 +5,7 @@ ADD A SCHEDULE HERE: a function, a class with Config and `sigmas`, and a line in
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import PositiveFloat
@@ -15,9 +15,15 @@ from align_cluster.settings import Section
 
 
 class Schedule(ABC):
-    """A choice of noise levels for a flow model."""
+    """A choice of noise levels for a flow model.
+
+    `native` says that the levels are the pipeline's own, `tiny_last_level` that the last step begins near 0, as SD3's
+    does (at .009).
+    """
 
     Config: type[Section]
+    native: ClassVar[bool] = False
+    tiny_last_level: ClassVar[bool] = False
 
     def __init__(self, config: Section) -> None:
         self.config = config
@@ -33,6 +39,8 @@ class NativeSchedule(Schedule):
     class Config(Section):
         kind: Literal["native"] = "native"
 
+    native = True
+
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
         return native(steps)
 
@@ -43,6 +51,8 @@ class Sd3Schedule(Schedule):
     class Config(Section):
         kind: Literal["sd3"] = "sd3"
         shift: PositiveFloat = 3.0
+
+    tiny_last_level = True
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
         return sd3_sigmas(steps, self.config.shift)

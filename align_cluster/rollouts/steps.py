@@ -155,13 +155,17 @@ class Step:
     DDIM's for epsilon and v.
 
     `predictions` are what a network may predict for it. `terminal_noise` False: the last step of a rollout is drawn
-    without noise.
+    without noise. `normalised` says whether a density is a normalised Gaussian, `noise_vanishes` whether its noise goes
+    to 0 with the noise level, and `multistep` whether a step depends on the one before it.
     """
 
     Config: type[Section]
     has_density: ClassVar[bool] = False
     predictions: ClassVar[tuple[str, ...]] = ("flow",)
     terminal_noise: ClassVar[bool] = True
+    normalised: ClassVar[bool] = True
+    noise_vanishes: ClassVar[bool] = False
+    multistep: ClassVar[bool] = False
 
     def __init__(self, config: Section, sigmas: np.ndarray, prediction: str = "flow") -> None:
         if prediction not in self.predictions:
@@ -239,6 +243,8 @@ class Dpm2(Step):
     class Config(Section):
         kind: Literal["dpm2"] = "dpm2"
 
+    multistep = True
+
     def __init__(self, config: "Dpm2.Config", sigmas: np.ndarray, prediction: str = "flow") -> None:
         super().__init__(config, sigmas, prediction)
         self.x0_before: torch.Tensor | None = None
@@ -296,6 +302,8 @@ class Cps(NoisyStep):
         kind: Literal["cps"] = "cps"
         noise_level: Annotated[float, Field(gt=0, le=1)] = 0.8
 
+    normalised = False
+
     def coefficients(self) -> Coefficients:
         return cps_coefficients(self.sigmas, self.config.noise_level)
 
@@ -309,6 +317,8 @@ class FlowDdim(NoisyStep):
     class Config(Section):
         kind: Literal["flow_ddim"] = "flow_ddim"
         eta: Annotated[float, Field(gt=0, le=1)] = 0.7
+
+    noise_vanishes = True
 
     def coefficients(self) -> Coefficients:
         return flow_ddim_coefficients(self.sigmas, self.config.eta)

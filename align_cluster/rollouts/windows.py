@@ -3,7 +3,8 @@
 A plan is a pure function of (steps of a rollout, training step, seed), so that every worker and every resumed run makes
 the same one. The terminal step is never trained: it has (almost) no noise, hence no usable density.
 
-ADD A WINDOW HERE: a class with Config, `plan`, `width` and `problem`, and a line in WINDOWS.
+ADD A WINDOW HERE: a class with Config, `plan`, `width` and, where settings may not fit, `problem`; and a line in
+WINDOWS.
 """
 
 import math
@@ -46,9 +47,14 @@ class WindowKind(ABC):
     def width(self, steps: int) -> int:
         """The most steps that a sample is trained on at once."""
 
-    @abstractmethod
+    @property
+    def per_sample(self) -> bool:
+        """Whether each sample is trained on steps of its own."""
+        return False
+
     def problem(self, steps: int) -> str | None:
         """What keeps the settings from fitting a rollout of `steps`, as a sentence for the user."""
+        return None
 
 
 def trainable(steps: int) -> int:
@@ -86,8 +92,9 @@ class FractionWindow(WindowKind):
         counted = trainable(steps) if self.config.choice == "per_sample" else steps
         return max(1, min(trainable(steps), int(counted * self.config.fraction)))
 
-    def problem(self, steps: int) -> str | None:
-        return None
+    @property
+    def per_sample(self) -> bool:
+        return self.config.choice == "per_sample"
 
 
 class SlidingWindow(WindowKind):

@@ -168,21 +168,21 @@ class Credit:
 class Metric:
     """The declaration of one number that a run writes.
 
-    name      its name in metrics.jsonl, a path of segments; `<...>` stands for exactly one segment
+    pattern   its name in metrics.jsonl, a path of segments; `<...>` stands for exactly one segment
     unit      a short label for an axis, "" where the number has none
     meaning   one line for reports
     reduce    whether the `mean` over samples, micro-batches and ranks is written, or the `largest` magnitude
-    source    the learner's or the loss's own name of the number ("": the last segment of `name`)
+    source    the learner's or the loss's own name of the number ("": the last segment of `pattern`)
     """
 
-    name: str
+    pattern: str
     unit: str
     meaning: str
     reduce: Literal["mean", "largest"] = "mean"
     source: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", self.source or self.name.split("/")[-1])
+        object.__setattr__(self, "source", self.source or self.pattern.split("/")[-1])
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from align_cluster.algorithms.gae import RunningMoments
 from align_cluster.backbones.adapters import active_adapter, add_adapters
 from align_cluster.backbones.base import CRITIC, CriticSection
 from align_cluster.backbones.critic import Critic
-from align_cluster.config.check import judges
 from align_cluster.config.load import loads
 from align_cluster.config.run import RunConfig, one_of
 from align_cluster.errors import UserError
 from align_cluster.files import read_json
 from align_cluster.observe.rundir import RunDir
+from align_cluster.rewards import REWARDS
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
@@ -158,8 +158,8 @@ class Steered:
             raise UserError(
                 f"{self.settings.kind} cannot use steer.step.kind {kind}, which {why}; set it to {' or '.join(able)}"
             )
-        kinds = [self.config.rewards[name].kind for name in self.saved.names]
-        unjudged = (one.text for one in prompts if not (scored and any(judges(kind, one) for kind in kinds)))
+        kinds = [REWARDS[self.config.rewards[name].kind] for name in self.saved.names]
+        unjudged = (one.text for one in prompts if not (scored and any(kind.judges(one) for kind in kinds)))
         if problems := list(self.mode.problems(self.settings, self.sigmas, next(unjudged, None))):
             raise UserError("\n".join(problems))
 

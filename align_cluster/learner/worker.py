@@ -140,6 +140,7 @@ class Learner:
         batch = self._batch(step, inner_pass, piece, record, self.backbone.device)
         policy = self._policy(record, condition, null, len(piece.weights))
         loss, metrics = self.algorithm.loss(policy, batch)
+        self.algorithm.check_metrics(metrics)
         weights = torch.from_numpy(piece.weights).to(self.backbone.device)
         if piece.update == 0 and "log_ratio" in metrics:
             metrics["first_log_ratio"] = metrics["log_ratio"]  # weights are still those of the rollout: must be 0

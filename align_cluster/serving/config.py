@@ -64,7 +64,7 @@ class ServiceConfig(Root):
         dict[
             Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")],
             Annotated[
-                one_of({kind: reward for kind, reward in REWARDS.items() if kind != "http"}),
+                one_of(REWARDS, lambda reward: not reward.remote),
                 AfterValidator(_without_a_run),
             ],
         ],

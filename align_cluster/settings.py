@@ -18,6 +18,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def holds_no_password(cls, value: Any) -> Any:
+        """Refuse addresses with a user or password."""
         for text in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(text, str) and _CREDENTIALS.search(text):
                 raise ValueError("without a user or password in the address: put them into ~/.netrc or a variable")

@@ -19,6 +19,7 @@ from align_cluster.backbones import BACKBONES
 from align_cluster.config.check import check
 from align_cluster.config.load import dump, load, loads
 from align_cluster.errors import UserError
+from align_cluster.observe.rundir import RunDir
 from align_cluster.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,7 @@ def test_parts_from_outside_train_and_their_metrics_are_in_the_records_and_the_r
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row[name]) for row in rows for name in ("train/log_prob", "reward/bright/mean"))
-    (lora,) = run.rglob("*lora*.safetensors")
+    (lora,) = RunDir(run).lora.glob("*.safetensors")
     assert b"ff.net.2" in lora.read_bytes(), "the backbone's own targets are trained"
     report = (run / "report.html").read_text()
     for part in ("train/log_prob", "log-density of the drawn steps under the policy", "reward/bright"):

@@ -41,6 +41,7 @@ class Slas(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse a pool of another size than SLAS needs, and runs that gamma cannot adapt to."""
         if run.advantage.std in ("group", "none"):
             yield (
                 f"{where} is slas, which takes the batch's deviation in place of the prompt's, and advantage.std is "
@@ -89,6 +90,7 @@ class AdvantageConfig(Section):
     clip: PositiveFloat | None = None
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse statistics over batches that hold parts of groups."""
         updates, members = run.learner.updates_per_step, run.group_members
         pooled = "std is batch" if self.std == "batch" else "mix is gdpo" if self.mix == "gdpo" else ""
         if pooled and updates > 1 and run.chunk < members:

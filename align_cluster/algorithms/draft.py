@@ -30,6 +30,7 @@ class DRaFT(Algorithm):
         renoised: NonNegativeInt = 0
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse more steps than a rollout has, and several steps that are noised again."""
             steps = run.rollout.steps
             if self.last > steps:
                 yield f"{where}.last is {self.last}, and a rollout has {steps} steps; set it to at most {steps}"
@@ -40,6 +41,7 @@ class DRaFT(Algorithm):
                 )
 
         def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note a last step that begins at hardly any noise."""
             if self.last == 1 and run.tiny_last_level:
                 yield (
                     f"{where}.last is 1, and the last step of SD3's schedule begins at noise .009: its gradient does "

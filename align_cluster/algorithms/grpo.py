@@ -36,6 +36,7 @@ class GRPO(PolicyGradient):
         guard_weight: Literal["inverse_dt", "none"] = "inverse_dt"
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse guarded ratios of a density that is not normalised."""
             if self.ratio == "guard" and not STEPS[run.step_kind.kind].normalised:
                 able = [
                     kind
@@ -49,6 +50,7 @@ class GRPO(PolicyGradient):
                 )
 
         def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note plain ratios where noise and noise level vanish together."""
             if self.ratio == "plain" and STEPS[run.step_kind.kind].noise_vanishes and run.tiny_last_level:
                 yield (
                     f"rollout.step.kind is {run.step_kind.kind}, whose noise vanishes at the small last levels of "

@@ -34,6 +34,7 @@ class NFT(Algorithm):
         old: Literal["on_policy", "slow", "late"] = "slow"
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse more noise levels than a rollout has."""
             steps = run.rollout.steps
             if self.timesteps and self.timesteps > steps:
                 yield (

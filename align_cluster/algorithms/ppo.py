@@ -55,6 +55,7 @@ class PPO(PolicyGradient):
         warm_up: WarmUp = WarmUp()
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse what a critic cannot read, or cannot be trained with."""
             if not BACKBONES[run.backbone.kind].has_taps():
                 able = [kind for kind, backbone in BACKBONES.items() if backbone.has_taps()]
                 yield (

@@ -37,6 +37,7 @@ class ReFL(Algorithm):
             return steps
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse steps that a rollout does not have, and a margin that ordinary images reach."""
             steps = run.rollout.steps
             if self.steps[1] >= steps:
                 yield (

@@ -101,6 +101,7 @@ class SRPO(Algorithm):
             return injections
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse words for rewards that read none, and what plain Direct-Align cannot learn from."""
             for name in run.trained if self.relative == "words" else ():
                 kind = run.rewards[name].kind
                 if issubclass(REWARDS[kind], DifferentiableReward) and not REWARDS[kind].reads_text:
@@ -117,6 +118,7 @@ class SRPO(Algorithm):
                 yield from margin_problems(self.margin, where, run)
 
         def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note levels that distort images, and control words that a reward's tokenizer does not know."""
             if self.levels[0] > 0.99:
                 yield f"{where}.levels begins at {self.levels[0]:g}: above .99 the authors saw distorted images"
             for name in run.trained if self.relative == "words" else ():

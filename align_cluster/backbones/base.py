@@ -38,6 +38,7 @@ class CriticSection(Section):
     heads: PositiveInt = 8
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse a width that the heads cannot share."""
         if self.width % self.heads:
             yield f"{where}.width is {self.width}, which {self.heads} heads cannot share; set heads to 8"
 

@@ -24,7 +24,7 @@ def check(config: RunConfig) -> list[str]:
 
 
 def check_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> list[str]:
-    """The part of `check` that follows once the prompts are loaded."""
+    """Do the part of `check` that reads the loaded prompts."""
     _refuse(sentence for rule in PROMPT_RULES for sentence in rule(config, train, held_out))
     return [sentence for rule in NOTES for sentence in rule(config, train, held_out)]
 
@@ -36,6 +36,7 @@ def _refuse(problems: Problems) -> None:
 
 
 def enough_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Refuse a step or an evaluation of more prompts than there are."""
     asked = (
         ("prompts_per_step", config.prompts_per_step, "prompts", train),
         ("evaluate.count", config.evaluate.count, "evaluate.prompts", held_out),
@@ -48,6 +49,7 @@ def enough_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt
 
 
 def held_out_is_held_out(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Refuse an evaluation on prompts that are trained on."""
     trained = {prompt.text for prompt in train}
     leaks = sorted({prompt.text for prompt in held_out} & trained)
     if leaks:
@@ -60,6 +62,7 @@ def held_out_is_held_out(config: RunConfig, train: list[Prompt], held_out: list[
 
 
 def rewards_can_judge(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Refuse trained rewards that judge no prompt, and prompts that a reward cannot work with."""
     for name, reward in config.rewards.items():
         kind = REWARDS[reward.kind]
         if reward.role == "train" and not any(map(kind.judges, train)):
@@ -71,11 +74,13 @@ def rewards_can_judge(config: RunConfig, train: list[Prompt], held_out: list[Pro
 
 
 def settings_note(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Collect the notes of every block of settings, and so of every kind that is chosen."""
     for where, block in config.blocks():
         yield from block.notes(where, config)
 
 
 def density_without_use(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Note a noisy step kind under an algorithm that needs none."""
     algorithm = ALGORITHMS[config.algorithm.kind]
     if config.rollout.step and STEPS[config.rollout.step.kind].has_density and not algorithm.needs_density:
         yield (
@@ -85,6 +90,7 @@ def density_without_use(config: RunConfig, train: list[Prompt], held_out: list[P
 
 
 def settings_without_effect(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Note settings that change nothing in this run."""
     if config.learner.guidance_gradient == "both" and config.rollout.guidance == 1:
         yield "learner.guidance_gradient is both, and rollout.guidance 1 has no second branch: it changes nothing"
     if config.exploration and config.exploration.conditions == 1:
@@ -94,6 +100,7 @@ def settings_without_effect(config: RunConfig, train: list[Prompt], held_out: li
 
 
 def merging_rounds(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Note merged weights where log-probs are compared."""
     if config.rollout.merge_lora and ALGORITHMS[config.algorithm.kind].needs_density:
         yield (
             "rollout.merge_lora rounds the base's weights, so the learner's log-probs differ from the rollout's before "
@@ -102,6 +109,7 @@ def merging_rounds(config: RunConfig, train: list[Prompt], held_out: list[Prompt
 
 
 def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Note prompts that no reward judges."""
     kinds = {name: REWARDS[reward.kind] for name, reward in config.rewards.items()}
     lost = [prompt.text for prompt in train if not any(kinds[name].judges(prompt) for name in config.trained)]
     if lost:

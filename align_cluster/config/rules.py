@@ -37,6 +37,7 @@ def settings_refuse(config: RunConfig) -> Problems:
 
 
 def chunk_divides_group(config: RunConfig) -> Problems:
+    """Refuse chunks that do not fill a group."""
     size, chunk = config.group_members, config.rollout.chunk
     if chunk and size % chunk:
         divisors = [d for d in range(1, size + 1) if size % d == 0]
@@ -49,6 +50,7 @@ def chunk_divides_group(config: RunConfig) -> Problems:
 
 
 def work_can_be_cut(config: RunConfig) -> Problems:
+    """Refuse micro-batches larger than a chunk, and more updates than a step has chunks."""
     chunk, micro_batch, updates = config.chunk, config.learner.micro_batch, config.learner.updates_per_step
     chunks = config.prompts_per_step * -(-config.group_members // chunk)
     if micro_batch and micro_batch > chunk:
@@ -64,6 +66,7 @@ def work_can_be_cut(config: RunConfig) -> Problems:
 
 
 def groups_can_compare(config: RunConfig) -> Problems:
+    """Refuse groups of one image where an advantage compares images."""
     algorithm = ALGORITHMS[config.algorithm.kind]
     if config.group_members == 1 and not (algorithm.needs_path or algorithm.reward_gradient):
         yield (
@@ -73,6 +76,7 @@ def groups_can_compare(config: RunConfig) -> Problems:
 
 
 def noise_tells_members_apart(config: RunConfig) -> Problems:
+    """Refuse groups whose images would all be the same."""
     kind, algorithm = config.step_kind.kind, ALGORITHMS[config.algorithm.kind]
     several = config.rollout.group_size > 1
     if config.rollout.same_noise and several and not STEPS[kind].has_density and not algorithm.needs_density:
@@ -83,6 +87,7 @@ def noise_tells_members_apart(config: RunConfig) -> Problems:
 
 
 def step_fits_algorithm(config: RunConfig) -> Problems:
+    """Refuse step kinds without a density, or that cannot be repeated, where the algorithm needs it."""
     kind, algorithm = config.algorithm.kind, ALGORITHMS[config.algorithm.kind]
     step = STEPS[config.step_kind.kind]
     if algorithm.needs_density and not step.has_density:
@@ -103,6 +108,7 @@ def step_fits_algorithm(config: RunConfig) -> Problems:
 
 
 def step_fits_backbone(config: RunConfig) -> Problems:
+    """Refuse step kinds and schedules that are for another prediction than the network's."""
     kind, backbone = config.step_kind.kind, config.backbone.kind
     if config.prediction not in STEPS[kind].predictions:
         dense = ALGORITHMS[config.algorithm.kind].needs_density
@@ -120,6 +126,7 @@ def step_fits_backbone(config: RunConfig) -> Problems:
 
 
 def algorithm_fits_backbone(config: RunConfig) -> Problems:
+    """Refuse algorithms that need a velocity, or a gradient through the decoder, that is not there."""
     kind, backbone = config.algorithm.kind, config.backbone.kind
     if ALGORITHMS[kind].needs_flow and not BACKBONES[backbone].flow:
         yield (
@@ -135,6 +142,7 @@ def algorithm_fits_backbone(config: RunConfig) -> Problems:
 
 
 def rewards_have_gradients(config: RunConfig) -> Problems:
+    """Refuse rewards without a gradient where the algorithm follows it."""
     for name in config.trained if ALGORITHMS[config.algorithm.kind].reward_gradient else ():
         kind = config.rewards[name].kind
         if not issubclass(REWARDS[kind], DifferentiableReward):
@@ -146,6 +154,7 @@ def rewards_have_gradients(config: RunConfig) -> Problems:
 
 
 def exploration_fits_backbone(config: RunConfig) -> Problems:
+    """Refuse exploration without a CLIP text encoder."""
     if config.exploration and not BACKBONES[config.backbone.kind].explorable:
         yield (
             f"exploration.kind is {config.exploration.kind}, which perturbs the token embeddings of a CLIP text "
@@ -155,6 +164,7 @@ def exploration_fits_backbone(config: RunConfig) -> Problems:
 
 
 def images_are_there(config: RunConfig) -> Problems:
+    """Refuse offline training without images, or of an algorithm that needs the model's own."""
     if not config.rollout.offline:
         return
     if not ALGORITHMS[config.algorithm.kind].offline:
@@ -171,6 +181,7 @@ def images_are_there(config: RunConfig) -> Problems:
 
 
 def distilled_guidance_fits(config: RunConfig) -> Problems:
+    """Refuse distilled guidance that the network or the learner could not follow."""
     if config.rollout.distilled_guidance is None:
         return
     if not BACKBONES[config.backbone.kind].takes_distilled_guidance:
@@ -186,6 +197,7 @@ def distilled_guidance_fits(config: RunConfig) -> Problems:
 
 
 def window_fits(config: RunConfig) -> Problems:
+    """Refuse a window that nothing uses, or that does not fit the rollout."""
     if config.window is None:
         if config.rollout.window is not None:
             yield (
@@ -197,6 +209,7 @@ def window_fits(config: RunConfig) -> Problems:
 
 
 def something_is_trained_on(config: RunConfig) -> Problems:
+    """Refuse a run without a trained reward, or with weights that are all 0."""
     trained = config.trained
     if not trained:
         first = next(iter(config.rewards))
@@ -206,6 +219,7 @@ def something_is_trained_on(config: RunConfig) -> Problems:
 
 
 def backbone_is_there(config: RunConfig) -> Problems:
+    """Refuse a path that is no pipeline, or one of another family."""
     path, kind = config.backbone.path, config.backbone.kind
     taken = BACKBONES[kind].pipelines
     folder = pipeline_path() if path == "embedded" else Path(path).expanduser()

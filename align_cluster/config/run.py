@@ -96,6 +96,7 @@ class ClusterConfig(Section):
     @field_validator("max_samplers")
     @classmethod
     def not_below_the_minimum(cls, count: int | None, info: ValidationInfo) -> int | None:
+        """Refuse fewer samplers at most than at first."""
         if count is not None and count < (info.data.get("samplers") or 1):
             raise ValueError(f"at least samplers, {info.data['samplers']}")
         return count

@@ -157,6 +157,7 @@ class GenevalPrompts(PromptSource):
             return ratios
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse the embedded model, which never saw these objects."""
             if run.backbone.path == "embedded":
                 yield (
                     f"{where}.kind is geneval, whose objects the embedded model never saw; set it to embedded, "

@@ -46,6 +46,7 @@ class ImagePrompts(PromptSource):
         folder: Annotated[str, Field(min_length=1)]
 
         def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note the images of the folder that are left out."""
             if sentence := left_out(self.folder):
                 yield sentence
 

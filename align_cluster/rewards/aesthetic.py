@@ -69,6 +69,7 @@ class Aesthetic(DifferentiableReward):
 
     @property
     def usual(self) -> float:
+        """Return the low end of its scale."""
         return 4.0
 
     def load(self, device: str, threads: int) -> None:

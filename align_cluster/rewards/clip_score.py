@@ -28,6 +28,7 @@ class ClipScore(EmbeddingReward):
         return str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
 
     def vocabulary(self) -> Vocabulary | None:
+        """Return the words of the model's tokenizer."""
         return transformers_vocabulary(self._source)
 
     def load(self, device: str, threads: int) -> None:

@@ -141,9 +141,11 @@ class GenEval(Reward):
 
     @classmethod
     def judges(cls, prompt: Prompt) -> bool:
+        """Return whether the prompt names objects."""
         return bool(prompt.metadata.get("include"))
 
     def prompt_problems(self, where: str, prompts: Iterable[Prompt]) -> Iterator[str]:
+        """Refuse prompts that ask for objects that the detector does not know."""
         detector = DETECTORS[self.config.detector.kind]
         known = detector.classes
         asked = {clause["class"] for prompt in prompts for clause in prompt.metadata.get("include", ())}

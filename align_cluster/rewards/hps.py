@@ -42,6 +42,7 @@ class Hps(EmbeddingReward):
         model: str = "ViT-H-14"
 
     def vocabulary(self) -> Vocabulary | None:
+        """Return the words of open_clip's tokenizer."""
         return open_clip_vocabulary()
 
     def load(self, device: str, threads: int) -> None:

@@ -97,6 +97,7 @@ class ImageReward(DifferentiableReward):
         tokenizer: str = "bert-base-uncased"
 
     def vocabulary(self) -> Vocabulary | None:
+        """Return the words of BERT's tokenizer."""
         return transformers_vocabulary(self.config.tokenizer)
 
     def load(self, device: str, threads: int) -> None:

@@ -58,6 +58,7 @@ class Ocr(Reward):
 
     @classmethod
     def judges(cls, prompt: Prompt) -> bool:
+        """Return whether the prompt asks for text."""
         return bool(prompt.metadata.get("text") or quoted(prompt.text))
 
     def load(self, device: str, threads: int) -> None:

@@ -20,6 +20,7 @@ class OpenClipScore(EmbeddingReward):
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
 
     def vocabulary(self) -> Vocabulary | None:
+        """Return the words of open_clip's tokenizer."""
         return open_clip_vocabulary()
 
     def load(self, device: str, threads: int) -> None:

@@ -26,9 +26,11 @@ class PickScore(EmbeddingReward):
 
     @property
     def usual(self) -> float:
+        """Return the low end of the settings' scale."""
         return {"raw": 20.0, "flow_grpo": 0.8, "srpo": 1.0, "cosine": 0.0}[self.config.scale]
 
     def vocabulary(self) -> Vocabulary | None:
+        """Return the words of the processor's tokenizer."""
         return transformers_vocabulary(self.config.processor)
 
     def load(self, device: str, threads: int) -> None:

@@ -1,5 +1,7 @@
-"""Control words: where they stand in a text, and how well a reward's tokenizer knows them. What it has as one piece, it
-has seen often."""
+"""Control words: where they stand in a text, and whether a reward's tokenizer knows them.
+
+A word that a tokenizer has as one piece occurred often in the texts that it was made from.
+"""
 
 import difflib
 import re
@@ -22,7 +24,7 @@ Template = Annotated[str, AfterValidator(_has_both_places)]
 
 
 def worded(template: str, word: str, prompt: str) -> str:
-    """A prompt with a control word."""
+    """Return the prompt with a control word, as the template puts them."""
     return template.replace("{word}", word).replace("{prompt}", prompt)
 
 
@@ -35,15 +37,17 @@ class Vocabulary:
     words: tuple[str, ...]
 
     def knows(self, word: str) -> bool:
+        """Return whether the word is a single token."""
         found = self.pieces(word)
         return len(found) == 1 and found[0] != self.unknown
 
     def nearest(self, word: str) -> str | None:
+        """Return the known word that is spelt most alike; None where none is near."""
         return next(iter(difflib.get_close_matches(word.lower(), self.words, n=1, cutoff=0.5)), None)
 
 
 def split(text: str) -> list[str]:
-    """The words of a text, without numbers and punctuation."""
+    """Return the words of a text, without numbers and punctuation."""
     return re.findall(r"[^\W\d_]+", text)
 
 

@@ -94,6 +94,7 @@ class FractionWindow(WindowKind):
 
     @property
     def per_sample(self) -> bool:
+        """Return whether `choice` is per_sample."""
         return self.config.choice == "per_sample"
 
 

@@ -1,10 +1,12 @@
 """Base class of every settings block."""
 
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic_core import core_schema
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _CREDENTIALS = re.compile(r"(?<=://)(?!git@)[^/\s@]+(?=@)")
@@ -56,6 +58,35 @@ def _inside(value: Any, where: str) -> Iterator[tuple[str, Section]]:
         parts = value if isinstance(value, dict) else {}
     for name, part in parts.items():
         yield from _inside(part, f"{where}.{name}".lstrip("."))
+
+
+def one_of(kinds: Mapping[str, type], when: Callable[[type], bool] = lambda kind: True) -> type:
+    """Make the settings type of a folder's classes, told apart by `kind`; `when` leaves some of them out.
+
+    The dict is read whenever settings are checked, so a class that is put into it later is a choice from then on.
+    """
+
+    class OneOf:
+        @classmethod
+        def models(cls) -> tuple[type[Section], ...]:
+            return tuple(kind.Config for kind in kinds.values() if when(kind))
+
+        @classmethod
+        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+            return core_schema.no_info_plain_validator_function(
+                lambda value: _choice(cls.models()).validate_python(value)
+            )
+
+        @classmethod
+        def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+            return handler(_choice(cls.models()).core_schema)
+
+    return OneOf
+
+
+@lru_cache
+def _choice(models: tuple[type[Section], ...]) -> TypeAdapter:
+    return TypeAdapter(models[0] if len(models) == 1 else Annotated[Union[models], Field(discriminator="kind")])  # noqa: UP007 - made of a tuple
 
 
 def masked(text: str) -> str:

@@ -32,17 +32,17 @@ FILES = {
 OUTSIDE = ["rewards.bright.kind=brightness", "algorithm.kind=reinforce", "backbone.kind=sd3_wide"]
 
 
-def example(folder: str) -> str:
-    """The file that the README of a folder of the package tells a newcomer to write."""
+def example(folder: str, name: str) -> str:
+    """The file that speaks of `name` and that the README of a folder of the package tells a newcomer to write."""
     readme = (Path(align_cluster.__file__).parent / folder / "README.md").read_text()
-    (text,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (text,) = (text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if name in text)
     return text
 
 
 def outside(name: str) -> str:
     """The text of a file outside the package: the README's example, and the line that makes it a choice."""
     part, line = FILES[name]
-    return f"from align_cluster.{part} import {line.split('[')[0]}\n{example(part)}\n\n{line}\n"
+    return f"from align_cluster.{part} import {line.split('[')[0]}\n{example(part, name)}\n\n{line}\n"
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ac-", dir="/tmp"))  # short: Ray puts Unix sockets there
     for name in FILES:
         (folder / f"{name}.py").write_text(outside(name))
-    (folder / "command.py").write_text(example("config"))
+    (folder / "command.py").write_text(example("config", "brightness"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,11 +1,8 @@
 """Every choice of a run in one model. Reward, algorithm, backbone and prompt settings stand beside their code."""
 
-from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationInfo, field_validator
-from pydantic_core import core_schema
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
@@ -19,36 +16,7 @@ from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import WINDOWS
-from align_cluster.settings import Root, Section
-
-
-def one_of(kinds: Mapping[str, type], when: Callable[[type], bool] = lambda kind: True) -> type:
-    """Make the settings type of a folder's classes, told apart by `kind`; `when` leaves some of them out.
-
-    The dict is read whenever settings are checked, so a class that is put into it later is a choice from then on.
-    """
-
-    class OneOf:
-        @classmethod
-        def models(cls) -> tuple[type[Section], ...]:
-            return tuple(kind.Config for kind in kinds.values() if when(kind))
-
-        @classmethod
-        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
-            return core_schema.no_info_plain_validator_function(
-                lambda value: _choice(cls.models()).validate_python(value)
-            )
-
-        @classmethod
-        def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
-            return handler(_choice(cls.models()).core_schema)
-
-    return OneOf
-
-
-@lru_cache
-def _choice(models: tuple[type[Section], ...]) -> TypeAdapter:
-    return TypeAdapter(models[0] if len(models) == 1 else Annotated[Union[models], Field(discriminator="kind")])  # noqa: UP007 - made of a tuple
+from align_cluster.settings import Root, Section, one_of
 
 
 class RolloutConfig(Section):

@@ -15,7 +15,8 @@ from pydantic import Field, field_validator
 from align_cluster.embedded.detector import Detection
 from align_cluster.rewards.base import Result, Reward, RewardSection
 from align_cluster.rewards.colors import ColorNamer, cutout
-from align_cluster.rewards.detectors import DETECTORS, Boxes, Embedded, Masks, geneval_name
+from align_cluster.rewards.detectors import DETECTORS, Embedded, geneval_name
+from align_cluster.settings import one_of
 from align_cluster.types import Prompt
 
 MAX_OBJECTS = 16  # of one class
@@ -122,9 +123,7 @@ class GenEval(Reward):
         """
 
         kind: Literal["geneval"] = "geneval"
-        detector: Annotated[Embedded.Config | Masks.Config | Boxes.Config, Field(discriminator="kind")] = (
-            Embedded.Config()
-        )
+        detector: one_of(DETECTORS) = Embedded.Config()
         threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
         counting_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
         color_clip: str | None = None

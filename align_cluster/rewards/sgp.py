@@ -1,10 +1,10 @@
 """SGP: which of two control words an image is more of, as SRPO's paper measures realism (arXiv 2509.06942, table 1)."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import PositiveFloat, field_validator
 
 from align_cluster.rewards.base import Result, Reward, RewardSection
 from align_cluster.rewards.clip_score import ClipScore
@@ -12,12 +12,10 @@ from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.open_clip_score import OpenClipScore
 from align_cluster.rewards.pickscore import PickScore
 from align_cluster.rewards.words import Template, worded
+from align_cluster.settings import one_of
 from align_cluster.types import Prompt
 
 JUDGES = {"hps": Hps, "pickscore": PickScore, "clip_score": ClipScore, "open_clip_score": OpenClipScore}
-JudgeConfig = Annotated[
-    Hps.Config | PickScore.Config | ClipScore.Config | OpenClipScore.Config, Field(discriminator="kind")
-]
 
 
 class Sgp(Reward):
@@ -31,7 +29,7 @@ class Sgp(Reward):
         `share`."""
 
         kind: Literal["sgp"] = "sgp"
-        of: JudgeConfig = Hps.Config()
+        of: one_of(JUDGES) = Hps.Config()
         positive: str = "Realistic photo"
         negative: str = "CG Render"
         template: Template = "{word}. {prompt}"

@@ -5,12 +5,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
-from align_cluster.config.run import one_of
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
 from align_cluster.rewards.client import Token
 from align_cluster.rewards.limits import Limits
-from align_cluster.settings import Root, Section
+from align_cluster.settings import Root, Section, one_of
 
 ONLY_IN_A_RUN = ("weight", "role", "on_failure", "pool")
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")

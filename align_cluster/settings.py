@@ -86,7 +86,8 @@ def one_of(kinds: Mapping[str, type], when: Callable[[type], bool] = lambda kind
 
 @lru_cache
 def _choice(models: tuple[type[Section], ...]) -> TypeAdapter:
-    return TypeAdapter(models[0] if len(models) == 1 else Annotated[Union[models], Field(discriminator="kind")])  # noqa: UP007 - made of a tuple
+    union = Union[models]  # noqa: UP007 - made of a tuple
+    return TypeAdapter(union if len(models) == 1 else Annotated[union, Field(discriminator="kind")])
 
 
 def masked(text: str) -> str:

@@ -38,9 +38,9 @@ class Sgp(Reward):
         @field_validator("of")
         @classmethod
         def says_a_model_only(cls, of: RewardSection) -> RewardSection:
-            given = of.model_fields_set & RewardSection.model_fields.keys()
-            if given:
-                raise ValueError(f"without {min(given)}, which is to stand beside `of` and not in it")
+            for name in RewardSection.model_fields:  # a run's config.yaml has them all, at their defaults
+                if getattr(of, name) != getattr(RewardSection(), name):
+                    raise ValueError(f"without {name}, which is to stand beside `of` and not in it")
             return of
 
     def load(self, device: str, threads: int) -> None:

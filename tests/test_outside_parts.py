@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import align_cluster
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.config.check import check
@@ -25,24 +24,24 @@ from align_cluster.rewards import REWARDS
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests/system/tiny.yaml"
 FILES = {
-    "brightness": ("rewards", 'REWARDS["brightness"] = Brightness'),
-    "reinforce": ("algorithms", 'ALGORITHMS["reinforce"] = Reinforce'),
-    "sd3_wide": ("backbones", 'BACKBONES["sd3_wide"] = SD3Wide'),
+    "brightness": ("rewards", "README.md", 'REWARDS["brightness"] = Brightness'),
+    "reinforce": ("algorithms", "align_cluster/algorithms/README.md", 'ALGORITHMS["reinforce"] = Reinforce'),
+    "sd3_wide": ("backbones", "align_cluster/backbones/README.md", 'BACKBONES["sd3_wide"] = SD3Wide'),
 }
 OUTSIDE = ["rewards.bright.kind=brightness", "algorithm.kind=reinforce", "backbone.kind=sd3_wide"]
 
 
-def example(folder: str, name: str) -> str:
-    """The file that speaks of `name` and that the README of a folder of the package tells a newcomer to write."""
-    readme = (Path(align_cluster.__file__).parent / folder / "README.md").read_text()
-    (text,) = (text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if name in text)
+def example(readme: str, start: str) -> str:
+    """The file in a README that a newcomer is told to write; it begins with `start`."""
+    texts = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+    (text,) = (text for text in texts if text.startswith(start))
     return text
 
 
 def outside(name: str) -> str:
     """The text of a file outside the package: the README's example, and the line that makes it a choice."""
-    part, line = FILES[name]
-    return f"from align_cluster.{part} import {line.split('[')[0]}\n{example(part, name)}\n\n{line}\n"
+    part, readme, line = FILES[name]
+    return f"from align_cluster.{part} import {line.split('[')[0]}\n{example(readme, 'from typing')}\n\n{line}\n"
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ac-", dir="/tmp"))  # short: Ray puts Unix sockets there
     for name in FILES:
         (folder / f"{name}.py").write_text(outside(name))
-    (folder / "command.py").write_text(example("config", "brightness"))
+    (folder / "command.py").write_text(example("README.md", "import brightness"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,9 +1,12 @@
 """The base classes of all settings."""
 
 import re
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic_core import core_schema
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _CREDENTIALS = re.compile(r"(?<=://)(?!git@)[^/\s@]+(?=@)")
@@ -26,6 +29,17 @@ class Section(BaseModel):
                 raise ValueError("without a user or password in the address: put them into ~/.netrc or a variable")
         return value
 
+    def problems(self, where: str, run: "Root") -> Iterator[str]:
+        """Yield a sentence for each thing about this block that cannot work in `run`; `where` is the block's path.
+
+        A sentence names the setting's path, says what is wrong, and gives the nearest valid choice.
+        """
+        yield from ()
+
+    def notes(self, where: str, run: "Root") -> Iterator[str]:
+        """Yield a sentence for each thing that is allowed but probably not meant."""
+        yield from ()
+
 
 class Root(Section):
     """Holds the settings of a whole file.
@@ -35,6 +49,51 @@ class Root(Section):
 
     what: ClassVar[str]
     sample: ClassVar[str]
+
+    def blocks(self) -> Iterator[tuple[str, Section]]:
+        """Yield every block of settings inside the file with its dotted path, outer ones first."""
+        yield from _inside(self, "")
+
+
+def _inside(value: Any, where: str) -> Iterator[tuple[str, Section]]:
+    if isinstance(value, Section):
+        if where:
+            yield where, value
+        parts = {name: getattr(value, name) for name in type(value).model_fields}
+    else:
+        parts = value if isinstance(value, dict) else {}
+    for name, part in parts.items():
+        yield from _inside(part, f"{where}.{name}".lstrip("."))
+
+
+def one_of(kinds: Mapping[str, type], when: Callable[[type], bool] = lambda kind: True) -> type:
+    """Make the settings type of a folder's classes, told apart by `kind`; `when` leaves some of them out.
+
+    The dict is read whenever settings are checked, so a class that is put into it later is a choice from then on.
+    """
+
+    class OneOf:
+        @classmethod
+        def models(cls) -> tuple[type[Section], ...]:
+            return tuple(kind.Config for kind in kinds.values() if when(kind))
+
+        @classmethod
+        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+            return core_schema.no_info_plain_validator_function(
+                lambda value: _choice(cls.models()).validate_python(value)
+            )
+
+        @classmethod
+        def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+            return handler(_choice(cls.models()).core_schema)
+
+    return OneOf
+
+
+@lru_cache
+def _choice(models: tuple[type[Section], ...]) -> TypeAdapter:
+    union = Union[models]  # noqa: UP007 - made of a tuple
+    return TypeAdapter(union if len(models) == 1 else Annotated[union, Field(discriminator="kind")])
 
 
 def masked(text: str) -> str:

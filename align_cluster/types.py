@@ -181,6 +181,27 @@ class Credit:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """The declaration of one number that a run writes.
+
+    pattern   its name in metrics.jsonl, a path of segments; `<...>` stands for exactly one segment
+    unit      a short label for an axis, "" where the number has none
+    meaning   one line for reports
+    reduce    whether the `mean` over samples, micro-batches and ranks is written, or the `largest` magnitude
+    source    the learner's or the loss's own name of the number ("": the last segment of `pattern`)
+    """
+
+    pattern: str
+    unit: str
+    meaning: str
+    reduce: Literal["mean", "largest"] = "mean"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", self.source or self.pattern.split("/")[-1])
+
+
+@dataclass(frozen=True)
 class Tensor:
     """Locates one tensor in a flat weight buffer; `offset` is in bytes."""
 

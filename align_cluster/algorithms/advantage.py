@@ -5,12 +5,13 @@ sample counts in no statistic and gets 0. `applies` [R, P, M] is False if a rewa
 int [P, M], from 0 up, is the number of the optimiser update that a sample belongs to.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 from align_cluster.types import Credit
 
 FLAT = 1e-6  # a group with a smaller range of rewards carries no signal
@@ -40,6 +41,30 @@ class Slas(Section):
     refresh: PositiveInt = 10
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
+    def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse a pool of another size than SLAS needs, and runs that gamma cannot adapt to."""
+        if run.advantage.std in ("group", "none"):
+            yield (
+                f"{where} is slas, which takes the batch's deviation in place of the prompt's, and advantage.std is "
+                f"{run.advantage.std}; set it to batch (or global)"
+            )
+        if self.gamma == "adaptive":
+            if run.window is None:
+                yield (
+                    f"{where}.gamma is adaptive, which needs log-probs, and algorithm.kind {run.algorithm.kind} has "
+                    "none; set it to a number such as 0.5"
+                )
+            if self.order == "shape_then_norm":
+                yield (
+                    f"{where}.gamma is adaptive, and {where}.order shape_then_norm gives updates of one size whatever "
+                    "gamma is; set order to norm_then_shape"
+                )
+            if run.learner.zero_stage == 3:
+                yield (
+                    f"{where}.gamma is adaptive, which needs whole parameters on every rank, and learner.zero_stage is "
+                    "3; set it to 2, or gamma to a number such as 0.5"
+                )
+
 
 class AdvantageConfig(Section):
     """Configures how rewards become advantages.
@@ -64,6 +89,17 @@ class AdvantageConfig(Section):
     mix: Literal["sum_then_normalise", "normalise_then_sum", "gdpo"] = "sum_then_normalise"
     shaping: Slas | None = None
     clip: PositiveFloat | None = None
+
+    def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse statistics over batches that hold parts of groups."""
+        updates, members = run.learner.updates_per_step, run.group_members
+        pooled = "std is batch" if self.std == "batch" else "mix is gdpo" if self.mix == "gdpo" else ""
+        if pooled and updates > 1 and run.chunk < members:
+            remedy = "std to global" if self.std == "batch" else "mix to normalise_then_sum"
+            yield (
+                f"{where}.{pooled}, and learner.updates_per_step {updates} splits groups between batches, whose "
+                f"deviations then say little; set rollout.chunk to {members}, or {where}.{remedy}"
+            )
 
 
 def normalise(rewards: np.ndarray, valid: np.ndarray, config: AdvantageConfig, batches: np.ndarray) -> np.ndarray:

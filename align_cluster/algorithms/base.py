@@ -1,16 +1,27 @@
 """The contract of an algorithm, and what the learner passes to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
+from align_cluster.errors import UserError
 from align_cluster.rollouts.steps import Step
 from align_cluster.rollouts.windows import Window
 from align_cluster.settings import Section
+from align_cluster.types import Metric
+
+# What several losses return: one name has one meaning.
+KL = Metric("train/kl", "", "distance from the base model: KL a dimension; NFT: squared velocity gap")
+REWARD = Metric(
+    "train/reward", "score", "reward whose gradient the update followed: SRPO's relative one, both branches"
+)
+SATISFIED = Metric(
+    "train/satisfied", "fraction", "share of samples at algorithm.margin or above, which have no gradient"
+)
 
 
 class Policy(Protocol):
@@ -96,6 +107,8 @@ class Algorithm(ABC):
     default_step      the kind of step that flow models are drawn with
     behaviour         the adapter that samplers draw with
     adapters          the adapters that the learner keeps
+    repeats_steps     the learner goes through recorded steps again
+    metrics           what the loss returns: metric "kl" of a loss is declared as "train/kl"
     """
 
     Config: type[Section]
@@ -104,12 +117,28 @@ class Algorithm(ABC):
     needs_path: ClassVar[bool] = False
     reward_gradient: ClassVar[bool] = False
     offline: ClassVar[bool] = False
+    repeats_steps: ClassVar[bool] = False
     default_step: ClassVar[str]
     behaviour: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[Metric, ...]] = ()
 
     def __init__(self, config: Section) -> None:
         self.config = config
+
+    @classmethod
+    def step_for(cls, flow: bool) -> str:
+        """Return the step kind that rollouts take by default; networks that predict epsilon or v have DDIM alone."""
+        return cls.default_step if flow else "ddim" if cls.needs_density else "euler"
+
+    def check_metrics(self, names: Iterable[str]) -> None:
+        """Raise UserError where a loss returns a metric that the class does not declare, which no report could show."""
+        declared = {metric.source for metric in self.metrics}
+        for name in sorted(set(names) - declared):
+            raise UserError(
+                f"algorithm.kind {self.config.kind}: its loss returns the metric {name!r}, which "
+                f'{type(self).__name__}.metrics does not declare; add Metric("train/{name}", unit, meaning) there'
+            )
 
     @property
     def critic(self) -> Section | None:

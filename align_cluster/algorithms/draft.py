@@ -1,15 +1,16 @@
 """DRaFT-K and DRaFT-LV (Clark et al. 2023, arXiv 2309.17400): reward gradients through the last denoising steps."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.base import REWARD, Algorithm, Batch, Policy
 from align_cluster.algorithms.reward_gradient import noised
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.windows import Window
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 
 
 class DRaFT(Algorithm):
@@ -31,11 +32,32 @@ class DRaFT(Algorithm):
         last: PositiveInt = 1
         renoised: NonNegativeInt = 0
 
+        def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse more steps than a rollout has, and several steps that are noised again."""
+            steps = run.rollout.steps
+            if self.last > steps:
+                yield f"{where}.last is {self.last}, and a rollout has {steps} steps; set it to at most {steps}"
+            if self.renoised and self.last > 1:
+                yield (
+                    f"{where}.renoised is {self.renoised}, which repeats the last step alone, and {where}.last is "
+                    f"{self.last}; set one of them: last to 1, or renoised to 0"
+                )
+
+        def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note a last step that begins at hardly any noise."""
+            if self.last == 1 and run.tiny_last_level:
+                yield (
+                    f"{where}.last is 1, and the last step of SD3's schedule begins at noise .009: its gradient does "
+                    "next to nothing; rollout.schedule.kind linear has a last step that counts"
+                )
+
     needs_density = False
     reward_gradient = True
+    repeats_steps = True
     default_step = "euler"
     behaviour = "default"
     adapters = ("default",)
+    metrics = (REWARD,)
 
     def states(self, steps: int) -> Window | None:
         """DRaFT-K records the start of the last K steps; DRaFT-LV records nothing."""

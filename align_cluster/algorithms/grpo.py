@@ -4,6 +4,7 @@ Its relatives share this loss. DanceGRPO, Flow-CPS and MixGRPO differ in kind of
 in the ratio.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -12,7 +13,8 @@ from pydantic import Field, PositiveFloat
 from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.policy_gradient import PolicyGradient
 from align_cluster.algorithms.terms import guarded_log_ratio
-from align_cluster.settings import Section
+from align_cluster.rollouts.steps import STEPS
+from align_cluster.settings import Root, Section
 
 
 class GRPO(PolicyGradient):
@@ -37,6 +39,29 @@ class GRPO(PolicyGradient):
         kl_mode: Literal["no_dt", "exact_mean", "exact_sum"] = "no_dt"
         ratio: Literal["plain", "guard"] = "plain"
         guard_weight: Literal["inverse_dt", "none"] = "inverse_dt"
+
+        def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse guarded ratios of a density that is not normalised."""
+            if self.ratio == "guard" and not STEPS[run.step_kind.kind].normalised:
+                able = [
+                    kind
+                    for kind, step in STEPS.items()
+                    if step.has_density and step.normalised and run.prediction in step.predictions
+                ]
+                yield (
+                    f"{where}.ratio is guard, which needs a normalised Gaussian density, and rollout.step.kind "
+                    f"{run.step_kind.kind} has none; set rollout.step.kind to {' or '.join(able)}, or {where}.ratio to "
+                    "plain"
+                )
+
+        def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note plain ratios where noise and noise level vanish together."""
+            if self.ratio == "plain" and STEPS[run.step_kind.kind].noise_vanishes and run.tiny_last_level:
+                yield (
+                    f"rollout.step.kind is {run.step_kind.kind}, whose noise vanishes at the small last levels of "
+                    "SD3's schedule, and the gradient is largest there; rollout.schedule.kind linear or "
+                    f"{where}.ratio guard learns better"
+                )
 
     adapters = ("default",)
 

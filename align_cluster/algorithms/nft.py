@@ -1,14 +1,16 @@
 """DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): forward-process policy optimisation without likelihoods."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.base import KL, Algorithm, Batch, Policy
 from align_cluster.algorithms.terms import nft_policy_loss
 from align_cluster.rollouts.denoise import initial_noise
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
+from align_cluster.types import Metric
 
 
 class NFT(Algorithm):
@@ -37,11 +39,21 @@ class NFT(Algorithm):
         timesteps: PositiveInt | None = None
         old: Literal["on_policy", "slow", "late"] = "slow"
 
+        def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse more noise levels than a rollout has."""
+            steps = run.rollout.steps
+            if self.timesteps and self.timesteps > steps:
+                yield (
+                    f"{where}.timesteps is {self.timesteps}, and a rollout has {steps} noise levels; "
+                    f"set it to at most {steps}, or leave it out"
+                )
+
     needs_density = False
     needs_flow = True
     default_step = "dpm2"
     behaviour = "old"
     adapters = ("default", "old")
+    metrics = (Metric("train/old_gap", "", "squared velocity difference of the policy to its lagged copy (NFT)"), KL)
 
     def inner_passes(self, steps: int, recorded: int) -> int:
         """Each inner pass visits one noise level."""

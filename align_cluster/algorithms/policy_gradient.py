@@ -4,8 +4,9 @@ from abc import abstractmethod
 
 import torch
 
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
+from align_cluster.algorithms.base import KL, Algorithm, Batch, Policy
 from align_cluster.algorithms.terms import clipped_surrogate, gaussian_kl
+from align_cluster.types import Metric
 
 
 class PolicyGradient(Algorithm):
@@ -17,6 +18,18 @@ class PolicyGradient(Algorithm):
     needs_density = True
     default_step = "flow_sde"
     behaviour = "default"
+    metrics = (
+        Metric(
+            "train/log_ratio_max",
+            "nats/dim",
+            "largest |log ratio| of the policy to the one that drew",
+            reduce="largest",
+            source="log_ratio",
+        ),
+        Metric("train/clip_high", "fraction", "share of ratios above the clip range"),
+        Metric("train/clip_low", "fraction", "share of ratios below the clip range"),
+        KL,
+    )
 
     def inner_passes(self, steps: int, recorded: int) -> int:
         """Each inner pass trains one recorded step."""

@@ -5,6 +5,7 @@ enough.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -13,8 +14,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from align_cluster.algorithms.base import Batch
 from align_cluster.algorithms.policy_gradient import PolicyGradient
 from align_cluster.algorithms.terms import clipped_value_loss
+from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.base import CRITIC, CriticSection
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 
 
 class WarmUp(Section):
@@ -60,6 +62,25 @@ class PPO(PolicyGradient):
         critic_states: PositiveInt | None = None
         critic_batch: PositiveInt | None = None
         warm_up: WarmUp = WarmUp()
+
+        def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse what a critic cannot read, or cannot be trained with."""
+            if not BACKBONES[run.backbone.kind].has_taps():
+                able = [kind for kind, backbone in BACKBONES.items() if backbone.has_taps()]
+                yield (
+                    f"{where}.critic reads layers of the network, and backbone.kind {run.backbone.kind} does not say "
+                    f"which (`critic_blocks`); set backbone.kind to {' or '.join(able)}, or choose another algorithm"
+                )
+            if run.learner.zero_stage == 3:
+                yield (
+                    "learner.zero_stage is 3, which cuts up the base that the critic reads too, outside of the engine; "
+                    "set it to 2 or less"
+                )
+            if run.window.per_sample:
+                yield (
+                    "rollout.window.choice is per_sample, and with a critic all samples of a step train the same "
+                    "denoising steps; set it to first or random"
+                )
 
     needs_path = True
 

@@ -1,14 +1,15 @@
 """ReFL (Xu et al. 2023, arXiv 2304.05977, algorithm 1): the gradient of a reward through one late denoising step."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.reward_gradient import clean
+from align_cluster.algorithms.base import REWARD, SATISFIED, Algorithm, Batch, Policy
+from align_cluster.algorithms.reward_gradient import clean, margin_problems
 from align_cluster.rollouts.windows import Window
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 
 
 class ReFL(Algorithm):
@@ -39,11 +40,23 @@ class ReFL(Algorithm):
                 raise ValueError("[first, last], the first not above the last")
             return steps
 
+        def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse steps that a rollout does not have, and a margin that ordinary images reach."""
+            steps = run.rollout.steps
+            if self.steps[1] >= steps:
+                yield (
+                    f"{where}.steps is {list(self.steps)}, and a rollout of {steps} steps ends with step {steps - 1}; "
+                    f"set it to [{steps * 3 // 4}, {steps - 1}], or rollout.steps to {self.steps[1] + 1}"
+                )
+            yield from margin_problems(self.margin, where, run)
+
     needs_density = False
     reward_gradient = True
+    repeats_steps = True
     default_step = "euler"
     behaviour = "default"
     adapters = ("default",)
+    metrics = (REWARD, SATISFIED)
 
     def states(self, steps: int) -> Window:
         """Each sample records one of the steps, chosen at random."""

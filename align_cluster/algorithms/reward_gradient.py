@@ -4,9 +4,13 @@ x_t = a x0 + s eps with the noise level s. a is 1 - s for networks that predict 
 sqrt(1 - s^2) for those that predict epsilon or v = a eps - s x0. All levels are [b], latents and outputs [b, C, H, W].
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
+
+from align_cluster.rewards import REWARDS
+from align_cluster.settings import Root
 
 Prediction = Literal["flow", "epsilon", "v"]
 
@@ -54,3 +58,14 @@ def recover(
     kept = _like(signal(level, prediction), x)
     eps = output if prediction == "epsilon" else kept * output + start * x
     return (x + (end - start) * eps - end * noise) / kept
+
+
+def margin_problems(margin: float | None, where: str, run: Root) -> Iterator[str]:
+    """Yield a sentence where the trained rewards of ordinary images reach `margin`, at which gradients stop."""
+    trained = [run.rewards[name] for name in run.trained]
+    typical = sum(reward.weight * REWARDS[reward.kind](reward).usual for reward in trained)
+    if margin is not None and typical > margin:
+        yield (
+            f"{where}.margin is {margin:g}, and trained rewards are usually about {typical:g}: gradients stop at the "
+            "margin, so nothing would be learned; set it to null, or above what is to be reached"
+        )

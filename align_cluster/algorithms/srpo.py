@@ -4,17 +4,22 @@ The reward is relative to two control words in the text. Constants are those of 
 the paper's text in places.
 """
 
+from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
-from align_cluster.algorithms.base import Algorithm, Batch, Policy
-from align_cluster.algorithms.reward_gradient import noised, recover
-from align_cluster.rewards.words import Template, worded
+from align_cluster.algorithms.base import REWARD, SATISFIED, Algorithm, Batch, Policy
+from align_cluster.algorithms.reward_gradient import margin_problems, noised, recover
+from align_cluster.rewards import REWARDS
+from align_cluster.rewards.base import DifferentiableReward
+from align_cluster.rewards.words import Template, Vocabulary, split, worded
 from align_cluster.rollouts.denoise import initial_noise, starting_noise
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
+from align_cluster.types import Metric
 
 LEVELS, EDGE = 1000, 5  # levels are numbered from 1 (clean) to 1000 (noisy); the 5 at each end are not trained
 POSITIVE = ("Natural-lighting", "Detail", "Detailed", "Real")
@@ -22,6 +27,23 @@ NEGATIVE = ("Concept art", "Painting", "Anime", "Flat", "Oil")
 
 Level = Annotated[float, Field(gt=0, lt=1)]
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
+def doubtful(phrase: str, known: Vocabulary | None) -> str | None:
+    """Say which word of a control phrase a tokenizer does not know; None where it knows all.
+
+    Without the tokenizer the published words pass.
+    """
+    published = sorted({word for one in (*POSITIVE, *NEGATIVE) for word in split(one)})
+    words = split(phrase)
+    strange = [word for word in words if not (known.knows(word) if known else word in published)]
+    if not strange:
+        return None
+    near = known.nearest(strange[0]) if known else next(iter(get_close_matches(strange[0], published, n=1)), None)
+    hint = f"; the nearest that {'it knows' if known else 'is published'} is {near!r}" if near else ""
+    if known:
+        return f"knows {len(words) - len(strange)} of {len(words)} words, and not {strange[0]!r}{hint}"
+    return f"is not on this machine, so whether it knows {strange[0]!r} is not known{hint}"
 
 
 class SRPO(Algorithm):
@@ -87,12 +109,48 @@ class SRPO(Algorithm):
                 raise ValueError(f"at most {most}: so many steps of algorithm.gap fit between the levels")
             return injections
 
+        def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse words for rewards that read none, and what plain Direct-Align cannot learn from."""
+            for name in run.trained if self.relative == "words" else ():
+                kind = run.rewards[name].kind
+                if issubclass(REWARDS[kind], DifferentiableReward) and not REWARDS[kind].reads_text:
+                    yield (
+                        f"rewards.{name} is of kind {kind}, which reads no text, and {where}.relative words compares "
+                        f"an image under two texts; set {where}.relative to noise or none"
+                    )
+            if self.relative == "none" and self.branches != "denoise":
+                yield (
+                    f"{where}.branches is {self.branches}, and without words or noise to compare with an inverting "
+                    "step would lower the reward; set it to denoise"
+                )
+            if self.relative == "none":
+                yield from margin_problems(self.margin, where, run)
+
+        def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note levels that distort images, and control words that a reward's tokenizer does not know."""
+            if self.levels[0] > 0.99:
+                yield f"{where}.levels begins at {self.levels[0]:g}: above .99 the authors saw distorted images"
+            for name in run.trained if self.relative == "words" else ():
+                known = REWARDS[run.rewards[name].kind](run.rewards[name]).vocabulary()
+                for setting, phrases in (("positive", self.positive), ("negative", self.negative)):
+                    for phrase in phrases:
+                        if doubt := doubtful(phrase, known):
+                            yield f"{where}.{setting}: {phrase!r}: the tokenizer of rewards.{name} {doubt}"
+
     needs_density = False
     reward_gradient = True
     offline = True
     default_step = "euler"
     behaviour = "default"
     adapters = ("default",)
+    metrics = (
+        REWARD,
+        SATISFIED,
+        Metric(
+            "train/preference", "score", "SRPO: score under the positive control word less that under the negative one"
+        ),
+        Metric("train/recovery", "", "SRPO: RMS distance of the recovered x0 from the true one"),
+    )
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The contract of a backbone: load parts alone, encode, predict, decode. Rollout and learner share this code."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 from align_cluster.types import Condition
 
 
@@ -39,6 +40,11 @@ class CriticSection(Section):
     features: Literal["lora", "frozen", "copy"] = "lora"
     width: Annotated[int, Field(gt=0, multiple_of=8)] = 512
     heads: PositiveInt = 8
+
+    def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse a width that the heads cannot share."""
+        if self.width % self.heads:
+            yield f"{where}.width is {self.width}, which {self.heads} heads cannot share; set heads to 8"
 
 
 class BackboneSection(Section):
@@ -79,6 +85,10 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     explorable: ClassVar[bool] = False
     patch: ClassVar[int] = 2
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    critic_blocks: ClassVar[tuple[str, ...]] = ()
+    takes_distilled_guidance: ClassVar[bool] = False
+    tiny_last_level: ClassVar[bool] = False
     distilled_guidance: float | None = None
 
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
@@ -148,8 +158,14 @@ class Backbone(ABC):
 
         A transformer's are its middle and its last block.
         """
-        blocks = [*denoiser.transformer_blocks, *getattr(denoiser, "single_transformer_blocks", ())]
-        return [(blocks[index], denoiser.inner_dim) for index in sorted({len(blocks) // 2, len(blocks) - 1})]
+        blocks = [block for name in self.critic_blocks for block in getattr(denoiser, name)]
+        channels = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
+        return [(blocks[index], channels) for index in sorted({len(blocks) // 2, len(blocks) - 1})]
+
+    @classmethod
+    def has_taps(cls) -> bool:
+        """Return whether a critic can read this backbone: `critic_blocks` are named, or `taps` is its own."""
+        return bool(cls.critic_blocks) or cls.taps is not Backbone.taps
 
     def tokens(self, output: object) -> torch.Tensor:
         """Return the image tokens [B, L, D] in a tapped layer's output.

@@ -35,6 +35,8 @@ class Flux(ClipExploration, PipelineBackbone):
     texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     equal_levels = True
     packed = True
+    takes_distilled_guidance = True
+    critic_blocks = ("transformer_blocks", "single_transformer_blocks")
     native_size = 128  # 1024 pixels: the stock pipeline's default, which no part's config names
     # Attention and feed-forward layers of the double blocks, attention of the single ones: Flow-GRPO's recipe.
     lora_targets = (

@@ -30,6 +30,7 @@ class QwenImage(PipelineBackbone):
     texts = ("text_encoder", "tokenizer")
     equal_levels = True
     packed = True
+    critic_blocks = ("transformer_blocks",)
     native_size = 128  # 1024 pixels: the stock pipeline's default, which no part's config names
     # Attention and feed-forward layers of both streams, as in the Flow-GRPO and verl-omni recipes.
     lora_targets = (

@@ -36,6 +36,8 @@ class SD3(ClipExploration, PipelineBackbone):
     texts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     # The eight attention projections of the Flow-GRPO and DiffusionNFT recipes.
     lora_targets = JOINT_ATTENTION
+    critic_blocks = ("transformer_blocks",)
+    tiny_last_level = True
 
     @property
     def _has_t5(self) -> bool:

@@ -59,8 +59,10 @@ for _class in (_Loader, _Dumper):
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] = RunConfig) -> Settings:
-    """Read a file of settings and apply `a.b=value` overrides (values in YAML). UserError lists every mistake, one a
-    line."""
+    """Read a file of settings and apply `a.b=value` overrides, whose values are YAML.
+
+    UserError lists every mistake, one a line.
+    """
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -76,7 +78,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] 
 def loads(
     text: str, source: str = "config", overrides: Sequence[str] = (), model: type[Settings] = RunConfig
 ) -> Settings:
-    """`load` for text that came from `source`."""
+    """Read settings from text, as `load` does; messages call it `source`."""
     data = _parse(text, source)
     if data is None:
         raise UserError(f"{source} is empty; start from {model.sample}")
@@ -101,7 +103,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
-    """Set dotted paths of `data` in place; returns them.
+    """Set dotted paths of `data` in place, and return the paths.
 
     An override of `x.kind` to another kind than the file's starts block x anew, since one kind's settings mean nothing
     to another; further overrides then fill it, whatever their order.
@@ -133,12 +135,12 @@ def _split(override: str) -> tuple[list[str], Any]:
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved config, defaults included, as YAML that `load` reads back to an equal one."""
+    """Return the resolved config, defaults included, as YAML that `load` reads back to an equal one."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def config_hash(config: RunConfig) -> str:
-    """16 hex digits over every setting that the result depends on: not the name, the folder or the workers."""
+    """Return 16 hex digits of every setting that the result depends on: not of names, folders and workers."""
     data = config.model_dump(mode="json")
     for key in _NO_RESULT_DEPENDS_ON:
         del data[key]
@@ -148,7 +150,7 @@ def config_hash(config: RunConfig) -> str:
 
 
 def differences(old: dict[str, Any], new: RunConfig) -> list[str]:
-    """Settings that a resumed run must have as it began, and has not: "path: old there, new here" for each."""
+    """List the settings of a resumed run that had to stay as they were: "path: old there, new here" for each."""
     with suppress(ValidationError):  # else of a version that had other settings: they differ
         old = RunConfig.model_validate(old).model_dump(mode="json")  # with the defaults of settings that are new
     found = []
@@ -169,5 +171,5 @@ def differences(old: dict[str, Any], new: RunConfig) -> list[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of run files, for editors."""
+    """Return the JSON schema of run files, for editors."""
     return RunConfig.model_json_schema()

@@ -37,12 +37,18 @@ ALLOWED = {
     "value_error": "{error}",
 }
 YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
+# Settings of earlier versions: what they are called now, and what became of those that nothing replaces.
+RENAMED = {"embedded_guidance": "distilled_guidance"}
+GONE = {"hedge_s": "requests to a reward service are sent once, and on_failure says how often they are tried again"}
 # A misspelt key often brings a "missing" with it, so unknown keys come first.
 ORDER = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found", "missing")
 
 
 def explain(error: ValidationError, source: str, overridden: set[str], root: type[BaseModel] = RunConfig) -> list[str]:
-    """One sentence a mistake in a `root`, most useful first. `overridden` are the dotted paths that came from --set."""
+    """Return one sentence for each mistake in a `root`, the most useful first.
+
+    `overridden` are the dotted paths that came from --set.
+    """
     errors = sorted(error.errors(), key=lambda e: ORDER.index(e["type"]) if e["type"] in ORDER else len(ORDER))
     lines, meant, last = [], set(), None
     for item in errors:
@@ -54,11 +60,14 @@ def explain(error: ValidationError, source: str, overridden: set[str], root: typ
         if item["type"] == "extra_forbidden":
             near = nearest_setting(path, owner, root)
             meant.add(near)
-            hint = (
-                f"did you mean {near}?"
-                if near
-                else f"{'.'.join(path[:-1]) or root.what} has {', '.join(owner.model_fields)}"
-            )
+            if path[-1] in RENAMED:
+                hint = f"it is called {'.'.join([*path[:-1], RENAMED[path[-1]]])} now"
+            elif path[-1] in GONE:
+                hint = f"it is gone: {GONE[path[-1]]}; leave it out"
+            elif near:
+                hint = f"did you mean {near}?"
+            else:
+                hint = f"{'.'.join(path[:-1]) or root.what} has {', '.join(owner.model_fields)}"
             lines.append(f"{where}: {dotted} is no setting; {hint}")
         elif item["type"] == "missing":
             if dotted not in meant:
@@ -79,7 +88,7 @@ def explain(error: ValidationError, source: str, overridden: set[str], root: typ
 
 
 def locate(loc: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], type[BaseModel], Any]:
-    """(dotted path, the model that holds its last key, the annotation there) of an error's `loc` in a `root`.
+    """Return what an error's `loc` points at: the path, the model that holds its last key, and the annotation there.
 
     pydantic puts the kind of a discriminated block into `loc` too, and which alternative of a setting it tried; users
     never wrote these as keys, so they are left out.
@@ -106,8 +115,10 @@ def locate(loc: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], 
 
 
 def sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The settings models among the alternatives of an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    """Yield the settings models among the alternatives of an annotation."""
+    if hasattr(annotation, "models"):  # of `one_of`
+        yield from annotation.models()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) is Annotated:
         yield from sections(get_args(annotation)[0])
@@ -117,17 +128,18 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def is_union(annotation: Any) -> bool:
-    """Whether there are several alternatives besides null."""
+    """Return whether an annotation has several alternatives besides null."""
     alternatives = set(get_args(annotation)) - {type(None)}
     return get_origin(annotation) in (Union, types.UnionType) and len(alternatives) > 1
 
 
 def kind_of(model: type[BaseModel]) -> str:
+    """Return the kind that a model of settings is for."""
     return model.model_fields["kind"].default
 
 
 def nearest_setting(path: list[str], owner: type[BaseModel], root: type[BaseModel]) -> str | None:
-    """The valid dotted path that an unknown one most likely stands for: in the same block, else by name anywhere."""
+    """Return the valid path that an unknown one most likely stands for: in the same block, else by name anywhere."""
     near = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
     if near:
         return ".".join([*path[:-1], near[0]])
@@ -135,7 +147,7 @@ def nearest_setting(path: list[str], owner: type[BaseModel], root: type[BaseMode
 
 
 def settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all settings that a model always has, outer ones first."""
+    """Yield the dotted paths of all settings that a model always has, outer ones first."""
     yield from (prefix + name for name in model.model_fields)
     for name, field in model.model_fields.items():
         models = list(sections(field.annotation))
@@ -144,6 +156,7 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def example(path: str, annotation: Any, root: type[BaseModel]) -> str:
+    """Say how a missing setting is added."""
     models = list(sections(annotation))
     if len(models) > 1:
         return f"add {path}.kind, one of {', '.join(map(kind_of, models))}"
@@ -154,6 +167,7 @@ def example(path: str, annotation: Any, root: type[BaseModel]) -> str:
 
 
 def wrong_kind(path: str, annotation: Any, kind: Any) -> str:
+    """Say which kinds a block can have."""
     kinds = [kind_of(model) for model in sections(annotation)]
     near = difflib.get_close_matches(str(kind), kinds, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -162,6 +176,7 @@ def wrong_kind(path: str, annotation: Any, kind: Any) -> str:
 
 
 def no_mapping(path: str, annotation: Any, value: Any) -> str:
+    """Say how a block is written whose value is no mapping."""
     models = list(sections(annotation))
     kinds = [kind_of(model) for model in models if "kind" in model.model_fields]
     if value in kinds:
@@ -173,6 +188,7 @@ def no_mapping(path: str, annotation: Any, value: Any) -> str:
 
 
 def allowed(item: dict[str, Any]) -> str:
+    """Say what the value of a setting must be."""
     text = ALLOWED.get(item["type"])
     if text is None:
         return f"{item['msg'][0].lower()}{item['msg'][1:]}"
@@ -186,5 +202,6 @@ def allowed(item: dict[str, Any]) -> str:
 
 
 def short(value: Any, length: int = 60) -> str:
+    """Return a value as it stands in YAML, in at most `length` characters and without passwords."""
     text = masked(" ".join(YAML_WORDS.get(repr(value), repr(value)).split()))
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -21,7 +21,7 @@ LEAST = 0.05  # what must be left of it for samplers
 
 @dataclass(frozen=True)
 class RewardPool:
-    """Workers that score some of the rewards, what each of them asks for, and how they are given work."""
+    """Describes the workers that score some of the rewards: how many, their resources, and how they get work."""
 
     name: str
     rewards: tuple[str, ...]
@@ -36,20 +36,20 @@ class RewardPool:
 
     @property
     def beside(self) -> bool:
-        """Whether its workers share GPUs with samplers."""
+        """Return whether the workers share GPUs with samplers."""
         return 0 < self.gpus < HALF
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Pools, the share of a core and of a GPU that each of their actors asks for, and how a step's work is cut.
+    """Describes the pools, what each actor takes of a core and of a GPU, and how a step's work is cut.
 
-    `micro_batch` is in images, `critic_batch` in states; `micro_batches` are those of one learner in one update, each
-    visited `inner_passes` times.
-    `rollout_calls` are the forward passes of the denoiser, with a whole chunk each, that a step's images take.
-    `gpus` are those that samplers and learners use, `together` samplers share one, and `hosts` are the places where
-    samplers are, which rewards may share.
-    `notes` say where a setting could not be followed, or costs speed.
+    micro_batch     images that a learner reads at once; critic_batch counts states instead
+    micro_batches   micro-batches of one learner in one update, each visited `inner_passes` times
+    rollout_calls   forward passes of the denoiser, each with a whole chunk, that a step's images take
+    gpus            GPUs that samplers and learners use; `together` samplers share one
+    hosts           places where samplers are, which rewards may share
+    notes           sentences on settings that could not be followed, or that cost speed
     """
 
     samplers: int
@@ -77,12 +77,12 @@ class Plan:
 
     @property
     def reward_workers(self) -> int:
-        """Of all pools."""
+        """Return the number of reward workers in all pools."""
         return sum(pool.workers for pool in self.reward_pools)
 
     @property
     def apart(self) -> bool:
-        """Whether a learner rank has its GPU to itself."""
+        """Return whether a learner rank has its GPU to itself."""
         return self.learner_gpus == 1
 
 
@@ -94,7 +94,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
     stated counts cannot work.
     """
     rollout, cluster, notes = config.rollout, config.cluster, []
-    chunk = rollout.chunk or rollout.group_size
+    chunk = config.chunk
     chunks = config.prompts_per_step * math.ceil(config.group_members / chunk)
     micro_batch = config.micro_batch
     updates = config.learner.updates_per_step
@@ -209,14 +209,14 @@ def _floor(share: float) -> float:
 
 
 def local_resources() -> tuple[int, int]:
-    """(CPU cores, GPUs) of this machine."""
+    """Return the numbers of CPU cores and of GPUs of this machine."""
     import torch
 
     return os.cpu_count() or 1, torch.cuda.device_count()
 
 
 def table(plan: Plan) -> str:
-    """The plan as text: one line a decision."""
+    """Return the plan as text, with one line for each decision."""
     rows = [
         ("samplers", f"{_span(plan.samplers, plan.most_samplers)} x {_share(plan.sampler_cpus, plan.sampler_gpus)}"),
         ("learners", f"{plan.learners} x {_share(plan.learner_cpus, plan.learner_gpus)}"),

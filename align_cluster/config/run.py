@@ -16,15 +16,7 @@ from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import WINDOWS
-from align_cluster.settings import Root, Section
-
-
-def one_of(kinds: dict[str, type]) -> object:
-    """The settings type of a folder's classes, told apart by `kind`."""
-    union = None
-    for implementation in kinds.values():
-        union = implementation.Config if union is None else union | implementation.Config
-    return union if len(kinds) == 1 else Annotated[union, Field(discriminator="kind")]
+from align_cluster.settings import Root, Section, one_of
 
 
 class RolloutConfig(Section):
@@ -72,6 +64,7 @@ class ClusterConfig(Section):
     @field_validator("max_samplers")
     @classmethod
     def not_below_the_minimum(cls, count: int | None, info: ValidationInfo) -> int | None:
+        """Refuse fewer samplers at most than at first."""
         if count is not None and count < (info.data.get("samplers") or 1):
             raise ValueError(f"at least samplers, {info.data['samplers']}")
         return count
@@ -128,20 +121,29 @@ class RunConfig(Root):
 
     @property
     def trained(self) -> list[str]:
-        """Names of the rewards that are trained on."""
+        """Return the names of the rewards that are trained on."""
         return [name for name, reward in self.rewards.items() if reward.role == "train"]
 
     @property
     def step_kind(self) -> Section:
-        """Settings of the sampler step that training rollouts use."""
-        algorithm = ALGORITHMS[self.algorithm.kind]
-        diffusion = "ddim" if algorithm.needs_density else "euler"
+        """Return the settings of the sampler step that training rollouts take."""
         flow = BACKBONES[self.backbone.kind].flow
-        return self.rollout.step or STEPS[algorithm.default_step if flow else diffusion].Config()
+        return self.rollout.step or STEPS[ALGORITHMS[self.algorithm.kind].step_for(flow)].Config()
+
+    @property
+    def prediction(self) -> str:
+        """Return what a step kind must be for: "flow", or "epsilon" where the network predicts epsilon or v."""
+        return "flow" if BACKBONES[self.backbone.kind].flow else "epsilon"
+
+    @property
+    def tiny_last_level(self) -> bool:
+        """Return whether the last step of training rollouts begins near noise level 0, as with SD3's schedule."""
+        schedule = SCHEDULES[self.rollout.schedule.kind]
+        return BACKBONES[self.backbone.kind].tiny_last_level if schedule.native else schedule.tiny_last_level
 
     @property
     def window(self) -> object | None:
-        """Planner of the noisy and trained denoising steps; None where the algorithm needs no density."""
+        """Return the planner of the noisy and trained denoising steps; None where the algorithm needs no density."""
         if not ALGORITHMS[self.algorithm.kind].needs_density:
             return None
         settings = self.rollout.window or WINDOWS["fraction"].Config()
@@ -149,28 +151,32 @@ class RunConfig(Root):
 
     @property
     def conditions(self) -> int:
-        """Conditions that each prompt is drawn under."""
+        """Return the number of conditions that each prompt is drawn under."""
         return self.exploration.conditions if self.exploration else 1
 
     @property
     def group_members(self) -> int:
-        """Images of one prompt group: initial noises x conditions."""
+        """Return the number of images of one prompt group: initial noises x conditions."""
         return self.rollout.group_size * self.conditions
 
     @property
+    def chunk(self) -> int:
+        """Return the number of images that are drawn in one batch."""
+        return self.rollout.chunk or self.rollout.group_size
+
+    @property
     def micro_batch(self) -> int:
-        """Images of a learner's micro-batch: members of one chunk."""
-        chunk = self.rollout.chunk or self.rollout.group_size
-        return min(self.learner.micro_batch or chunk, chunk)
+        """Return the number of images of a learner's micro-batch, which are members of one chunk."""
+        return min(self.learner.micro_batch or self.chunk, self.chunk)
 
     @property
     def critic_batch(self) -> int:
-        """States that a critic reads at once."""
+        """Return the number of states that a critic reads at once."""
         return getattr(self.algorithm, "critic_batch", None) or self.micro_batch
 
     @property
     def learner_setup(self) -> LearnerSetup:
-        """What a learner rank must know of this run."""
+        """Return what a learner rank must know of this run."""
         return LearnerSetup(
             seed=self.seed,
             steps=self.steps,

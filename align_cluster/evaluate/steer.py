@@ -15,13 +15,13 @@ from align_cluster.algorithms.gae import RunningMoments
 from align_cluster.backbones.adapters import active_adapter, add_adapters
 from align_cluster.backbones.base import CRITIC, CriticSection
 from align_cluster.backbones.critic import Critic
-from align_cluster.config.check import judges
 from align_cluster.config.load import loads
 from align_cluster.config.run import RunConfig, one_of
 from align_cluster.errors import UserError
 from align_cluster.evaluate.local import ImagesAndFacts, LocalModel
 from align_cluster.files import read_json
 from align_cluster.observe.rundir import RunDir
+from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import Sampler
@@ -158,8 +158,9 @@ class SteeredDrawing:
             raise UserError(
                 f"{self.settings.kind} cannot use steer.step.kind {kind}, which {why}; set it to {' or '.join(usable)}"
             )
-        kinds = [self.model.config.rewards[name].kind for name in self.saved.rewards] if self.model.scored else []
-        unjudged = (prompt.text for prompt in prompts if not any(judges(kind, prompt) for kind in kinds))
+        rewards = self.model.config.rewards
+        kinds = [REWARDS[rewards[name].kind] for name in self.saved.rewards] if self.model.scored else []
+        unjudged = (prompt.text for prompt in prompts if not any(kind.judges(prompt) for kind in kinds))
         if problems := list(self.mode.problems(self.settings, self.sigmas, next(unjudged, None))):
             raise UserError("\n".join(problems))
 

@@ -124,6 +124,7 @@ class Learner:
         chunk, device = work.chunk_of(micro_batch), self.backbone.device
         batch = self._batch(work.step, inner_pass, micro_batch, chunk, device)
         loss, values_of = self.algorithm.loss(self._policy(chunk, work.null, len(micro_batch.weights)), batch)
+        self.algorithm.check_metrics(values_of)
         weights = torch.from_numpy(micro_batch.weights).to(device)
         if micro_batch.update == 0 and "log_ratio" in values_of:
             # The weights are still those of the rollout, so this must be 0.

@@ -11,6 +11,7 @@ from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.observe.table import headline_column, rows, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
+from align_cluster.rewards import REWARDS
 from align_cluster.types import Chunk, Prompt
 
 
@@ -84,6 +85,7 @@ class Evaluation:
 
 
 def headline(config: RunConfig) -> str:
-    """The score that is shown first: the first trained reward, its graded part where it is a GenEval one."""
+    """Return the column that is shown first: the first trained reward, or the detail that its class names."""
     name = config.trained[0]
-    return f"reward/{name}/graded" if config.rewards[name].kind == "geneval" else f"reward/{name}"
+    detail = REWARDS[config.rewards[name].kind].headline
+    return f"reward/{name}/{detail}" if detail else f"reward/{name}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.cluster.nodes import software
 from align_cluster.config.load import config_hash
 from align_cluster.config.run import RunConfig
@@ -17,33 +18,9 @@ from align_cluster.loop.evaluation import headline
 from align_cluster.loop.learning import Sync
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.loop.workers import WorkerGroup
+from align_cluster.observe.metrics import LEARNER
 from align_cluster.rewards.mix import concatenate
 from align_cluster.types import Credit, Scores
-
-# Learner metrics whose largest magnitude says more than their mean.
-LARGEST = {
-    "log_ratio": "train/log_ratio_max",
-    "first_log_ratio": "train/first_log_ratio_max",
-    "grad_norm": "train/grad_norm",
-    "critic_grad_norm": "train/critic_grad_norm",
-}
-MEAN = {
-    "loss": "train/loss",
-    "kl": "train/kl",
-    "clip_high": "train/clip_high",
-    "clip_low": "train/clip_low",
-    "old_gap": "train/old_gap",
-    "value_loss": "train/value_loss",
-    "reward": "train/reward",
-    "satisfied": "train/satisfied",
-    "preference": "train/preference",
-    "recovery": "train/recovery",
-    "lr": "lr",
-    "skipped": "train/skipped",
-    "empty": "train/empty",
-    "critic_skipped": "train/critic_skipped",
-    "seconds": "time/learner",
-}
 
 
 def step_metrics(
@@ -71,8 +48,10 @@ def step_metrics(
     values |= correlations(scores)
     for name in ("contrast", "diversity"):
         values[f"images/{name}"] = float(np.mean([getattr(item.info, name) for item in drawn]))
-    values |= {LARGEST[name]: largest for name, (_, largest) in trained.items() if name in LARGEST}
-    values |= {MEAN[name]: mean for name, (mean, _) in trained.items() if name in MEAN}
+    for metric in (*LEARNER, *ALGORITHMS[config.algorithm.kind].metrics):
+        if metric.source in trained:
+            mean, largest = trained[metric.source]
+            values[metric.pattern] = largest if metric.reduce == "largest" else mean
     values |= {f"time/{stage}": seconds for stage, seconds in times.items()}
     values["time/step"] = sum(times.values())
     values["throughput/images_per_s"] = len(tasks) / values["time/step"]

@@ -1,24 +1,41 @@
 """The one vocabulary of metric names: what every number that a run writes is called, means and is measured in.
 
-A name is a path of segments; `<...>` in a pattern stands for exactly one segment. The first pattern that fits wins,
-so the special cases stand above the general ones.
+Here are the names that every run has, or that a stage of the loop writes. What an algorithm's loss returns is declared
+by its class (`metrics`), and `describe` knows both.
+
+A name is a path of segments; `<...>` in a declared name stands for exactly one segment. The first declaration that fits
+wins, so the special cases stand above the general ones.
 """
 
 import difflib
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
 
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.types import Metric
 
-@dataclass(frozen=True)
-class Metric:
-    """One declared name: `unit` is a short label for an axis ("" where the number has none)."""
-
-    pattern: str
-    unit: str
-    meaning: str
-
-
+# What the learner reports of a step, whatever the algorithm is; `source` is its own name of the number.
+LEARNER = (
+    Metric("train/loss", "", "loss, mean over the step's images and denoising steps"),
+    Metric("train/grad_norm", "", "gradient norm before clipping, largest of the step", "largest"),
+    Metric(
+        "train/first_log_ratio_max",
+        "nats/dim",
+        "largest |log ratio| before the step's first update, where it must be 0",
+        "largest",
+        "first_log_ratio",
+    ),
+    Metric("train/value_loss", "", "critic's loss, mean over the step's images and denoising steps"),
+    Metric("train/critic_grad_norm", "", "critic's gradient norm before clipping, largest of the step", "largest"),
+    Metric(
+        "train/critic_skipped", "fraction", "share of the critic's updates that were not finite and changed nothing"
+    ),
+    Metric("train/skipped", "updates", "updates that changed nothing because loss or gradient was not finite"),
+    Metric("train/empty", "updates", "updates that changed nothing because all their samples are masked"),
+    Metric("lr", "", "learning rate, mean over the step's updates"),
+    Metric("time/learner", "s", "part of the update that the learner ranks spent computing", source="seconds"),
+)
 METRICS = (
+    *LEARNER,
     Metric("reward/<name>/mean", "score", "mean over the step's training images with a valid score"),
     Metric("reward/<name>/std", "score", "deviation over the step's training images with a valid score"),
     Metric("reward/<name>/failed", "images", "training images of the step that scoring failed on"),
@@ -54,33 +71,12 @@ METRICS = (
     Metric("scoring/<pool>/p95", "s", "the same: one chunk in twenty takes longer"),
     Metric("scoring/<pool>/workers", "workers", "reward workers of the pool at the end of the step's scoring"),
     Metric("time/step", "s", "wall time of the step: its stages together"),
-    Metric("time/learner", "s", "part of the update that the learner ranks spent computing"),
     Metric("time/<stage>", "s", "wall time that the step spent in this stage"),
-    Metric("train/skipped", "updates", "updates that changed nothing because loss or gradient was not finite"),
-    Metric("train/empty", "updates", "updates that changed nothing because all their samples are masked"),
-    Metric(
-        "train/critic_skipped", "fraction", "share of the critic's updates that were not finite and changed nothing"
-    ),
-    Metric("train/loss", "", "loss, mean over the step's images and denoising steps"),
-    Metric("train/kl", "", "distance from the base model: KL a dimension; NFT: squared velocity gap"),
-    Metric("train/grad_norm", "", "gradient norm before clipping, largest of the step"),
-    Metric("train/log_ratio_max", "nats/dim", "largest |log ratio| of the policy to the one that drew"),
-    Metric("train/first_log_ratio_max", "nats/dim", "the same before the step's first update, where it must be 0"),
-    Metric("train/clip_high", "fraction", "share of ratios above the clip range"),
-    Metric("train/clip_low", "fraction", "share of ratios below the clip range"),
-    Metric("train/reward", "score", "reward whose gradient the update followed: SRPO's relative one, both branches"),
-    Metric("train/satisfied", "fraction", "share of samples at algorithm.margin or above, which have no gradient"),
-    Metric("train/preference", "score", "SRPO: score under the positive control word less that under the negative one"),
-    Metric("train/recovery", "", "SRPO: RMS distance of the recovered x0 from the true one"),
-    Metric("train/value_loss", "", "critic's loss, mean over the step's images and denoising steps"),
-    Metric("train/critic_grad_norm", "", "critic's gradient norm before clipping, largest of the step"),
     Metric("value/actor", "", "1 where the actor learned too, 0 while only the critic did"),
     Metric("value/<name>/explained_variance", "fraction", "share of a reward's variance that the critic explains"),
     Metric("value/<name>/explained_variance/<levels>", "fraction", "the same at these noise levels"),
     Metric("value/<name>/correlation/<step>", "", "correlation of the value at a denoising step with the reward"),
     Metric("advantage/step/<step>", "", "mean magnitude of the advantages of one denoising step, before whitening"),
-    Metric("train/old_gap", "", "squared velocity difference of the policy to its lagged copy (NFT)"),
-    Metric("lr", "", "learning rate, mean over the step's updates"),
     Metric("throughput/images_per_s", "images/s", "training images over the step's wall time"),
     Metric("weights/bytes", "bytes", "size of the published weight buffer"),
     Metric("weights/adopt_s", "s", "from publishing to the last sampler's receipt"),
@@ -95,12 +91,20 @@ def _fits(pattern: str, name: str) -> bool:
     )
 
 
-@cache
+def declared() -> Iterator[Metric]:
+    """Yield all declarations, the special ones first: those of every algorithm, and the general ones."""
+    for algorithm in ALGORITHMS.values():
+        yield from algorithm.metrics
+    yield from METRICS
+
+
 def describe(name: str) -> Metric:
-    """The declaration of metric `name`; ValueError with the nearest declared name where there is none."""
-    for metric in METRICS:
+    """Return the declaration of metric `name`; ValueError with the nearest declared name where there is none."""
+    for metric in declared():
         if _fits(metric.pattern, name):
             return metric
-    near = difflib.get_close_matches(name, [metric.pattern for metric in METRICS], n=1)
+    near = difflib.get_close_matches(name, [metric.pattern for metric in declared()], n=1)
     hint = f"; the nearest declared name is {near[0]!r}" if near else ""
-    raise ValueError(f"metric {name!r} is not declared in align_cluster/observe/metrics.py{hint}")
+    raise ValueError(
+        f"metric {name!r} is not declared, neither in align_cluster/observe/metrics.py nor by an algorithm{hint}"
+    )

@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from align_cluster.embedded import scene
+from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Section
 from align_cluster.types import Prompt
 
 
-class EmbeddedPrompts:
+class EmbeddedPrompts(PromptSource):
     """Lists the prompts of the embedded world for the chosen tasks and split.
 
     With `even`, every task has the same number of prompts: prompts of smaller tasks repeat (1,167 training prompts name
@@ -37,9 +38,6 @@ class EmbeddedPrompts:
             if repeated:
                 raise ValueError(f"a list that names {repeated!r} once")
             return tasks
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def load(self) -> list[Prompt]:
         """Return the prompts, task by task, in a fixed order."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictInt, ValidationError
 
 from align_cluster.errors import UserError
+from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Section
 from align_cluster.types import Prompt
 
@@ -15,7 +16,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
-class TextPrompts:
+class TextPrompts(PromptSource):
     """Reads prompts from a text file, one a line. Blank lines are skipped."""
 
     class Config(Section):
@@ -24,9 +25,6 @@ class TextPrompts:
         kind: Literal["txt"] = "txt"
         path: Annotated[str, Field(min_length=1)]
         ocr: bool = False
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def load(self) -> list[Prompt]:
         """Read the prompts. Raises UserError if the file cannot be read, or an OCR prompt quotes nothing."""
@@ -73,7 +71,7 @@ class Line(BaseModel):
     text: Annotated[str, Field(min_length=1)] | None = None
 
 
-class JsonlPrompts:
+class JsonlPrompts(PromptSource):
     """Reads prompts from a file with one JSON object a line: `prompt`, and what rewards read.
 
     Rewards read `tag`, `include`, `exclude` and `text`; all other keys are kept.
@@ -85,8 +83,7 @@ class JsonlPrompts:
         kind: Literal["jsonl"] = "jsonl"
         path: Annotated[str, Field(min_length=1)]
 
-    def __init__(self, config: Config):
-        self.config = config
+    has_records = True
 
     def load(self) -> list[Prompt]:
         """Read the prompts. Raises UserError with the line number if a line is wrong."""

@@ -7,7 +7,7 @@ on that wording. Prompts that describe the same scene ("a cat and a dog", "a dog
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import cycle, islice
 from typing import Annotated, Any, Literal
@@ -16,8 +16,9 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from align_cluster.errors import UserError
+from align_cluster.prompts.base import PromptSource
 from align_cluster.prompts.files import RELATIONS, JsonlPrompts
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 from align_cluster.types import Prompt
 
 _NAMES = (
@@ -125,7 +126,7 @@ def _held_out(identity: str) -> bool:
     return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
 
 
-class GenevalPrompts:
+class GenevalPrompts(PromptSource):
     """Generates `count` prompts, split over the tasks by `ratios`, in an order that follows from `seed`.
 
     Some tasks are small (counting has 240 prompts). No prompt repeats before all prompts of its task have come once.
@@ -160,8 +161,13 @@ class GenevalPrompts:
                 raise ValueError("a mapping from task to a whole number, at least one of them above 0")
             return ratios
 
-    def __init__(self, config: Config):
-        self.config = config
+        def problems(self, where: str, run: Root) -> Iterator[str]:
+            """Refuse the embedded model, which never saw these objects."""
+            if run.backbone.path == "embedded":
+                yield (
+                    f"{where}.kind is geneval, whose objects the embedded model never saw; set it to embedded, "
+                    "or set backbone.path to a real model"
+                )
 
     def load(self) -> list[Prompt]:
         """Return the prompts, task by task. Raises UserError if `exclude` leaves a task without prompts."""

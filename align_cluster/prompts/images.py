@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from align_cluster.errors import UserError
-from align_cluster.settings import Section
+from align_cluster.prompts.base import PromptSource
+from align_cluster.settings import Root, Section
 from align_cluster.types import Prompt
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -30,7 +31,7 @@ class Survey:
     unreadable: tuple[Path, ...]
 
 
-class ImagePrompts:
+class ImagePrompts(PromptSource):
     """Takes image captions as prompts; the metadata of each prompt say where its `image` is.
 
     The caption of cat.jpg is in cat.txt, or in a line {"file_name": "cat.jpg", "text": "a cat"} of metadata.jsonl.
@@ -44,8 +45,12 @@ class ImagePrompts:
         kind: Literal["images"] = "images"
         folder: Annotated[str, Field(min_length=1)]
 
-    def __init__(self, config: Config):
-        self.config = config
+        def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note the images of the folder that are left out."""
+            if sentence := left_out(self.folder):
+                yield sentence
+
+    has_images = True
 
     def load(self) -> list[Prompt]:
         """Return one prompt an image. Raises UserError if the folder is missing or has no usable image."""

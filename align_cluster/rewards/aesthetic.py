@@ -71,6 +71,11 @@ class Aesthetic(DifferentiableReward):
         encoder: str | None = None
         head: str | None = None
 
+    @property
+    def usual(self) -> float:
+        """Return the low end of its scale."""
+        return 4.0
+
     def load(self, device: str, threads: int) -> None:
         """Load the encoder and the head."""
         self.published = VERSIONS[self.config.version]

@@ -1,6 +1,7 @@
 """The contract of a reward: a pure function of (image, prompt), with a validity mask."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch.nn import functional as F
 
+from align_cluster.rewards.words import Vocabulary
 from align_cluster.settings import Section
 from align_cluster.types import FailureKind, Prompt
 
@@ -115,12 +117,37 @@ class Reward(ABC):
 
     The same (image, prompt) always gets the same value, whatever else is in the batch. A reward raises if scoring fails
     (a RewardError if it knows the kind), and the worker tries again or masks. It never returns a stand-in value.
+
+    `needs` says what a prompt must have to be judged ("": its text will do), as the end of a sentence; `judges` tests
+    it. `headline` names the detail that a run shows first in place of the score. `remote` says that a service computes
+    the score.
     """
 
     Config: type[RewardSection]
+    needs: ClassVar[str] = ""
+    headline: ClassVar[str] = ""
+    remote: ClassVar[bool] = False
 
     def __init__(self, config: RewardSection) -> None:
         self.config = config
+
+    @classmethod
+    def judges(cls, prompt: Prompt) -> bool:
+        """Return whether the reward has a value for images of the prompt."""
+        return True
+
+    @property
+    def usual(self) -> float:
+        """The score that ordinary images have, where it is far from 0."""
+        return 0.0
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Return what the reward's tokenizer knows; None where it is not on this machine, or no text is read."""
+        return None
+
+    def prompt_problems(self, where: str, prompts: Iterable[Prompt]) -> Iterator[str]:
+        """Yield a sentence for each thing in a run's prompts that the reward at path `where` cannot work with."""
+        yield from ()
 
     @abstractmethod
     def load(self, device: str, threads: int) -> None:

@@ -8,6 +8,7 @@ from align_cluster.embedded import pipeline_path
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
 from align_cluster.rewards.clip import CLIPS, Clip
 from align_cluster.rewards.loading import model_size
+from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
 
 class ClipScore(EmbeddingReward):
@@ -30,6 +31,10 @@ class ClipScore(EmbeddingReward):
     @property
     def _source(self) -> str:
         return str(pipeline_path() / "clip") if self.config.path == "embedded" else self.config.path
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Return the words of the model's tokenizer."""
+        return transformers_vocabulary(self._source)
 
     def load(self, device: str, threads: int) -> None:
         """Load the CLIP model and its processor."""

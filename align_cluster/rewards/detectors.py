@@ -52,6 +52,7 @@ class Detector(ABC):
     threshold            confidence that an object must exceed to count, by default
     counting_threshold   the same for prompts that ask for a number; None: `threshold` applies
     tells_colors         whether detections include their colour
+    remedy               what to do where prompts ask for objects that the detector does not know
     """
 
     Config: type[Section]
@@ -59,6 +60,7 @@ class Detector(ABC):
     threshold: ClassVar[float]
     counting_threshold: ClassVar[float | None]
     tells_colors: ClassVar[bool]
+    remedy: ClassVar[str] = "use clip_score for these prompts"
 
     def __init__(self, config: Section) -> None:
         self.config = config
@@ -91,6 +93,7 @@ class Embedded(Detector):
     threshold = 0.80
     counting_threshold = None
     tells_colors = True
+    remedy = "use the detector mask2former, or clip_score, for these prompts"
 
     def load(self, device: str) -> None:
         """There is nothing to load."""

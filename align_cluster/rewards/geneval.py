@@ -4,7 +4,7 @@ The rules are those of GenEval's evaluate_images.py. The graded score is the tra
 2025, arXiv 2505.05470). `detectors.py` finds the objects, and `colors.py` names their colours if the detector does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -15,8 +15,9 @@ from align_cluster.embedded.detector import Detection
 from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
 from align_cluster.rewards.clip import CLIP_L, CLIPS
 from align_cluster.rewards.colors import ColorNamer, cutout
-from align_cluster.rewards.detectors import DETECTORS, Boxes, Embedded, Masks
+from align_cluster.rewards.detectors import DETECTORS, Embedded, geneval_name
 from align_cluster.rewards.loading import model_size
+from align_cluster.settings import one_of
 from align_cluster.types import Prompt
 
 MAX_OBJECTS = 16  # objects of one class that count, as in GenEval
@@ -126,9 +127,7 @@ class GenEval(Reward):
         """
 
         kind: Literal["geneval"] = "geneval"
-        detector: Annotated[Embedded.Config | Masks.Config | Boxes.Config, Field(discriminator="kind")] = (
-            Embedded.Config()
-        )
+        detector: one_of(DETECTORS) = Embedded.Config()
         threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
         counting_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
         color_clip: str | None = None
@@ -140,6 +139,27 @@ class GenEval(Reward):
         def kind_alone(cls, value: Any) -> Any:
             """Accept the name of a detector's kind in place of its settings."""
             return {"kind": value} if isinstance(value, str) else value
+
+    needs = "it needs metadata with include clauses, as prompts of kind embedded, geneval and jsonl have"
+    headline = "graded"
+
+    @classmethod
+    def judges(cls, prompt: Prompt) -> bool:
+        """Return whether the prompt names objects."""
+        return bool(prompt.metadata.get("include"))
+
+    def prompt_problems(self, where: str, prompts: Iterable[Prompt]) -> Iterator[str]:
+        """Refuse prompts that ask for objects that the detector does not know."""
+        detector = DETECTORS[self.config.detector.kind]
+        known = detector.classes
+        asked = {clause["class"] for prompt in prompts for clause in prompt.metadata.get("include", ())}
+        for unknown in sorted(asked - set(known))[:1]:
+            vocabulary = ", ".join(known) if len(known) < 10 else f"{len(known)} classes of COCO by GenEval's names"
+            name = geneval_name(unknown)
+            yield (
+                f"{where}: the {self.config.detector.kind} detector knows {vocabulary}, and prompts ask for "
+                f"{unknown!r}; {f'write {name!r}' if name in known else detector.remedy}"
+            )
 
     def model_sizes(self) -> list[ModelSize | None]:
         """Return the sizes of the detector and, where it tells no colours, of the CLIP that names them."""
@@ -155,7 +175,7 @@ class GenEval(Reward):
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Judge the images with an `include`; the others stay invalid."""
-        valid = np.array([bool(prompt.metadata.get("include")) for prompt in prompts], dtype=bool)
+        valid = np.array([self.judges(prompt) for prompt in prompts], dtype=bool)
         columns = {name: np.full(len(prompts), np.nan) for name in ("accuracy", "strict", "graded")}
         asked = np.flatnonzero(valid)
         for index, detections in zip(asked, self._detections(images[asked], [prompts[i] for i in asked]), strict=True):

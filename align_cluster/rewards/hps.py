@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
 from align_cluster.rewards.clip import CLIP_H
 from align_cluster.rewards.loading import extra, file_of, loading
+from align_cluster.rewards.words import Vocabulary, open_clip_vocabulary
 
 CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # file names at the hub
 
@@ -45,6 +46,10 @@ class Hps(EmbeddingReward):
         path: str = "xswu/HPSv2"
         version: Literal["v2", "v2.1"] = "v2.1"
         model: str = "ViT-H-14"
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Return the words of open_clip's tokenizer."""
+        return open_clip_vocabulary()
 
     def load(self, device: str, threads: int) -> None:
         """Load the checkpoint into open_clip's architecture."""

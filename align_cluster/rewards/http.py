@@ -177,6 +177,8 @@ class Http(Reward):
     A failure there keeps its kind here, so `on_failure` treats it as if the reward ran in this process.
     """
 
+    remote = True
+
     class Config(RewardSection):
         """Names a reward of a service: `reward` is its name there.
 

@@ -13,6 +13,7 @@ from torch import nn
 from align_cluster.rewards.base import DifferentiableReward, ModelSize, RewardSection
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head
 from align_cluster.rewards.loading import file_of, loading, model_size
+from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 from align_cluster.types import Prompt
 
 CHECKPOINT, TEXT_CONFIG = "ImageReward.pt", "med_config.json"  # file names at the hub
@@ -104,6 +105,10 @@ class ImageReward(DifferentiableReward):
         kind: Literal["image_reward"] = "image_reward"
         path: str = "THUDM/ImageReward"
         tokenizer: str = "bert-base-uncased"
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Return the words of BERT's tokenizer."""
+        return transformers_vocabulary(self.config.tokenizer)
 
     def load(self, device: str, threads: int) -> None:
         """Load both towers, the head and the tokenizer."""

@@ -63,6 +63,13 @@ class Ocr(Reward):
 
         kind: Literal["ocr"] = "ocr"
 
+    needs = "it needs prompts that quote text, as the embedded task ocr does"
+
+    @classmethod
+    def judges(cls, prompt: Prompt) -> bool:
+        """Return whether the prompt asks for text."""
+        return bool(prompt.metadata.get("text") or quoted(prompt.text))
+
     def model_sizes(self) -> list[ModelSize | None]:
         """Return nothing: the reader's models take a few megabytes."""
         return []

@@ -8,6 +8,7 @@ from align_cluster.errors import UserError
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
 from align_cluster.rewards.clip import CLIPS
 from align_cluster.rewards.loading import model_size, open_clip_model
+from align_cluster.rewards.words import Vocabulary, open_clip_vocabulary
 
 
 class OpenClipScore(EmbeddingReward):
@@ -24,6 +25,10 @@ class OpenClipScore(EmbeddingReward):
 
         kind: Literal["open_clip_score"] = "open_clip_score"
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Return the words of open_clip's tokenizer."""
+        return open_clip_vocabulary()
 
     def load(self, device: str, threads: int) -> None:
         """Load the model. Raises UserError if its transform pads images."""

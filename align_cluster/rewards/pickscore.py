@@ -7,6 +7,7 @@ import torch
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
 from align_cluster.rewards.clip import CLIPS, Clip
 from align_cluster.rewards.loading import model_size
+from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
 
 class PickScore(EmbeddingReward):
@@ -27,6 +28,15 @@ class PickScore(EmbeddingReward):
         path: str = "yuvalkirstain/PickScore_v1"
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         scale: Literal["raw", "flow_grpo", "srpo", "cosine"] = "raw"
+
+    @property
+    def usual(self) -> float:
+        """Return the low end of the settings' scale."""
+        return {"raw": 20.0, "flow_grpo": 0.8, "srpo": 1.0, "cosine": 0.0}[self.config.scale]
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Return the words of the processor's tokenizer."""
+        return transformers_vocabulary(self.config.processor)
 
     def load(self, device: str, threads: int) -> None:
         """Load the model and the processor."""

@@ -1,10 +1,10 @@
 """SGP: which of two control words fits an image better, SRPO's measure of realism (arXiv 2509.06942, table 1)."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import PositiveFloat, field_validator
 
 from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
 from align_cluster.rewards.clip_score import ClipScore
@@ -12,12 +12,10 @@ from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.open_clip_score import OpenClipScore
 from align_cluster.rewards.pickscore import PickScore
 from align_cluster.rewards.words import Template, worded
+from align_cluster.settings import one_of
 from align_cluster.types import Prompt
 
 JUDGES = {"hps": Hps, "pickscore": PickScore, "clip_score": ClipScore, "open_clip_score": OpenClipScore}
-JudgeConfig = Annotated[
-    Hps.Config | PickScore.Config | ClipScore.Config | OpenClipScore.Config, Field(discriminator="kind")
-]
 
 
 class Sgp(Reward):
@@ -35,7 +33,7 @@ class Sgp(Reward):
         """
 
         kind: Literal["sgp"] = "sgp"
-        of: JudgeConfig = Hps.Config()
+        of: one_of(JUDGES) = Hps.Config()
         positive: str = "Realistic photo"
         negative: str = "CG Render"
         template: Template = "{word}. {prompt}"
@@ -45,9 +43,9 @@ class Sgp(Reward):
         @classmethod
         def says_a_model_only(cls, of: RewardSection) -> RewardSection:
             """Refuse weight, role and the like inside `of`, where they would have no effect."""
-            given = of.model_fields_set & RewardSection.model_fields.keys()
-            if given:
-                raise ValueError(f"without {min(given)}, which is to stand beside `of` and not in it")
+            for name in RewardSection.model_fields:  # a run's config.yaml has them all, at their defaults
+                if getattr(of, name) != getattr(RewardSection(), name):
+                    raise ValueError(f"without {name}, which is to stand beside `of` and not in it")
             return of
 
     def model_sizes(self) -> list[ModelSize | None]:

@@ -13,9 +13,6 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from align_cluster.embedded import pipeline_path
-from align_cluster.rewards.base import RewardSection
-
 
 def _has_both_places(template: str) -> str:
     if sorted(part for part in ("{word}", "{prompt}") if template.count(part) == 1) != ["{prompt}", "{word}"]:
@@ -58,26 +55,13 @@ def split(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text)
 
 
-def vocabulary(reward: RewardSection) -> Vocabulary | None:
-    """Return the vocabulary of a reward's tokenizer.
-
-    It is None if the reward reads no text, or if the tokenizer is not on this machine.
-    """
-    if reward.kind in ("hps", "open_clip_score"):
-        return _open_clip()
-    named = {"clip_score": "path", "pickscore": "processor", "image_reward": "tokenizer"}.get(reward.kind)
-    if named is None:
-        return None
-    source = getattr(reward, named)
-    return _transformers(str(pipeline_path() / "clip") if source == "embedded" else str(Path(source).expanduser()))
-
-
 @lru_cache(maxsize=8)
-def _transformers(source: str) -> Vocabulary | None:
+def transformers_vocabulary(source: str) -> Vocabulary | None:
+    """Return the vocabulary of a tokenizer of transformers, a hub id or a folder; None where it is not here."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(source).expanduser()), local_files_only=True)
     except (OSError, ValueError):
         return None
     # CLIP's unknown token is its end token, which says nothing about a word.
@@ -86,7 +70,8 @@ def _transformers(source: str) -> Vocabulary | None:
 
 
 @lru_cache(maxsize=1)
-def _open_clip() -> Vocabulary | None:
+def open_clip_vocabulary() -> Vocabulary | None:
+    """Return the vocabulary of open_clip's tokenizer; None where open_clip is not installed."""
     try:
         from open_clip import SimpleTokenizer
     except ImportError:

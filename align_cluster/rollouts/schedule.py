@@ -5,7 +5,7 @@ ADD A SCHEDULE HERE: write a class with Config and `sigmas`, and add a line to S
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import PositiveFloat
@@ -15,9 +15,15 @@ from align_cluster.settings import Section
 
 
 class Schedule(ABC):
-    """Chooses the noise levels of a flow model."""
+    """Chooses the noise levels of a flow model.
+
+    `native` says that the levels are the pipeline's own, `tiny_last_level` that the last step begins near 0, as SD3's
+    does (at .009).
+    """
 
     Config: type[Section]
+    native: ClassVar[bool] = False
+    tiny_last_level: ClassVar[bool] = False
 
     def __init__(self, config: Section) -> None:
         self.config = config
@@ -38,6 +44,8 @@ class NativeSchedule(Schedule):
 
         kind: Literal["native"] = "native"
 
+    native = True
+
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
         """Return the pipeline's own levels."""
         return native(steps)
@@ -51,6 +59,8 @@ class Sd3Schedule(Schedule):
 
         kind: Literal["sd3"] = "sd3"
         shift: PositiveFloat = 3.0
+
+    tiny_last_level = True
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
         """Return `sd3_sigmas` for the configured shift."""

@@ -159,12 +159,18 @@ class Step:
 
     The ODE step is Euler's for velocities and DDIM's for epsilon and v. `predictions` are the network predictions that
     the kind supports. With `terminal_noise = False`, the last step of a rollout draws no noise.
+
+    `normalised` says whether a density is a normalised Gaussian, `noise_vanishes` whether its noise goes to 0 with the
+    noise level, and `multistep` whether a step depends on the one before it.
     """
 
     Config: type[Section]
     has_density: ClassVar[bool] = False
     predictions: ClassVar[tuple[str, ...]] = ("flow",)
     terminal_noise: ClassVar[bool] = True
+    normalised: ClassVar[bool] = True
+    noise_vanishes: ClassVar[bool] = False
+    multistep: ClassVar[bool] = False
 
     def __init__(self, config: Section, sigmas: np.ndarray, prediction: str = "flow") -> None:
         if prediction not in self.predictions:
@@ -251,6 +257,8 @@ class Dpm2(Step):
 
         kind: Literal["dpm2"] = "dpm2"
 
+    multistep = True
+
     def __init__(self, config: "Dpm2.Config", sigmas: np.ndarray, prediction: str = "flow") -> None:
         super().__init__(config, sigmas, prediction)
         self.x0_before: torch.Tensor | None = None
@@ -320,6 +328,8 @@ class Cps(NoisyStep):
         kind: Literal["cps"] = "cps"
         noise_level: Annotated[float, Field(gt=0, le=1)] = 0.8
 
+    normalised = False
+
     def coefficients(self) -> Coefficients:
         """Return `cps_coefficients`."""
         return cps_coefficients(self.sigmas, self.config.noise_level)
@@ -337,6 +347,8 @@ class FlowDdim(NoisyStep):
 
         kind: Literal["flow_ddim"] = "flow_ddim"
         eta: Annotated[float, Field(gt=0, le=1)] = 0.7
+
+    noise_vanishes = True
 
     def coefficients(self) -> Coefficients:
         """Return `flow_ddim_coefficients`."""

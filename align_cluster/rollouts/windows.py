@@ -3,7 +3,8 @@
 A plan is a pure function of (steps of a rollout, training step, seed), so every worker and every resumed run makes the
 same plan. The terminal step is never trained, because it has (almost) no noise and hence no usable density.
 
-ADD A WINDOW HERE: write a class with Config, `plan`, `width` and `problem`, and add a line to WINDOWS.
+ADD A WINDOW HERE: write a class with Config, `plan`, `width` and, where settings may not fit, `problem`; add a line to
+WINDOWS.
 """
 
 import math
@@ -46,9 +47,14 @@ class WindowKind(ABC):
     def width(self, steps: int) -> int:
         """Return the largest number of steps that a sample is trained on at once."""
 
-    @abstractmethod
+    @property
+    def per_sample(self) -> bool:
+        """Whether each sample is trained on steps of its own."""
+        return False
+
     def problem(self, steps: int) -> str | None:
         """Return a sentence for the user if the settings do not fit a rollout of `steps`, else None."""
+        return None
 
 
 def trainable(steps: int) -> int:
@@ -89,9 +95,10 @@ class FractionWindow(WindowKind):
         counted = trainable(steps) if self.config.choice == "per_sample" else steps
         return max(1, min(trainable(steps), int(counted * self.config.fraction)))
 
-    def problem(self, steps: int) -> str | None:
-        """A fraction fits every rollout."""
-        return None
+    @property
+    def per_sample(self) -> bool:
+        """Return whether `choice` is per_sample."""
+        return self.config.choice == "per_sample"
 
 
 class SlidingWindow(WindowKind):

@@ -5,11 +5,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
-from align_cluster.config.run import one_of
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
 from align_cluster.rewards.http import Token
-from align_cluster.settings import Root, Section
+from align_cluster.settings import Root, Section, one_of
 
 ONLY_IN_A_RUN = ("weight", "role", "on_failure", "pool")
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -82,7 +81,7 @@ class ServiceConfig(Root):
         dict[
             Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")],
             Annotated[
-                one_of({kind: reward for kind, reward in REWARDS.items() if kind != "http"}),
+                one_of(REWARDS, lambda reward: not reward.remote),
                 AfterValidator(_without_a_run),
             ],
         ],

@@ -6,7 +6,6 @@ import torch
 
 import align_cluster.backbones
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
-from align_cluster.config.run import one_of
 
 README = Path(align_cluster.backbones.__file__).with_name("README.md")
 
@@ -31,11 +30,3 @@ def test_the_readmes_backbone_has_fewer_than_20_lines_and_runs():
     text_batch = (torch.tensor(condition.sequence)[None], torch.tensor(condition.pooled)[None])
     v = backbone.velocity(denoiser, x, torch.ones(1), *text_batch)
     assert v.shape == x.shape and v.requires_grad
-
-
-def test_one_line_in_the_table_makes_it_a_choice_of_run_files():
-    from pydantic import TypeAdapter
-
-    kind, _ = example()
-    choice = TypeAdapter(one_of(align_cluster.backbones.BACKBONES | {"sd3_wide": kind}))
-    assert isinstance(choice.validate_python({"kind": "sd3_wide"}), kind.Config)

@@ -6,7 +6,8 @@ import torch
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.base import CriticSection
-from align_cluster.backbones.critic import Critic, CriticHead
+from align_cluster.backbones.critic import Critic, CriticHead, captured
+from align_cluster.backbones.sd3 import SD3
 
 from .contract import Case
 
@@ -60,6 +61,22 @@ def test_a_new_critic_says_zero_and_a_trained_one_tells_latents_levels_and_texts
         assert (values - other).abs().max() > 1e-5
     alone = torch.cat([critic(*(part[row : row + 1] for part in (x, sigma, sequence, pooled))) for row in range(3)])
     torch.testing.assert_close(values, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_denoiser_whose_blocks_have_another_name_is_read_where_the_class_says_it():
+    from diffusers import WanTransformer3DModel
+
+    class Wan(SD3):
+        critic_blocks = ("blocks",)
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3, "ffn_dim": 16, "freq_dim": 16}
+    network = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, **sizes)
+    backbone = Wan(SD3.Config(precision="fp32"))
+    (middle, channels), (last, _) = backbone.taps(network)
+    assert (middle, last) == (network.blocks[1], network.blocks[2])
+    with captured(backbone, network) as layers:
+        network(torch.randn(2, 4, 1, 8, 8), torch.tensor([500, 500]), torch.randn(2, 5, 8))
+    assert [tuple(layer.shape) for layer in layers] == [(2, 16, channels)] * 2
 
 
 def test_the_tokens_matter_as_soon_as_the_last_layer_has_moved(case, actor):

@@ -8,7 +8,7 @@ from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.cli import main
 from align_cluster.config.check import check
-from align_cluster.config.load import load
+from align_cluster.config.load import dump, load, loads
 from align_cluster.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -146,8 +146,9 @@ RUN_FILES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if no
 
 
 @pytest.mark.parametrize("file", RUN_FILES)
-def test_every_shipped_run_file_is_valid(file):
-    assert check(load(ROOT / "configs" / file)) == []
+def test_every_shipped_run_file_is_valid_and_so_is_what_its_run_keeps_of_it(file):
+    config = load(ROOT / "configs" / file)
+    assert check(config) == [] and loads(dump(config)) == config
 
 
 def test_the_quickstart_runs_with_the_other_algorithm():

@@ -37,6 +37,21 @@ MISTAKES = [
         "name: test\ncluster: {samplers: 4, max_samplers: 2}",
         ["cluster.max_samplers is 2", "at least samplers, 4"],
     ),
+    (
+        "group_size: 6",
+        "embedded_guidance: 6",
+        ["rollout.embedded_guidance is no setting", "it is called rollout.distilled_guidance now"],
+    ),
+    (
+        "path: embedded",
+        "path: embedded\n  embedded_guidance: 1",
+        ["backbone.embedded_guidance is no setting", "it is called backbone.distilled_guidance now"],
+    ),
+    (
+        "kind: geneval",
+        "kind: geneval\n    hedge_s: 2",
+        ["rewards.judge.hedge_s is no setting", "it is gone: requests", "sent once", "leave it out"],
+    ),
     ("name: test", "name: test\nxyz: 3", ["xyz is no setting", "a run has name, out, seed"]),
     ("kind: nft", "kind: nfd", ["algorithm.kind is 'nfd'", "one of grpo, nft", "did you mean nft?"]),
     ("  kind: nft", "  beta: 1.0", ["algorithm.kind is missing", "one of grpo, nft"]),

@@ -84,7 +84,7 @@ def test_the_work_of_a_step_adds_up(run_config):
 
 def test_cutting_does_not_depend_on_the_machine(run_config):
     small, large = (derive(run_config(), cores, gpus) for cores, gpus in ((1, 0), (256, 32)))
-    for field in ("chunk", "micro_batch", "images_per_step", "chunks_per_step", "updates_per_step", "turns"):
+    for field in ("chunk", "micro_batch", "images_per_step", "chunks_per_step", "updates_per_step", "inner_passes"):
         assert getattr(small, field) == getattr(large, field)
 
 
@@ -115,7 +115,7 @@ def test_one_condition_plans_like_no_exploration(run_config):
 
 
 @pytest.mark.parametrize(
-    ("window", "turns"),
+    ("window", "passes"),
     [
         ([], 5),  # 99 % of 6 steps, cut down
         (["kind=fraction", "fraction=1"], 5),  # the terminal step is never trained
@@ -128,11 +128,11 @@ def test_one_condition_plans_like_no_exploration(run_config):
         (["kind=fast", "size=3", "range=[1, 5]"], 3),
     ],
 )
-def test_an_update_passes_over_a_sample_once_for_each_step_of_its_window(run_config, window, turns):
+def test_an_update_passes_over_a_sample_once_for_each_step_of_its_window(run_config, window, passes):
     changes = [f"rollout.window.{setting}" for setting in window]
     config = run_config("algorithm.kind=grpo", "rollout.steps=6", "rollout.guidance=2", *changes)
     plan = derive(config, 2, 0)
-    assert plan.turns == turns == max(config.window.plan(6, step, step).keep for step in range(200))
+    assert plan.inner_passes == passes == max(config.window.plan(6, step, step).keep for step in range(200))
     assert plan.rollout_calls == 4 * 6 * 2, "a window changes what is trained, not how much is drawn"
 
 

@@ -17,6 +17,7 @@ import torch
 from align_cluster.backbones.adapters import adapter_parameters
 from align_cluster.conditions.perturb import E2po
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
 from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 from align_cluster.learner.worker import Learner
 from align_cluster.prompts.groups import plan_step
@@ -163,6 +164,18 @@ def test_an_update_under_a_perturbed_condition_would_be_another(
     gradient, _ = update(make_learner(kind), records[kind], condition)
     other, _ = update(make_learner(kind), records[kind], sampler.backbone.insert(condition, perturbation, 1))
     assert largest_gap(gradient, other) > 0.05
+
+
+def test_a_metric_that_the_algorithm_does_not_declare_is_refused_before_anything_changes(
+    make_learner, records, condition, monkeypatch
+):
+    learner = make_learner("nft")
+    monkeypatch.setattr(type(learner.algorithm), "metrics", type(learner.algorithm).metrics[1:])
+    with pytest.raises(UserError, match="nft: its loss returns the metric 'old_gap'.*NFT.metrics.*\"train/old_gap\""):
+        update(learner, records["nft"], condition)
+    state = weights(learner.denoiser, 0)
+    for name, parameter in adapter_parameters(learner.denoiser, "default").items():
+        np.testing.assert_array_equal(parameter.detach().numpy(), state[name])
 
 
 @pytest.mark.parametrize("kind", ["grpo", "guard"])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from align_cluster.config.check import judges
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
 from align_cluster.rewards.clip import Clip
@@ -160,7 +159,7 @@ def test_a_run_can_ask_for_it_and_any_prompt_will_do(case, reward, images):
     assert type(reward) is REWARDS[case.kind]
     scores = RewardWorker({"mine": reward.config}).score(images, prompts(TEXTS))
     assert scores.failures == {} and scores.valid["mine"].all() and np.isfinite(scores.values["mine"]).all()
-    assert judges(case.kind, Prompt(0, "a cat"))
+    assert REWARDS[case.kind].judges(Prompt(0, "a cat"))
 
 
 def test_what_is_not_there_is_one_sentence(case, load, tmp_path):

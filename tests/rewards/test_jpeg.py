@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_cluster.config.check import judges
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.jpeg import Jpeg
 from align_cluster.rewards.worker import RewardWorker
@@ -50,4 +49,4 @@ def test_a_batch_scores_as_its_images_do_one_by_one(images):
 def test_a_run_can_ask_for_it_and_any_prompt_will_do(images):
     scores = RewardWorker({"small": REWARDS["jpeg"].Config()}).score(images, [Prompt(0, "a cat")] * 3)
     assert scores.failures == {} and scores.valid["small"].all()
-    assert judges("jpeg", Prompt(0, "a cat"))
+    assert REWARDS["jpeg"].judges(Prompt(0, "a cat"))

@@ -15,8 +15,8 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.config.check import check
 from align_cluster.errors import UserError
-from align_cluster.evaluate.lora import read_lora
 from align_cluster.evaluate.local import evaluate
+from align_cluster.evaluate.lora import read_lora
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
 

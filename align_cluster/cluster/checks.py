@@ -64,7 +64,7 @@ def this_machine() -> Iterator[Check]:
 
 def packages() -> Iterator[Check]:
     """Check that Python and every package are there; a missing optional one is a warning that says what needs it."""
-    yield Check.of(sys.version_info >= (3, 10), "python", platform.python_version(), "use 3.10 or newer", "fail")
+    yield Check.of(sys.version_info >= (3, 11), "python", platform.python_version(), "use 3.11 or newer", "fail")
     for name in REQUIRED:
         version = package_version(name)
         yield Check.of(bool(version), name, version or "missing", "pip install align-cluster", "fail")

@@ -25,7 +25,7 @@ def examine_run(path: Path) -> list[Check]:
         remedy = "the run has not come so far, or is an old one"
         return [Check("fail", "run", f"no {run.state.name} in {path}", remedy)]
     checks = [_progress(state), _driver(state), *(_worker(state, worker) for worker in state["workers"])]
-    for event in state["troubles"][-EVENTS:]:
+    for event in state["events"][-EVENTS:]:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         checks.append(Check("warn", f"at {at}", event["what"]))
     return checks
@@ -57,7 +57,7 @@ def _driver(state: dict[str, Any]) -> Check:
 def _worker(state: dict[str, Any], worker: dict[str, Any]) -> Check:
     late = worker["waiting"] and worker["seconds"] > state["late_s"]
     lost = "last error" in worker["phase"]
-    place = f" ({worker['place']})" if worker["place"] else ""
+    place = f" ({worker['location']})" if worker["location"] else ""
     text = f"{worker['phase']} since {worker['seconds']:.0f} s{place}"
     return Check("warn" if late or lost else "ok", worker["name"], text)
 

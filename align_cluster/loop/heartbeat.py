@@ -81,7 +81,7 @@ class Heartbeat:
             "progress": {stage: list(counts) for stage, counts in self.workers.progress.items()},
             "late_s": self.config.cluster.late_s,
             "workers": [_entry(doing, now) for group in self.workers.groups for doing in group.status()],
-            "troubles": [{"at": at, "what": text} for at, text in events[-20:]],
+            "events": [{"at": at, "what": text} for at, text in events[-20:]],
             "error": None,
         }
 
@@ -94,7 +94,7 @@ class Heartbeat:
                 self.said.pop((name, phase), None)  # it has answered since
             elif worker["waiting"] and seconds >= self.said.get((name, phase), limit):
                 self.said[name, phase] = 2 * seconds
-                where = f" ({worker['place']})" if worker["place"] else ""
+                where = f" ({worker['location']})" if worker["location"] else ""
                 yield (
                     f"step {state['step']}: the driver, in {state['phase']} since {state['seconds']:.0f} s, waits for "
                     f"{name}{where}: {phase} since {seconds:.0f} s"
@@ -104,7 +104,7 @@ class Heartbeat:
 def _entry(doing: WorkerStatus, now: float) -> dict[str, Any]:
     return {
         "name": doing.worker,
-        "place": doing.location,
+        "location": doing.location,
         "phase": doing.phase,
         "seconds": round(now - doing.since, 1),
         "waiting": doing.waiting,

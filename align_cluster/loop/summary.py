@@ -27,13 +27,13 @@ def step_metrics(
     config: RunConfig,
     drawn: list[DrawnChunk],
     credit: Credit,
-    trained: dict[str, tuple[float, float]],
+    trained: dict[str, Reduced],
     times: dict[str, float],
     sync: Sync,
 ) -> dict[str, float]:
     """Returns everything that one step reports, under the names that `observe.metrics` declares."""
     scores = concatenate([item.scores for item in drawn])
-    tasks = np.array([item.info.chunk.prompt.task for item in drawn for _ in item.info.chunk.seeds])
+    tasks = np.array([item.chunk.prompt.task for item in drawn for _ in item.chunk.seeds])
     values: dict[str, float] = dict(credit.metrics)
     for name in config.rewards:
         valid, reward = scores.valid[name], scores.values[name]
@@ -50,8 +50,8 @@ def step_metrics(
         values[f"images/{name}"] = float(np.mean([getattr(item.info, name) for item in drawn]))
     for metric in (*LEARNER, *ALGORITHMS[config.algorithm.kind].metrics):
         if metric.source in trained:
-            mean, largest = trained[metric.source]
-            values[metric.pattern] = largest if metric.reduce == "largest" else mean
+            reduced = trained[metric.source]
+            values[metric.pattern] = reduced.largest if metric.reduce == "largest" else reduced.mean
     values |= {f"time/{stage}": seconds for stage, seconds in times.items()}
     values["time/step"] = sum(times.values())
     values["throughput/images_per_s"] = len(tasks) / values["time/step"]

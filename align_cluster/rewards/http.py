@@ -125,7 +125,7 @@ class RewardClient:
     async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
         try:
             response, answer = await asyncio.wait_for(self._exchange(method, path, body), self.timeout_s)
-        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+        except TimeoutError:
             raise RewardError("timeout", f"{self.url} did not answer within {self.timeout_s:g} s") from None
         except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
             reason = str(error) or type(error).__name__

@@ -17,7 +17,7 @@ from align_cluster.loop import driver
 from align_cluster.loop.heartbeat import Heartbeat
 from align_cluster.observe.rundir import RunDir
 
-WORKER = {"name": "sampler-0", "place": "10.0.0.2 pid 77", "phase": "draw (1, 0, 0)", "seconds": 3.0, "waiting": True}
+WORKER = {"name": "sampler-0", "location": "10.0.0.2 pid 77", "phase": "draw (1, 0, 0)", "seconds": 3, "waiting": True}
 STATE = {
     "host": os.uname().nodename,
     "pid": os.getpid(),
@@ -28,7 +28,7 @@ STATE = {
     "progress": {"rollout": [1, 8], "reward": [8, 8]},
     "late_s": 60.0,
     "workers": [WORKER],
-    "troubles": [],
+    "events": [],
     "error": None,
 }
 
@@ -103,6 +103,6 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     (worker,) = [worker for worker in state["workers"] if worker["name"] == "sampler-0"]
     assert worker["phase"].split()[0] in ("encode", "draw") and worker["waiting"] and worker["seconds"] > 4
     said = [record.getMessage() for record in caplog.records]
-    assert any(f"waits for sampler-0 ({worker['place']}): {worker['phase']} since" in line for line in said)
+    assert any(f"waits for sampler-0 ({worker['location']}): {worker['phase']} since" in line for line in said)
     found = {check.name: check for check in examine_run(done.path)}
     assert found["run"].value == "step 2 of 2: done" and found["driver"].state == "ok"

@@ -1,0 +1,193 @@
+"""A whole run in this process: one sampler, one reward worker and one learner rank as plain objects, without Ray.
+
+Each step takes the path of a real one: it plans groups, encodes and perturbs texts, draws, scores, assigns advantages,
+cuts micro-batches, updates, publishes and adopts, with the functions that a run on Ray calls for each of these. This is
+the only file of the tests that knows how those functions fit together.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.backbones import BACKBONES
+from align_cluster.config.plan import derive
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import cut, total_weight
+from align_cluster.learner.reduction import merge
+from align_cluster.learner.worker import Learner
+from align_cluster.loop.advantages import Creditor
+from align_cluster.loop.critic_advantages import CriticCreditor
+from align_cluster.loop.driver import check_ratio, plan_chunks
+from align_cluster.loop.summary import step_metrics
+from align_cluster.loop.workers import Crew, Drawn, Sync, step_seed
+from align_cluster.observe.table import rows as score_rows
+from align_cluster.observe.table import summarise
+from align_cluster.prompts import PROMPTS
+from align_cluster.prompts.groups import plan_evaluation
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
+from align_cluster.types import Chunk, Credit, Perturbation, Prompt
+from align_cluster.weights import check, view
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run in this process ends with.
+
+    rows        metrics of each step, as metrics.jsonl has them
+    self_check  as in summary.json
+    before      held-out scores of the base model, by column
+    after       held-out scores of the LoRA that is kept, by column
+    checksums   checksum of the policy's weights before the first step and after each step
+    lora        the file of the LoRA
+    """
+
+    rows: list[dict[str, float]]
+    self_check: dict[str, float] | None
+    before: dict[str, float]
+    after: dict[str, float]
+    checksums: list[str]
+    lora: Path
+
+
+def train(config: RunConfig, folder: Path) -> Finished:
+    """Run all steps of `config`; the LoRA goes to `folder`."""
+    with own_environment():
+        workers = Workers(config)
+        creditor = (CriticCreditor if workers.algorithm.critic else Creditor)(config)
+        prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
+        before, rows, self_check = workers.evaluate(held_out), [], None
+        checksums = [workers.publish("behaviour").manifest.checksum]
+        for step in range(config.steps):
+            started = time.perf_counter()
+            chunks = plan_chunks(config, prompts, step, workers.plan)
+            explored = workers.explore([chunk.prompt.text for chunk in chunks]) if config.exploration else {}
+            drawn = workers.draw(chunks, workers.request(step))
+            credit = creditor.assign(step, drawn, workers.values(drawn) if workers.algorithm.critic else None)
+            trained = workers.update(step, drawn, credit)
+            explored |= creditor.observe(step, drawn, trained)
+            self_check = self_check or check_ratio(config, trained)
+            sync = workers.publish("behaviour")
+            times = {"update": time.perf_counter() - started}
+            rows.append({"step": step + 1} | explored | step_metrics(config, drawn, credit, trained, times, sync))
+            checksums.append(sync.manifest.checksum)
+        sync = workers.publish("evaluation")
+        weights = {tensor.name: view(sync.buffer, tensor) for tensor in sync.manifest.tensors}
+        lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights, folder)
+        return Finished(rows, self_check, before, workers.evaluate(held_out), checksums, lora)
+
+
+class Workers:
+    """One worker of each kind, and what the driver of a run asks of them."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.plan = config, derive(config, 2, 0)
+        self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
+        self.sampler, self.rewards = Sampler(config.backbone), RewardWorker(dict(config.rewards))
+        self.learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port())
+        self.conditions: dict = {}
+        self.perturbations: dict[str, Perturbation] = {}
+        self.version = 0
+
+    def request(self, step: int | None) -> DrawRequest:
+        """What a run asks of its samplers for a training step, or for an evaluation (None)."""
+        driver = object.__new__(Crew)  # its workers play no part in this
+        driver.config, driver.version, driver.algorithm = self.config, self.version, self.algorithm
+        return driver.request(step)
+
+    def encode(self, texts: list[str]) -> None:
+        """Encode the texts that are new."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.conditions]
+        self.conditions.update(zip(new, self.sampler.encode(new), strict=True))
+
+    def explore(self, texts: list[str]) -> dict[str, float]:
+        """Learn the perturbed conditions of the texts that are new; returns their distance from the original."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.perturbations]
+        self.perturbations.update(
+            zip(new, self.sampler.perturb(new, self.config.exploration, self.config.seed), strict=True)
+        )
+        return {"explore/anchor_cosine": float(np.mean([self.perturbations[text].cosines.mean() for text in texts]))}
+
+    def draw(self, chunks: list[Chunk], request: DrawRequest) -> list[Drawn]:
+        """Draw and score the chunks, each exactly as it was asked for."""
+        self.encode([chunk.prompt.text for chunk in chunks] + [""] * (request.guidance > 1))
+        null, drawn = self.conditions[""] if request.guidance > 1 else None, []
+        for chunk in chunks:
+            own = self.conditions[chunk.prompt.text]
+            explored = self.perturbations[chunk.prompt.text] if any(chunk.variants) else None
+            info, images, record = self.sampler.draw(chunk, own, null, request, explored)
+            assert info.fingerprint == fingerprint(chunk, request, own.key, explored and explored.key)
+            scores = self.rewards.score(images, [chunk.prompt] * len(images))
+            drawn.append(Drawn(info, images, record, scores, request))
+        return drawn
+
+    def data(self, drawn: list[Drawn]) -> list:
+        """What the learner reads of drawn chunks."""
+        return [part for item in drawn for part in (item.record, self.conditions[item.info.chunk.prompt.text])]
+
+    def values(self, drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray]:
+        """The critic's values [S, N, R] of all samples, and the noise levels [N + 1]."""
+        values, sigmas = self.learner.values(*self.data(drawn))
+        return np.concatenate(values), sigmas
+
+    def update(self, step: int, drawn: list[Drawn], credit: Credit) -> dict[str, tuple[float, float]]:
+        """One step of the learner: (mean, largest magnitude) of each of its metrics."""
+        sizes = np.cumsum([len(item.info.chunk.seeds) for item in drawn])[:-1]
+
+        def by_chunk(table: np.ndarray) -> list[np.ndarray]:
+            return np.split(table.reshape(-1, *table.shape[2:]), sizes)
+
+        pieces = cut(
+            [item.info.chunk for item in drawn],
+            by_chunk(credit.advantages),
+            by_chunk(credit.valid),
+            self.config.learner.updates_per_step,
+            self.plan.micro_batch,
+            step_seed(self.config, step),
+            {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)} if self.algorithm.critic else None,
+        )
+        null = self.conditions[""] if self.config.rollout.guidance > 1 else None
+        totals = total_weight(pieces)
+        return merge([self.learner.update(step, pieces, totals, null, *self.data(drawn), actor=credit.actor)])
+
+    def publish(self, source: str) -> Sync:
+        """Give the sampler the learner's adapter, and prove that it holds it."""
+        self.version += 1
+        started = time.perf_counter()
+        manifest, buffer = self.learner.publish(source, self.version)
+        check(manifest, [self.sampler.adopt(manifest, buffer)], 1)
+        return Sync(manifest, buffer, time.perf_counter() - started)
+
+    def evaluate(self, held_out: list[Prompt]) -> dict[str, float]:
+        """Held-out scores of the weights that the sampler holds."""
+        asked = self.config.evaluate
+        chunks = plan_evaluation(
+            held_out, asked.count, asked.images_per_prompt, asked.images_per_prompt, self.config.seed
+        )
+        drawn = self.draw(chunks, self.request(None))
+        return summarise([row for item in drawn for row in score_rows(item.info.chunk.prompt, item.scores)])["overall"]
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Keep what a learner writes into the environment inside. Its process group stays, since DeepSpeed can use no
+    second one in a process."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

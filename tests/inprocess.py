@@ -62,7 +62,9 @@ def train(config: RunConfig, folder: Path) -> Finished:
     with own_environment():
         workers = Workers(config)
         creditor = (CriticCreditor if workers.algorithm.critic else Creditor)(config)
-        prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
+        prompts, held_out = (
+            PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts)
+        )
         before, rows, self_check = workers.evaluate(held_out), [], None
         checksums = [workers.publish("behaviour").manifest.checksum]
         for step in range(config.steps):

@@ -5,6 +5,7 @@ cuts micro-batches, updates, publishes and adopts, with the functions that a run
 the only file of the tests that knows how those functions fit together.
 """
 
+import json
 import os
 import socket
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
@@ -27,6 +29,9 @@ from align_cluster.loop.critic_advantages import CriticCreditor
 from align_cluster.loop.driver import check_ratio, plan_chunks
 from align_cluster.loop.summary import step_metrics
 from align_cluster.loop.workers import Crew, Drawn, Sync, step_seed
+from align_cluster.observe.metrics import describe
+from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import read_jsonl
 from align_cluster.observe.table import rows as score_rows
 from align_cluster.observe.table import summarise
 from align_cluster.prompts import PROMPTS
@@ -35,6 +40,8 @@ from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
 from align_cluster.types import Chunk, Credit, Perturbation, Prompt
 from align_cluster.weights import check, view
+
+MOMENTARY = ("time/", "throughput/", "scoring/", "weights/adopt_s", "weights/version")
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,32 @@ def train(config: RunConfig, folder: Path) -> Finished:
         return Finished(rows, self_check, before, workers.evaluate(held_out), checksums, lora)
 
 
+def assert_same_run(here: Finished, folder: Path) -> None:
+    """The run on Ray in `folder` has the metrics, the scores and the LoRA of `here`, bit by bit."""
+    run = RunDir(folder)
+    for ours, theirs in zip(here.rows, read_jsonl(run.metrics), strict=True):
+        assert all(describe(name) for name in theirs.keys() - {"step", "seconds"})
+        assert lasting(ours) == {name: theirs[name] for name in lasting(ours)} and theirs["time/step"] > 0
+    summary = json.loads(run.summary.read_text())
+    assert summary["self_check"] == here.self_check
+    assert [summary[when]["overall"] for when in ("before", "after")] == [here.before, here.after]
+    ours, theirs = (load_file(path) for path in (here.lora, run.lora_weights))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def lasting(row: dict[str, float]) -> dict[str, float]:
+    """What of a step's metrics does not depend on when and where it was taken."""
+    return {name: value for name, value in row.items() if not name.startswith(MOMENTARY) and "images_per_s" not in name}
+
+
 class Workers:
     """One worker of each kind, and what the driver of a run asks of them."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.plan = config, derive(config, 2, 0)
         self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
-        self.sampler, self.rewards = Sampler(config.backbone), RewardWorker(dict(config.rewards))
+        self.sampler = Sampler(config.backbone, merge=config.rollout.merge_lora)
+        self.rewards = RewardWorker(dict(config.rewards))
         self.learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port())
         self.conditions: dict = {}
         self.perturbations: dict[str, Perturbation] = {}

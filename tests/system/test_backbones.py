@@ -20,7 +20,7 @@ from align_cluster.evaluate.lora import read_lora
 from align_cluster.evaluate.run import evaluate
 
 from ..backbones.contract import Case
-from ..inprocess import train
+from ..inprocess import assert_same_run
 
 SMALL = (
     *("rewards={clip: {kind: clip_score}}", "rollout.group_size=2", "rollout.steps=3", "rollout.guidance=2"),
@@ -63,10 +63,10 @@ def job(tiny, tiny_pipeline):
 
 
 @pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if fits(*pair)])
-def test_a_backbone_takes_two_steps(kind, algorithm, job, tmp_path):
+def test_a_backbone_takes_two_steps(kind, algorithm, job, in_process):
     config = job(kind, algorithm)
     assert check(config) == []
-    done = train(config, tmp_path)
+    done = in_process(config)
     assert [row["step"] for row in done.rows] == [1, 2]
     assert all(math.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 for row in done.rows)
     assert done.self_check == ({"max_abs_log_ratio": 0.0} if ALGORITHMS[algorithm].needs_density else None)
@@ -74,6 +74,13 @@ def test_a_backbone_takes_two_steps(kind, algorithm, job, tmp_path):
     lora = read_lora(done.lora)
     assert lora.rank == 4 and evaluate(config, lora.path)["overall"] == done.after
     assert any(np.abs(value).max() > 0 for name, value in lora.state.items() if "lora_B" in name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if fits(*pair)])
+def test_ray_changes_nothing_for_any_backbone_and_algorithm(kind, algorithm, job, in_process, train):
+    config = job(kind, algorithm)
+    assert_same_run(in_process(config), train(config).path)
 
 
 @pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if not fits(*pair)])
@@ -92,11 +99,13 @@ def predicting_v(folder: Path, place: Path) -> Path:
     return place / "v"
 
 
-def test_exploration_shaping_and_guarded_ratios_compose_on_a_network_that_predicts_v(job, tiny_pipeline, tmp_path):
+def test_exploration_shaping_and_guarded_ratios_compose_on_a_network_that_predicts_v(
+    job, in_process, tiny_pipeline, tmp_path
+):
     folder = predicting_v(tiny_pipeline("sd1"), tmp_path)
     config = job("sd1", "grpo", *EXPLORED, f"backbone.path={folder}")
     assert check(config) == [] and BACKBONES["sd1"](config.backbone).prediction == "v"
-    done = train(config, tmp_path / "lora")
+    done = in_process(config)
     first, second = done.rows
     assert done.self_check == {"max_abs_log_ratio": 0.0}
     assert first["explore/anchor_cosine"] < 1

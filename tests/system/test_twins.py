@@ -1,20 +1,18 @@
 """Every embedded run file takes two real steps: what ships, runs. In this process, and for six of them on Ray too."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 
 from align_cluster.config.check import check
-from align_cluster.config.load import config_hash, load
+from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
 
-from .. import inprocess
+from ..inprocess import assert_same_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (
@@ -33,20 +31,6 @@ def small(name: str, *overrides: str) -> RunConfig:
     """Two small steps of a run file, in which a critic lets the actor learn at once."""
     at_once = ("algorithm.warm_up.updates=0",) if name == "embedded_critic" else ()
     return load(CONFIGS / f"{name}.yaml", [f"name={name}", *SMALL, *at_once, *overrides])
-
-
-@pytest.fixture(scope="module")
-def in_process(tmp_path_factory) -> Callable[[RunConfig], inprocess.Finished]:
-    """Function config -> what its run in this process ends with; each is run once."""
-    finished = {}
-
-    def run(config: RunConfig) -> inprocess.Finished:
-        key = config_hash(config)
-        if key not in finished:
-            finished[key] = inprocess.train(config, tmp_path_factory.mktemp("lora"))
-        return finished[key]
-
-    return run
 
 
 @pytest.mark.parametrize("twin", [twin.removeprefix("embedded_") for twin in TWINS])
@@ -107,24 +91,16 @@ REAL = [
     ("embedded_refl", ()),
     ("embedded_draft", ()),
 ]
-MOMENTARY = ("seconds", "time/", "throughput/", "scoring/", "weights/adopt_s", "weights/version")
+OTHERS = [(name, ()) for name in TWINS if name not in dict(REAL)]
 
 
-@pytest.mark.parametrize(("name", "overrides"), REAL)
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [pytest.param(*one, marks=pytest.mark.slow) for one in REAL]
+    + [pytest.param(*other, marks=pytest.mark.exhaustive) for other in OTHERS],
+)
 def test_a_run_on_ray_is_the_run_in_one_process_bit_by_bit(name, overrides, in_process, train):
     config = small(name, *overrides)
-    here, there = in_process(config), train(config)
-    rows = read_jsonl(RunDir(there.path).metrics)
-    for ours, theirs in zip(here.rows, rows, strict=True):
-        assert all(describe(key) for key in theirs.keys() - {"step", "seconds"})
-        assert lasting(ours) == {key: theirs[key] for key in lasting(ours)} and theirs["time/step"] > 0
-    assert all(("time/explore" in row) == bool(config.exploration) for row in rows)
-    ours, theirs = (load_file(path) for path in (here.lora, there.summary["lora_path"]))
-    assert ours.keys() == theirs.keys() and all((ours[key] == theirs[key]).all() for key in ours)
-    assert there.summary["self_check"] == here.self_check
-    assert [there.summary[when]["overall"] for when in ("before", "after")] == [here.before, here.after]
-
-
-def lasting(row: dict[str, float]) -> dict[str, float]:
-    """What of a step's metrics does not depend on when and where it was taken."""
-    return {key: value for key, value in row.items() if not key.startswith(MOMENTARY) and "images_per_s" not in key}
+    run = train(config)
+    assert_same_run(in_process(config), run.path)
+    assert all(("time/explore" in row) == bool(config.exploration) for row in read_jsonl(RunDir(run.path).metrics))

@@ -22,6 +22,8 @@ from align_cluster.weights import view
 
 from .ranks import ranks
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("zero_worker.py")
 WORKER = runpy.run_path(str(SCRIPT))
 ONE_RANK = ["0:nft", "1:nft", "2:nft", "3:nft", "2:grpo", "2:srpo", "2:draft", "3:draft"]
@@ -85,7 +87,7 @@ def plain_run(config) -> list[dict]:
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     backbone = SD3(config.backbone)
     denoiser = add_adapters(backbone, backbone.load_denoiser(), algorithm.adapters)
-    drawn, texts = WORKER["records"](config), WORKER["conditions"](config)
+    drawn, texts = WORKER["records"](config.algorithm.kind), WORKER["conditions"]()
     reward = ClipScore(ClipScore.Config())
     reward.load("cpu", 1)
     advantages, valid = WORKER["credit"]()
@@ -162,7 +164,7 @@ def assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) ->
 
 def test_the_job_exercises_padding_masks_clipping_and_both_signs(reference):
     config = WORKER["settings"](2, "nft")
-    pieces = WORKER["cut_step"](config, WORKER["records"](config), 0)
+    pieces = WORKER["cut_step"](config, WORKER["records"]("nft"), 0)
     shares = [share(pieces, rank, 2)[0] for rank in range(2)]
     assert sum(len(mine) for mine in shares) > len(pieces)
     advantages, valid = WORKER["credit"]()

@@ -15,7 +15,6 @@ def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable:
     def decorate(test: Callable) -> Callable:
         @functools.wraps(test)
         def every(**fixtures: Any) -> None:
-            __tracebackhide__ = True
             for case in cases:
                 values = dict(zip(together, [case] if isinstance(names, str) else case, strict=True))
                 try:

@@ -54,8 +54,9 @@ def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed:
 
 @pytest.mark.parametrize(
     ("kind", "samplers"),
-    [("nft", "cluster.samplers=1"), ("grpo", "cluster.samplers=1")]
+    [("nft", "cluster.samplers=1")]
     + [
+        pytest.param("grpo", "cluster.samplers=1", marks=pytest.mark.slow),
         pytest.param("nft", "cluster.samplers=3", marks=pytest.mark.slow),
         pytest.param("grpo", "cluster.max_samplers=2", marks=pytest.mark.slow),
     ],

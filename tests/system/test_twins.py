@@ -28,9 +28,12 @@ ADAPTIVE = ("advantage.shaping.gamma=adaptive", "advantage.shaping.delta=1e-2")
 
 
 def small(name: str, *overrides: str) -> RunConfig:
-    """Two small steps of a run file, in which a critic lets the actor learn at once."""
-    at_once = ("algorithm.warm_up.updates=0",) if name == "embedded_critic" else ()
-    return load(CONFIGS / f"{name}.yaml", [f"name={name}", *SMALL, *at_once, *overrides])
+    """Two small steps of a run file, in which texts are perturbed briefly and a critic lets the actor learn at once."""
+    whole = load(CONFIGS / f"{name}.yaml", [])
+    smaller = [f"name={name}", *SMALL, f"rollout.group_size={min(whole.rollout.group_size, 4)}"]
+    smaller += ["exploration.iterations=20"] * bool(whole.exploration)
+    smaller += ["algorithm.warm_up.updates=0"] * (whole.algorithm.kind == "ppo")
+    return load(CONFIGS / f"{name}.yaml", [*smaller, *overrides])
 
 
 @pytest.mark.parametrize("twin", [twin.removeprefix("embedded_") for twin in TWINS])

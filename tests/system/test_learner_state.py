@@ -9,6 +9,7 @@ import pytest
 
 from align_cluster.learner.state import Snapshot
 
+from ..cases import each
 from .ranks import ranks
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def assert_same(first: Snapshot, second: Snapshot) -> None:
         np.testing.assert_array_equal(value, second.tensors()[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@each("name", SAVED)
 def test_a_state_holds_adapters_average_and_moments_that_moved(folder, name):
     before, after = states(folder, name)
     assert before.counts["updates"] == before.counts["steps"] == 4
@@ -73,12 +74,12 @@ def test_a_state_holds_adapters_average_and_moments_that_moved(folder, name):
         assert any(np.abs(value).sum() > 0 for value in values)
 
 
-@pytest.mark.parametrize(("saved", "stage", "world"), MOVES)
+@each(("saved", "stage", "world"), MOVES)
 def test_what_is_restored_is_what_was_saved_to_the_last_bit(folder, saved, stage, world):
     assert_same(states(folder, saved)[0], states(folder, label(saved, stage, world))[0])
 
 
-@pytest.mark.parametrize(("saved", "stage", "world"), MOVES)
+@each(("saved", "stage", "world"), MOVES)
 def test_the_next_step_is_the_one_that_would_have_come(folder, saved, stage, world):
     """Bit by bit with the same ranks and stage; else up to the rounding of other sums."""
     uninterrupted, resumed = states(folder, saved)[1], states(folder, label(saved, stage, world))[1]

@@ -46,7 +46,7 @@ MOMENTARY = ("time/", "throughput/", "scoring/", "weights/adopt_s", "weights/ver
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run in this process ends with.
+    """Holds what a run in this process ends with.
 
     rows        metrics of each step, as metrics.jsonl has them
     self_check  as in summary.json
@@ -94,7 +94,7 @@ def train(config: RunConfig, folder: Path) -> Finished:
 
 
 def assert_same_run(here: Finished, folder: Path) -> None:
-    """The run on Ray in `folder` has the metrics, the scores and the LoRA of `here`, bit by bit."""
+    """Assert that the run on Ray in `folder` has the metrics, the scores and the LoRA of `here`, bit by bit."""
     run = RunDir(folder)
     for ours, theirs in zip(here.rows, read_jsonl(run.metrics), strict=True):
         assert all(describe(name) for name in theirs.keys() - {"step", "seconds"})
@@ -107,12 +107,12 @@ def assert_same_run(here: Finished, folder: Path) -> None:
 
 
 def lasting(row: dict[str, float]) -> dict[str, float]:
-    """What of a step's metrics does not depend on when and where it was taken."""
+    """Return those of a step's metrics that do not depend on when and where the step was taken."""
     return {name: value for name, value in row.items() if not name.startswith(MOMENTARY) and "images_per_s" not in name}
 
 
 class Workers:
-    """One worker of each kind, and what the driver of a run asks of them."""
+    """Holds one worker of each kind, and does with them what the driver of a run does."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.plan = config, derive(config, 2, 0)
@@ -125,7 +125,7 @@ class Workers:
         self.version = 0
 
     def request(self, step: int | None) -> DrawRequest:
-        """What a run asks of its samplers for a training step, or for an evaluation (None)."""
+        """Return what a run asks of its samplers for a training step, or for an evaluation (None)."""
         driver = object.__new__(Crew)  # its workers play no part in this
         driver.config, driver.version, driver.algorithm = self.config, self.version, self.algorithm
         return driver.request(step)
@@ -157,16 +157,16 @@ class Workers:
         return drawn
 
     def data(self, drawn: list[Drawn]) -> list:
-        """What the learner reads of drawn chunks."""
+        """Return what the learner reads of drawn chunks."""
         return [part for item in drawn for part in (item.record, self.conditions[item.info.chunk.prompt.text])]
 
     def values(self, drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray]:
-        """The critic's values [S, N, R] of all samples, and the noise levels [N + 1]."""
+        """Return the critic's values [S, N, R] of all samples, and the noise levels [N + 1]."""
         values, sigmas = self.learner.values(*self.data(drawn))
         return np.concatenate(values), sigmas
 
     def update(self, step: int, drawn: list[Drawn], credit: Credit) -> dict[str, tuple[float, float]]:
-        """One step of the learner: (mean, largest magnitude) of each of its metrics."""
+        """Train on one step's samples; return (mean, largest magnitude) of each metric."""
         sizes = np.cumsum([len(item.info.chunk.seeds) for item in drawn])[:-1]
 
         def by_chunk(table: np.ndarray) -> list[np.ndarray]:
@@ -194,7 +194,7 @@ class Workers:
         return Sync(manifest, buffer, time.perf_counter() - started)
 
     def evaluate(self, held_out: list[Prompt]) -> dict[str, float]:
-        """Held-out scores of the weights that the sampler holds."""
+        """Return the held-out scores of the weights that the sampler holds."""
         asked = self.config.evaluate
         chunks = plan_evaluation(
             held_out, asked.count, asked.images_per_prompt, asked.images_per_prompt, self.config.seed

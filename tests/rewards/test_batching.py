@@ -2,11 +2,10 @@ import asyncio
 import threading
 
 import numpy as np
+import pytest
 
 from align_cluster.rewards.batching import MicroBatcher
 from align_cluster.types import Failure, Prompt, Scores
-
-from ..cases import each
 
 
 class Worker:
@@ -70,7 +69,7 @@ def test_images_of_different_sizes_are_not_scored_together():
     assert [answer.values["r"][0] for answer in answers] == [0, 1, 2, 3]
 
 
-@each("text", ["bad", "crash"])
+@pytest.mark.parametrize("text", ["bad", "crash"])
 def test_nobody_pays_for_the_failure_of_another(text):
     answers, _ = together(8, (images(0), "p"), (images(1), "p"), (images(2), text), (images(3), "p"))
     assert [answers[i].values["r"][0] for i in (0, 1, 3)] == [0, 1, 3]

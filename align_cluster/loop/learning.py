@@ -24,7 +24,7 @@ from align_cluster.learner.batching import (
 from align_cluster.loop.conditions import ConditionStore
 from align_cluster.loop.requests import step_seed
 from align_cluster.loop.rollouts import DrawnChunk, RolloutCollector
-from align_cluster.types import Credit, Manifest, Receipt
+from align_cluster.types import Chunk, Credit, Manifest, Receipt
 from align_cluster.weights import check, view
 
 
@@ -67,7 +67,8 @@ class LearnerClient:
 
     def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
         """Trains on one step's samples and returns the learner's metrics over all ranks."""
-        micro_batches, world = self._micro_batches(step, drawn, credit), self.plan.learners
+        chunks, world = [item.chunk for item in drawn], self.plan.learners
+        micro_batches = step_micro_batches(self.config, step, chunks, credit, self.plan.micro_batch)
         null = self.conditions.null(self.config.rollout.guidance)
 
         def share(rank: int) -> RankWork:
@@ -79,28 +80,32 @@ class LearnerClient:
 
         return reduce_metrics(self.rollouts.recover(drawn, ask, self.ranks.shutdown))
 
-    def _micro_batches(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> list[MicroBatch]:
-        ends = np.cumsum([len(item.chunk.seeds) for item in drawn])[:-1]
-
-        def by_chunk(table: np.ndarray) -> list[np.ndarray]:
-            return np.split(table.reshape(-1, *table.shape[2:]), ends)
-
-        targets = None
-        if credit.returns is not None:
-            targets = {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)}
-        return make_micro_batches(
-            [item.chunk for item in drawn],
-            by_chunk(credit.advantages),
-            by_chunk(credit.valid),
-            updates=self.config.learner.updates_per_step,
-            size=self.plan.micro_batch,
-            seed=step_seed(self.config, step),
-            targets=targets,
-        )
-
     def _data(self, drawn: Sequence[DrawnChunk]) -> list[Any]:
         """Returns references to records and conditions in turns, as a rank takes them."""
         return [reference for item in drawn for reference in (item.record, self.conditions.of(item.chunk))]
+
+
+def step_micro_batches(
+    config: RunConfig, step: int, chunks: Sequence[Chunk], credit: Credit, size: int
+) -> list[MicroBatch]:
+    """Cuts a step's chunks with their credit into micro-batches of at most `size` samples."""
+    ends = np.cumsum([len(chunk.seeds) for chunk in chunks])[:-1]
+
+    def by_chunk(table: np.ndarray) -> list[np.ndarray]:
+        return np.split(table.reshape(-1, *table.shape[2:]), ends)
+
+    targets = None
+    if credit.returns is not None:
+        targets = {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)}
+    return make_micro_batches(
+        chunks,
+        by_chunk(credit.advantages),
+        by_chunk(credit.valid),
+        updates=config.learner.updates_per_step,
+        size=size,
+        seed=step_seed(config, step),
+        targets=targets,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from pydantic import ValidationError
 
 from align_cluster.algorithms.advantage import AdvantageConfig, Slas, credit, linear, normalise
 
+from ..cases import each
+
 P, M = 5, 6
 MEANS, STDS = ("group", "leave_one_out", "global"), ("group", "global", "batch", "none")
 MIXES = ("sum_then_normalise", "normalise_then_sum", "gdpo")
@@ -146,18 +148,18 @@ def advantages(given: dict[str, np.ndarray], config: AdvantageConfig, **more) ->
     return linear(**given, config=config) if not config.shaping else credit(**given, config=config, **more).advantages
 
 
-@pytest.mark.parametrize(
+@each(
     ("of", "spread", "first"),
     [("raw", 0.269258, [-1.114172, -0.371391, 0, 1.485563]), ("centred", 0.180278, [-1.6641, -0.5547, 0, 2.2188])],
 )
-@pytest.mark.parametrize("std", ["global", "batch"])
+@each("std", ["global", "batch"])
 def test_the_deviation_is_of_raw_or_of_centred_rewards(std, of, spread, first):
     a = linear(**single(GOLDEN), config=AdvantageConfig(std=std, std_of=of, eps=1e-8))
     np.testing.assert_allclose(a, [first, [0, 0, 0, 0]], atol=1e-4 if of == "centred" else 1e-6)
     assert 0.4 / a[0, 3] == pytest.approx(spread, abs=1e-6)
 
 
-@pytest.mark.parametrize(
+@each(
     ("order", "first"),
     [
         ("norm_then_shape", [-1.176057, -0.226332, 0, 1.810658]),
@@ -175,8 +177,8 @@ def test_slas_of_the_example(order, first):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("masked", [0.0, 0.3, 0.8])
-@pytest.mark.parametrize("config", EVERY, ids=named)
+@each("masked", [0.0, 0.3, 0.8])
+@each("config", EVERY)
 def test_linear_advantages_are_those_computed_one_by_one(config, masked):
     for seed in range(2):
         given = example(seed, masked)
@@ -184,8 +186,8 @@ def test_linear_advantages_are_those_computed_one_by_one(config, masked):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("masked", [0.0, 0.3])
-@pytest.mark.parametrize("config", SHAPED, ids=named)
+@each("masked", [0.0, 0.3])
+@each("config", SHAPED)
 def test_shaped_advantages_are_those_computed_one_by_one(config, masked):
     given = example(2, masked)
     got = credit(**given, config=config)
@@ -193,9 +195,9 @@ def test_shaped_advantages_are_those_computed_one_by_one(config, masked):
     assert (np.abs(got.advantages) <= (config.clip or np.inf) * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("std", STDS)
-@pytest.mark.parametrize("mix", ["sum_then_normalise", "normalise_then_sum"])
-@pytest.mark.parametrize("mean", ["group", "leave_one_out"])
+@each("std", STDS)
+@each("mix", ["sum_then_normalise", "normalise_then_sum"])
+@each("mean", ["group", "leave_one_out"])
 def test_linear_advantages_of_a_group_sum_to_zero(mean, mix, std):
     given = example(0, 0.2)
     a = linear(**given, config=AdvantageConfig(mean=mean, std=std, mix=mix))
@@ -211,7 +213,7 @@ def test_gdpo_has_mean_zero_and_deviation_one_over_each_batch():
         assert batch.mean() == pytest.approx(0, abs=1e-12) and batch.std() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@each("mix", MIXES)
 def test_a_constant_added_to_a_prompts_rewards_changes_nothing(mix):
     given = example(0, 0.2)
     shifted = given | {"values": given["values"] + np.arange(2.0 * P).reshape(2, P, 1)}
@@ -225,9 +227,9 @@ def test_a_constant_added_to_a_prompts_rewards_changes_nothing(mix):
         np.testing.assert_allclose(linear(**first, config=config), linear(**second, config=config), atol=1e-9)
 
 
-@pytest.mark.parametrize("shaping", [None, Slas(), Slas(order="shape_then_norm")])
-@pytest.mark.parametrize("std", ["global", "batch"])
-@pytest.mark.parametrize("mix", MIXES)
+@each("shaping", [None, Slas(), Slas(order="shape_then_norm")])
+@each("std", ["global", "batch"])
+@each("mix", MIXES)
 def test_the_scale_of_rewards_changes_nothing_when_eps_vanishes(mix, std, shaping):
     given = example()
     config = AdvantageConfig(std=std, mix=mix, shaping=shaping, eps=1e-15)
@@ -243,7 +245,7 @@ def test_only_normalise_then_sum_gives_each_reward_its_weight_whatever_its_range
         assert np.allclose(linear(**narrow, config=config), linear(**given, config=config), rtol=1e-6) == same
 
 
-@pytest.mark.parametrize("order", ["norm_then_shape", "shape_then_norm"])
+@each("order", ["norm_then_shape", "shape_then_norm"])
 def test_shaping_with_gamma_zero_is_the_batch_deviation(order):
     given = example(0, 0.2)
     config = AdvantageConfig(std="batch", std_of="centred", eps=1e-12)
@@ -251,8 +253,8 @@ def test_shaping_with_gamma_zero_is_the_batch_deviation(order):
     np.testing.assert_allclose(credit(**given, config=shaped).advantages, linear(**given, config=config), 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("gamma", [0.25, 1.0, 3.0])
-@pytest.mark.parametrize("order", ["norm_then_shape", "shape_then_norm"])
+@each("gamma", [0.25, 1.0, 3.0])
+@each("order", ["norm_then_shape", "shape_then_norm"])
 def test_shaping_keeps_signs_and_order_and_favours_the_large(order, gamma):
     given = single(np.random.default_rng(3).uniform(size=(P, M)))
     config = AdvantageConfig(std="batch", shaping=Slas(gamma=gamma, order=order))
@@ -288,7 +290,7 @@ def test_clip_bounds_what_is_far_and_leaves_the_rest():
     np.testing.assert_array_equal(clipped, np.clip(free, -1, 1))
 
 
-@pytest.mark.parametrize("config", EVERY[::3] + SHAPED[::5], ids=named)
+@each("config", EVERY[::3] + SHAPED[::5])
 def test_the_order_of_groups_and_members_changes_nothing(config):
     given = example(0, 0.2)
     rng = np.random.default_rng(9)
@@ -298,8 +300,8 @@ def test_the_order_of_groups_and_members_changes_nothing(config):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("noise", [0.0, 1e-16, 3e-7])
-@pytest.mark.parametrize("config", EVERY[::2] + SHAPED[::3], ids=named)
+@each("noise", [0.0, 1e-16, 3e-7])
+@each("config", EVERY[::2] + SHAPED[::3])
 def test_a_flat_group_gets_exactly_zero(config, noise):
     given = example()
     given["values"][:, 1] += noise * np.arange(M) / M
@@ -309,7 +311,7 @@ def test_a_flat_group_gets_exactly_zero(config, noise):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("config", EVERY[::3] + SHAPED[::5], ids=named)
+@each("config", EVERY[::3] + SHAPED[::5])
 def test_masked_rewards_count_nowhere_and_get_zero(config):
     given = example(0, 0.3)
     spoiled = given | {"values": np.where(given["applies"] & given["valid"], given["values"], 1e300)}
@@ -320,7 +322,7 @@ def test_masked_rewards_count_nowhere_and_get_zero(config):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("config", EVERY[::3] + SHAPED[::5], ids=named)
+@each("config", EVERY[::3] + SHAPED[::5])
 def test_groups_with_fewer_than_two_valid_rewards_and_steps_without_any_are_zero(config):
     given = example()
     given["valid"][2], given["valid"][3] = False, np.arange(M) == 3
@@ -365,7 +367,7 @@ def test_credit_reports_the_spread_of_groups_and_the_share_that_teaches_nothing(
     assert masked.metrics == pytest.approx(expected | {"group/masked": 2 / 12, "advantage/abs_mean": 6 / 10})
 
 
-@pytest.mark.parametrize("masked", [0.0, 0.4])
+@each("masked", [0.0, 0.4])
 def test_variance_is_split_across_noises_conditions_and_their_kinds(masked):
     k, g = 3, 4
     rng = np.random.default_rng(5)
@@ -392,7 +394,7 @@ def test_variance_is_split_across_noises_conditions_and_their_kinds(masked):
     assert metrics["group/std_across_conditions"] > 2 * metrics["group/std_across_noises"]
 
 
-@pytest.mark.parametrize(
+@each(
     "wrong",
     [{"gamma": -0.1}, {"gamma": "auto"}, {"gamma": float("inf")}, {"ema": 1.0}, {"refresh": 0}, {"delta": 0.0}],
 )

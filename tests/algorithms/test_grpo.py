@@ -7,6 +7,8 @@ from align_cluster.rollouts.sampler import recorded_indices
 from align_cluster.rollouts.windows import FractionWindow
 from align_cluster.types import Chunk, Prompt
 
+from ..cases import each
+
 SEEDS = range(8)
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.0, -2.0, 7.0])
 TURNS = 4
@@ -71,8 +73,8 @@ def one_step(policy, rollout, row: int, inner_pass: int, adapter: str | None = "
     return entry["x"] * x + entry["output"] * output, entry | {"dt": float(policy.sigmas[k + 1] - policy.sigmas[k])}
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("name", NOISY)
+@each("per_sample", [False, True])
+@each("name", NOISY)
 def test_with_unchanged_weights_the_ratio_is_one(make_policy, name, per_sample):
     policy, rollout = draw(make_policy, name, per_sample)
     for inner_pass in range(TURNS):
@@ -87,8 +89,8 @@ def test_with_unchanged_weights_the_ratio_is_one(make_policy, name, per_sample):
     assert (torch.stack(changed).abs() > 1e-6).all()
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("name", NOISY)
+@each("per_sample", [False, True])
+@each("name", NOISY)
 def test_the_gradient_at_ratio_one_is_that_of_advantage_weighted_log_probs(make_policy, name, per_sample):
     policy, rollout = draw(make_policy, name, per_sample)
     for inner_pass in range(TURNS):
@@ -147,8 +149,8 @@ def test_gradients_accumulated_over_steps_are_those_of_the_joint_loss(drawn):
     torch.testing.assert_close(accumulated, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("mode", ["no_dt", "exact_mean", "exact_sum"])
-@pytest.mark.parametrize("name", NOISY)
+@each("mode", ["no_dt", "exact_mean", "exact_sum"])
+@each("name", NOISY)
 def test_kl_to_the_base_is_zero_without_gradient_while_the_adapter_is_zero(make_policy, name, mode):
     policy = make_policy(**NOISY[name])
     torch.nn.init.ones_(policy.adapters["old"].out.bias)  # an adapter that is not the base
@@ -159,8 +161,8 @@ def test_kl_to_the_base_is_zero_without_gradient_while_the_adapter_is_zero(make_
         assert gradient(loss.sum(), policy.parameters).abs().max() == 0
 
 
-@pytest.mark.parametrize("mode", ["no_dt", "exact_mean", "exact_sum"])
-@pytest.mark.parametrize("name", NOISY)
+@each("mode", ["no_dt", "exact_mean", "exact_sum"])
+@each("name", NOISY)
 def test_kl_of_samples_at_different_steps_is_that_of_each_ones_own_step(make_policy, name, mode):
     policy, rollout = draw(make_policy, name, per_sample=True)
     for inner_pass in range(TURNS):
@@ -190,8 +192,8 @@ def test_kl_pulls_a_changed_policy_back_and_the_base_carries_no_gradient(drawn):
     assert algorithm.loss(policy, policy.batch(rollout, torch.zeros(8), 1))[1]["kl"].sum() < metrics["kl"].sum()
 
 
-@pytest.mark.parametrize("weight", ["inverse_dt", "none"])
-@pytest.mark.parametrize("name", GAUSSIAN)
+@each("weight", ["inverse_dt", "none"])
+@each("name", GAUSSIAN)
 def test_a_guarded_ratio_of_unchanged_weights_is_one_and_teaches_the_deviation_times_as_much(make_policy, name, weight):
     policy, rollout = draw(make_policy, name, per_sample=True)
     for inner_pass in range(TURNS):
@@ -208,7 +210,7 @@ def test_a_guarded_ratio_of_unchanged_weights_is_one_and_teaches_the_deviation_t
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", GAUSSIAN)
+@each("name", GAUSSIAN)
 def test_a_guarded_ratio_of_changed_weights_is_the_shift_of_the_mean_along_the_noise(make_policy, name):
     policy, rollout = draw(make_policy, name, per_sample=True)
     old = [[one_step(policy, rollout, row, inner_pass)[0].detach() for row in range(8)] for inner_pass in range(TURNS)]

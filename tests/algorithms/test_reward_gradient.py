@@ -5,6 +5,8 @@ import torch
 
 from align_cluster.algorithms.reward_gradient import clean, noised, recover, signal
 
+from ..cases import each
+
 PREDICTIONS = ("flow", "epsilon", "v")
 LEVELS = (0.05, 0.3, 0.75, 0.9643, 0.99)
 STEPS = [(s, s - gap) for s in LEVELS for gap in (0.02, -0.02, 0.0, 0.3, -0.3) if 0 <= s - gap <= 0.99]
@@ -26,8 +28,8 @@ def one(value):
     return torch.tensor([value])
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("level", "target"), STEPS)
+@each("prediction", PREDICTIONS)
+@each(("level", "target"), STEPS)
 def test_a_perfect_output_recovers_x0_at_every_level_in_both_directions(prediction, level, target):
     (x0, noise), level, target = data(), one(level), one(target)
     x, output = noised(x0, noise, level, prediction), perfect(x0, noise, level, prediction)
@@ -36,7 +38,7 @@ def test_a_perfect_output_recovers_x0_at_every_level_in_both_directions(predicti
     torch.testing.assert_close(clean(x, output, level, prediction), x0, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize(("level", "target", "factor"), [(0.9643, 0.9428, 0.376), (0.75, 0.73, 0.074)])
+@each(("level", "target", "factor"), [(0.9643, 0.9428, 0.376), (0.75, 0.73, 0.074)])
 def test_an_error_of_the_velocity_grows_by_the_step_over_the_signal_at_the_target(level, target, factor):
     """S2, with the figures of algorithms.md."""
     (x0, noise), (error, _) = data(), data(1)
@@ -66,7 +68,7 @@ def test_epsilon_is_recovered_as_printed():
     torch.testing.assert_close(recover(x, output, noise, level, target, "epsilon"), printed)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@each("prediction", PREDICTIONS)
 def test_an_output_of_another_kind_recovers_the_same(prediction):
     """An epsilon network's wrong answer, said as v, is as wrong."""
     (x0, noise), (error, _) = data(), data(1)

@@ -163,6 +163,7 @@ def test_the_native_attention_backend_changes_nothing(backbone, settings, inputs
     assert torch.equal(backbone.velocity(native, *inputs), backbone.velocity(backbone.load_denoiser(), *inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_answer_as_the_eager_ones(backbone, settings, inputs):
     compiled = SD3(settings.model_copy(update={"compile": True})).load_denoiser()

@@ -72,7 +72,7 @@ def test_the_kept_run_lost_nothing():
     assert "| steps lost, doubled | 0, 0 |" in list(table(kept))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_short_storm_ends_as_the_quiet_run():
     command = [sys.executable, str(SCRIPT), "run", "--steps", "4", "--kills", "sampler=2", "reward=1", "learner=1"]
     done = subprocess.run([*command, "driver=1"], capture_output=True, text=True, timeout=1200)

@@ -79,7 +79,7 @@ def test_requests_that_were_in_work_when_the_replica_died_are_no_part_of_the_nor
     assert found["recovered"] and not disturbance(asked[:110], 10.2, [])["recovered"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_benchmark_works():
     pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
     with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp", ignore_cleanup_errors=True) as folder:

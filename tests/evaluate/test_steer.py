@@ -15,7 +15,7 @@ from align_cluster.backbones.sd3 import SD3
 from align_cluster.cli import main
 from align_cluster.config.load import dump, load
 from align_cluster.files import write_text
-from align_cluster.loop.critic_advantages import CriticCreditor, save_critic
+from align_cluster.loop.critic_advantages import CriticAdvantageEstimator, save_critic
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.guidance import TextBatch
@@ -43,7 +43,7 @@ def made(tmp_path_factory):
     critic = Critic(backbone, actor, 2, config.algorithm.critic)
     shake(critic)
     backbone.save_lora(random_state(actor, 0.1), run.lora)
-    creditor = CriticCreditor(config)
+    creditor = CriticAdvantageEstimator(config)
     creditor.moments["geneval"].observe(np.array([0.2, 0.8, 0.8]))
     creditor.moments["clip"].observe(np.array([0.3, 0.5]))
     save_critic(run, config, {name: value.numpy() for name, value in critic.state().items()}, creditor)

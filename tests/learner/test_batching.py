@@ -1,10 +1,11 @@
 from collections import Counter
 
 import numpy as np
-import pytest
 
 from align_cluster.learner.batching import make_micro_batches, rank_share, total_weights
 from align_cluster.types import Chunk, Prompt
+
+from ..cases import each
 
 SIZES = (3, 1, 4, 2, 5, 3, 3)
 
@@ -24,8 +25,8 @@ def all_shares(micro_batches, world):
         yield [(item, sources[item.source]) for item in mine]
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize("updates", [1, 2, 3, 7])
+@each("micro_batch", [1, 2, 3, 5, 9])
+@each("updates", [1, 2, 3, 7])
 def test_every_sample_is_in_exactly_one_micro_batch(micro_batch, updates):
     chunks, advantages, valid = step()
     micro_batches = make_micro_batches(chunks, advantages, valid, updates=updates, size=micro_batch, seed=4)
@@ -40,9 +41,9 @@ def test_every_sample_is_in_exactly_one_micro_batch(micro_batch, updates):
         assert item.weights.dtype == item.advantages.dtype == np.float32
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 9])
-@pytest.mark.parametrize("updates", [1, 2, 3, 7])
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@each("micro_batch", [1, 2, 3, 9])
+@each("updates", [1, 2, 3, 7])
+@each("world", [1, 2, 3, 4, 5])
 def test_every_sample_counts_exactly_once_in_any_world(micro_batch, updates, world):
     chunks, advantages, valid = step()
     micro_batches = make_micro_batches(chunks, advantages, valid, updates=updates, size=micro_batch, seed=4)
@@ -94,7 +95,7 @@ def test_a_rank_asks_only_for_the_chunks_that_it_works_on():
             assert len(sources) < len(chunks) or world == 1
 
 
-@pytest.mark.parametrize(("chunks", "updates"), [(7, 1), (7, 2), (7, 3), (8, 4), (5, 5)])
+@each(("chunks", "updates"), [(7, 1), (7, 2), (7, 3), (8, 4), (5, 5)])
 def test_updates_share_chunks_as_evenly_as_possible(chunks, updates):
     micro_batches = make_micro_batches(*step((3,) * chunks), updates=updates, size=3, seed=1)
     counts = Counter(item.update for item in micro_batches)

@@ -67,6 +67,7 @@ def batch(record: Record, rewards: np.ndarray, values: np.ndarray) -> Batch:
     )
 
 
+@pytest.mark.slow
 def test_it_learns_a_linear_reward_where_there_is_little_noise(learner, condition):
     for update in range(60):
         record, text, rewards = rollouts(condition, 16, update)

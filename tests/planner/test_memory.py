@@ -92,6 +92,7 @@ def folder(tiny_pipeline, tmp_path_factory):
     return pipeline(tiny_pipeline("sd3"), tmp_path_factory.mktemp("memory") / "pipeline", SMALL)
 
 
+@pytest.mark.slow
 def test_real_workers_hold_what_was_predicted(folder, tmp_path):
     configs = [
         run(folder, 0, precision="fp32", micro_batch=4),

@@ -317,14 +317,6 @@ def test_the_score_setting_chooses_the_column(score):
     assert len(set(result.values[result.valid].tolist())) > 1
 
 
-def test_a_batch_scores_as_its_images_do_one_by_one():
-    batch = scored(RECORDS, MIXED_UP).values
-    singles = [scored([record], MIXED_UP[i : i + 1]).values[0] for i, record in enumerate(RECORDS)]
-    np.testing.assert_array_equal(batch, singles)
-    twice = scored([RECORDS[0]] * 2, IMAGES[[0, 0]]).values
-    assert twice[0] == twice[1]
-
-
 # ---- detectors for photographs ----
 
 

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_cluster.rewards import REWARDS
 from align_cluster.rewards.jpeg import Jpeg
-from align_cluster.rewards.worker import RewardWorker
 from align_cluster.types import Prompt
 
 
@@ -40,13 +38,3 @@ def test_smooth_images_are_worth_more_and_less_when_incompressible(images):
     values = scored(images).values
     assert values[0] > values[1] > values[2]
     assert scored(images, incompressible=True).values.tolist() == (-values).tolist()
-
-
-def test_a_batch_scores_as_its_images_do_one_by_one(images):
-    assert scored(images).values.tolist() == [scored(images[i : i + 1]).values[0] for i in range(3)]
-
-
-def test_a_run_can_ask_for_it_and_any_prompt_will_do(images):
-    scores = RewardWorker({"small": REWARDS["jpeg"].Config()}).score(images, [Prompt(0, "a cat")] * 3)
-    assert scores.failures == {} and scores.valid["small"].all()
-    assert REWARDS["jpeg"].judges(Prompt(0, "a cat"))

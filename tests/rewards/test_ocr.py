@@ -1,12 +1,9 @@
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from align_cluster.embedded import scene
 from align_cluster.embedded.render import render
-from align_cluster.errors import UserError
 from align_cluster.rewards.ocr import READABLE_SIDE, Ocr, edit_distance, enlarged, plain, similarity
 from align_cluster.types import Prompt
 
@@ -42,12 +39,6 @@ def test_small_images_are_enlarged_by_a_whole_factor():
     assert enlarged(np.zeros((100, 150, 3), np.uint8)).shape == (200, 300, 3)
     large = np.zeros((READABLE_SIDE, 300, 3), np.uint8)
     assert enlarged(large) is large
-
-
-def test_a_missing_reader_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rapidocr", None)
-    with pytest.raises(UserError, match=r"pip install 'align-cluster\[rewards\]'"):
-        Ocr(Ocr.Config()).load("cpu", 1)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +84,3 @@ def test_metadata_goes_before_the_prompts_quotes_and_no_text_is_invalid(reward):
     result = reward.score(images, prompts)
     assert result.valid.tolist() == [True, False, False]
     assert result.values[0] == 1 and np.isnan(result.values[1:]).all()
-
-
-def test_the_same_image_twice_scores_the_same(reward):
-    twice = reward.score(np.repeat(sign("HALLO"), 2, axis=0), asking("Hello") * 2).values
-    assert twice[0] == twice[1]

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -123,8 +122,3 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path):
     (bare / "open_clip_pytorch_model.bin").unlink()
     for path in (broken, cut, bare):
         refusal("open_clip_score cannot load .*give a hub id", loaded, path)
-
-
-def test_a_missing_open_clip_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    refusal(r"open_clip.*: pip install 'align-cluster\[rewards\]'", loaded, "nobody/nothing")

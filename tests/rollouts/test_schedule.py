@@ -15,6 +15,8 @@ from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
 from align_cluster.rollouts.schedule import SCHEDULES
 
+from ..cases import each
+
 STEPS = (1, 2, 6, 10, 28, 40)
 
 
@@ -49,15 +51,15 @@ def test_shift_one_leaves_levels_equally_spaced():
     np.testing.assert_allclose(flux_sigmas(4, 256, base_shift=0.0), [1, 0.75, 0.5, 0.25, 0], atol=1e-12)
 
 
-@pytest.mark.parametrize("shift", [0.05, 0.17, 0.5, 1.0, 1.15, 3.0, 7.3, 12.0])
-@pytest.mark.parametrize("steps", STEPS)
+@each("shift", [0.05, 0.17, 0.5, 1.0, 1.15, 3.0, 7.3, 12.0])
+@each("steps", STEPS)
 def test_every_flow_table_falls_strictly_from_exactly_one_to_exactly_zero(steps, shift):
     for sigmas in (sd3_sigmas(steps, shift), linear_sigmas(steps, shift), flux_sigmas(steps, 1024, shift, shift)):
         assert len(sigmas) == steps + 1 and sigmas.dtype == np.float64
         assert sigmas[0] == 1 and sigmas[-1] == 0 and (np.diff(sigmas) < 0).all()
 
 
-@pytest.mark.parametrize("steps", [*STEPS, 50, 501, 999])
+@each("steps", [*STEPS, 50, 501, 999])
 def test_ddim_levels_fall_strictly_and_keep_signal_at_the_start_and_noise_at_the_end(steps):
     levels = ddim_levels(steps)
     assert len(levels) == steps + 1 and levels.dtype == np.float64
@@ -69,8 +71,8 @@ def test_more_steps_than_noise_levels_are_refused():
         ddim_levels(1000)
 
 
-@pytest.mark.parametrize("shift", [0.5, 1.0, 1.15, 3.0, 6.0])
-@pytest.mark.parametrize("steps", STEPS)
+@each("shift", [0.5, 1.0, 1.15, 3.0, 6.0])
+@each("steps", STEPS)
 def test_levels_are_those_of_the_diffusers_scheduler(steps, shift):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -79,7 +81,7 @@ def test_levels_are_those_of_the_diffusers_scheduler(steps, shift):
     np.testing.assert_allclose(sd3_sigmas(steps, shift), scheduler.sigmas.numpy(), rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@each("steps", STEPS)
 def test_the_embedded_pipeline_draws_with_its_own_scheduler_levels(steps):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -94,8 +96,8 @@ def test_shifts_compose_by_multiplication():
     np.testing.assert_allclose(shift_map(shift_map(levels, 2.0), 1.5), shift_map(levels, 3.0), rtol=1e-14)
 
 
-@pytest.mark.parametrize("tokens", [256, 1024, 2025, 4096])
-@pytest.mark.parametrize("steps", STEPS)
+@each("tokens", [256, 1024, 2025, 4096])
+@each("steps", STEPS)
 def test_flux_levels_are_those_of_the_flux_pipelines_scheduler(steps, tokens):
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -107,7 +109,7 @@ def test_flux_levels_are_those_of_the_flux_pipelines_scheduler(steps, tokens):
     np.testing.assert_allclose(flux_sigmas(steps, tokens), scheduler.sigmas.numpy(), rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 10, 28, 50])
+@each("steps", [1, 7, 10, 28, 50])
 def test_ddim_timesteps_and_levels_are_those_of_the_diffusers_scheduler(steps):
     from diffusers import DDIMScheduler
 

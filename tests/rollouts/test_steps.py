@@ -25,6 +25,8 @@ from align_cluster.rollouts.steps import (
     gaussian_log_prob,
 )
 
+from ..cases import each
+
 MEAN, SPREAD = 1.5, 0.5  # a Gaussian data law, whose velocity field and flow are known
 FLOW = {
     "flow_sde": flow_sde_coefficients,
@@ -74,13 +76,13 @@ def test_step_deviations_of_sd35_medium_are_golden():
     np.testing.assert_allclose(flow_sde_coefficients(sd3_sigmas(10, 3.0), 0.7).std, golden, atol=5e-5)
 
 
-@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
-@pytest.mark.parametrize("steps", [1, 2, 7])
+@each("shift", [0.3, 1.0, 3.0])
+@each("steps", [1, 2, 7])
 def test_the_first_flow_sde_step_deviates_by_exactly_the_noise_level(shift, steps):
     assert flow_sde_coefficients(sd3_sigmas(steps, shift), 0.9).std[0] == pytest.approx(0.9, rel=1e-12)
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "noise", "mean", "std"),
     [
         ("flow_sde", 0.7, 0.81525, 0.442719),
@@ -108,7 +110,7 @@ def test_the_step_deviations_of_ddim_on_stable_diffusion_are_golden():
     np.testing.assert_allclose([std[timesteps.index(t)] for t in golden], list(golden.values()), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", FLOW)
+@each("kind", FLOW)
 def test_without_noise_every_flow_kind_is_the_euler_step(kind):
     for sigmas in (sd3_sigmas(10, 3.0), linear_sigmas(7, 1.0)):
         table, euler = FLOW[kind](sigmas, 0.0), euler_coefficients(sigmas)
@@ -117,7 +119,7 @@ def test_without_noise_every_flow_kind_is_the_euler_step(kind):
         assert (table.std == 0).all()
 
 
-@pytest.mark.parametrize(("sigma", "after"), [(1.0, 0.9), (0.6, 0.4), (0.05, 0.0)])
+@each(("sigma", "after"), [(1.0, 0.9), (0.6, 0.4), (0.05, 0.0)])
 def test_the_flow_kinds_are_their_published_formulas(sigma, after):
     x, v, sigmas = 0.3, -1.2, np.array([sigma, after])
     x0, eps = x - sigma * v, x + (1 - sigma) * v
@@ -140,8 +142,8 @@ def test_the_flow_kinds_are_their_published_formulas(sigma, after):
     assert table.std[0] == table.std_t[0] == pytest.approx(std, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["cps", "flow_ddim"])
-@pytest.mark.parametrize("noise", [0.3, 0.8, 1.0])
+@each("kind", ["cps", "flow_ddim"])
+@each("noise", [0.3, 0.8, 1.0])
 def test_old_and_new_noise_together_have_the_power_of_the_next_level(kind, noise):
     sigmas = sd3_sigmas(10, 3.0)
     table = FLOW[kind](sigmas, noise)
@@ -149,9 +151,9 @@ def test_old_and_new_noise_together_have_the_power_of_the_next_level(kind, noise
     np.testing.assert_allclose(kept**2 + table.std**2, sigmas[1:] ** 2, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [10, 50])
+@each("prediction", ["epsilon", "v"])
+@each("eta", [0.0, 1.0])
+@each("steps", [10, 50])
 def test_ddim_steps_are_those_of_the_diffusers_scheduler(prediction, eta, steps):
     from diffusers import DDIMScheduler
 
@@ -182,8 +184,8 @@ def test_a_v_model_may_start_at_pure_noise_and_an_epsilon_model_may_not():
         ddim_coefficients(levels, 1.0, "epsilon")
 
 
-@pytest.mark.parametrize(("kind", "prediction"), NOISY)
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 40])
+@each(("kind", "prediction"), NOISY)
+@each("steps", [1, 2, 3, 10, 40])
 def test_every_table_is_finite_and_only_a_last_step_may_lack_noise(kind, prediction, steps):
     step = build(kind, steps, prediction)
     for table in (step.coefficients(), step.deterministic()):
@@ -191,14 +193,14 @@ def test_every_table_is_finite_and_only_a_last_step_may_lack_noise(kind, predict
     assert (step.coefficients().std[:-1] > 0).all() and (step.deterministic().std == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["cps", "flow_ddim"])
+@each("kind", ["cps", "flow_ddim"])
 def test_a_last_step_without_noise_gives_the_predicted_x0(kind):
     step, x, v = build(kind), latents(2, 3, 4, 4), latents(2, 3, 4, 4, seed=1)
     final = step.advance(9, x, v, latents(2, 3, 4, 4, seed=2))
     torch.testing.assert_close(final, x - float(step.sigmas[9]) * v, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "prediction"), NOISY)
+@each(("kind", "prediction"), NOISY)
 def test_without_a_noise_tensor_a_noisy_kind_takes_its_ode_step(kind, prediction):
     step, x, output = build(kind, prediction=prediction), latents(2, 3, 4, 4), latents(2, 3, 4, 4, seed=1)
     for k in range(10):
@@ -210,7 +212,7 @@ def test_without_a_noise_tensor_a_noisy_kind_takes_its_ode_step(kind, prediction
         assert torch.equal(step.advance(k, x, output, None), ode)
 
 
-@pytest.mark.parametrize(("kind", "prediction"), NOISY)
+@each(("kind", "prediction"), NOISY)
 def test_the_log_density_of_a_drawn_latent_is_recomputed_bitwise(kind, prediction):
     draw, again = (build(kind, prediction=prediction) for _ in range(2))
     x, output = latents(5, 8, 6, 6), latents(5, 8, 6, 6, seed=1)
@@ -225,7 +227,7 @@ def test_the_log_density_of_a_drawn_latent_is_recomputed_bitwise(kind, predictio
         x = x_next
 
 
-@pytest.mark.parametrize(("kind", "prediction"), NOISY)
+@each(("kind", "prediction"), NOISY)
 def test_samples_at_different_steps_compute_the_bits_of_samples_at_one_step(kind, prediction):
     step, mixed = build(kind, prediction=prediction), torch.tensor([7, 0, 3, 3, 8])
     x, output, x_next = (latents(5, 8, 6, 6, seed=s) for s in range(3))
@@ -236,7 +238,7 @@ def test_samples_at_different_steps_compute_the_bits_of_samples_at_one_step(kind
         assert all(torch.equal(a[row], b[row]) for a, b in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "prediction"), NOISY)
+@each(("kind", "prediction"), NOISY)
 def test_only_the_output_carries_gradient_of_a_log_density(kind, prediction):
     step, k = build(kind, prediction=prediction), torch.tensor([3, 6])
     x, x_next, output = (latents(2, 3, 4, 4, seed=s) for s in range(3))
@@ -297,7 +299,7 @@ def final_law(table: Coefficients, sigmas: np.ndarray) -> tuple[float, float]:
 
 
 # The golden deviations were measured with 2e5 samples, hence a standard error of .0008, and rounded to three decimals.
-@pytest.mark.parametrize(
+@each(
     ("kind", "noise", "golden"),
     [
         ("euler", None, (0.431, 0.486, 0.497, 0.499)),
@@ -316,7 +318,7 @@ def test_an_sde_keeps_the_marginal_law_and_cps_contracts_it(kind, noise, golden)
         assert std == pytest.approx(SPREAD, abs=0.002)
 
 
-@pytest.mark.parametrize("kind", FLOW)
+@each("kind", FLOW)
 def test_drawn_samples_have_the_law_that_the_tables_promise(kind):
     # 20,000 samples: standard errors of mean and deviation are below .0036 and .0025; the bounds are four of them.
     sigmas = np.linspace(1, 0, 11)
@@ -326,8 +328,8 @@ def test_drawn_samples_have_the_law_that_the_tables_promise(kind):
     assert final.std().item() == pytest.approx(std, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", ["euler", "dpm2"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@each("kind", ["euler", "dpm2"])
+@each("steps", [1, 2, 3, 10])
 def test_every_ode_solver_lands_on_the_x0_that_a_network_insists_on(kind, steps):
     noise, x0 = latents(2, 3, 4, 4), latents(2, 3, 4, 4, seed=1)
     final = sample(kind, sd3_sigmas(steps, 3.0), noise, lambda x, sigma: (x - x0) / sigma)
@@ -362,7 +364,7 @@ def test_dpm_is_finite_and_first_order_where_the_half_log_snr_is_infinite():
         x = ahead
 
 
-@pytest.mark.parametrize(("steps", "dpm", "euler"), [(16, 0.065, 0.169), (32, 0.0039, 0.088), (64, 0.0082, 0.045)])
+@each(("steps", "dpm", "euler"), [(16, 0.065, 0.169), (32, 0.0039, 0.088), (64, 0.0082, 0.045)])
 def test_dpm_more_than_halves_eulers_error_from_16_steps_on(steps, dpm, euler):
     sigmas = shift_map(np.linspace(1, 0, steps + 1), 3.0)
     noise = torch.linspace(-2, 2, 81, dtype=torch.float64)[:, None]

@@ -7,6 +7,8 @@ from pydantic import ValidationError
 
 from align_cluster.rollouts.windows import WINDOWS, FastWindow, FractionWindow, SlidingWindow, Window
 
+from ..cases import each
+
 
 def fraction(**settings) -> FractionWindow:
     return FractionWindow(FractionWindow.Config(**settings))
@@ -48,8 +50,8 @@ def by_hand(iters, size: int, stride: int, roll_back: bool, steps: int, count: i
     return windows
 
 
-@pytest.mark.parametrize("window", EVERY, ids=lambda window: window.config.kind)
-@pytest.mark.parametrize("steps", [6, 10, 25])
+@each("window", EVERY)
+@each("steps", [6, 10, 25])
 def test_every_plan_is_ascending_repeatable_within_its_width_and_never_trains_the_terminal_step(window, steps):
     assert window.problem(steps) is None
     for step in range(120):
@@ -67,9 +69,7 @@ def test_flow_grpo_trains_nine_of_ten_steps_and_all_ten_are_noisy():
     assert fraction().plan(10, 5, 0) == Window(tuple(range(10)), tuple(range(9)), 9)
 
 
-@pytest.mark.parametrize(
-    ("part", "steps", "count"), [(0.99, 10, 9), (1.0, 10, 9), (0.4, 10, 4), (0.01, 10, 1), (1, 2, 1)]
-)
+@each(("part", "steps", "count"), [(0.99, 10, 9), (1.0, 10, 9), (0.4, 10, 4), (0.01, 10, 1), (1, 2, 1)])
 def test_a_fraction_counts_in_all_steps(part, steps, count):
     assert fraction(fraction=part).plan(steps, 0, 3).trained == tuple(range(count))
     drawn = fraction(fraction=part, choice="random")
@@ -84,9 +84,7 @@ def test_a_random_fraction_is_the_seeds_own_and_reaches_every_step_but_the_last(
     assert {window.plan(10, step, 7).trained for step in range(20)} == {draws[7]}
 
 
-@pytest.mark.parametrize(
-    ("part", "steps", "keep"), [(0.6, 16, 9), (0.5, 10, 4), (1.0, 50, 49), (0.6, 2, 1), (0.01, 16, 1)]
-)
+@each(("part", "steps", "keep"), [(0.6, 16, 9), (0.5, 10, 4), (1.0, 50, 49), (0.6, 2, 1), (0.01, 16, 1)])
 def test_per_sample_keeps_dancegrpos_share_of_the_steps_that_can_be_trained(part, steps, keep):
     window = fraction(fraction=part, choice="per_sample")
     assert window.plan(steps, 0, 0) == Window(tuple(range(steps)), tuple(range(steps - 1)), keep)
@@ -101,9 +99,9 @@ def test_mixgrpos_published_window_moves_a_step_every_25_and_starts_again():
     assert window.plan(25, 24 * 25, 0).trained == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("roll_back", [True, False])
-@pytest.mark.parametrize(("size", "stride"), [(4, 1), (4, 4), (3, 2), (1, 1), (2, 7)])
-@pytest.mark.parametrize("strategy", ["progressive", "decay", "exp_decay"])
+@each("roll_back", [True, False])
+@each(("size", "stride"), [(4, 1), (4, 4), (3, 2), (1, 1), (2, 7)])
+@each("strategy", ["progressive", "decay", "exp_decay"])
 def test_sliding_plans_are_those_of_counters_kept_from_step_to_step(strategy, size, stride, roll_back):
     def iters(start: int, last: int) -> float:
         if strategy == "decay":
@@ -138,7 +136,7 @@ def test_a_random_sliding_window_is_full_and_starts_anywhere_with_equal_chance()
     assert all(len(window.plan(10, 3, seed).trained) == 4 for seed in range(100))
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "steps", "low", "high"),
     [({}, 10, 0, 5), ({"size": 3}, 10, 0, 5), ({"range": (2, 9)}, 10, 2, 9), ({"size": 1}, 2, 0, 1)],
 )
@@ -151,7 +149,7 @@ def test_a_fast_window_starts_anywhere_in_its_range_that_it_fits(settings, steps
     assert window.plan(steps, 0, 5) == Window(*[tuple(range(start, start + size))] * 2, size)
 
 
-@pytest.mark.parametrize(
+@each(
     ("window", "steps", "sentence"),
     [
         (
@@ -186,13 +184,13 @@ def test_a_window_that_does_not_fit_is_named_with_what_to_do(window, steps, sent
     assert window.problem(steps) == sentence
 
 
-@pytest.mark.parametrize(("window", "steps"), [(sliding(size=9), 10), (fast(size=3), 6), (fast(range=(7, 9)), 10)])
+@each(("window", "steps"), [(sliding(size=9), 10), (fast(size=3), 6), (fast(range=(7, 9)), 10)])
 def test_a_window_that_just_fits_has_no_problem(window, steps):
     assert window.problem(steps) is None
     assert all(max(window.plan(steps, step, step).trained) < steps - 1 for step in range(50))
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "settings"),
     [
         ("fraction", {"fraction": 0}),

@@ -16,9 +16,11 @@ from unittest import mock
 
 import pytest
 
-from align_cluster.config.load import load
+from align_cluster.config.load import config_hash, load
 from align_cluster.config.run import RunConfig
 
+from .. import inprocess
+from ..inprocess import Finished
 from .warm import python as warm_python
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -107,6 +109,20 @@ def train(local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
         path = driver.train(config, tmp_path_factory.mktemp("runs"))
         return Run(path, json.loads((path / "summary.json").read_text()))
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig], Finished]:
+    """Function config -> what its run ends with in this process, without Ray; runs of equal settings are run once."""
+    finished: dict[str, Finished] = {}
+
+    def go(config: RunConfig) -> Finished:
+        key = config_hash(config)
+        if key not in finished:
+            finished[key] = inprocess.train(config, tmp_path_factory.mktemp("in-process"))
+        return finished[key]
 
     return go
 

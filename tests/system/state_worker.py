@@ -32,7 +32,7 @@ class Job:
         config["backbone"]["lora"] = {"rank": 3, "alpha": 3}  # parts of odd sizes: stage 3 has to pad
         self.config = type(plain).model_validate(config)
         self.rank, self.world = rank, world
-        self.drawn, self.texts = ZERO["records"](self.config), ZERO["conditions"](self.config)
+        self.drawn, self.texts = ZERO["records"]("nft"), ZERO["conditions"]()
         self.learner = Learner(self.config.learner_setup, rank, world, "127.0.0.1", port)
 
     def step(self, step: int) -> dict:

@@ -40,6 +40,7 @@ def done(job, train):
     return train(job("cluster.learners=1"))
 
 
+@pytest.mark.slow
 def test_one_and_two_samplers_end_in_the_same_lora_and_the_same_critic(job, train, done):
     other = train(job("cluster.learners=1", "cluster.samplers=1"))
     assert other.summary["lora_checksum"] == done.summary["lora_checksum"]
@@ -47,6 +48,7 @@ def test_one_and_two_samplers_end_in_the_same_lora_and_the_same_critic(job, trai
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
 
 
+@pytest.mark.slow
 def test_two_learner_ranks_train_the_same_critic_up_to_rounding(job, train, done):
     other = train(job("cluster.learners=2"))
     ours, theirs = (load_file(RunDir(run.path).critic / "critic.safetensors") for run in (done, other))
@@ -94,13 +96,12 @@ def test_a_runs_folder_is_all_that_steering_needs(done, tmp_path, capsys, mode):
     assert f"{mode}: " in printed and "critic passes" in printed and "plain sampling: 4 actor passes" in printed
 
 
-def test_one_image_a_prompt_is_enough(job, train):
+def test_one_image_a_prompt_is_enough(job, in_process):
     config = job(
         "rollout.group_size=1", "prompts_per_step=4", "learner.updates_per_step=1", "algorithm.warm_up.updates=0"
     )
     assert check(config) == []
-    rows = read_jsonl(RunDir(train(config).path).metrics)
-    assert all(row["train/grad_norm"] > 0 for row in rows)
+    assert all(row["train/grad_norm"] > 0 for row in in_process(config).rows)
 
 
 @pytest.mark.parametrize(

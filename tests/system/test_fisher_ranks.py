@@ -8,6 +8,8 @@ import pytest
 
 from .ranks import ranks
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("fisher_worker.py")
 STAGES = ("0", "2")
 CASES = [f"{stage}:{kind}" for stage in STAGES for kind in ("plain", "probe")]

@@ -9,21 +9,18 @@ import pytest
 
 from align_cluster.learner.state import Snapshot
 
+from ..cases import each
 from .ranks import ranks
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("state_worker.py")
 SAVED = ["2-2-nft", "2-1-ppo"]
-MOVES = [("2-2-nft", 2, 2), ("2-2-nft", 0, 1), ("2-2-nft", 3, 2), ("2-1-ppo", 2, 2)]
-MORE = [
-    ("0-1-nft", 2, 2),
-    ("2-2-nft", 1, 1),
-    ("3-2-nft", 3, 2),
-    ("3-2-nft", 2, 1),
-    ("2-1-ppo", 2, 1),
-    ("2-2-nft", 2, 4),
-    ("3-2-nft", 3, 4),
+MOVES = [
+    *(("2-2-nft", 2, 2), ("2-2-nft", 0, 1), ("2-2-nft", 1, 1), ("2-2-nft", 3, 2), ("2-2-nft", 2, 4)),
+    *(("2-1-ppo", 2, 2), ("2-1-ppo", 2, 1), ("0-1-nft", 2, 2)),
+    *(("3-2-nft", 3, 2), ("3-2-nft", 2, 1), ("3-2-nft", 3, 4)),
 ]
-CASES = MOVES + [pytest.param(*move, marks=pytest.mark.slow) for move in MORE]
 
 
 def label(saved: str, stage: int, world: int) -> str:
@@ -41,21 +38,16 @@ def run(python: Path, folder: Path, jobs: dict[int, list[str]]) -> None:
         assert not any(process.wait(timeout=600) for process in started)
 
 
-def load_jobs(moves: list[tuple[str, int, int]]) -> dict[int, list[str]]:
-    jobs: dict[int, list[str]] = {}
-    for saved, stage, world in moves:
-        jobs.setdefault(world, []).append(f"load:{stage}:{saved[4:]}:{saved}")
-    return jobs
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, request, warm) -> Path:
-    """Where the states of all selected cases are."""
+def folder(tmp_path_factory, warm) -> Path:
+    """Where the states of all cases are."""
     folder = tmp_path_factory.mktemp("states")
-    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
-    run(warm, folder, {1: ["save:2:ppo", *["save:0:nft"] * slow], 2: ["save:2:nft", *["save:3:nft"] * slow]})
-    for world, jobs in load_jobs(MOVES + MORE * slow).items():
-        run(warm, folder, {world: jobs})
+    run(warm, folder, {1: ["save:2:ppo", "save:0:nft"], 2: ["save:2:nft", "save:3:nft"]})
+    jobs: dict[int, list[str]] = {}
+    for saved, stage, world in MOVES:
+        jobs.setdefault(world, []).append(f"load:{stage}:{saved[4:]}:{saved}")
+    for world, names in jobs.items():
+        run(warm, folder, {world: names})
     return folder
 
 
@@ -70,7 +62,7 @@ def assert_same(first: Snapshot, second: Snapshot) -> None:
         np.testing.assert_array_equal(value, second.tensors()[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@each("name", SAVED)
 def test_a_state_holds_adapters_average_and_moments_that_moved(folder, name):
     before, after = states(folder, name)
     assert before.counts["updates"] == before.counts["steps"] == 4
@@ -82,12 +74,12 @@ def test_a_state_holds_adapters_average_and_moments_that_moved(folder, name):
         assert any(np.abs(value).sum() > 0 for value in values)
 
 
-@pytest.mark.parametrize(("saved", "stage", "world"), CASES)
+@each(("saved", "stage", "world"), MOVES)
 def test_what_is_restored_is_what_was_saved_to_the_last_bit(folder, saved, stage, world):
     assert_same(states(folder, saved)[0], states(folder, label(saved, stage, world))[0])
 
 
-@pytest.mark.parametrize(("saved", "stage", "world"), CASES)
+@each(("saved", "stage", "world"), MOVES)
 def test_the_next_step_is_the_one_that_would_have_come(folder, saved, stage, world):
     """Bit by bit with the same ranks and stage; else up to the rounding of other sums."""
     uninterrupted, resumed = states(folder, saved)[1], states(folder, label(saved, stage, world))[1]

@@ -37,7 +37,7 @@ def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records(warm):
         assert stormy[key] == quiet[key]
 
 
-@pytest.mark.slow  # a run, and a weight sync to two nodes
+@pytest.mark.exhaustive  # a run, and a weight sync to two nodes
 def test_a_node_that_joins_is_used_and_the_doctor_knows_the_nodes(warm):
     """A spare sampler stays only if it has work: it waits for room in step 1, comes, and is there after step 4."""
     found = nodes(warm, "join")

@@ -108,6 +108,7 @@ def test_samplers_that_may_come_later_are_not_asked_for_at_the_start(plan, local
     assert plan(2, 0, "cluster.max_samplers=6").most_samplers == 2  # a step has no more chunks
 
 
+@pytest.mark.slow
 def test_ray_puts_each_learner_rank_on_another_gpu_than_the_next_and_rewards_beside_them(tmp_path):
     done = subprocess.run([sys.executable, "-c", TWO_GPUS], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.split() == ["[0,", "1]"] * 3, done.stderr

@@ -373,7 +373,7 @@ def wheel(tmp_path):
     return path
 
 
-@pytest.mark.slow  # Ray copies the whole environment first
+@pytest.mark.exhaustive  # Ray copies the whole environment first
 def test_a_rewards_workers_have_packages_of_their_own(local_ray, by_value, tiny, wheel):
     config = tiny("nft", f"rewards.clip.pool.pip=[{wheel}]")
     pool = derive(config, 2, 0).reward_pools[1]
@@ -384,7 +384,7 @@ def test_a_rewards_workers_have_packages_of_their_own(local_ray, by_value, tiny,
     assert importlib.util.find_spec("own_dependency") is None
 
 
-@pytest.mark.slow  # Ray copies the whole environment first
+@pytest.mark.exhaustive  # Ray copies the whole environment first
 def test_packages_that_cannot_be_installed_are_one_sentence(local_ray, by_value, tmp_path):
     missing = {"packages": [f"{tmp_path}/nowhere-1.0-py3-none-any.whl"]}
     actor = local_ray.remote(Adder).options(num_cpus=0, runtime_env={"pip": missing})

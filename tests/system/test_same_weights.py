@@ -54,8 +54,9 @@ def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed:
 
 @pytest.mark.parametrize(
     ("kind", "samplers"),
-    [("nft", "cluster.samplers=1"), ("grpo", "cluster.samplers=1")]
+    [("nft", "cluster.samplers=1")]
     + [
+        pytest.param("grpo", "cluster.samplers=1", marks=pytest.mark.slow),
         pytest.param("nft", "cluster.samplers=3", marks=pytest.mark.slow),
         pytest.param("grpo", "cluster.max_samplers=2", marks=pytest.mark.slow),
     ],
@@ -80,14 +81,11 @@ def test_exploration_ends_in_the_same_lora_however_its_first_phase_is_shared_out
     assert checksums[0] == checksums[1]
 
 
+@pytest.mark.slow
 def test_rewards_in_pools_of_their_own_end_in_the_same_lora(runs, tiny, train):
     run = train(tiny("nft", "rewards.geneval.pool.workers=2", "rewards.clip.pool.cpus=0.02"))
     for key in ("lora_checksum", "before", "after", "config_hash"):
         assert run.summary[key] == runs["nft"].summary[key]
-
-
-def test_another_seed_ends_in_another_lora(runs, tiny, train):
-    assert train(tiny("nft", "seed=1")).summary["lora_checksum"] != runs["nft"].summary["lora_checksum"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,6 @@ import pytest
 
 from align_cluster.observe.sinks import read_jsonl
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 TINY = [
     "steps=1",
@@ -100,6 +98,7 @@ def submit(cluster, *arguments):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_submitted_run_streams_its_log_and_leaves_its_lora(cluster, tmp_path):
     done = submit(cluster, "configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", "--set", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,6 +107,7 @@ def test_a_submitted_run_streams_its_log_and_leaves_its_lora(cluster, tmp_path):
     assert summary["steps"] == 1 and (tmp_path / "job" / "lora" / "pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_failed_job_exits_with_1_and_shows_why(cluster, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
@@ -115,6 +115,7 @@ def test_a_failed_job_exits_with_1_and_shows_why(cluster, tmp_path):
     assert done.returncode == 1 and str(blocked) in done.stdout and done.stdout.rstrip().endswith("failed")
 
 
+@pytest.mark.exhaustive
 def test_a_python_without_the_package_is_explained(cluster, tmp_path):
     bare = tmp_path / "bare.sh"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
@@ -123,6 +124,7 @@ def test_a_python_without_the_package_is_explained(cluster, tmp_path):
     assert done.returncode == 1 and "give --python" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_prompt_files_travel_with_the_job_and_no_wait_returns_at_once(cluster, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a red circle\na photo of a blue star\n")
@@ -139,6 +141,7 @@ def test_prompt_files_travel_with_the_job_and_no_wait_returns_at_once(cluster, t
     assert summary.exists()
 
 
+@pytest.mark.exhaustive
 def test_a_job_whose_driver_gets_sigterm_exits_with_75_and_goes_on_when_it_is_submitted_again(cluster, tmp_path):
     arguments = ["configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", "--resume", "auto"]
     address, env = cluster

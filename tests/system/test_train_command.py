@@ -65,6 +65,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 
 @needs_proc
+@pytest.mark.slow
 def test_the_command_succeeds_prints_its_table_and_leaves_no_process(folder):
     process = start(folder, steps=1)
     printed, _ = process.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""Every embedded run file takes two real steps: what ships, runs."""
+"""Every embedded run file takes two real steps: what ships, runs. In this process, and for six of them on Ray too."""
 
 import math
 from pathlib import Path
@@ -7,9 +7,12 @@ import pytest
 
 from align_cluster.config.check import check
 from align_cluster.config.load import load
+from align_cluster.config.run import RunConfig
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
+
+from ..inprocess import assert_same_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = (
@@ -21,6 +24,16 @@ SMALL = (
 # Full-size run files of methods that were published for other models than Stable Diffusion 3.5.
 LARGE = {"srpo": "flux_dev_srpo_hps", "refl": "sd15_refl", "draft": "sd15_draft", "draft_lv": "sd15_draft_lv"}
 TWINS = sorted(path.stem for path in CONFIGS.glob("embedded_*.yaml"))
+ADAPTIVE = ("advantage.shaping.gamma=adaptive", "advantage.shaping.delta=1e-2")
+
+
+def small(name: str, *overrides: str) -> RunConfig:
+    """Two small steps of a run file, in which texts are perturbed briefly and a critic lets the actor learn at once."""
+    whole = load(CONFIGS / f"{name}.yaml", [])
+    smaller = [f"name={name}", *SMALL, f"rollout.group_size={min(whole.rollout.group_size, 4)}"]
+    smaller += ["exploration.iterations=20"] * bool(whole.exploration)
+    smaller += ["algorithm.warm_up.updates=0"] * (whole.algorithm.kind == "ppo")
+    return load(CONFIGS / f"{name}.yaml", [*smaller, *overrides])
 
 
 @pytest.mark.parametrize("twin", [twin.removeprefix("embedded_") for twin in TWINS])
@@ -41,41 +54,56 @@ def test_the_critics_run_files_train_each_reward_alone_and_all_together(name, tr
     assert check(config) == [] and config.trained == trained and config.rollout.group_size == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
-def test_every_embedded_run_file_takes_two_steps(name, train):
-    at_once = ["algorithm.warm_up.updates=0"] if name == "embedded_critic" else []  # or the actor would wait
-    config = load(CONFIGS / f"{name}.yaml", [f"name={name}", *SMALL, *at_once])
-    run = train(config)
-    rows = read_jsonl(RunDir(run.path).metrics)
-    assert [row["step"] for row in rows] == [1, 2]
-    for row in rows:
-        assert all(describe(key) for key in row.keys() - {"step", "seconds"})
+def test_every_embedded_run_file_takes_two_steps(name, in_process):
+    config, done = small(name), in_process(small(name))
+    assert [row["step"] for row in done.rows] == [1, 2] and len(set(done.checksums)) == 3
+    for row in done.rows:
+        assert all(describe(key) for key in row.keys() - {"step"})
         assert math.isfinite(row["train/loss"]) and row["train/grad_norm"] >= 0
-    if config.window is not None:
-        assert run.summary["self_check"] == {"max_abs_log_ratio": 0.0}
+    assert done.self_check == (None if config.window is None else {"max_abs_log_ratio": 0.0})
     if config.exploration:
-        assert all(-1 <= row["explore/anchor_cosine"] <= 1 and row["time/explore"] > 0 for row in rows)
-        assert all(row["group/std_across_conditions"] >= 0 for row in rows)
+        assert all(-1 <= row["explore/anchor_cosine"] <= 1 for row in done.rows)
+        assert all(row["group/std_across_conditions"] >= 0 for row in done.rows)
     if config.advantage.shaping:
-        assert all(row["advantage/gamma"] == config.advantage.shaping.gamma for row in rows)
+        assert all(row["advantage/gamma"] == config.advantage.shaping.gamma for row in done.rows)
 
 
-@pytest.mark.slow
-def test_an_adaptive_exponent_is_measured_and_used(train):
+def test_an_adaptive_exponent_is_measured_and_used(in_process):
     """The first step is linear, since nothing is known yet; the second uses what the first one's update measured."""
-    overrides = ["name=adaptive", "advantage.shaping.gamma=adaptive", "advantage.shaping.delta=1e-2", *SMALL]
-    run = train(load(CONFIGS / "embedded_slas.yaml", [*overrides, "learner.updates_per_step=1", "cluster.learners=2"]))
-    first, second = read_jsonl(RunDir(run.path).metrics)
+    first, second = in_process(small("embedded_slas", "learner.updates_per_step=1", *ADAPTIVE)).rows
     assert first["advantage/gamma"] == 0 and first["slas/lambda_max"] > 0 and first["slas/score_norm"] > 0
     assert second["advantage/gamma"] == first["slas/gamma"] > 0
     assert first["slas/moment"] <= first["slas/bound"] * (1 + 1e-6)
     assert "slas/gamma" not in second  # measured every ten updates
 
 
-@pytest.mark.slow
-def test_policy_gradients_explore_too(train):
-    overrides = ["name=e2po_grpo", "algorithm.kind=grpo", "algorithm.clip=2e-3", *SMALL]
-    run = train(load(CONFIGS / "embedded_e2po_efficient.yaml", overrides))
-    assert run.summary["self_check"] == {"max_abs_log_ratio": 0.0}
-    assert all(row["explore/anchor_cosine"] < 1 for row in read_jsonl(RunDir(run.path).metrics))
+def test_policy_gradients_explore_too(in_process):
+    done = in_process(small("embedded_e2po_efficient", "algorithm.kind=grpo", "algorithm.clip=2e-3"))
+    assert done.self_check == {"max_abs_log_ratio": 0.0}
+    assert all(row["explore/anchor_cosine"] < 1 for row in done.rows)
+
+
+# Six runs on Ray between which every kind of algorithm, exploration, adaptive shaping, several rewards and pools of
+# their own are met: (run file, overrides).
+REAL = [
+    ("embedded_e2po_efficient", ("rewards.geneval.pool.workers=2", "rewards.clip.pool.cpus=0.02")),
+    ("embedded_slas", ADAPTIVE),
+    ("embedded_critic", ()),
+    ("embedded_srpo", ()),
+    ("embedded_refl", ()),
+    ("embedded_draft", ()),
+]
+OTHERS = [(name, ()) for name in TWINS if name not in dict(REAL)]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [pytest.param(*one, marks=pytest.mark.slow) for one in REAL]
+    + [pytest.param(*other, marks=pytest.mark.exhaustive) for other in OTHERS],
+)
+def test_a_run_on_ray_is_the_run_in_one_process_bit_by_bit(name, overrides, in_process, train):
+    config = small(name, *overrides)
+    run = train(config)
+    assert_same_run(in_process(config), run.path)
+    assert all(("time/explore" in row) == bool(config.exploration) for row in read_jsonl(RunDir(run.path).metrics))

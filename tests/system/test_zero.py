@@ -19,7 +19,10 @@ from align_cluster.rollouts.steps import FlowSde
 from align_cluster.types import Prompt
 from align_cluster.weights import view
 
+from ..cases import each
 from .ranks import ranks
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("zero_worker.py")
 WORKER = runpy.run_path(str(SCRIPT))
@@ -84,7 +87,7 @@ def plain_run(config) -> list[dict]:
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     backbone = SD3(config.backbone)
     denoiser = add_adapters(backbone, backbone.load_denoiser(), algorithm.adapters)
-    drawn, texts = WORKER["records"](config), WORKER["conditions"](config)
+    drawn, texts = WORKER["records"](config.algorithm.kind), WORKER["conditions"]()
     reward = ClipScore(ClipScore.Config())
     reward.load("cpu", 1)
     advantages, valid = WORKER["credit"]()
@@ -157,7 +160,7 @@ def assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) ->
 
 def test_the_job_exercises_padding_masks_clipping_and_both_signs(reference):
     config = WORKER["settings"](2, "nft")
-    pieces = WORKER["cut_step"](config, WORKER["records"](config), 0)
+    pieces = WORKER["cut_step"](config, WORKER["records"]("nft"), 0)
     shares = [rank_share(pieces, rank, 2)[0] for rank in range(2)]
     assert sum(len(mine) for mine in shares) > len(pieces)
     advantages, valid = WORKER["credit"]()
@@ -167,14 +170,14 @@ def test_the_job_exercises_padding_masks_clipping_and_both_signs(reference):
         assert min(norm for step in steps for norm in step["norms"]) > config.optimizer.max_grad_norm
 
 
-@pytest.mark.parametrize(("case", "world"), CASES)
+@each(("case", "world"), CASES)
 def test_updates_equal_plain_adamw_with_clipping(left, reference, case, world):
     for rank in left[case, world]:
         for entry, expected in zip(rank, reference[case[2:]], strict=False):
             assert_close(entry["default"], expected["default"])
 
 
-@pytest.mark.parametrize(("case", "world"), CASES)
+@each(("case", "world"), CASES)
 def test_the_old_adapter_and_the_average_are_published_as_computed_by_hand(left, reference, case, world):
     for version, (entry, expected) in enumerate(zip(left[case, world][0], reference[case[2:]], strict=False), start=1):
         assert entry["published"]["behaviour"][0].version == version
@@ -182,7 +185,7 @@ def test_the_old_adapter_and_the_average_are_published_as_computed_by_hand(left,
         assert_close(published(entry, "evaluation"), expected["evaluation"])
 
 
-@pytest.mark.parametrize("case", TWO_RANKS)
+@each("case", TWO_RANKS)
 def test_two_ranks_equal_one(left, case):
     for one, two in zip(left[case, 1][0], left[case, 2][0], strict=True):
         assert_close(one["default"], two["default"])
@@ -192,7 +195,7 @@ def test_two_ranks_equal_one(left, case):
             np.testing.assert_array_equal(value, second["default"][name])
 
 
-@pytest.mark.parametrize("case", ONE_RANK[1:4])
+@each("case", ONE_RANK[1:4])
 def test_every_stage_publishes_the_same_buffer(left, case):
     for entry, other in zip(left["0:nft", 1][0], left[case, 1][0], strict=True):
         for source in ("behaviour", "evaluation"):
@@ -201,7 +204,7 @@ def test_every_stage_publishes_the_same_buffer(left, case):
             np.testing.assert_allclose(buffer.view(np.float32), buffer2.view(np.float32), **CLOSE)
 
 
-@pytest.mark.parametrize(("case", "world"), CASES)
+@each(("case", "world"), CASES)
 def test_metrics_are_means_over_valid_samples_and_the_norm_is_that_before_clipping(left, reference, case, world):
     first = reduce_metrics([rank[0]["metrics"] for rank in left[case, world]])
     alone = reduce_metrics([rank[0]["metrics"] for rank in left["2" + case[1:], 1]])
@@ -212,13 +215,13 @@ def test_metrics_are_means_over_valid_samples_and_the_norm_is_that_before_clippi
     assert first["lr"] == pytest.approx((2e-3, 2e-3))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@each("world", [1, 2])
 def test_before_the_first_update_the_ratio_is_one_and_after_it_is_not(left, world):
     metrics = reduce_metrics([rank[0]["metrics"] for rank in left["2:grpo", world]])
     assert metrics["first_log_ratio"][1] < 1e-6 and metrics["log_ratio"][1] > 1e-4
 
 
-@pytest.mark.parametrize(("case", "world"), CASES)
+@each(("case", "world"), CASES)
 def test_a_loss_or_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_next_update_is_sound(left, case, world):
     for rank in left[case, world]:
         _, before, loss, gradient, sound, _ = rank
@@ -235,7 +238,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_
             np.testing.assert_array_equal(before["published"][source][1], after["published"][source][1])
 
 
-@pytest.mark.parametrize(("case", "world"), CASES)
+@each(("case", "world"), CASES)
 def test_an_update_whose_samples_are_all_masked_changes_nothing(left, case, world):
     """AdamW has momentum and weight decay, which would move the weights without a gradient."""
     for rank in left[case, world]:

@@ -6,6 +6,7 @@ A CASE is "<stage>:<algorithm>". Rank 0 pickles {case: [what a step left behind,
 import pickle
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +69,17 @@ def settings(stage: int, algorithm: str) -> RunConfig:
     )
 
 
-def conditions(config: RunConfig) -> list[Condition]:
+@cache
+def conditions() -> list[Condition]:
     """The encoding of each chunk's prompt."""
     names = ("circle", "square", "star")
-    return Sampler(config.backbone).encode([f"a photo of a red {name}" for name in names])
+    return Sampler(settings(0, "nft").backbone).encode([f"a photo of a red {name}" for name in names])
 
 
-def records(config: RunConfig) -> list[Record]:
+@cache
+def records(algorithm: str) -> list[Record]:
     """What samplers with untrained adapters draw, with the first two steps recorded, or the state that DRaFT needs."""
+    config = settings(0, algorithm)
     sampler, kind = Sampler(config.backbone), config.algorithm
     if kind.kind in DIRECT:
         request = DrawRequest(0, 4, config.step_kind, window=ALGORITHMS[kind.kind](kind).states(4))
@@ -85,8 +89,7 @@ def records(config: RunConfig) -> list[Record]:
         Chunk(0, g, 0, Prompt(g, f"p{g}"), tuple(range(10 * g + 1, 10 * g + 1 + size))) for g, size in enumerate(SIZES)
     ]
     return [
-        sampler.draw(chunk, condition, None, request)[2]
-        for chunk, condition in zip(chunks, conditions(config), strict=True)
+        sampler.draw(chunk, condition, None, request)[2] for chunk, condition in zip(chunks, conditions(), strict=True)
     ]
 
 
@@ -123,7 +126,7 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
 
     stage, algorithm = case.split(":")
     config = settings(int(stage), algorithm)
-    drawn, texts = records(config), conditions(config)
+    drawn, texts = records(algorithm), conditions()
     learner = Learner(config.learner_setup, rank, world, "127.0.0.1", port)
     left = []
 

@@ -1,0 +1,205 @@
+"""A whole run in this process: one sampler, one reward worker and one learner rank as plain objects, without Ray.
+
+Each step takes the path of a real one: it plans groups, encodes and perturbs texts, draws, scores, assigns advantages,
+cuts micro-batches, updates, publishes and adopts, with the functions that a run on Ray calls for each of these. This is
+the only file of the tests that knows how those functions fit together.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from align_cluster.algorithms import ALGORITHMS
+from align_cluster.backbones import BACKBONES
+from align_cluster.config.plan import derive
+from align_cluster.config.run import RunConfig
+from align_cluster.learner.batching import Reduced, TrainingChunk, rank_work, reduce_metrics
+from align_cluster.learner.worker import Learner
+from align_cluster.loop.advantages import AdvantageEstimator
+from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
+from align_cluster.loop.learning import CriticValues, Sync, step_micro_batches
+from align_cluster.loop.requests import evaluation_request, plan_chunks, training_request
+from align_cluster.loop.rollouts import DrawnChunk
+from align_cluster.loop.summary import Results, step_metrics
+from align_cluster.observe.metrics import describe
+from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import read_jsonl
+from align_cluster.observe.table import rows as score_rows
+from align_cluster.observe.table import summarise
+from align_cluster.prompts import PROMPTS
+from align_cluster.prompts.groups import plan_evaluation
+from align_cluster.rewards.worker import RewardWorker
+from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
+from align_cluster.types import Chunk, Credit, Perturbation, Prompt
+from align_cluster.weights import check, view
+
+MOMENTARY = ("time/", "throughput/", "scoring/", "weights/adopt_s", "weights/version")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Holds what a run in this process ends with.
+
+    rows        metrics of each step, as metrics.jsonl has them
+    self_check  as in summary.json
+    before      held-out scores of the base model, by column
+    after       held-out scores of the LoRA that is kept, by column
+    checksums   checksum of the policy's weights before the first step and after each step
+    lora        the file of the LoRA
+    """
+
+    rows: list[dict[str, float]]
+    self_check: dict[str, float] | None
+    before: dict[str, float]
+    after: dict[str, float]
+    checksums: list[str]
+    lora: Path
+
+
+def train(config: RunConfig, folder: Path) -> Finished:
+    """Run all steps of `config`; the LoRA goes to `folder`."""
+    with own_environment():
+        workers = Workers(config)
+        estimator = (CriticAdvantageEstimator if workers.algorithm.critic else AdvantageEstimator)(config)
+        prompts, held_out = (
+            PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts)
+        )
+        results, rows = Results(before=workers.evaluate(held_out)), []
+        checksums = [workers.publish("behaviour").manifest.checksum]
+        for step in range(config.steps):
+            started = time.perf_counter()
+            chunks = plan_chunks(config, prompts, step, workers.plan)
+            explored = workers.explore([chunk.prompt.text for chunk in chunks]) if config.exploration else {}
+            drawn = workers.draw(chunks, training_request(config, step, workers.version))
+            credit = estimator.assign(step, drawn, workers.values(drawn) if workers.algorithm.critic else None)
+            trained = workers.update(step, drawn, credit)
+            explored |= estimator.observe(step, drawn, trained)
+            results.check_ratio(trained, config.learner.ratio_tolerance)
+            sync = workers.publish("behaviour")
+            times = {"update": time.perf_counter() - started}
+            rows.append({"step": step + 1} | explored | step_metrics(config, drawn, credit, trained, times, sync))
+            checksums.append(sync.manifest.checksum)
+        sync = workers.publish("evaluation")
+        weights = {tensor.name: view(sync.buffer, tensor) for tensor in sync.manifest.tensors}
+        lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights, folder)
+        results.after = workers.evaluate(held_out)
+        return Finished(rows, results.self_check, results.before, results.after, checksums, lora)
+
+
+def assert_same_run(here: Finished, folder: Path) -> None:
+    """Assert that the run on Ray in `folder` has the metrics, the scores and the LoRA of `here`, bit by bit."""
+    run = RunDir(folder)
+    for ours, theirs in zip(here.rows, read_jsonl(run.metrics), strict=True):
+        assert all(describe(name) for name in theirs.keys() - {"step", "seconds"})
+        assert lasting(ours) == {name: theirs[name] for name in lasting(ours)} and theirs["time/step"] > 0
+    summary = json.loads(run.summary.read_text())
+    assert summary["self_check"] == here.self_check
+    assert [summary[when]["overall"] for when in ("before", "after")] == [here.before, here.after]
+    ours, theirs = (load_file(path) for path in (here.lora, run.lora_weights))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def lasting(row: dict[str, float]) -> dict[str, float]:
+    """Return those of a step's metrics that do not depend on when and where the step was taken."""
+    return {name: value for name, value in row.items() if not name.startswith(MOMENTARY) and "images_per_s" not in name}
+
+
+class Workers:
+    """Holds one worker of each kind, and does with them what the driver of a run does."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.plan = config, derive(config, 2, 0)
+        self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
+        self.sampler = Sampler(config.backbone, merge=config.rollout.merge_lora)
+        self.rewards = RewardWorker(dict(config.rewards))
+        self.learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port())
+        self.conditions: dict = {}
+        self.perturbations: dict[str, Perturbation] = {}
+        self.version = 0
+
+    def encode(self, texts: list[str]) -> None:
+        """Encode the texts that are new."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.conditions]
+        self.conditions.update(zip(new, self.sampler.encode(new), strict=True))
+
+    def explore(self, texts: list[str]) -> dict[str, float]:
+        """Learn the perturbed conditions of the texts that are new; returns their distance from the original."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.perturbations]
+        self.perturbations.update(
+            zip(new, self.sampler.perturb(new, self.config.exploration, self.config.seed), strict=True)
+        )
+        return {"explore/anchor_cosine": float(np.mean([self.perturbations[text].cosines.mean() for text in texts]))}
+
+    def draw(self, chunks: list[Chunk], request: DrawRequest) -> list[DrawnChunk]:
+        """Draw and score the chunks, each exactly as it was asked for."""
+        self.encode([chunk.prompt.text for chunk in chunks] + [""] * (request.guidance > 1))
+        null, drawn = self.conditions[""] if request.guidance > 1 else None, []
+        for chunk in chunks:
+            own = self.conditions[chunk.prompt.text]
+            explored = self.perturbations[chunk.prompt.text] if any(chunk.variants) else None
+            info, images, record = self.sampler.draw(chunk, own, null, request, explored)
+            assert info.fingerprint == fingerprint(chunk, request, own.key, explored and explored.key)
+            scores = self.rewards.score(images, [chunk.prompt] * len(images))
+            drawn.append(DrawnChunk(info, images, record, scores, request))
+        return drawn
+
+    def training_chunks(self, drawn: list[DrawnChunk]) -> list[TrainingChunk]:
+        """Return what the learner reads of drawn chunks."""
+        return [TrainingChunk(item.record, self.conditions[item.chunk.prompt.text]) for item in drawn]
+
+    def values(self, drawn: list[DrawnChunk]) -> CriticValues:
+        """Return the critic's values of all samples."""
+        values, sigmas = self.learner.values(self.training_chunks(drawn))
+        return CriticValues(np.concatenate(values), sigmas)
+
+    def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
+        """Train on one step's samples; return the learner's metrics."""
+        chunks = [item.chunk for item in drawn]
+        micro_batches = step_micro_batches(self.config, step, chunks, credit, self.plan.micro_batch)
+        null = self.conditions[""] if self.config.rollout.guidance > 1 else None
+        pairs = self.training_chunks(drawn)
+        work = rank_work(step, micro_batches, pairs, null=null, train_actor=credit.actor)
+        return reduce_metrics([self.learner.update(work)])
+
+    def publish(self, source: str) -> Sync:
+        """Give the sampler the learner's adapter, and prove that it holds it."""
+        self.version += 1
+        started = time.perf_counter()
+        manifest, buffer = self.learner.publish(source, self.version)
+        check(manifest, [self.sampler.adopt(manifest, buffer)], 1)
+        return Sync(manifest, buffer, time.perf_counter() - started)
+
+    def evaluate(self, held_out: list[Prompt]) -> dict[str, float]:
+        """Return the held-out scores of the weights that the sampler holds."""
+        asked = self.config.evaluate
+        chunks = plan_evaluation(
+            held_out, asked.count, asked.images_per_prompt, asked.images_per_prompt, self.config.seed
+        )
+        drawn = self.draw(chunks, evaluation_request(self.config, self.version))
+        return summarise([row for item in drawn for row in score_rows(item.chunk.prompt, item.scores)])["overall"]
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Keep what a learner writes into the environment inside. Its process group stays, since DeepSpeed can use no
+    second one in a process."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

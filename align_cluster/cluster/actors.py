@@ -19,7 +19,7 @@ from align_cluster.types import Condition, Record
 
 
 def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
-    """Starts a sampler at `place`, or for None wherever the cluster has room."""
+    """Start a sampler at `place`, or for None wherever the cluster has room."""
     device = "cuda" if plan.sampler_gpus else "cpu"
     shares = {"num_cpus": plan.sampler_cpus, "num_gpus": plan.sampler_gpus}
     actor = ray.remote(Sampler).options(**shares, scheduling_strategy=place or "DEFAULT")
@@ -27,7 +27,7 @@ def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
 
 
 def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: Any) -> Any:
-    """Starts a reward worker at `place`, or for None wherever the cluster has room."""
+    """Start a reward worker at `place`, or for None wherever the cluster has room."""
     options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "scheduling_strategy": place or "DEFAULT"}
     if pool.pip:
         options["runtime_env"] = {"pip": list(pool.pip)}
@@ -37,7 +37,7 @@ def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: A
 
 
 def make_learner_rank(plan: Plan, place: Any) -> Any:
-    """Starts the process of one learner rank at `place`; `LearnerRank.build` then makes its learner."""
+    """Start the process of one learner rank at `place`; `LearnerRank.build` then makes its learner."""
     shares = {"num_cpus": plan.learner_cpus, "num_gpus": plan.learner_gpus}
     return ray.remote(LearnerRank).options(**shares, scheduling_strategy=place).remote()
 
@@ -50,30 +50,30 @@ class LearnerRank:
     """
 
     def address(self) -> tuple[str, int]:
-        """Returns this node's address and a free port, for the ranks to meet at."""
+        """Return this node's address and a free port, for the ranks to meet at."""
         with socket.socket() as free:
             free.bind(("", 0))
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def build(self, setup: LearnerSetup, rank: int, world: int, address: str, port: int, *options: Any) -> None:
-        """Loads the model and joins the other ranks; `options` are threads and device."""
+        """Load the model and join the other ranks; `options` are threads and device."""
         self.learner = Learner(setup, rank, world, address, port, *options)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes on from a state."""
+        """Go on from a state."""
         self.learner.restore(snapshot)
 
     def update(self, work: StepWork, null: Condition | None, *data: Record | Condition) -> tuple[Any, Snapshot | None]:
-        """Trains on a step's work, whose chunks and null condition come beside it; returns metrics and the state."""
+        """Train on a step's work, whose chunks and null condition come beside it; return metrics and the state."""
         metrics = self.learner.update(replace(work, null=null, chunks=_paired(data)))
         return metrics, self.learner.state()
 
     def publish(self, source: str, version: int) -> Any:
-        """Returns the manifest and the buffer of an adapter."""
+        """Return the manifest and the buffer of an adapter."""
         return self.learner.publish(source, version)
 
     def values(self, *data: Record | Condition) -> Any:
-        """Returns the critic's values of each chunk, and the noise levels."""
+        """Return the critic's values of each chunk, and the noise levels."""
         return self.learner.values(_paired(data))
 
 

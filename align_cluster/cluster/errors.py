@@ -17,12 +17,12 @@ LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, RuntimeEnvSetupErro
 
 
 def cause_of(error: RayTaskError) -> BaseException:
-    """Returns the exception that the remote code raised, with its own type where Ray kept it."""
+    """Return the exception that the remote code raised, with its own type where Ray kept it."""
     return getattr(error, "cause", None) or error
 
 
 def reason(error: BaseException) -> str:
-    """Returns one line that says why a worker or an object was lost; Ray's own text is a page."""
+    """Return one line that says why a worker or an object was lost; Ray's own text is a page."""
     text = str(error).strip() or type(error).__name__
     if getattr(error, "actor_init_failed", False):
         return text.splitlines()[-1].strip()[:300]  # what its constructor raised
@@ -32,7 +32,7 @@ def reason(error: BaseException) -> str:
 
 
 def start_error(name: str, error: RayError) -> Exception:
-    """Returns why a worker could not start. Ray hands over only the text of what its constructor raised, so a UserError
+    """Return why a worker could not start. Ray hands over only the text of what its constructor raised, so a UserError
     is made again from it."""
     _, found, sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
     if found:

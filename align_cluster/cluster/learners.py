@@ -65,7 +65,7 @@ class LearnerGroup:
         self._survive(self._start)
 
     def _start(self) -> None:
-        """Starts all ranks, without waiting until they have loaded their models."""
+        """Start all ranks, without waiting until they have loaded their models."""
         self.shutdown()
         plan = self.plan
         self.ranks = [make_learner_rank(plan, place) for place in self.places]
@@ -82,7 +82,7 @@ class LearnerGroup:
             self.built += [rank.restore.remote(state) for rank in self.ranks]
 
     def _survive(self, call: Callable[[], Any]) -> Any:
-        """Returns a call's result. Where a rank is lost meanwhile, all ranks start anew and the call is made again."""
+        """Return a call's result. Where a rank is lost meanwhile, all ranks start anew and the call is made again."""
         while True:
             try:
                 if not self.ranks:
@@ -104,7 +104,7 @@ class LearnerGroup:
         return self._survive(lambda: (self._wait(self.built), self._wait(ask()))[1])
 
     def _wait(self, refs: list) -> list[Any]:
-        """Returns the results of one call on every rank. Raises RankLost where a rank is lost or late."""
+        """Return the results of one call on every rank. Raises RankLost where a rank is lost or late."""
         pending = list(refs)
         self.asked, self.pending, self.since = refs, pending, time.monotonic()
         try:
@@ -127,7 +127,7 @@ class LearnerGroup:
             raise RankLost("a learner rank's result did not arrive") from error
 
     def _blame(self, pending: list, error: Exception) -> None:
-        """Raises RankLost if one rank's error comes of another rank's death, which breaks their collective.
+        """Raise RankLost if one rank's error comes of another rank's death, which breaks their collective.
 
         Ray may tell of the death a little later than of the error.
         """
@@ -142,11 +142,11 @@ class LearnerGroup:
                 continue
 
     def ready(self) -> None:
-        """Waits until every rank has loaded its model and joined the process group."""
+        """Wait until every rank has loaded its model and joined the process group."""
         self._call(list)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes on from the state of a checkpoint, or from an earlier one of this run."""
+        """Go on from the state of a checkpoint, or from an earlier one of this run."""
         self.snapshot = snapshot
 
         def ask() -> list[Any]:
@@ -156,7 +156,7 @@ class LearnerGroup:
         self._call(ask)
 
     def update(self, shares: Sequence[RankWork], null: Any) -> list[dict[str, RankMetric]]:
-        """Trains one step on all ranks and returns each one's metrics; `null` is a reference or None."""
+        """Train one step on all ranks and return each one's metrics; `null` is a reference or None."""
 
         def ask() -> list[Any]:
             return [
@@ -169,15 +169,15 @@ class LearnerGroup:
         return [metrics for metrics, _ in answers]
 
     def values(self, shares: Sequence[Sequence[Any]]) -> list[tuple]:
-        """Returns the critic's values of each rank's records and conditions, which are given in turns."""
+        """Return the critic's values of each rank's records and conditions, which are given in turns."""
         return self._call(lambda: [rank.values.remote(*data) for rank, data in zip(self.ranks, shares, strict=True)])
 
     def critic_state(self) -> dict[str, Any]:
-        """Returns the critic's weights after the last update."""
+        """Return the critic's weights after the last update."""
         return self.snapshot.critic()
 
     def publish(self, source: str, version: int) -> tuple[Any, Any]:
-        """Returns the manifest and a reference to the flat buffer of rank 0."""
+        """Return the manifest and a reference to the flat buffer of rank 0."""
         buffers = []
 
         def ask() -> list[Any]:
@@ -188,7 +188,7 @@ class LearnerGroup:
         return self._call(ask)[0], buffers[-1]
 
     def status(self) -> list[WorkerStatus]:
-        """Says which ranks have not yet answered. Another thread may call it."""
+        """Say which ranks have not yet answered. Another thread may call it."""
         pending, count = self.pending, max(1, len(self.ranks))
         late = {index % count for index, ref in enumerate(self.asked) if ref in pending}
         phases = ["at work" if rank in late else "idle" for rank in range(count)]
@@ -198,7 +198,7 @@ class LearnerGroup:
         ]
 
     def shutdown(self) -> None:
-        """Ends all ranks."""
+        """End all ranks."""
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []

@@ -18,7 +18,7 @@ PATIENCE_S = 5.0  # a run that has just ended returns its resources within about
 
 @contextmanager
 def cluster(config: ClusterConfig) -> Iterator[None]:
-    """Connects to Ray for the length of a run: a private Ray on this machine, or the cluster at `config.address`."""
+    """Connect to Ray for the length of a run: a private Ray on this machine, or the cluster at `config.address`."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     joined = ray.is_initialized()
     if not joined:
@@ -47,18 +47,18 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
 
 
 def resources() -> tuple[int, int]:
-    """Returns (CPU cores, GPUs) of the whole cluster."""
+    """Return (CPU cores, GPUs) of the whole cluster."""
     total = ray.cluster_resources()
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
 
 
 def reward_role(pool: str) -> str:
-    """Returns the name under which the places of a reward pool's workers are kept."""
+    """Return the name under which the places of a reward pool's workers are kept."""
     return f"reward {pool}"
 
 
 def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
-    """Returns what the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
+    """Return what the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
 
     Samplers and a learner rank that alternate share a bundle, and with it a GPU. Reward workers that ask for a small
     part of a GPU share it too. A bundle with a learner holds a whole GPU, because Ray would put two halves on the same
@@ -92,7 +92,7 @@ def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
 
 @contextmanager
 def reserve(plan: Plan) -> Iterator[dict[str, list[PlacementGroupSchedulingStrategy]]]:
-    """Reserves the run's share of the cluster, whole or not at all; yields for each role where worker number i runs.
+    """Reserve the run's share of the cluster, whole or not at all; yield for each role where worker number i runs.
 
     Raises UserError, which names what is missing, where the cluster does not have it, or where others hold it and do
     not give it back within seconds.

@@ -76,34 +76,34 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        """Tells whether calls are queued or in work."""
+        """Tell whether calls are queued or in work."""
         return bool(self.waiting or any(worker.calls for worker in self.workers))
 
     @property
     def ready_workers(self) -> list[Worker]:
-        """Returns the workers that calls may go to."""
+        """Return the workers that calls may go to."""
         return [worker for worker in self.workers if worker.ready]
 
     @property
     def has_room(self) -> bool:
-        """Tells whether a call would go to a worker at once, or to the first one that comes."""
+        """Tell whether a call would go to a worker at once, or to the first one that comes."""
         ready = self.ready_workers
         return not self.waiting and (not ready or any(len(worker.calls) < DEPTH for worker in ready))
 
     @property
     def empty_slots(self) -> list[Slot]:
-        """Returns the slots without a worker."""
+        """Return the slots without a worker."""
         taken = [worker.slot for worker in self.workers]
         return [slot for slot in self.slots if slot not in taken]
 
     def grow(self) -> None:
-        """Starts one worker more, unless `max_size` are there, or one is still starting or missing."""
+        """Start one worker more, unless `max_size` are there, or one is still starting or missing."""
         if len(self.workers) < self.max_size and all(worker.ready for worker in self.workers) and not self.empty_slots:
             used = {worker.slot.index for worker in self.workers}
             self._start_worker(Slot(next(index for index in range(self.size, self.max_size) if index not in used)))
 
     def trim(self) -> None:
-        """Stops the spare workers that had nothing to do since the last `trim`."""
+        """Stop the spare workers that had nothing to do since the last `trim`."""
         for worker in [worker for worker in self.ready_workers if worker.spare and not (worker.used or worker.calls)]:
             self._stop_worker(worker)
         for worker in self.ready_workers:
@@ -114,12 +114,12 @@ class Pool:
         self.workers.remove(worker)
 
     def submit(self, key: Hashable, method: str, *args: Any, returns: int = 1) -> None:
-        """Queues one call; `stream` yields its result."""
+        """Queue one call; `stream` yields its result."""
         self.waiting.append(Call(key, method, args, returns))
         self._feed()
 
     def _feed(self) -> None:
-        """Hands out calls in their order. A call avoids the slots that it was lost on while there are others."""
+        """Hand out calls in their order. A call avoids the slots that it was lost on while there are others."""
         for call in list(self.waiting):
             able = [w for w in self.ready_workers if w.slot.index not in call.slots] or self.ready_workers
             worker = min(able, key=lambda w: len(w.calls), default=None)
@@ -136,7 +136,7 @@ class Pool:
             worker.calls[refs[0]] = (call, tuple(refs[1:]))
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Gives a state to every worker, and to all that start later before they get any work.
+        """Give a state to every worker, and to all that start later before they get any work.
 
         Returns the answers of the workers that are ready, which are one at least. A worker that is late is replaced.
         """
@@ -153,7 +153,7 @@ class Pool:
         return [worker.answer for worker in self.ready_workers]
 
     def wait_until(self, there: Callable[[], bool]) -> None:
-        """Takes in workers that get ready until `there` holds. TimeoutError names who is missing."""
+        """Take in workers that get ready until `there` holds. TimeoutError names who is missing."""
         began = time.monotonic()
         while not there():
             refs = [ref for worker in self.workers for ref in (worker.starting, worker.adopting) if ref is not None]
@@ -165,13 +165,13 @@ class Pool:
                 raise TimeoutError(f"{self.name} is not ready after {waited:.0f} s: {self.missing()}")
 
     def missing(self) -> str:
-        """Says which workers are not ready, and why."""
+        """Say which workers are not ready, and why."""
         states = [(f"{worker.name} is {worker.phase}", worker.slot) for worker in self.workers if not worker.ready]
         states += [(f"nobody is on slot {slot.index}", slot) for slot in self.empty_slots]
         return "; ".join(state + (f", after: {slot.error}" if slot.error else "") for state, slot in states)
 
     def _replace(self, worker: Worker, error: Exception) -> list[Done]:
-        """Stops a worker and puts its calls back at the head of the queue, in their order.
+        """Stop a worker and put its calls back at the head of the queue, in their order.
 
         Returns the results of calls that are given up. Only the call in work can have killed the worker.
         """
@@ -202,7 +202,7 @@ class Pool:
         return given_up
 
     def _restart_due(self) -> None:
-        """Starts a new worker on each empty slot whose pause is over."""
+        """Start a new worker on each empty slot whose pause is over."""
         for slot in self.empty_slots:
             if time.monotonic() >= slot.due:
                 self._start_worker(slot)
@@ -223,7 +223,7 @@ class Pool:
         log.warning("%s", text)
 
     def _give_up(self, calls: list[Call], slot: Slot, error: Exception) -> list[Done]:
-        """Takes the call in work out of `calls` where it has lost too many workers, and returns its result."""
+        """Take the call in work out of `calls` where it has lost too many workers, and return its result."""
         if not calls:
             return []
         call, late = calls[0], isinstance(error, TimeoutError)
@@ -243,7 +243,7 @@ class Pool:
         return [Done(self, call.key, GivenUp("timeout" if late else "unavailable", message), ())]
 
     def collect(self, ref: Any) -> list[Done]:
-        """Returns the calls that a ready reference finishes, and takes in starts and answers to broadcasts."""
+        """Return the calls that a ready reference finishes, and take in starts and answers to broadcasts."""
         worker = next((w for w in self.workers if ref in w.refs), None)
         if worker is None:
             return []  # the worker has been replaced meanwhile
@@ -283,7 +283,7 @@ class Pool:
         return []
 
     def supervise(self) -> list[Done]:
-        """Starts workers that are due and replaces those over their deadline. Returns calls that are given up."""
+        """Start workers that are due and replace those over their deadline. Returns calls that are given up."""
         self._restart_due()
         now, given_up = time.monotonic(), []
         for worker in list(self.workers):
@@ -295,7 +295,7 @@ class Pool:
         return given_up
 
     def status(self) -> list[WorkerStatus]:
-        """Says what every worker does, and what has become of empty slots. Another thread may call it."""
+        """Say what every worker does, and what has become of empty slots. Another thread may call it."""
         now = time.monotonic()
         found = [
             WorkerStatus(w.name, w.location, w.phase, w.since, bool(w.calls) or not (w.ready or w.spare))
@@ -308,19 +308,19 @@ class Pool:
         return found
 
     def shutdown(self) -> None:
-        """Ends all workers."""
+        """End all workers."""
         for worker in self.workers:
             ray.kill(worker.actor)
         self.workers = []
 
 
 def location_of(actor: Any) -> str:
-    """Returns the node and process of the actor that this runs in."""
+    """Return the node and process of the actor that this runs in."""
     return f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
 
 
 def stream(*pools: Pool) -> Iterator[Done]:
-    """Yields results of all pools as they come, until nothing is queued or running. New work may be added meanwhile.
+    """Yield results of all pools as they come, until nothing is queued or running. New work may be added meanwhile.
 
     Raises TimeoutError, which names who is waited for, when no worker gets ready for the pools' deadline.
     """
@@ -341,7 +341,7 @@ def stream(*pools: Pool) -> Iterator[Done]:
 
 
 def _wait(refs: list, pools: Sequence[Pool], seconds: float) -> list:
-    """Returns at most one ready reference, after at most `seconds` or when a new worker is due."""
+    """Return at most one ready reference, after at most `seconds` or when a new worker is due."""
     due = [slot.due - time.monotonic() for pool in pools for slot in pool.empty_slots]
     seconds = max(0.0, min([seconds, *due]))
     if not refs:
@@ -351,7 +351,7 @@ def _wait(refs: list, pools: Sequence[Pool], seconds: float) -> list:
 
 
 def fetch(references: Any, timeout_s: float) -> Any:
-    """Returns what references refer to. Raises TimeoutError where the object store does not bring it in time."""
+    """Return what references refer to. Raises TimeoutError where the object store does not bring it in time."""
     try:
         return ray.get(references, timeout=timeout_s)
     except GetTimeoutError as error:

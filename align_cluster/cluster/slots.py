@@ -1,4 +1,4 @@
-"""What a pool knows of its workers and their work, as plain records."""
+"""Records of what a pool knows of its workers and their work."""
 
 import time
 from collections.abc import Hashable
@@ -41,7 +41,7 @@ class Slot:
 
     @property
     def quarantined(self) -> bool:
-        """Tells whether so many workers were lost in a row that the slot is left alone for a while."""
+        """Tell whether so many workers were lost in a row that the slot is left alone for a while."""
         return self.failures >= MAX_FAILURES
 
 
@@ -68,17 +68,17 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Tells whether calls may go to the worker."""
+        """Tell whether calls may go to the worker."""
         return self.starting is None and self.adopting is None
 
     @property
     def refs(self) -> tuple:
-        """Returns all references that the pool waits for."""
+        """Return all references that the pool waits for."""
         return tuple(ref for ref in (self.starting, self.adopting, *self.calls) if ref is not None)
 
     @property
     def phase(self) -> str:
-        """Says in words what the worker does."""
+        """Say in words what the worker does."""
         if self.starting is not None:
             return "waiting for room, or starting" if self.spare else "starting"
         if self.adopting is not None:

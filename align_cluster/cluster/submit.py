@@ -25,7 +25,7 @@ def submit(
     python: str = "python",
     resume: str | None = None,
 ) -> int:
-    """Starts the run as a job on the cluster whose dashboard is at `address`. `resume` means what it means for `train`.
+    """Start the run as a job on the cluster whose dashboard is at `address`. `resume` means what it means for `train`.
 
     Returns 0 if the run succeeded, 75 if it was told to end and should be submitted again, and 1 if it failed.
 
@@ -64,7 +64,7 @@ def submit(
 
 
 def connect(address: str | None) -> Any:
-    """Returns a JobSubmissionClient with the authentication that the cluster asks for.
+    """Return a JobSubmissionClient with the authentication that the cluster asks for.
 
     Raises UserError where nothing answers. Ray decides whether to send a token by RAY_AUTH_MODE, which it reads while
     it is imported; so the cluster is asked first.
@@ -102,7 +102,7 @@ def connect(address: str | None) -> Any:
 
 
 def fill(folder: Path, config: RunConfig, files: Sequence[Path]) -> None:
-    """Writes the job's working directory: config.yaml, prompt files that it names (paths rewritten), and `files`."""
+    """Write the job's working directory: config.yaml, prompt files that it names (paths rewritten), and `files`."""
     data = config.model_dump(mode="json")
     data["cluster"]["address"] = "auto"
     for block in (data["prompts"], data["evaluate"]["prompts"]):

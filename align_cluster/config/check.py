@@ -1,4 +1,4 @@
-"""What no single setting shows: combinations that cannot work, and prompts that do not fit. No model is loaded.
+"""Checks what no single setting shows: combinations that cannot work, and prompts that do not fit. It loads no model.
 
 Rules on settings alone are in `rules.py`; here are those that read the loaded prompts too.
 ADD A RULE HERE: a function that yields one sentence a problem (the path, what is wrong, the nearest valid choice), and

@@ -1,4 +1,4 @@
-"""The planner: from a run's settings and the machine's resources to pools, batches and resource shares.
+"""Plans a run: turns its settings and the machine's resources into pools, batches and resource shares.
 
 The user states groups and updates; this module alone turns them into worker counts, and no result depends on it.
 """
@@ -160,7 +160,7 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
 
 
 def _gpu_shares(beside: list[float], samplers: int, learners: int, gpus: int, stated: bool) -> dict[str, float]:
-    """How GPUs are shared, by fields of a Plan; `beside` are the parts that reward workers on samplers' GPUs want."""
+    """Share out GPUs, as fields of a Plan; `beside` are the parts that reward workers on samplers' GPUs want."""
     apart = stated and 0 < samplers + learners <= gpus
     together = 1 if apart or not gpus else math.ceil(samplers / gpus)
     hosts = samplers if apart else max(math.ceil(samplers / together), learners)
@@ -175,7 +175,7 @@ def _gpu_shares(beside: list[float], samplers: int, learners: int, gpus: int, st
 
 
 def _reward_pools(config: RunConfig, left: float, most: float) -> tuple[RewardPool, ...]:
-    """One shared pool and one for each reward that wants its own; workers without stated CPUs share what is left."""
+    """Plan one shared pool, and one for each reward with its own. Workers without stated CPUs share what is left."""
     shared = tuple(name for name, reward in config.rewards.items() if reward.pool is None)
     own = {name: reward.pool for name, reward in config.rewards.items() if reward.pool}
     left -= sum(pool.workers * pool.cpus for pool in own.values() if pool.cpus)
@@ -204,7 +204,7 @@ def _reward_pools(config: RunConfig, left: float, most: float) -> tuple[RewardPo
 
 
 def _floor(share: float) -> float:
-    """Ray counts resources in ten-thousandths; rounding up would ask for more than there is."""
+    """Round down to ten-thousandths, in which Ray counts; rounding up would ask for more than there is."""
     return max(1, math.floor(share * 10_000 + 1e-6)) / 10_000
 
 

@@ -1,4 +1,4 @@
-"""Combinations of settings that cannot work: rules that need the settings alone. `check.py` applies them.
+"""Rules that refuse combinations of settings which cannot work. They read the settings alone; `check.py` applies them.
 
 What a single kind or block refuses stands beside it, as `problems` of its settings. Here are rules about several
 blocks, which ask the classes' flags and know no kind by name.

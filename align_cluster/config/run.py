@@ -1,4 +1,4 @@
-"""Every choice of a run in one model. Reward, algorithm, backbone and prompt settings stand beside their code."""
+"""Holds every choice of a run in one model. Settings of rewards, algorithms and the like stand beside their code."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from align_cluster.settings import Root, Section, one_of
 
 
 class RolloutConfig(Section):
-    """How samplers draw. `group_size` counts initial noises; with exploration, each meets every condition.
+    """Says how samplers draw. `group_size` counts initial noises; with exploration, each meets every condition.
 
     `step: null` takes the algorithm's own step kind. `schedule` gives training rollouts other noise levels than the
     pipeline's own, which evaluation always uses. `window` says which denoising steps are noisy and which are trained
@@ -44,7 +44,7 @@ class RolloutConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where workers run. null counts are derived from the cores or GPUs of the cluster.
+    """Says where workers run. Counts of null are derived from the cores or GPUs of the cluster.
 
     `address: null` starts a Ray of its own on this machine; "auto" joins the running one. A run begins with `samplers`;
     while chunks wait, up to `max_samplers` draw, where the cluster has room or gets it later. After `late_s`
@@ -71,7 +71,10 @@ class ClusterConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Held-out evaluation: ODE sampling, fixed seeds. `every: 0` evaluates before and after the run only."""
+    """Configures held-out evaluation, by ODE sampling with fixed seeds.
+
+    `every: 0` evaluates before and after the run.
+    """
 
     prompts: one_of(PROMPTS)
     count: PositiveInt = 64
@@ -95,7 +98,10 @@ RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$"), AfterValidator(
 
 
 class RunConfig(Root):
-    """One alignment run. `exploration` draws every group under perturbed conditions too; the update never sees them."""
+    """Holds one alignment run.
+
+    `exploration` draws every group under perturbed conditions too; the update never sees them.
+    """
 
     what: ClassVar[str] = "a run"
     sample: ClassVar[str] = "configs/quickstart.yaml"

@@ -28,7 +28,7 @@ class Result:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Where the weights come from, as metadata of a safetensors file."""
+        """Say where the weights come from, as metadata of a safetensors file."""
         run, config = self.run, self.config
         rewards = {side: getattr(run, side).get("overall", {}) for side in ("before", "after")}
         return {

@@ -62,12 +62,12 @@ class StepWork:
     train_actor: bool = True
 
     def chunk_of(self, micro_batch: MicroBatch) -> TrainingChunk:
-        """Returns the chunk that a micro-batch's members belong to."""
+        """Return the chunk that a micro-batch's members belong to."""
         return self.chunks[micro_batch.source]
 
 
 def assign_updates(chunks: int, updates: int, seed: int) -> list[tuple[int, int]]:
-    """Returns (update, chunk number) for each chunk of a step: chunks are shuffled by `seed`, then dealt out evenly."""
+    """Return (update, chunk number) for each chunk of a step: chunks are shuffled by `seed`, then dealt out evenly."""
     order = list(range(chunks))
     random.Random(seed).shuffle(order)
     return [(position * updates // chunks, chunk) for position, chunk in enumerate(order)]
@@ -83,7 +83,7 @@ def make_micro_batches(
     seed: int,
     targets: dict[str, list[np.ndarray]] | None = None,
 ) -> list[MicroBatch]:
-    """Cuts a step into micro-batches of at most `size` samples, ordered by update.
+    """Cut a step into micro-batches of at most `size` samples, ordered by update.
 
     `advantages` and `valid` have one array a chunk. `targets` give the critic's `returns` and `values` of each chunk. A
     masked sample gets weight 0 and advantage 0, even where its advantage is not a number.
@@ -106,7 +106,7 @@ def make_micro_batches(
 
 
 def rank_share(micro_batches: Sequence[MicroBatch], rank: int, world: int) -> tuple[list[MicroBatch], list[int]]:
-    """Returns one rank's micro-batches and the numbers of the chunks that it needs; `source` then counts in these.
+    """Return one rank's micro-batches and the numbers of the chunks that it needs; `source` then counts in these.
 
     A rank gets every world-th micro-batch of each update. Copies without weight pad the shares, so that all ranks run
     equally many and meet in the same collectives.
@@ -124,7 +124,7 @@ def rank_share(micro_batches: Sequence[MicroBatch], rank: int, world: int) -> tu
 
 
 def total_weights(micro_batches: Sequence[MicroBatch]) -> dict[int, float]:
-    """Returns the sum of sample weights of each update over all ranks."""
+    """Return the sum of sample weights of each update over all ranks."""
     totals: dict[int, float] = {}
     for item in micro_batches:
         totals[item.update] = totals.get(item.update, 0.0) + float(item.weights.sum())
@@ -141,7 +141,7 @@ def rank_work(
     null: Condition | None = None,
     train_actor: bool = True,
 ) -> StepWork:
-    """Returns one rank's work for a step. `chunks` are all of the step; the work holds those that the rank needs."""
+    """Return one rank's work for a step. `chunks` are all of the step; the work holds those that the rank needs."""
     mine, sources = rank_share(micro_batches, rank, world)
     return StepWork(
         step=step,
@@ -175,14 +175,14 @@ class MetricSums:
         self.sums: dict[str, RankMetric] = {}
 
     def add(self, name: str, value: float, weight: float = 1.0, largest: float | None = None) -> None:
-        """Adds a value that counts with `weight`; `largest` is its magnitude where `value` is a sum already."""
+        """Add a value that counts with `weight`; `largest` is its magnitude where `value` is a sum already."""
         total, weights, most = self.sums.get(name, (0.0, 0.0, 0.0))
         magnitude = abs(value) if largest is None else largest
         self.sums[name] = RankMetric(total + value, weights + weight, max(most, magnitude))
 
 
 def reduce_metrics(ranks: Sequence[dict[str, RankMetric]]) -> dict[str, Reduced]:
-    """Reduces each metric over all ranks that have it."""
+    """Reduce each metric over all ranks that have it."""
     reduced = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
         entries = [rank[name] for rank in ranks if name in rank]

@@ -44,7 +44,7 @@ class CriticLearner:
 
     @torch.no_grad()
     def values(self, record: Record, text: TextBatch) -> np.ndarray:
-        """Returns values fp32 [B, N, R] of the states that a record's steps started from, under its one condition."""
+        """Return values fp32 [B, N, R] of the states that a record's steps started from, under its one condition."""
         device, shape = text.sequence.device, record.indices.shape
         levels = torch.tensor(record.sigmas[record.indices.ravel()], dtype=torch.float32, device=device)
         states = torch.tensor(record.before, device=device).flatten(0, 1)
@@ -61,7 +61,7 @@ class CriticLearner:
         metrics: MetricSums,
         pretraining: bool = False,
     ) -> None:
-        """Makes one optimiser update an epoch from states of all samples that are not masked.
+        """Make one optimiser update an epoch from states of all samples that are not masked.
 
         `scale` is the number of ranks over the total weight. In `pretraining` values are not clipped. Where a loss or
         the gradient is not finite on any rank, the weights stay as they are.
@@ -87,7 +87,7 @@ class CriticLearner:
                 metrics.add("critic_grad_norm", norm)
 
     def _slots(self, batch: Batch, epoch: int) -> list[list[int]]:
-        """Returns the states of each sample to train on. The sample's own random stream chooses them, so ranks and
+        """Return the states of each sample to train on. The sample's own random stream chooses them, so ranks and
         micro-batches make no difference."""
         samples, count = batch.recorded.indices.shape
         wanted = self.algorithm.config.critic_states
@@ -97,7 +97,7 @@ class CriticLearner:
         return [sorted(torch.randperm(count, generator=stream)[:wanted].tolist()) for stream in streams]
 
     def _passes(self, slots: list[list[list[int]]], batches: list[CriticBatch]) -> Iterator[list[State]]:
-        """Yields the states of each forward pass: `batch` of them, under texts of one length. Masked samples have
+        """Yield the states of each forward pass: `batch` of them, under texts of one length. Masked samples have
         none."""
 
         def length(state: State) -> int:
@@ -129,7 +129,7 @@ class CriticLearner:
         return float(norm) if fine else None
 
     def state(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """Returns the steps of its AdamW, and weights by name with the moments under "<moment>/<name>"."""
+        """Return the steps of its AdamW, and weights by name with the moments under "<moment>/<name>"."""
         found, steps = self.critic.state(), 0
         for name, state in self._moments().items():
             found |= {f"{key}/{name}": state[key] for key in MOMENTS}
@@ -137,7 +137,7 @@ class CriticLearner:
         return steps, found
 
     def restore(self, steps: int, state: dict[str, torch.Tensor]) -> None:
-        """Takes over what `state` returned."""
+        """Take over what `state` returned."""
         own = self._moments()
         for name, moments in own.items():
             moments["step"].fill_(steps)
@@ -146,7 +146,7 @@ class CriticLearner:
         self.critic.restore({name: value for name, value in state.items() if not name.startswith(MOMENTS)})
 
     def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Returns AdamW's state of each trained weight by name. It makes the state where no step has made it yet."""
+        """Return AdamW's state of each trained weight by name. It makes the state where no step has made it yet."""
         named = {f"head.{name}": value for name, value in self.critic.head.named_parameters()}
         named |= {f"adapter.{name}": value for name, value in self.critic.adapter.items()}
         for parameter in named.values():
@@ -157,7 +157,7 @@ class CriticLearner:
 
 
 def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Tensor, ...]:
-    """Returns x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]."""
+    """Return x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]."""
 
     def parts() -> Iterator[tuple[torch.Tensor, ...]]:
         for number, own in groupby(states, itemgetter(0)):
@@ -173,5 +173,5 @@ def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Te
 
 
 def _repeated(text: TextBatch, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the batch's one condition `count` times."""
+    """Return the batch's one condition `count` times."""
     return text.sequence.expand(count, -1, -1), text.pooled.expand(count, -1)

@@ -12,7 +12,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of the two tensors that AdamW k
 
 
 def join(rank: int, world: int, address: str, port: int, device: str) -> None:
-    """Joins the learner's process group. Call it once per process, before an Engine is built."""
+    """Join the learner's process group. Call it once per process, before an Engine is built."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     if device == "cpu":
@@ -26,7 +26,7 @@ def join(rank: int, world: int, address: str, port: int, device: str) -> None:
 
 
 def agree(sound: bool, device: torch.device) -> bool:
-    """Tells whether all ranks are `sound`. All ranks must call it together."""
+    """Tell whether all ranks are `sound`. All ranks must call it together."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return sound
     answer = torch.tensor(float(sound), device=device)
@@ -69,12 +69,12 @@ class Engine:
         )
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulates the gradient of one micro-batch. `last` marks the update's final one, the same on every rank."""
+        """Accumulate the gradient of one micro-batch. `last` marks the update's final one, the same on every rank."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
     def step(self, lr: float, sound: bool = True) -> float | None:
-        """Applies the accumulated gradient and returns its global norm before clipping.
+        """Apply the accumulated gradient and return its global norm before clipping.
 
         Returns None on every rank where the gradient is not finite, or where any rank says that its losses were not
         `sound`. The gradient is then dropped, and nothing changes.
@@ -98,7 +98,7 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else None
 
     def moments(self) -> tuple[int, dict[str, list[torch.Tensor]]]:
-        """Returns AdamW's steps so far and its moments by name, a whole fp32 tensor for each trainable parameter.
+        """Return AdamW's steps so far and its moments by name, a whole fp32 tensor for each trainable parameter.
 
         All ranks must call it together.
         """
@@ -106,7 +106,7 @@ class Engine:
         return max(steps), {key: [self._whole(p, key) for p in self.trainable] for key in MOMENTS}
 
     def restore(self, weights: list[torch.Tensor], steps: int, moments: dict[str, list[torch.Tensor]]) -> None:
-        """Takes over whole tensors, as `moments` returns them, from any number of ranks and any stage."""
+        """Take over whole tensors, as `moments` returns them, from any number of ranks and any stage."""
         import deepspeed
 
         with self.gathered(self.trainable, write=True):
@@ -131,7 +131,7 @@ class Engine:
                     deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
     def _states(self) -> list[dict[str, torch.Tensor]]:
-        """Returns the state of each tensor that AdamW really steps: a parameter, or this rank's flat part of all of
+        """Return the state of each tensor that AdamW really steps: a parameter, or this rank's flat part of all of
         them.
 
         It makes the state, as torch would, where no step has made it yet.
@@ -159,7 +159,7 @@ class Engine:
 
     @contextmanager
     def gathered(self, parameters: list[torch.nn.Parameter], write: bool = False) -> Iterator[None]:
-        """Makes parameters whole inside the context; under ZeRO-3 all ranks must enter. With `write`, rank 0's values
+        """Make parameters whole inside the context; under ZeRO-3 all ranks must enter. With `write`, rank 0's values
         hold for all ranks afterwards."""
         if self.stage < 3:
             context = nullcontext()
@@ -172,7 +172,7 @@ class Engine:
 
 
 def _own_part(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-    """Returns this rank's part of a whole tensor under stage 3, which pads the last part."""
+    """Return this rank's part of a whole tensor under stage 3, which pads the last part."""
     size = parameter.ds_tensor.ds_numel
     flat = value.flatten()
     padded = torch.nn.functional.pad(flat, (0, size * torch.distributed.get_world_size() - len(flat)))

@@ -26,14 +26,14 @@ class FisherEstimate:
 
 
 def probing() -> AbstractContextManager[None]:
-    """Switches fused attention off for the forward pass that is probed, because it has no second derivative."""
+    """Switch fused attention off for the forward pass that is probed, because it has no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def fisher_product(
     mean: torch.Tensor, std: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the function v -> H v, flat fp32 [P], of Gaussians N(mean_i, std_i^2):
+    """Return the function v -> H v, flat fp32 [P], of Gaussians N(mean_i, std_i^2):
 
     H = mean_i J_i^T J_i / (std_i^2 D).
 
@@ -79,7 +79,7 @@ class FisherProbe:
         iterations: int = 4,
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> FisherEstimate:
-        """Iterates powers from the last eigenvector, and computes the samples' scores one by one.
+        """Iterate powers from the last eigenvector, and compute the samples' scores one by one.
 
         mean [b, ...] and log_prob [b] come with their graphs, made under `probing`; std is [b]. `reduce` averages a
         flat tensor over ranks. The forward must call the module itself, not its DeepSpeed engine, which hooks its

@@ -1,4 +1,4 @@
-"""What the learner hands to an algorithm: its network as a policy, and the gradient of the trained rewards."""
+"""Hands the learner's network to an algorithm as a policy, and the gradient of the trained rewards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class RewardGradient:
             backbone.checkpoint_decoder()
 
     def __call__(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Returns weighted sums of scores, fp32 [b, J], of latents fp32 [b, C, H, W] under J texts."""
+        """Return weighted sums of scores, fp32 [b, J], of latents fp32 [b, C, H, W] under J texts."""
         if not self.checkpointing:
             return self._score(latents, texts)
         rows = [checkpoint(self._score, row, texts, use_reentrant=False) for row in latents.split(1)]
@@ -63,10 +63,10 @@ class LearnerPolicy(Policy):
     reward_gradient: RewardGradient | None = None
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
-        """Predicts under an adapter, or under the bare base for None. Only the default adapter carries gradient."""
+        """Predict under an adapter, or under the bare base for None. Only the default adapter carries gradient."""
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
             return guided_velocity(self.backbone, self.network, x, sigma, self.text, self.guidance, self.null_gradient)
 
     def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Returns the trained rewards of latents under each of the texts, with a gradient to the latents."""
+        """Return the trained rewards of latents under each of the texts, with a gradient to the latents."""
         return self.reward_gradient(latents, texts)

@@ -35,7 +35,7 @@ class HasState(Protocol):
     rank: int
 
     def make_probe(self) -> TrustProbe:
-        """Returns the probe, made at first use."""
+        """Return the probe, made at first use."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,26 @@ class Snapshot:
 
     @classmethod
     def of(cls, counts: dict[str, int], tensors: dict[str, np.ndarray]) -> "Snapshot":
-        """Packs counts and named tensors into a snapshot."""
+        """Pack counts and named tensors into a snapshot."""
         return cls(counts, *publish(tensors, counts["updates"]))
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Returns views of the buffer by name."""
+        """Return views of the buffer by name."""
         return {tensor.name: view(self.buffer, tensor) for tensor in self.manifest.tensors}
 
     def critic(self) -> dict[str, np.ndarray]:
-        """Returns the critic's weights by name."""
+        """Return the critic's weights by name."""
         found = under("critic/", self.tensors())
         return {name: value for name, value in found.items() if not name.startswith(MOMENTS)}
 
 
 def under(prefix: str, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the entries whose names begin with `prefix`, without it."""
+    """Return the entries whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
 def capture(learner: HasState) -> Snapshot | None:
-    """Returns the state on rank 0, and None on the other ranks. All ranks must call it together."""
+    """Return the state on rank 0, and None on the other ranks. All ranks must call it together."""
     steps, moments = learner.engine.moments()
     counts, found = {"updates": learner.updates, "steps": steps}, {}
     names = list(adapter_parameters(learner.denoiser, "default"))
@@ -95,7 +95,7 @@ def capture(learner: HasState) -> Snapshot | None:
 
 
 def restore(learner: HasState, snapshot: Snapshot) -> None:
-    """Brings a learner to the state of a snapshot, whatever it did before. All ranks must call it together.
+    """Bring a learner to the state of a snapshot, whatever it did before. All ranks must call it together.
 
     Raises ValueError where the snapshot is damaged or belongs to another kind of learner.
     """

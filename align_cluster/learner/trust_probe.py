@@ -20,7 +20,7 @@ class TrustProbe:
         self.fisher = FisherProbe(parameters, seed)
 
     def begin(self, policy: Policy, record: Record, rows: slice, inner_pass: int) -> None:
-        """Estimates, before the update, the Fisher matrix and the scores of members `rows` at trained step
+        """Estimate, before the update, the Fisher matrix and the scores of members `rows` at trained step
         `inner_pass`.
         """
         arrays = (record.indices, record.before, record.after)
@@ -34,7 +34,7 @@ class TrustProbe:
         self.mean, self.start = self.mean.detach(), self._flat()
 
     def finish(self, gradient_norm: float) -> dict[str, float]:
-        """Returns, after the update, lengths and the KL per latent dimension by which it moved the policy."""
+        """Return, after the update, lengths and the KL per latent dimension by which it moved the policy."""
         with torch.no_grad():
             moved, _ = self._step()
         kl = ((moved - self.mean) ** 2).flatten(1).mean(1) / (2 * self.std**2)

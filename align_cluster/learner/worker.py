@@ -61,7 +61,7 @@ class Learner:
         return CriticLearner(critic, self.algorithm, self.setup.optimizer, self.world, self.setup.critic_batch)
 
     def learning_rate(self) -> float:
-        """Returns the learning rate of the next update: flat at first, then linear in the run's progress."""
+        """Return the learning rate of the next update: flat at first, then linear in the run's progress."""
         settings = self.setup.optimizer
         progress = self.updates / (self.setup.steps * self.setup.learner.updates_per_step)
         if settings.schedule == "constant" or progress < settings.flat:
@@ -70,7 +70,7 @@ class Learner:
         return settings.lr * max(settings.final, left)
 
     def update(self, work: StepWork) -> dict[str, RankMetric]:
-        """Trains on one step's work and returns this rank's metrics.
+        """Train on one step's work and return this rank's metrics.
 
         A critic learns after the actor, from all samples of the step together; without `work.train_actor` it learns
         alone. An update whose loss or gradient is not finite on any rank changes nothing and counts as "skipped"; one
@@ -102,7 +102,7 @@ class Learner:
     def _update_actor(
         self, work: StepWork, mine: list[MicroBatch], scale: float, passes: int, metrics: MetricSums
     ) -> bool:
-        """Makes one optimiser update from `mine`; returns whether it changed anything."""
+        """Make one optimiser update from `mine`; return whether it changed anything."""
         probing, sound = self._probe_update(work, mine[0], passes), True
         for inner_pass in range(passes):
             for number, micro_batch in enumerate(mine):
@@ -175,7 +175,7 @@ class Learner:
         )
 
     def _critic_batches(self, work: StepWork) -> list[CriticBatch]:
-        """Returns the critic's micro-batches, which stay on the CPU until a forward pass reads them."""
+        """Return the critic's micro-batches, which stay on the CPU until a forward pass reads them."""
         cpu = torch.device("cpu")
         return [
             CriticBatch(
@@ -188,7 +188,7 @@ class Learner:
         ]
 
     def values(self, chunks: list[TrainingChunk]) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """Returns the critic's values [B, N, R] of every recorded state of each chunk, and the rollout's noise levels
+        """Return the critic's values [B, N, R] of every recorded state of each chunk, and the rollout's noise levels
         [N + 1]. A forward pass never mixes chunks, so results do not depend on the rank."""
         found = [
             self.critic.values(chunk.record, TextBatch.build([chunk.condition], None, self.backbone.device))
@@ -197,20 +197,20 @@ class Learner:
         return found, chunks[0].record.sigmas if chunks else None
 
     def state(self) -> Snapshot | None:
-        """Returns all that an update changes, on rank 0. All ranks must call it together."""
+        """Return all that an update changes, on rank 0. All ranks must call it together."""
         return capture(self)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes on from a state that any number of ranks and any ZeRO stage have left. All ranks must call it."""
+        """Go on from a state that any number of ranks and any ZeRO stage have left. All ranks must call it."""
         restore(self, snapshot)
 
     def make_probe(self) -> TrustProbe:
-        """Returns the probe of SLAS's adaptive exponent, made at first use."""
+        """Return the probe of SLAS's adaptive exponent, made at first use."""
         self.probe = self.probe or TrustProbe(self.engine.trainable, self.setup.seed, self.world)
         return self.probe
 
     def _probe_update(self, work: StepWork, micro_batch: MicroBatch, passes: int) -> bool:
-        """Begins to measure the coming update if it is one that SLAS's adaptive exponent asks for, each time at another
+        """Begin to measure the coming update if it is one that SLAS's adaptive exponent asks for, each time at another
         of the trained steps; returns whether it does."""
         shaping = self.setup.shaping
         if not shaping or shaping.gamma != "adaptive" or self.updates % shaping.refresh:
@@ -229,7 +229,7 @@ class Learner:
     def _policy(
         self, chunk: TrainingChunk, null: Condition | None, count: int, network: torch.nn.Module | None = None
     ) -> LearnerPolicy:
-        """Returns the network, behind its engine unless one is given, under the prompt's own condition, whatever
+        """Return the network, behind its engine unless one is given, under the prompt's own condition, whatever
         condition the samples were drawn under."""
         kind = self.setup.step
         return LearnerPolicy(
@@ -249,7 +249,7 @@ class Learner:
             return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def _average(self) -> None:
-        """Moves the EMA of the default adapter with Flow-GRPO's warm-up, min((1 + u) / (10 + u), ema)."""
+        """Move the EMA of the default adapter with Flow-GRPO's warm-up, min((1 + u) / (10 + u), ema)."""
         if self.ema is None:
             return
         decay = min((1 + self.updates) / (10 + self.updates), self.setup.learner.ema)
@@ -257,7 +257,7 @@ class Learner:
             self.ema[name].lerp_(value, 1 - decay)
 
     def _lag(self) -> None:
-        """Moves the lagged adapter towards the default one, where the algorithm keeps one."""
+        """Move the lagged adapter towards the default one, where the algorithm keeps one."""
         decay = self.algorithm.old_decay(self.updates)
         if decay is None:
             return
@@ -271,7 +271,7 @@ class Learner:
     def publish(
         self, source: Literal["behaviour", "evaluation"], version: int
     ) -> tuple[Manifest, np.ndarray] | tuple[None, None]:
-        """Returns rank 0's flat buffer of an adapter, with its manifest. All ranks must call it.
+        """Return rank 0's flat buffer of an adapter, with its manifest. All ranks must call it.
 
         "behaviour" is the adapter that samplers draw with; "evaluation" the one that is evaluated and shipped, which is
         the EMA where there is one.

@@ -31,7 +31,7 @@ class AdvantageEstimator:
         self.trust = TrustRegion(shaping) if shaping and shaping.gamma == "adaptive" else None
 
     def assign(self, step: int, drawn: list[DrawnChunk], values: None = None) -> Credit:
-        """Returns advantages [P, M] of a step from all its scores; groups are the rows. `values` belong to a critic."""
+        """Return advantages [P, M] of a step from all its scores; groups are the rows. `values` belong to a critic."""
         if ALGORITHMS[self.config.algorithm.kind].reward_gradient:
             shape = (self.config.prompts_per_step, self.config.group_members)
             return Credit(
@@ -41,7 +41,7 @@ class AdvantageEstimator:
         return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
 
     def observe(self, step: int, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
-        """Takes in what the learner measured during its update, if it did, and returns metrics of it."""
+        """Take in what the learner measured during its update, if it did, and return metrics of it."""
         if self.trust is None or "lambda_max" not in trained:
             return {}
         values, applies, valid, weights, settings, batches = self._arguments(step, drawn)
@@ -50,15 +50,15 @@ class AdvantageEstimator:
         return self.trust.observe(estimates, u[valid])
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"trust": self.trust.state()} if self.trust else {}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays that a checkpoint keeps."""
+        """Return the arrays that a checkpoint keeps."""
         return {}
 
     def restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Goes on from the state of an earlier run."""
+        """Go on from the state of an earlier run."""
         if self.trust:
             self.trust.restore(state["trust"])
 

@@ -45,7 +45,7 @@ class State:
     texts: Callable[[], dict[str, bytes]] = dict
 
     def files(self) -> dict[str, bytes]:
-        """Returns the files of a checkpoint by name."""
+        """Return the files of a checkpoint by name."""
         from safetensors.numpy import save
 
         tensors = {f"learner/{name}": value for name, value in self.learner.tensors().items()}
@@ -55,7 +55,7 @@ class State:
 
     @classmethod
     def of(cls, step: int, files: dict[str, bytes]) -> "State":
-        """Reads the files of a checkpoint."""
+        """Read the files of a checkpoint."""
         from safetensors.numpy import load
 
         facts, tensors = json.loads(files[FACTS]), load(files[STATE])
@@ -93,7 +93,7 @@ class CheckpointManager:
         self.latest: State | None = None
 
     def restore(self, state: State) -> Results:
-        """Brings all parts to where the run was; returns what it had found until then."""
+        """Bring all parts to where the run was; return what it had found until then."""
         facts = state.facts
         self.workers.ranks.restore(state.learner)
         self.workers.weights.version = facts["version"] - 1  # the samplers' version is published anew
@@ -107,7 +107,7 @@ class CheckpointManager:
         return Results(before=facts["before"], self_check=facts["self_check"])
 
     def roll_back(self, alarm: Alarm) -> None:
-        """Brings the weights back to the last good checkpoint; the caller publishes them. Prompts and seeds go on.
+        """Bring the weights back to the last good checkpoint; the caller publishes them. Prompts and seeds go on.
 
         Raises UserError where there is no such checkpoint, or where the run has rolled back too often.
         """
@@ -124,7 +124,7 @@ class CheckpointManager:
         self.rollbacks += 1
 
     def step(self, step: int, metrics: MetricWriter, score: float | None, results: Results) -> None:
-        """Takes note that `step` steps are done, and saves them if that is due."""
+        """Take note that `step` steps are done, and save them if that is due."""
         facts = {
             "config": self.config.model_dump(mode="json"),
             "versions": software(),

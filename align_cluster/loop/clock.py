@@ -20,44 +20,44 @@ class Clock:
         self.total: dict[str, float] = {}
 
     def add(self, stage: str, seconds: float) -> None:
-        """Adds seconds to a stage."""
+        """Add seconds to a stage."""
         for table in (self.step, self.total):
             table[stage] = table.get(stage, 0.0) + seconds
 
     def add_all(self, seconds: dict[str, float]) -> None:
-        """Adds seconds by stage that were measured elsewhere."""
+        """Add seconds by stage that were measured elsewhere."""
         for stage, spent in seconds.items():
             self.add(stage, spent)
 
     @contextmanager
     def at(self, name: str) -> Iterator[None]:
-        """Says that the time inside is stage `name`, without counting it."""
+        """Say that the time inside is stage `name`, without counting it."""
         outer, self.doing = self.doing, (name, time.monotonic())
         yield
         self.doing = outer
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Counts the time inside as stage `name`."""
+        """Count the time inside as stage `name`."""
         started = time.perf_counter()
         with self.at(name):
             yield
         self.add(name, time.perf_counter() - started)
 
     def next_step(self, number: int) -> None:
-        """Begins to count step `number`."""
+        """Begin to count step `number`."""
         self.step, self.number = {}, number
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"wall": self.wall(), "total": dict(self.total)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Counts on from `state()` of an earlier run. The time in between does not count."""
+        """Count on from `state()` of an earlier run. The time in between does not count."""
         self.began -= state["wall"]
         for stage, seconds in state["total"].items():
             self.total[stage] = self.total.get(stage, 0.0) + seconds
 
     def wall(self) -> float:
-        """Returns the seconds since the run began, over all its parts."""
+        """Return the seconds since the run began, over all its parts."""
         return time.perf_counter() - self.began

@@ -34,7 +34,7 @@ class ConditionStore:
         self.perturbed: dict[str, Perturbed] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> None:
-        """Has every new text encoded, and the empty prompt where guidance needs it."""
+        """Have every new text encoded, and the empty prompt where guidance needs it."""
         guided = max(self.config.rollout.guidance, self.config.evaluate.guidance) > 1
         texts = dict.fromkeys([prompt.text for prompt in prompts] + ([""] if guided else []))
         new = [text for text in texts if text not in self.references]
@@ -45,7 +45,7 @@ class ConditionStore:
                 self.references[text], self.keys[text] = ray.put(condition), condition.key
 
     def explore(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Learns the perturbed conditions of every new text (phase 1 of E2PO); returns the metrics of all `prompts`."""
+        """Learn the perturbed conditions of every new text (phase 1 of E2PO); return the metrics of all `prompts`."""
         settings = self.config.exploration
         if settings is None or settings.conditions == 1:
             return {}
@@ -65,13 +65,13 @@ class ConditionStore:
         return metrics
 
     def of(self, chunk: Chunk) -> Any:
-        """Returns a reference to the condition of a chunk's prompt."""
+        """Return a reference to the condition of a chunk's prompt."""
         return self.references[chunk.prompt.text]
 
     def null(self, guidance: float) -> Any:
-        """Returns a reference to the empty prompt's condition, or None where this guidance needs none."""
+        """Return a reference to the empty prompt's condition, or None where this guidance needs none."""
         return self.references.get("") if guidance > 1 else None
 
     def perturbed_of(self, chunk: Chunk) -> Perturbed | None:
-        """Returns the perturbed conditions that a chunk is drawn under, if it is."""
+        """Return the perturbed conditions that a chunk is drawn under, if it is."""
         return self.perturbed[chunk.prompt.text] if any(chunk.variants) else None

@@ -32,7 +32,7 @@ class CriticAdvantageEstimator:
         self.recent: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=SHOWN)
 
     def assign(self, step: int, drawn: list[DrawnChunk], found: CriticValues) -> Credit:
-        """Returns advantages [P, G, N] of a step from its scores and the critic's values."""
+        """Return advantages [P, G, N] of a step from its scores and the critic's values."""
         values, sigmas = found.values.astype(np.float64), found.sigmas
         settings, scores = self.config.algorithm, [item.scores for item in drawn]
         rewards, applies, valid, weights = table(scores, self.config.rewards)
@@ -67,21 +67,21 @@ class CriticAdvantageEstimator:
         )
 
     def observe(self, step: int, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
-        """Counts updates; there is nothing to log of them."""
+        """Count updates; there is nothing to log of them."""
         self.updates += self.config.learner.updates_per_step
         return {}
 
     def state(self) -> dict:
-        """Returns what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         moments = {name: moments.state() for name, moments in self.moments.items()}
         return {"moments": moments, "updates": self.updates, "warm": self.warm}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays that a checkpoint keeps, from which the pictures at the end are drawn."""
+        """Return the arrays that a checkpoint keeps, from which the pictures at the end are drawn."""
         return {f"{i:02d}/{j}": array for i, item in enumerate(self.recent) for j, array in enumerate(item)}
 
     def restore(self, state: dict, arrays: dict[str, np.ndarray]) -> None:
-        """Goes on from the state of an earlier run."""
+        """Go on from the state of an earlier run."""
         self.moments = {name: RunningMoments.restored(state["moments"][name]) for name in self.names}
         self.updates, self.warm = state["updates"], state["warm"]
         self.recent.clear()
@@ -89,7 +89,7 @@ class CriticAdvantageEstimator:
             self.recent.append(tuple(arrays[f"{i}/{j}"] for j in range(3)))
 
     def _normalised(self, rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:
-        """Normalises rewards [R, S] by the moments of all that the run has seen, these included; 0 where none is."""
+        """Normalise rewards [R, S] by the moments of all that the run has seen, these included; 0 where none is."""
         normal = np.zeros_like(rewards)
         for row, name in enumerate(self.names):
             self.moments[name].observe(rewards[row, judged[row]])

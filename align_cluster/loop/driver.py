@@ -33,7 +33,7 @@ STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
 def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool = False) -> Path:
-    """Runs one alignment and returns its run directory.
+    """Run one alignment and return its run directory.
 
     `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For `alone` see
     `preemptible`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
@@ -70,7 +70,7 @@ def align(
     workers: WorkerGroup,
     bars: Progress,
 ) -> dict[str, Any]:
-    """Runs the loop, from the first evaluation (or where the run stood) to the LoRA; returns the run's summary."""
+    """Run the loop, from the first evaluation (or where the run stood) to the LoRA; return the run's summary."""
     run, clock, guard, results = start.run, Clock(), Guard(config.guard, config.trained), Results()
     rollouts, learner, weights = workers.rollouts, workers.learner, workers.weights
     has_critic = ALGORITHMS[config.algorithm.kind](config.algorithm).critic is not None

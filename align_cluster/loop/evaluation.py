@@ -33,18 +33,18 @@ class Evaluation:
         self.headline = headline(config)
 
     def due(self, step: int) -> bool:
-        """Tells whether `between` has something to do after `step` steps. The last step belongs to `last`."""
+        """Tell whether `between` has something to do after `step` steps. The last step belongs to `last`."""
         every = (self.settings.every, self.settings.grid_every)
         return step < self.steps and any(interval and step % interval == 0 for interval in every)
 
     def first(self) -> dict:
-        """Takes scores and grid of the base model, which the samplers hold from the start."""
+        """Take scores and grid of the base model, which the samplers hold from the start."""
         scores = self.score(0)
         self.grid(0)
         return scores
 
     def between(self, step: int) -> float | None:
-        """Does what is due after `step` steps and returns the headline score, if it was taken.
+        """Do what is due after `step` steps and return the headline score, if it was taken.
 
         The samplers get the evaluation weights for it, and then their own again.
         """
@@ -60,14 +60,14 @@ class Evaluation:
         return scores["overall"].get(headline_column(self.headline, list(scores["overall"]))) if scores else None
 
     def last(self, step: int) -> tuple[Sync, dict]:
-        """Publishes the weights that are kept, and takes their scores and grid."""
+        """Publish the weights that are kept, and take their scores and grid."""
         sync = self.workers.weights.publish("evaluation")
         scores = self.score(step)
         self.grid(step)
         return sync, scores
 
     def score(self, step: int) -> dict:
-        """Takes scores of the weights that the samplers hold, and records them in evaluations.jsonl."""
+        """Take scores of the weights that the samplers hold, and record them in evaluations.jsonl."""
         drawn = self._draw(self.chunks)
         scores = summarise([row for item in drawn for row in rows(item.info.chunk.prompt, item.scores)])
         self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
@@ -78,7 +78,7 @@ class Evaluation:
         return self.workers.rollouts.draw(chunks, request).drawn
 
     def grid(self, step: int) -> None:
-        """Draws the grid's prompts with the weights that the samplers hold, and writes the picture."""
+        """Draw the grid's prompts with the weights that the samplers hold, and write the picture."""
         drawn = self._draw(self.grid_chunks)
         captions = [chunk.prompt.text for chunk in self.grid_chunks]
         save_grid(self.workers.rollouts.images(drawn), self.settings.grid_columns, self.run_dir.grid(step), captions)

@@ -63,7 +63,7 @@ class Heartbeat:
                 log.warning("%s cannot be written (%s); `doctor` shows an old state", self.file, error.strerror)
 
     def state(self) -> dict[str, Any]:
-        """Returns the content of state.json.
+        """Return the content of state.json.
 
         Ages are in seconds, because a clock may be set; only `beat` is a time of day.
         """
@@ -86,7 +86,7 @@ class Heartbeat:
         }
 
     def late(self, state: dict[str, Any]) -> Iterator[str]:
-        """Yields a sentence for each worker that is late: once, and again whenever its time has doubled."""
+        """Yield a sentence for each worker that is late: once, and again whenever its time has doubled."""
         limit = self.config.cluster.late_s
         for worker in state["workers"]:
             name, phase, seconds = worker["name"], worker["phase"], worker["seconds"]

@@ -53,7 +53,7 @@ class LearnerClient:
         self.rollouts, self.conditions = rollouts, conditions
 
     def values(self, drawn: list[DrawnChunk]) -> CriticValues:
-        """Asks the critic for its values of a step's samples."""
+        """Ask the critic for its values of a step's samples."""
         world = self.plan.learners
 
         def ask() -> list[tuple]:
@@ -66,7 +66,7 @@ class LearnerClient:
         return CriticValues(np.concatenate(found), answers[0][1])
 
     def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
-        """Trains on one step's samples and returns the learner's metrics over all ranks."""
+        """Train on one step's samples and return the learner's metrics over all ranks."""
         chunks, world = [item.chunk for item in drawn], self.plan.learners
         micro_batches = step_micro_batches(self.config, step, chunks, credit, self.plan.micro_batch)
         null = self.conditions.null(self.config.rollout.guidance)
@@ -81,14 +81,14 @@ class LearnerClient:
         return reduce_metrics(self.rollouts.recover(drawn, ask, self.ranks.shutdown))
 
     def _data(self, drawn: Sequence[DrawnChunk]) -> list[Any]:
-        """Returns references to records and conditions in turns, as a rank takes them."""
+        """Return references to records and conditions in turns, as a rank takes them."""
         return [reference for item in drawn for reference in (item.record, self.conditions.of(item.chunk))]
 
 
 def step_micro_batches(
     config: RunConfig, step: int, chunks: Sequence[Chunk], credit: Credit, size: int
 ) -> list[MicroBatch]:
-    """Cuts a step's chunks with their credit into micro-batches of at most `size` samples."""
+    """Cut a step's chunks with their credit into micro-batches of at most `size` samples."""
     ends = np.cumsum([len(chunk.seeds) for chunk in chunks])[:-1]
 
     def by_chunk(table: np.ndarray) -> list[np.ndarray]:
@@ -127,7 +127,7 @@ class WeightSync:
         samplers.verify = self._verify
 
     def publish(self, source: Literal["behaviour", "evaluation"]) -> Sync:
-        """Sends the adapter that samplers draw with ("behaviour"), or the one that is evaluated and shipped."""
+        """Send the adapter that samplers draw with ("behaviour"), or the one that is evaluated and shipped."""
         self.version += 1
         while True:
             manifest, buffer = self.ranks.publish(source, self.version)
@@ -143,11 +143,11 @@ class WeightSync:
         return Sync(manifest, buffer, time.perf_counter() - started)
 
     def _verify(self, receipt: Receipt) -> None:
-        """Checks one receipt. A sampler that starts later must prove the published weights, too."""
+        """Check one receipt. A sampler that starts later must prove the published weights, too."""
         manifest, _ = self.samplers.broadcast_state[1]
         check(manifest, [receipt], 1)
 
     def adapter(self, sync: Sync) -> dict[str, np.ndarray]:
-        """Returns published weights by name."""
+        """Return published weights by name."""
         buffer = fetch(sync.buffer, self.timeout_s)
         return {tensor.name: view(buffer, tensor) for tensor in sync.manifest.tensors}

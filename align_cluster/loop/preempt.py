@@ -16,7 +16,7 @@ GRACE_S = 15.0  # seconds for leaving in good order, half of the 30 s after whic
 
 @contextmanager
 def preemptible(alone: bool) -> Iterator[None]:
-    """Lets SIGTERM stop what runs inside at once, as Ctrl-C does, and raises Preempted then. Enter it after ray.init,
+    """Let SIGTERM stop what runs inside at once, as Ctrl-C does, and raises Preempted then. Enter it after ray.init,
     which sets a handler of its own.
 
     `alone` says that the process has nothing else to do. It then ends with RETRY where Ray does not let go of it, which

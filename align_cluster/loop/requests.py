@@ -1,4 +1,4 @@
-"""What a step draws and how: functions of the settings and the step's number, and of nothing else."""
+"""Decides what a step draws and how, from the settings and the step's number and nothing else."""
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.plan import Plan
@@ -10,12 +10,12 @@ from align_cluster.types import Chunk, Prompt
 
 
 def step_seed(config: RunConfig, step: int) -> int:
-    """Returns the seed of one step's choices: which noise levels are trained, which groups share an update."""
+    """Return the seed of one step's choices: which noise levels are trained, which groups share an update."""
     return config.seed * 1_000_003 + step
 
 
 def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int, plan: Plan) -> list[Chunk]:
-    """Returns the chunks that training step `step` draws."""
+    """Return the chunks that training step `step` draws."""
     return plan_step(
         prompts,
         config.seed,
@@ -29,7 +29,7 @@ def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int, plan: Plan)
 
 
 def training_request(config: RunConfig, step: int, version: int) -> DrawRequest:
-    """Says how training step `step` draws with weights number `version`."""
+    """Say how training step `step` draws with weights number `version`."""
     rollout, window = config.rollout, config.window
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     noisy = window and window.plan(rollout.steps, step, step_seed(config, step))
@@ -49,7 +49,7 @@ def training_request(config: RunConfig, step: int, version: int) -> DrawRequest:
 
 
 def evaluation_request(config: RunConfig, version: int) -> DrawRequest:
-    """Says how an evaluation draws with weights number `version`: by plain ODE sampling, whatever training does."""
+    """Say how an evaluation draws with weights number `version`: by plain ODE sampling, whatever training does."""
     held_out = config.evaluate
     return DrawRequest(
         version=version,

@@ -28,17 +28,17 @@ class StartingPoint:
 
     @property
     def steps(self) -> int:
-        """Returns the number of steps that are done."""
+        """Return the number of steps that are done."""
         return self.state.step if self.state else 0
 
     def finished(self, config: RunConfig) -> bool:
-        """Tells whether nothing is left to do: the run has its summary and all the steps that are asked for."""
+        """Tell whether nothing is left to do: the run has its summary and all the steps that are asked for."""
         return self.steps >= config.steps and (read_json(self.run.summary) or {}).get("steps", 0) >= config.steps
 
 
 @contextmanager
 def starting_point(config: RunConfig, out: Path, resume: str | None, note: Note) -> Iterator[StartingPoint]:
-    """Yields the run's directory, locked.
+    """Yield the run's directory, locked.
 
     `resume` is None for a new run, "auto" for the newest run of that name that has a checkpoint (or a new one), a run
     directory, or the folder of one checkpoint, from which a new directory branches off. Raises UserError where another
@@ -93,7 +93,7 @@ def _store(config: RunConfig, run: RunDir) -> Store:
 
 
 def _newest(config: RunConfig, out: Path) -> RunDir | None:
-    """Returns the last of name, name-2, name-3 ... that has a checkpoint."""
+    """Return the last of name, name-2, name-3 ... that has a checkpoint."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if config.checkpoint.path:
         names |= Store(config.checkpoint.path).folders()
@@ -131,6 +131,6 @@ def _fitting(config: RunConfig, state: State, note: Note) -> State:
 
 
 def _write_back(run: RunDir, state: State) -> None:
-    """Writes the line files as they were; the rows of later steps are made again."""
+    """Write the line files as they were; the rows of later steps are made again."""
     for name, content in state.texts().items():
         write_text(run.path / name, content.decode())

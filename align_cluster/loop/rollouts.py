@@ -36,7 +36,7 @@ class DrawnChunk:
 
     @property
     def chunk(self) -> Chunk:
-        """Returns the chunk that was asked for."""
+        """Return the chunk that was asked for."""
         return self.info.chunk
 
 
@@ -73,7 +73,7 @@ class RolloutCollector:
         self.images_drawn = 0
 
     def draw(self, chunks: Sequence[Chunk], request: DrawRequest) -> Rollout:
-        """Draws and scores chunks.
+        """Draw and scores chunks.
 
         Stage "rollout" lasts until the last chunk is drawn, "reward" from there until the last score.
         """
@@ -100,7 +100,7 @@ class RolloutCollector:
         return self._finish(progress, started)
 
     def _grow(self) -> None:
-        """Asks for one sampler more while chunks wait."""
+        """Ask for one sampler more while chunks wait."""
         if self.samplers.waiting:
             self.samplers.grow()
 
@@ -150,7 +150,7 @@ class RolloutCollector:
         )
 
     def _draw_again(self, missed: list[tuple[Chunk, Any]], progress: _Progress) -> None:
-        """Has images drawn again that went down with their node before they were scored."""
+        """Have images drawn again that went down with their node before they were scored."""
         for chunk, images in missed:
             if chunk.id not in progress.drawn:
                 continue  # it is being drawn again for another reward
@@ -163,13 +163,13 @@ class RolloutCollector:
                     scoring.add(chunk, known)
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
-        """Checks that a chunk was drawn with exactly the levels, seeds, weights and condition that were asked for."""
+        """Check that a chunk was drawn with exactly the levels, seeds, weights and condition that were asked for."""
         perturbed, key = self.conditions.perturbed_of(chunk), self.conditions.keys[chunk.prompt.text]
         if info.fingerprint != fingerprint(chunk, request, key, perturbed and perturbed.key):
             raise RuntimeError(f"chunk {chunk.id} was not drawn as requested; sampler and driver versions differ")
 
     def redraw(self, drawn: list[DrawnChunk]) -> None:
-        """Draws chunks again, in place: the same images and records in new objects. Scores stay."""
+        """Draw chunks again, in place: the same images and record in new objects. Scores stay."""
         for item in drawn:
             self._submit(item.chunk, item.request)
         places = {item.chunk.id: index for index, item in enumerate(drawn)}
@@ -181,7 +181,7 @@ class RolloutCollector:
     def recover(
         self, drawn: list[DrawnChunk], ask: Callable[[], Any], prepare: Callable[[], None] | None = None
     ) -> Any:
-        """Returns what `ask` makes of drawn chunks. Where an object of theirs went down with its node, all chunks are
+        """Return what `ask` makes of drawn chunks. Where an object of theirs went down with its node, all chunks are
         drawn again, because Ray does not tell reliably which objects are lost; `prepare` runs before that."""
         for _ in range(MAX_OBJECT_LOSSES):
             try:
@@ -195,7 +195,7 @@ class RolloutCollector:
         raise failure
 
     def images(self, drawn: list[DrawnChunk]) -> np.ndarray:
-        """Returns the images of drawn chunks, uint8 [N, H, W, 3]."""
+        """Return the images of drawn chunks, uint8 [N, H, W, 3]."""
 
         def ask() -> list[np.ndarray]:
             return fetch([item.images for item in drawn], self.config.cluster.timeout_s)

@@ -25,7 +25,7 @@ class Scoring:
         self.pool, self.settings = pool, settings
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
-        """Gets ready for the chunks of one draw."""
+        """Get ready for the chunks of one draw."""
         self.batch = self.settings.batch or max(len(chunk.seeds) for chunk in chunks)
         self.drawn: dict[
             ChunkId, tuple[Chunk, Any, float]
@@ -39,7 +39,7 @@ class Scoring:
         self.seconds: dict[str, float] = {}
 
     def add(self, chunk: Chunk, images: Any) -> None:
-        """Takes a drawn chunk; `images` is a reference. A chunk that this pool has scored already, or is scoring, may
+        """Take a drawn chunk; `images` is a reference. A chunk that this pool has scored already, or is scoring, may
         come again because another pool lost it."""
         if chunk.id in self.scored or (chunk.id in self.drawn and chunk.id not in self.waiting):
             return
@@ -52,7 +52,7 @@ class Scoring:
         self._submit()
 
     def collect(self, done: Done) -> dict[ChunkId, Scores]:
-        """Returns the scores that a finished call holds, by the ids of their chunks."""
+        """Return the scores that a finished call holds, by the ids of their chunks."""
         chunks = [self.drawn.pop(key) for key in done.key]
         self.latencies += [time.perf_counter() - since for *_, since in chunks]
         if isinstance(done.value, GivenUp):
@@ -69,12 +69,12 @@ class Scoring:
         return dict(zip(done.key, found, strict=True))
 
     def withdraw(self, done: Done) -> list[tuple[Chunk, Any]]:
-        """Returns the chunks of a call that found images missing, with the references that it had. They must be added
+        """Return the chunks of a call that found images missing, with the references that it had. They must be added
         again with new ones."""
         return [self.drawn.pop(key)[:2] for key in done.key]
 
     def end(self) -> dict[str, float]:
-        """Returns the metrics of the draw, and stops workers that were not needed."""
+        """Return the metrics of the draw, and stop workers that were not needed."""
         name = self.settings.name
         values = {
             f"scoring/{name}/queue": float(self.deepest),
@@ -96,14 +96,14 @@ class Scoring:
             self.pool.submit(tuple(chunk.id for chunk in chunks), "score_chunks", prompts, *images)
 
     def _next(self) -> list[Chunk]:
-        """Returns the batch to score next, empty where there is none yet."""
+        """Return the batch to score next, empty where there is none yet."""
         if not self.settings.ordered:
             return next(batches(self.waiting.values(), self.batch), []) if self.pool.has_room else []
         return next((chunks for chunks in self.planned if all(chunk.id in self.waiting for chunk in chunks)), [])
 
 
 def batches(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
-    """Yields consecutive chunks with at most `size` images together, or one chunk that has more."""
+    """Yield consecutive chunks with at most `size` images together, or one chunk that has more."""
     batch: list[Chunk] = []
     for chunk in chunks:
         if batch and sum(len(other.seeds) for other in batch) + len(chunk.seeds) > size:

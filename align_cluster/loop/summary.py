@@ -31,7 +31,7 @@ def step_metrics(
     times: dict[str, float],
     sync: Sync,
 ) -> dict[str, float]:
-    """Returns everything that one step reports, under the names that `observe.metrics` declares."""
+    """Return everything that one step reports, under the names that `observe.metrics` declares."""
     scores = concatenate([item.scores for item in drawn])
     tasks = np.array([item.chunk.prompt.task for item in drawn for _ in item.chunk.seeds])
     values: dict[str, float] = dict(credit.metrics)
@@ -61,7 +61,7 @@ def step_metrics(
 
 
 def correlations(scores: Scores) -> dict[str, float]:
-    """Returns Pearson's correlation of each two rewards over the images that both have scored, where both vary."""
+    """Return Pearson's correlation of each two rewards over the images that both have scored, where both vary."""
     found = {}
     for first, second in combinations(scores.values, 2):
         both = scores.valid[first] & scores.valid[second]
@@ -80,7 +80,7 @@ class Results:
     self_check: dict[str, float] | None = None
 
     def check_ratio(self, trained: dict[str, Reduced], tolerance: float) -> None:
-        """Checks once that the learner's log-probs equal the rollout's while the weights are unchanged.
+        """Check once that the learner's log-probs equal the rollout's while the weights are unchanged.
 
         Does nothing where the algorithm has no log-probs. Raises UserError where they differ too much.
         """
@@ -99,7 +99,7 @@ class Results:
 def summary(
     config: RunConfig, results: Results, workers: WorkerGroup, clock: Clock, sync: Sync, lora: Path, resumed: int
 ) -> dict[str, Any]:
-    """Returns the content of summary.json: what the run did, how long it took, and what it ended with."""
+    """Return the content of summary.json: what the run did, how long it took, and what it ended with."""
     wall = clock.wall()
     return {
         "name": config.name,

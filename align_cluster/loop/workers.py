@@ -37,18 +37,18 @@ class WorkerGroup:
         self.weights = WeightSync(config.cluster.timeout_s, self.samplers, self.ranks)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Takes note of how far a stage has come."""
+        """Take note of how far a stage has come."""
         self.progress[stage] = (done, total)
         self.show(stage, done, total)
 
     @property
     def groups(self) -> list[Pool | LearnerGroup]:
-        """Returns everything that has workers."""
+        """Return everything that has workers."""
         return [self.samplers, *self.rewards, self.ranks]
 
     @property
     def lost(self) -> int:
-        """Counts the workers of all kinds that were lost since the run began."""
+        """Count the workers of all kinds that were lost since the run began."""
         return self.lost_before + sum(group.lost for group in self.groups)
 
     def __enter__(self) -> "WorkerGroup":

@@ -1,1 +1,1 @@
-"""What a run leaves behind, and what a person sees of it: metrics, guard, run directory, terminal, report."""
+"""Keeps and shows what a run leaves behind: metrics, guard, run directory, terminal, report."""

@@ -1,4 +1,4 @@
-"""What the report and the model card know of a run: the files of a run directory, read into one record."""
+"""Reads the files of a run directory into one record, for the report and the model card."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -25,7 +25,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, TextBatch]
 
 @dataclass(frozen=True)
 class LearnerUsage:
-    """What a learner's computations take with their backward passes, with or without gradient checkpointing.
+    """Holds what a learner's computations take with their backward passes, with or without gradient checkpointing.
 
     update          the loss of one micro-batch at one noise level
     critic          one training batch of the critic
@@ -40,7 +40,7 @@ class LearnerUsage:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run's networks and computations take, in bytes unless said otherwise.
+    """Holds what a run's networks and computations take, in bytes unless said otherwise.
 
     parameters       number of parameters of each part, and of one adapter as "lora"
     itemsize         of one weight of the base

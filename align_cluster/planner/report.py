@@ -1,4 +1,4 @@
-"""What a run takes, as numbers and as text: parameters, bytes, FLOPs, seconds, and whether it fits."""
+"""Reports what a run takes, as numbers and as text: parameters, bytes, FLOPs, seconds, and whether it fits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ ASSUMED = "H100"  # the GPU whose peak counts where the planned one is not in PE
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes.
+    """Holds what a run takes.
 
     parameters  number of parameters of each part, and of one adapter as "lora"
     roles       bytes of one worker of each kind, by name
@@ -60,7 +60,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the fullest GPU holds the run; None where its memory is not known."""
+        """Tell whether the fullest GPU holds the run; None where its memory is not known."""
         return None if self.memory is None else fits(self.need, self.memory)
 
 

@@ -1,1 +1,1 @@
-"""How the embedded model was made: training of its parts, and an assessment of the result."""
+"""Makes the embedded model: trains its parts, and assesses the result."""

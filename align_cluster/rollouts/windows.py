@@ -49,7 +49,7 @@ class WindowKind(ABC):
 
     @property
     def per_sample(self) -> bool:
-        """Whether each sample is trained on steps of its own."""
+        """Tell whether each sample is trained on steps of its own."""
         return False
 
     def problem(self, steps: int) -> str | None:

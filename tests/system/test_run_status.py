@@ -54,10 +54,10 @@ def test_a_run_that_works_is_ok_with_its_step_phase_and_workers(run):
 
 def test_a_worker_that_is_late_or_quarantined_is_pointed_at(run):
     late = WORKER | {"seconds": 61.0}
-    lost = WORKER | {"name": "sampler seat 1", "phase": "quarantined, next try in 9 s; last error: boom"}
+    lost = WORKER | {"name": "sampler slot 1", "phase": "quarantined, next try in 9 s; last error: boom"}
     found = run(workers=[late, lost, WORKER | {"name": "idle", "seconds": 999.0, "waiting": False}])
-    assert found["sampler-0"].state == found["sampler seat 1"].state == "warn" and found["idle"].state == "ok"
-    assert "last error: boom" in found["sampler seat 1"].value
+    assert found["sampler-0"].state == found["sampler slot 1"].state == "warn" and found["idle"].state == "ok"
+    assert "last error: boom" in found["sampler slot 1"].value
     assert run(events=[{"at": time.time(), "what": "sampler-0 was lost"}]).popitem()[1].value == "sampler-0 was lost"
 
 

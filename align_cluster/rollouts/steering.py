@@ -18,12 +18,12 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from align_cluster.errors import UserError
-from align_cluster.rollouts.steps import STEPS, Dpm2, Step
+from align_cluster.rollouts.steps import STEPS, Step
 from align_cluster.settings import Fraction, Section
 
 ValueFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> [B, R]
 # dpm2 remembers the rows of the step before, and steering may have replaced them since.
-SINGLE_STEPS = {name: kind for name, kind in STEPS.items() if kind is not Dpm2}
+SINGLE_STEPS = {name: kind for name, kind in STEPS.items() if not kind.multistep}
 SingleStep = Annotated[
     Union[tuple(kind.Config for kind in SINGLE_STEPS.values())],  # noqa: UP007 - made of a dict
     Field(discriminator="kind"),

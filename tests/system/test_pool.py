@@ -195,6 +195,7 @@ def test_a_constructor_that_refuses_is_not_hired_again(make_pool):
         pool.broadcast("set_offset", 1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_late_is_replaced_once_and_then_named(make_pool):
     pool = bring_up(make_pool(1, 8.0))
     pool.submit((3, 0, 4), "add", 1, 60.0)

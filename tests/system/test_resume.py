@@ -165,6 +165,7 @@ def test_sigterm_at_any_moment_saves_and_the_resumed_run_has_no_seam(
     assert_no_seam(path, undisturbed[kind].path)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_ends_in_the_same_weights(
     undisturbed, tiny, tmp_path, capsys
 ):
@@ -276,6 +277,7 @@ def test_a_driver_that_is_killed_goes_on_from_its_last_checkpoint(undisturbed, t
     assert_no_seam(tmp_path / "nft", undisturbed["nft"].path)
 
 
+@pytest.mark.slow
 def test_a_collapse_rolls_the_weights_back_and_the_prompts_go_on(tiny, tmp_path, capsys):
     """The limit is broken as soon as there are five norms to compare with, after step 6."""
     rule = "guard.grad_norm={limit: 1.0e-6, patience: 1, action: rollback}"

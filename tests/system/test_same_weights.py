@@ -52,13 +52,12 @@ def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed:
     return Saboteur
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "samplers"),
-    [("nft", "cluster.samplers=1")]
-    + [
-        pytest.param("grpo", "cluster.samplers=1", marks=pytest.mark.slow),
-        pytest.param("nft", "cluster.samplers=3", marks=pytest.mark.slow),
-        pytest.param("grpo", "cluster.max_samplers=2", marks=pytest.mark.slow),
+    [
+        *(("nft", "cluster.samplers=1"), ("grpo", "cluster.samplers=1")),
+        *(("nft", "cluster.samplers=3"), ("grpo", "cluster.max_samplers=2")),
     ],
 )
 def test_one_two_and_three_samplers_end_in_the_same_lora(runs, tiny, train, kind, samplers):

@@ -30,8 +30,10 @@ ADAPTIVE = ("advantage.shaping.gamma=adaptive", "advantage.shaping.delta=1e-2")
 def small(name: str, *overrides: str) -> RunConfig:
     """Two small steps of a run file, in which texts are perturbed briefly and a critic lets the actor learn at once."""
     whole = load(CONFIGS / f"{name}.yaml", [])
-    smaller = [f"name={name}", *SMALL, f"rollout.group_size={min(whole.rollout.group_size, 4)}"]
-    smaller += ["exploration.iterations=20"] * bool(whole.exploration)
+    most = 2 if whole.exploration else 4  # noises, each of which meets every condition
+    smaller = [f"name={name}", *SMALL, f"rollout.group_size={min(whole.rollout.group_size, most)}"]
+    if whole.exploration:
+        smaller += ["exploration.iterations=20", f"rollout.chunk={whole.exploration.conditions}"]
     smaller += ["algorithm.warm_up.updates=0"] * (whole.algorithm.kind == "ppo")
     return load(CONFIGS / f"{name}.yaml", [*smaller, *overrides])
 

@@ -142,7 +142,7 @@ def test_a_killed_workers_calls_are_reissued_and_its_successor_has_the_current_s
 
 def test_a_broadcast_reaches_the_successor_of_a_dead_worker(make_pool, pid_of):
     proofs = []
-    pool = bring_up(make_pool(2, prove=proofs.append))
+    pool = bring_up(make_pool(2, verify=proofs.append))
     os.kill(pid_of(pool.workers[1].actor), signal.SIGKILL)
     assert pool.broadcast("set_offset", 5)[0] == 5 and pool.lost == 1  # who is up does not wait for who is coming
     for number in range(4):
@@ -160,7 +160,7 @@ def test_a_state_that_is_not_what_it_must_be_is_an_error_for_late_comers_too(mak
         if answer != 5:
             raise RuntimeError("offset 5 was lost on the way")
 
-    pool = make_pool(1, prove=prove)
+    pool = make_pool(1, verify=prove)
     with pytest.raises(RuntimeError, match="offset 5 was lost on the way"):
         pool.broadcast("set_offset", 6)
 
@@ -272,7 +272,7 @@ def test_the_reason_of_a_loss_is_one_line():
 
 
 def test_a_successor_whose_constructor_fails_is_a_loss_where_others_came_up(make_pool, local_ray, monkeypatch, pid_of):
-    monkeypatch.setattr(slots, "STRIKES", 3)
+    monkeypatch.setattr(slots, "MAX_FAILURES", 3)
     monkeypatch.setattr(pool_module, "BACKOFF_S", 0.1)
     pool = bring_up(make_pool(2))
     broken = local_ray.remote(Adder).options(num_cpus=0)

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
+
 
 def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable:
     """Decorate a test as `pytest.mark.parametrize` does, but let one test go through all cases; a failure says which
@@ -19,13 +21,13 @@ def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable:
                 values = dict(zip(together, [case] if isinstance(names, str) else case, strict=True))
                 try:
                     test(**fixtures, **values)
-                except Exception as error:
+                except (Exception, pytest.fail.Exception, pytest.skip.Exception) as error:
                     raise AssertionError(
                         f"with {', '.join(f'{key}={value!r}' for key, value in values.items())}"
                     ) from error
 
         kept = [item for name, item in inspect.signature(test).parameters.items() if name not in together]
         every.__signature__ = inspect.Signature(kept)
-        return every
+        return every if cases else pytest.mark.skip(reason=f"no case of {names}")(every)
 
     return decorate

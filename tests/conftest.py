@@ -23,7 +23,14 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let two processes share the tests: one begins with all that need the session's Ray, so that there is only one of
+    it, and the rest goes file by file to whichever process is free."""
+    items.sort(key=lambda item: "local_ray" not in item.fixturenames)
+    for item in items:
+        group = "ray" if "local_ray" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -39,7 +39,7 @@ class Pool:
     slot for QUARANTINE_S, and the other workers do the work. It does not retry errors that the work itself raises: they
     rise to the caller as they are. `grow` adds workers, up to `max_size`, where the cluster has room for them; their
     index is `size` or more. `verify` raises where an answer to a broadcast is not what it must be. `events` are the
-    last troubles, each with its time of day.
+    last losses, each with its time of day.
     """
 
     def __init__(

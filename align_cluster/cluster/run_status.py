@@ -24,6 +24,9 @@ def examine_run(path: Path) -> list[Check]:
     if state is None:
         remedy = "the run has not come so far, or is an old one"
         return [Check("fail", "run", f"no {run.state.name} in {path}", remedy)]
+    if "events" not in state:
+        remedy = "start the run again with this version, by --resume auto"
+        return [Check("fail", "run", f"{run.state} was written by another version", remedy)]
     checks = [_progress(state), _driver(state), *(_worker(state, worker) for worker in state["workers"])]
     for event in state["events"][-EVENTS:]:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))

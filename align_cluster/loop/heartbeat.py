@@ -69,7 +69,7 @@ class Heartbeat:
         """
         now = time.monotonic()
         phase, since = self.clock.doing
-        events = sorted(trouble for group in self.workers.groups for trouble in list(group.events))
+        events = sorted(event for group in self.workers.groups for event in list(group.events))
         return {
             "host": platform.node(),
             "pid": os.getpid(),

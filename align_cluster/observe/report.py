@@ -135,7 +135,7 @@ def _headline(run: RunData) -> tuple[str, str, str]:
 def _scale(run: RunData) -> tuple[float, float]:
     """Return the axis of the headline's bars: 0 to 1 where all scores are in it, else the scores' range with zero."""
     sides = [[side.get("overall", {}), *side.get("tasks", {}).values()] for side in (run.before, run.after)]
-    values = [0.0, *(means[run.headline] for side in sides for means in side if run.headline in means)]
+    values = [0.0, *(means[run.headline] for side in sides for means in side if means.get(run.headline) is not None)]
     return (0.0, 1.0) if all(0 <= value <= 1 for value in values) else (min(values), max(values))
 
 

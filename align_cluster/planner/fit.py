@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.plan import HALF, Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.planner.memory import Sizes
@@ -132,7 +133,8 @@ def options(config: RunConfig, plan: Plan) -> Iterator[tuple[str, RunConfig, Pla
     """
     if not config.learner.gradient_checkpointing:
         yield "learner.gradient_checkpointing: true", changed(config, "learner", gradient_checkpointing=True), plan
-    if (half := config.micro_batch // 2) > 0:
+    compares = ALGORITHMS[config.algorithm.kind].needs_density  # log-probs, which must come from equal batches
+    if (half := config.micro_batch // 2) > 0 and not compares:
         yield f"learner.micro_batch: {half}", changed(config, "learner", micro_batch=half), plan
     least = config.learner.micro_batch or 1  # validate refuses smaller chunks
     chunks = [size for size in range(least, plan.chunk // 2 + 1) if config.group_members % size == 0]

@@ -25,6 +25,7 @@ from align_cluster.rewards.wire import MEDIA_TYPE, Encoding, decode_answer, enco
 from align_cluster.settings import Section
 from align_cluster.types import FailureKind, Prompt, Scores
 
+STARTING = threading.Lock()  # Threads that ask for the first time at once must not start a loop each.
 ANSWER_BYTES = 64 * 2**20  # More than any real answer: scores take about 25 bytes an image and column.
 # The kind of a refusal by its HTTP status. Every other status is of kind "unavailable".
 KINDS: dict[int, FailureKind] = dict.fromkeys((400, 413, 415, 422), "bad_input") | dict.fromkeys((408, 504), "timeout")
@@ -116,7 +117,9 @@ class RewardClient:
             raise RewardError("unavailable", f"{self.url} answered something else than scores: {error}") from None
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        request = asyncio.run_coroutine_threadsafe(self._request(method, path, body), _event_loop(os.getpid()))
+        with STARTING:
+            loop = _event_loop(os.getpid())
+        request = asyncio.run_coroutine_threadsafe(self._request(method, path, body), loop)
         try:
             return request.result()
         finally:

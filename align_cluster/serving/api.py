@@ -127,7 +127,8 @@ class Frontend:
         started, status = time.perf_counter(), 500
         try:
             if self.room.locked():
-                raise HTTPException(429, f"{self.limits.concurrency} requests are in work, the most; try again soon")
+                busy = f"{self.limits.concurrency} requests are in work, the most; try again soon"
+                raise HTTPException(429, busy, {"Retry-After": "1"})
             async with self.room:
                 yield
             status = 200

@@ -132,8 +132,8 @@ def test_the_objective_of_vectors_that_can_be_reckoned_by_hand():
 
 
 def test_three_variants_evenly_on_the_ring_reach_the_lowest_mean_cosine():
-    inner_passes = torch.arange(3) * 2 * torch.pi / 3
-    vectors = torch.stack([torch.full((3,), 0.8), 0.6 * inner_passes.cos(), 0.6 * inner_passes.sin()], dim=1)[None]
+    turns = torch.arange(3) * 2 * torch.pi / 3
+    vectors = torch.stack([torch.full((3,), 0.8), 0.6 * turns.cos(), 0.6 * turns.sin()], dim=1)[None]
     loss = objective(vectors, torch.tensor([[1.0, 0.0, 0.0]]), E2po(conditions=4, diversity=1))
     assert loss.item() == pytest.approx(0.8**2 - 0.6**2 / 2, abs=1e-6)  # mu^2 - (1 - mu^2) / (n - 1)
 

@@ -43,10 +43,10 @@ def made(tmp_path_factory):
     critic = Critic(backbone, actor, 2, config.algorithm.critic)
     shake(critic)
     backbone.save_lora(random_state(actor, 0.1), run.lora)
-    creditor = CriticAdvantageEstimator(config)
-    creditor.moments["geneval"].observe(np.array([0.2, 0.8, 0.8]))
-    creditor.moments["clip"].observe(np.array([0.3, 0.5]))
-    save_critic(run, config, {name: value.numpy() for name, value in critic.state().items()}, creditor)
+    estimator = CriticAdvantageEstimator(config)
+    estimator.moments["geneval"].observe(np.array([0.2, 0.8, 0.8]))
+    estimator.moments["clip"].observe(np.array([0.3, 0.5]))
+    save_critic(run, config, {name: value.numpy() for name, value in critic.state().items()}, estimator)
     return run.path, critic
 
 

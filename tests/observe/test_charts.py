@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from align_cluster.observe.charts import MAX_POINTS, PALETTE, Series, line_chart, scatter_chart, stacked_chart
+from align_cluster.observe.report import place
 
 SVG = "{http://www.w3.org/2000/svg}"
 SIZE, KINDS = (300, 160), ("muted", "accent")
@@ -98,3 +99,8 @@ line_chart([Series("a", [(1, 0.5)])], (300, 160))
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bars_start_at_zero_also_for_negative_scores():
+    assert place(0, -1.0, (-1.0, 1.0)) == "left:0.0%;width:50.0%"
+    assert place(0, 0.5, (-1.0, 1.0)) == "left:50.0%;width:25.0%"

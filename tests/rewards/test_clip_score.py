@@ -119,6 +119,10 @@ def test_a_broken_checkpoint_is_one_sentence(folder, tmp_path):
     refusal("clip_score cannot load", loaded, tmp_path)
 
 
+def test_a_missing_checkpoint_is_one_sentence(tmp_path):
+    refusal("clip_score cannot load .*preprocessor_config.json", loaded, tmp_path)
+
+
 def test_text_beyond_the_models_length_is_cut(reward, images):
     assert np.isfinite(reward.score(images[:1], prompts([LONG])).values).all()
 

@@ -4,6 +4,7 @@ A NEW ONE: a line in GRADIENTS or OTHERS. Those with a gradient read files: thei
 tiny ones in a folder, and `loaded`, which makes the reward from that folder and settings.
 """
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -171,9 +172,9 @@ def test_what_breaks_is_a_typed_failure_and_no_number(loaded, material, case):
     """Images without pixels, scored by a run's worker, which goes on afterwards."""
     images, asked = material(case)
     worker = RewardWorker({})
-    worker.rewards["mine"] = loaded(case)
-    policy = type(loaded(case).config.on_failure)(retries=0)
-    worker.rewards["mine"].config = loaded(case).config.model_copy(update={"on_failure": policy})
+    mine = worker.rewards["mine"] = copy.copy(loaded(case))
+    policy = type(mine.config.on_failure)(retries=0)
+    mine.config = mine.config.model_copy(update={"on_failure": policy})
     applies = [i for i, prompt in enumerate(asked) if REWARDS[case.kind].judges(prompt)]
     asked = [asked[i] for i in applies]
     scores = worker.score(images[applies][:, :0, :0], asked)
@@ -233,7 +234,8 @@ def test_a_run_can_ask_for_it(loaded, material, case):
     images, asked = material(case)
     assert type(loaded(case)) is REWARDS[case.kind]
     scores = RewardWorker({"mine": loaded(case).config}).score(images, asked)
-    assert scores.failures == {} and scores.valid["mine"].any()
+    assert scores.failures == {}
+    assert scores.valid["mine"].tolist() == [REWARDS[case.kind].judges(prompt) for prompt in asked]
 
 
 @each("case", SMOOTH)
@@ -252,5 +254,7 @@ def test_what_is_not_there_is_one_sentence(load, tmp_path, case):
 
 @each("case", [case for case in ALL if case.extra])
 def test_a_missing_package_says_what_to_install(load, monkeypatch, case):
-    monkeypatch.setitem(sys.modules, case.extra, None)
-    refusal(rf"{case.extra}.*: pip install 'align-cluster\[rewards\]'", load, case)
+    load(case)  # it writes its files while the package is there
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, case.extra, None)
+        refusal(rf"{case.extra}.*: pip install 'align-cluster\[rewards\]'", load, case)

@@ -430,3 +430,10 @@ def test_a_batch_of_photographs_scores_as_its_images_do_one_by_one(photographs, 
     singles = [reward.score(noise[i : i + 1], prompts[i : i + 1]) for i in range(len(noise))]
     np.testing.assert_array_equal(batch.values, [single.values[0] for single in singles])
     assert batch.valid.tolist() == [True, True, False, True, True, True] and len(set(batch.values[batch.valid])) > 1
+
+
+def test_a_batch_of_right_and_wrong_images_scores_as_they_do_one_by_one():
+    batch = scored(RECORDS, MIXED_UP).values
+    singles = [scored([record], MIXED_UP[i : i + 1]).values[0] for i, record in enumerate(RECORDS)]
+    np.testing.assert_array_equal(batch, singles)
+    assert len(set(batch[np.isfinite(batch)].tolist())) > 1

@@ -134,6 +134,11 @@ def test_the_default_is_the_published_v2_1():
     assert (published["embed_dim"], published["vision_cfg"]["image_size"]) == (1024, 224)
 
 
+def test_missing_weights_are_one_sentence(folder, tmp_path):
+    for path in (tmp_path, "nobody/nothing", tmp_path / "no" / "such.pt"):
+        refusal("hps cannot load .*give a hub id .*HPS_v2.1_compressed.pt", loaded, folder, path=str(path))
+
+
 def test_what_is_no_checkpoint_or_another_architectures_is_one_sentence(folder, tmp_path):
     (tmp_path / "page.pt").write_text("<html>not found</html>")
     torch.save({"weights": {}}, tmp_path / "other.pt")

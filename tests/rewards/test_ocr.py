@@ -84,3 +84,8 @@ def test_metadata_goes_before_the_prompts_quotes_and_no_text_is_invalid(reward):
     result = reward.score(images, prompts)
     assert result.valid.tolist() == [True, False, False]
     assert result.values[0] == 1 and np.isnan(result.values[1:]).all()
+
+
+def test_the_same_image_twice_scores_the_same(reward):
+    twice = reward.score(np.repeat(sign("HALLO"), 2, axis=0), asking("Hello") * 2).values
+    assert twice[0] == twice[1]

@@ -1,6 +1,7 @@
 """Requests to score on their way from `encode_request` to the service."""
 
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -41,8 +42,12 @@ def test_a_bomb_is_refused_before_memory_is_taken_for_it():
         if encoding == "png":
             file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
         before = psutil.Process().memory_info().rss
+        tracemalloc.start()
         with pytest.raises(HTTPException, match="413: .* pixels"):
             decode_images([bytes(file)] * 2, [encoding.upper()], Limits())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20, (encoding, peak)
         assert psutil.Process().memory_info().rss - before < 8 * 2**20  # The pixels would take 500 MB and more.
 
 

@@ -78,8 +78,14 @@ def test_a_backbone_takes_two_steps(kind, algorithm, job, in_process):
     assert any(np.abs(value).max() > 0 for name, value in lora.state.items() if "lora_B" in name)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if fits(*pair)])
+ON_RAY = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair[1] == "grpo" else pytest.mark.exhaustive)
+    for pair in PAIRS
+    if fits(*pair)
+]
+
+
+@pytest.mark.parametrize(("kind", "algorithm"), ON_RAY)
 def test_ray_changes_nothing_for_any_backbone_and_algorithm(kind, algorithm, job, in_process, train):
     config = job(kind, algorithm)
     assert_same_run(in_process(config), train(config).path)

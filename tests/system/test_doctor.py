@@ -7,7 +7,7 @@ import pytest
 
 from align_cluster.cluster import checks
 from align_cluster.cluster.checks import GIB
-from align_cluster.cluster.nodes import node_checks
+from align_cluster.cluster.nodes import fit, node_checks
 
 NODE = {"NodeManagerHostname": "a", "Resources": {"CPU": 8.0, "object_store_memory": 4.0 * GIB}}
 FACTS = {
@@ -57,3 +57,10 @@ def test_a_missing_package_is_named_with_its_extra_and_what_it_is_for(monkeypatc
     assert set(missing) == set(checks.OPTIONAL)
     assert missing["scipy"].remedy == "for geneval's detector mask2former: pip install 'align-cluster[rewards]'"
     assert missing["fastapi"].remedy == "for reward services: pip install 'align-cluster[serve]'"
+
+
+def test_a_run_that_fits_and_one_that_does_not_are_told_apart(local_ray, tiny):
+    fits = fit(tiny("nft", "cluster.samplers=1", "cluster.learners=1"))
+    lacks = fit(tiny("nft", "rewards.clip.pool.cpus=9"))
+    assert (fits.state, fits.value) == ("ok", "fits: 1 samplers, 1 learners, 1 reward workers")
+    assert lacks.state == "fail" and "rewards ask for more CPU cores" in lacks.value

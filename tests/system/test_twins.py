@@ -108,4 +108,11 @@ def test_a_run_on_ray_is_the_run_in_one_process_bit_by_bit(name, overrides, in_p
     config = small(name, *overrides)
     run = train(config)
     assert_same_run(in_process(config), run.path)
-    assert all(("time/explore" in row) == bool(config.exploration) for row in read_jsonl(RunDir(run.path).metrics))
+    assert all((row.get("time/explore", 0) > 0) == bool(config.exploration) for row in read_jsonl(RunDir(run.path).metrics))
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_an_adaptive_exponent_too(train):
+    run = train(small("embedded_slas", "learner.updates_per_step=1", *ADAPTIVE, "cluster.learners=2"))
+    first, second = read_jsonl(RunDir(run.path).metrics)
+    assert first["advantage/gamma"] == 0 and second["advantage/gamma"] == first["slas/gamma"] > 0

@@ -34,6 +34,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_srpo_trains_on_a_folder_of_images_with_two_learner_ranks(folder, train):
     offline = ["rollout.offline=true", "prompts.kind=images", f"prompts.folder={folder}"]
     config = load(CONFIG, ["name=offline", *SMALL, *offline, "cluster.learners=2"])

@@ -184,6 +184,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_ends_in_the_same_
     assert_no_seam(run, whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone_and_more_steps_extend_it(undisturbed, tiny, tmp_path, capsys):
     run = tmp_path / "nft"
     subprocess.run(["cp", "-r", undisturbed["nft"].path, run], check=True)

@@ -1,5 +1,6 @@
 """The run on one page: plan groups, draw, score, credit, update, publish; evaluate before, between and after."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,48 +79,40 @@ def align(
     checkpoints = CheckpointManager(config, start.store, workers, estimator, clock, guard, bars.note)
     heartbeat = Heartbeat(run.path, config, clock, workers)
     with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
-        evaluation = Evaluation(config, held_out, workers, run, metrics)
+        evaluation = Evaluation(config, held_out, workers, run, metrics, clock)
         if start.state:
             results = checkpoints.restore(start.state)
             bars.resume(metrics.first)
         else:
-            with clock.stage("evaluate"):
-                results.before = evaluation.first()
+            results.before = evaluation.first()
             workers.ranks.ready()
         weights.publish("behaviour")
         for step in range(start.steps, config.steps):
             clock.next_step(step + 1)
             chunks = plan_chunks(config, prompts, step, workers.plan)
-            explored = {}
-            if config.exploration:
-                with clock.stage("explore"):
-                    explored = workers.conditions.explore([chunk.prompt for chunk in chunks])
+            with clock.stage("explore") if config.exploration else nullcontext():
+                explored = workers.conditions.explore([chunk.prompt for chunk in chunks])
             with clock.at("draw"):
                 rollout = rollouts.draw(chunks, training_request(config, step, weights.version))
             clock.add_all(rollout.seconds)
+            drawn = rollout.drawn
             with clock.stage("credit"):
-                values = learner.values(rollout.drawn) if has_critic else None
-                credit = estimator.assign(step, rollout.drawn, values)
+                credit = estimator.assign(step, drawn, learner.values(drawn) if has_critic else None)
             with clock.stage("update"):
-                trained = learner.update(step, rollout.drawn, credit)
-                observed = estimator.observe(step, rollout.drawn, trained)
+                trained = learner.update(step, drawn, credit)
+                observed = estimator.observe(step, drawn, trained)
             results.check_ratio(trained, config.learner.ratio_tolerance)
             with clock.stage("publish"):
                 sync = weights.publish("behaviour")
             row = explored | observed | rollout.metrics
-            row |= step_metrics(config, rollout.drawn, credit, trained, clock.step, sync)
+            row |= step_metrics(config, drawn, credit, trained, clock.step, sync)
             metrics.write(step + 1, row)
             bars.step(step + 1, row)
             if alarm := guard.rollback_wanted(step + 1, row, bars.note):
                 checkpoints.roll_back(alarm)
                 weights.publish("behaviour")
-            score = None
-            if evaluation.due(step + 1):
-                with clock.stage("evaluate"):
-                    score = evaluation.between(step + 1)
-            checkpoints.step(step + 1, metrics, score, results)
-        with clock.stage("evaluate"):
-            sync, results.after = evaluation.last(config.steps)
+            checkpoints.step(step + 1, metrics, evaluation.between(step + 1), results)
+        sync, results.after = evaluation.last()
         if has_critic:
             save_critic(run, config, workers.ranks.critic_state(), estimator)
     lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights.adapter(sync), run.lora)

@@ -2,6 +2,7 @@
 
 from align_cluster.config.run import RunConfig
 from align_cluster.files import write_json
+from align_cluster.loop.clock import Clock
 from align_cluster.loop.learning import Sync
 from align_cluster.loop.requests import evaluation_request
 from align_cluster.loop.rollouts import DrawnChunk
@@ -19,10 +20,16 @@ class Evaluation:
     """Scores the same held-out prompts and seeds every time, so that two evaluations differ by the weights alone."""
 
     def __init__(
-        self, config: RunConfig, held_out: list[Prompt], workers: WorkerGroup, run: RunDir, metrics: MetricWriter
+        self,
+        config: RunConfig,
+        held_out: list[Prompt],
+        workers: WorkerGroup,
+        run: RunDir,
+        metrics: MetricWriter,
+        clock: Clock,
     ) -> None:
-        self.config, self.settings, self.workers = config, config.evaluate, workers
-        self.run_dir, self.metrics, self.steps = run, metrics, config.steps
+        self.config, self.settings, self.workers, self.clock = config, config.evaluate, workers, clock
+        self.run_dir, self.metrics = run, metrics
         settings, seed = config.evaluate, config.seed
         self.chunks = plan_evaluation(
             held_out, settings.count, settings.images_per_prompt, settings.images_per_prompt, seed
@@ -32,44 +39,43 @@ class Evaluation:
         write_json(run.grid_prompts, [chunk.prompt.text for chunk in self.grid_chunks])
         self.headline = headline(config)
 
-    def due(self, step: int) -> bool:
-        """Tell whether `between` has something to do after `step` steps. The last step belongs to `last`."""
-        every = (self.settings.every, self.settings.grid_every)
-        return step < self.steps and any(interval and step % interval == 0 for interval in every)
-
     def first(self) -> dict:
         """Take scores and grid of the base model, which the samplers hold from the start."""
-        scores = self.score(0)
-        self.grid(0)
-        return scores
+        with self.clock.stage("evaluate"):
+            scores = self.score(0)
+            self.grid(0)
+            return scores
 
     def between(self, step: int) -> float | None:
-        """Do what is due after `step` steps and return the headline score, if it was taken.
+        """Do what is due after `step` steps and return the headline score, if it was taken. The last step is `last`'s.
 
         The samplers get the evaluation weights for it, and then their own again.
         """
-        scores = None
-        self.workers.report("evaluate", 0, 1)
-        self.workers.weights.publish("evaluation")
-        if self.settings.every and step % self.settings.every == 0:
-            scores = self.score(step)
-        if self.settings.grid_every and step % self.settings.grid_every == 0:
-            self.grid(step)
-        self.workers.weights.publish("behaviour")
-        self.workers.report("evaluate", 1, 1)
-        return scores["overall"].get(headline_column(self.headline, list(scores["overall"]))) if scores else None
+        scored, drawn = (every and step % every == 0 for every in (self.settings.every, self.settings.grid_every))
+        if step == self.config.steps or not (scored or drawn):
+            return None
+        with self.clock.stage("evaluate"):
+            self.workers.report("evaluate", 0, 1)
+            self.workers.weights.publish("evaluation")
+            scores = self.score(step)["overall"] if scored else {}
+            if drawn:
+                self.grid(step)
+            self.workers.weights.publish("behaviour")
+            self.workers.report("evaluate", 1, 1)
+            return scores.get(headline_column(self.headline, list(scores)))
 
-    def last(self, step: int) -> tuple[Sync, dict]:
+    def last(self) -> tuple[Sync, dict]:
         """Publish the weights that are kept, and take their scores and grid."""
-        sync = self.workers.weights.publish("evaluation")
-        scores = self.score(step)
-        self.grid(step)
-        return sync, scores
+        with self.clock.stage("evaluate"):
+            sync, step = self.workers.weights.publish("evaluation"), self.config.steps
+            scores = self.score(step)
+            self.grid(step)
+            return sync, scores
 
     def score(self, step: int) -> dict:
         """Take scores of the weights that the samplers hold, and record them in evaluations.jsonl."""
         drawn = self._draw(self.chunks)
-        scores = summarise([row for item in drawn for row in rows(item.info.chunk.prompt, item.scores)])
+        scores = summarise([row for item in drawn for row in rows(item.chunk.prompt, item.scores)])
         self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
         return scores
 

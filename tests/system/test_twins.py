@@ -108,7 +108,9 @@ def test_a_run_on_ray_is_the_run_in_one_process_bit_by_bit(name, overrides, in_p
     config = small(name, *overrides)
     run = train(config)
     assert_same_run(in_process(config), run.path)
-    assert all((row.get("time/explore", 0) > 0) == bool(config.exploration) for row in read_jsonl(RunDir(run.path).metrics))
+    assert all(
+        (row.get("time/explore", 0) > 0) == bool(config.exploration) for row in read_jsonl(RunDir(run.path).metrics)
+    )
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def folder(tiny_pipeline, tmp_path_factory):
     return pipeline(tiny_pipeline("sd3"), tmp_path_factory.mktemp("memory") / "pipeline", SMALL)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_real_workers_hold_what_was_predicted(folder, tmp_path):
     configs = [
         run(folder, 0, precision="fp32", micro_batch=4),
@@ -104,7 +104,7 @@ def test_real_workers_hold_what_was_predicted(folder, tmp_path):
         assert predicted(config, 1) == pytest.approx(real, rel=0.05), config.learner
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
     kinds = [{"kind": "ppo", "critic": {"features": name, "width": 64, "heads": 4}} for name in ("lora", "copy")]
     kinds.append(kinds[0] | {"critic_batch": 24})  # three micro-batches, more than the actor's update takes
@@ -116,7 +116,7 @@ def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
     assert [one - foreseen for one in more[:2]] == added and more[2] > more[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_ranks_share_what_was_predicted(folder, tmp_path):
     config = run(folder, 2, precision="fp32")
     (real,) = held([config], 2, tmp_path / "held.json")

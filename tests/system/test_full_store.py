@@ -44,7 +44,7 @@ with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp", ignore_cleanup_errors
 
 
 @pytest.mark.parametrize("who", ["driver", "workers"])
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_store_on_a_full_disk_is_one_sentence(who):
     done = subprocess.run([sys.executable, "-c", SCRIPT, who], capture_output=True, text=True, timeout=120)
     said = done.stdout.strip().splitlines()[-1]

@@ -21,7 +21,7 @@ from align_cluster.types import Prompt
 from .test_reward_service import free_port
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 RECORDS = scene.prompts("colors", "held_out")[:8]
 IMAGES = render(RECORDS, 1).permute(0, 2, 3, 1).numpy()

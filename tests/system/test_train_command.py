@@ -65,7 +65,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_succeeds_prints_its_table_and_leaves_no_process(folder):
     process = start(folder, steps=1)
     printed, _ = process.communicate(timeout=300)
@@ -92,6 +92,7 @@ def test_ctrl_c_ends_the_run_with_130_and_leaves_no_process(folder):
         assert time.monotonic() - began < 30
     finally:
         process.kill()
-    assert (folder / "stderr").read_text().strip() == "interrupted"
+    *late, last = (folder / "stderr").read_text().splitlines()
+    assert last == "interrupted" and all("waits for" in line for line in late)  # a busy machine starts workers late
     assert not left_behind(folder)
     assert (folder / "runs" / "one" / "metrics.jsonl").read_text().startswith('{"step": 1,')

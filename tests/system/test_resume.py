@@ -141,8 +141,8 @@ def assert_no_seam(resumed: Path, whole: Path) -> None:
             assert there.keys() == here.keys() and all((there[key] == here[key]).all() for key in there)
 
 
-CASES = [("nft", "reward", 2)]
-MORE = [
+CASES = [
+    ("nft", "reward", 2),
     ("ppo", "before update", 3),
     ("nft", "publish behaviour", 3),
     ("nft", "publish evaluation", 2),
@@ -151,7 +151,8 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "moment", "at"), CASES + [pytest.param(*m, marks=pytest.mark.slow) for m in MORE])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "moment", "at"), CASES)
 def test_sigterm_at_any_moment_saves_and_the_resumed_run_has_no_seam(
     undisturbed, tiny, tmp_path, monkeypatch, sigterm, kind, moment, at
 ):

@@ -67,7 +67,7 @@ class AdvantageEstimator:
         values, applies, valid, weights = table([item.scores for item in drawn], self.config.rewards)
         parts = assign_updates(len(drawn), self.config.learner.updates_per_step, step_seed(self.config, step))
         updates = {chunk: update for update, chunk in parts}
-        batches = np.concatenate([[updates[i]] * len(item.info.chunk.seeds) for i, item in enumerate(drawn)])
+        batches = np.concatenate([[updates[i]] * len(item.chunk.seeds) for i, item in enumerate(drawn)])
         whole = ~lost([item.scores for item in drawn], self.config.rewards).reshape(shape).any(1, keepdims=True)
         return (
             values.reshape(-1, *shape),

@@ -64,10 +64,10 @@ class Finished:
     lora: Path
 
 
-def train(config: RunConfig, folder: Path) -> Finished:
-    """Run all steps of `config`; the LoRA goes to `folder`."""
+def train(config: RunConfig, folder: Path, device: str = "cpu") -> Finished:
+    """Run all steps of `config` on one device; the LoRA goes to `folder`."""
     with own_environment():
-        workers = Workers(config)
+        workers = Workers(config, device)
         estimator = (CriticAdvantageEstimator if workers.algorithm.critic else AdvantageEstimator)(config)
         prompts, held_out = (
             PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts)
@@ -115,12 +115,12 @@ def lasting(row: dict[str, float]) -> dict[str, float]:
 class Workers:
     """Holds one worker of each kind, and does with them what the driver of a run does."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, device: str = "cpu") -> None:
         self.config, self.plan = config, derive(config, 2, 0)
         self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
-        self.sampler = Sampler(config.backbone, merge=config.rollout.merge_lora)
-        self.rewards = RewardWorker(dict(config.rewards))
-        self.learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port())
+        self.sampler = Sampler(config.backbone, device=device, merge=config.rollout.merge_lora)
+        self.rewards = RewardWorker(dict(config.rewards), device=device)
+        self.learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port(), device=device)
         self.conditions: dict = {}
         self.perturbations: dict[str, Perturbation] = {}
         self.version = 0

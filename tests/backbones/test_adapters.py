@@ -7,6 +7,8 @@ from align_cluster.backbones.adapters import Merged, active_adapter, adapter_par
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.errors import UserError
 
+from ..cases import SLOW_DEVICES
+
 
 @pytest.fixture(scope="module")
 def backbone(settings):
@@ -163,14 +165,20 @@ def test_the_native_attention_backend_changes_nothing(backbone, settings, inputs
     assert torch.equal(backbone.velocity(native, *inputs), backbone.velocity(backbone.load_denoiser(), *inputs))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("device", SLOW_DEVICES)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_answer_as_the_eager_ones(backbone, settings, inputs):
-    compiled = SD3(settings.model_copy(update={"compile": True})).load_denoiser()
+def test_compiled_blocks_answer_as_the_eager_ones_and_follow_a_new_adapter(settings, inputs, device):
+    plain, other = (SD3(settings.model_copy(update={"compile": yes}), device) for yes in (False, True))
+    eager, compiled = (add_adapters(one, one.load_denoiser(), ("default",)) for one in (plain, other))
     assert any(block._compiled_call_impl is not None for block in compiled.transformer_blocks)
-    eager = backbone.velocity(backbone.load_denoiser(), *inputs)
-    with torch.no_grad():
-        torch.testing.assert_close(backbone.velocity(compiled, *inputs), eager, rtol=0, atol=1e-4)
+    given, answers = [tensor.to(device) for tensor in inputs], []
+    for value in (0.0, 0.1):
+        for network in (eager, compiled):
+            set_b(network, "default", value)
+        with torch.no_grad():
+            answers.append(plain.velocity(eager, *given))
+            torch.testing.assert_close(other.velocity(compiled, *given), answers[-1], rtol=0, atol=1e-4)
+    assert (answers[0] - answers[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("text", ["keep", "cpu", "free"])

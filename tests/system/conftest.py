@@ -114,14 +114,15 @@ def train(local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.fixture(scope="session")
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig], Finished]:
-    """Function config -> what its run ends with in this process, without Ray; runs of equal settings are run once."""
-    finished: dict[str, Finished] = {}
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
+    """Function (config, device="cpu") -> what its run ends with in this process, without Ray; runs of equal settings
+    are run once."""
+    finished: dict[tuple[str, str], Finished] = {}
 
-    def go(config: RunConfig) -> Finished:
-        key = config_hash(config)
+    def go(config: RunConfig, device: str = "cpu") -> Finished:
+        key = config_hash(config), device
         if key not in finished:
-            finished[key] = inprocess.train(config, tmp_path_factory.mktemp("in-process"))
+            finished[key] = inprocess.train(config, tmp_path_factory.mktemp("in-process"), device)
         return finished[key]
 
     return go

@@ -62,18 +62,27 @@ def job(tiny, tiny_pipeline):
     return make
 
 
-@pytest.mark.parametrize(("kind", "algorithm"), [pair for pair in PAIRS if fits(*pair)])
-def test_a_backbone_takes_two_steps(kind, algorithm, job, in_process):
+# On a card every backbone meets one algorithm, and every algorithm one backbone.
+ON_A_CARD = [pair for pair in PAIRS if fits(*pair) and ("grpo" in pair or "sd3" in pair)]
+TWO_STEPS = [pytest.param(*pair, "cpu") for pair in PAIRS if fits(*pair)]
+TWO_STEPS += [pytest.param(*pair, "cuda", marks=pytest.mark.gpu) for pair in ON_A_CARD]
+
+
+@pytest.mark.parametrize(("kind", "algorithm", "device"), TWO_STEPS)
+def test_a_backbone_takes_two_steps(kind, algorithm, device, job, in_process):
     config = job(kind, algorithm)
     assert check(config) == []
-    done = in_process(config)
+    done = in_process(config, device)
     assert [row["step"] for row in done.rows] == [1, 2]
     assert all(math.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 for row in done.rows)
-    assert done.self_check == ({"max_abs_log_ratio": 0.0} if ALGORITHMS[algorithm].needs_density else None)
+    if not ALGORITHMS[algorithm].needs_density:
+        assert done.self_check is None
+    else:  # on a card the kernels with and without a gradient may be others
+        assert done.self_check["max_abs_log_ratio"] <= (0 if device == "cpu" else config.learner.ratio_tolerance)
     assert all(math.isfinite(scores["reward/clip"]) for scores in (done.before, done.after))
     lora = read_lora(done.lora)
     assert lora.rank == 4
-    if algorithm == "grpo":  # every backbone is trained with it, and `evaluate` knows nothing of algorithms
+    if algorithm == "grpo" and device == "cpu":  # every backbone is trained with it, and `evaluate` knows nothing of algorithms
         assert evaluate(config, lora.path)["overall"] == done.after
     assert any(np.abs(value).max() > 0 for name, value in lora.state.items() if "lora_B" in name)
 

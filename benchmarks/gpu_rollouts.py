@@ -1,0 +1,159 @@
+"""Stages of gpu.py that draw: images/s of the real sampler, by rows and by the way the network is called."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gpu_networks as networks
+import numpy as np
+import torch
+from gpu_bench import Bench
+from gpu_plan import CASES, case, rollout_rows
+
+from align_cluster.config.run import RunConfig
+from align_cluster.rollouts.sampler import Sampler
+
+WARM_STEPS = 2  # denoising steps of a draw that compiles, captures and fills caches
+Mode = tuple[str, bool, bool, bool]  # name, blocks compiled, LoRA merged, predictions as CUDA graphs
+MODES: list[Mode] = [
+    ("eager", False, False, False),
+    ("compiled", True, False, False),
+    ("compiled, merged", True, True, False),
+    ("graphs", False, False, True),
+    ("eager, merged", False, True, False),
+    ("compiled, graphs", True, False, True),
+]
+
+
+def rollouts(bench: Bench, name: str, modes: list[Mode]) -> None:
+    """Measure one case in all modes."""
+    reference: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory() as folder, networks.random_weights(bench.device):
+        for mode in modes:
+            _mode(bench, name, mode, Path(folder), reference)
+
+
+def _mode(bench: Bench, name: str, mode: Mode, folder: Path, reference: dict[str, np.ndarray]) -> None:
+    label, compiled, merged, graphs = mode
+    model = CASES[name][0]
+    sizes = rollout_rows(name, bench.tiny)
+    if bench.device == "cpu" and (compiled or graphs):
+        bench.row(f"{model} rollout, {label}", lambda: {"skipped": "it is for a card; a CPU compiles for minutes"})
+        return
+    labels = {rows: f"{model} rollout, {label}, {rows} rows" for rows in sizes}
+    if reference and bench.done.issuperset(labels.values()):
+        return
+    config = case(name, folder, bench.tiny, f"backbone.compile={str(compiled).lower()}")
+    before = bench.held()
+    sampler = Sampler(config.backbone, 4, "gpu", bench.device, merged)
+    if graphs:
+        sampler.backbone.velocity = Graphed(sampler.backbone.velocity)
+    drawing = Drawing(bench, sampler, config, bench.plan.get(name, {}), before)
+    if not reference:  # of the eager network, which comes first
+        reference |= drawing.adapted(sizes[0])
+    bench.row(f"{model} rollout, {label}, new adapter", lambda: drawing.follows(reference, sizes[0]))
+    for rows, row in labels.items():
+        bench.row(row, lambda rows=rows: drawing.images_per_second(rows))
+    if label == "eager":
+        for rows in sizes:
+            bench.row(f"{model} decoding, {rows} rows", lambda rows=rows: drawing.decoded(rows))
+        if bench.device == "cuda":
+            sampler.backbone._vae.decoder.compile()
+            rows = sizes[0]
+            bench.row(f"{model} decoding, compiled, {rows} rows", lambda: drawing.decoded(rows))
+    networks.discard(sampler.denoiser)
+    networks.discard(sampler.backbone._vae)
+    bench.free()
+
+
+class Graphed:
+    """Replays a backbone's prediction as one CUDA graph for each shape of its inputs, which are copied into it."""
+
+    def __init__(self, velocity: Callable[..., torch.Tensor]) -> None:
+        self.velocity, self.graphs = velocity, {}
+
+    def __call__(self, denoiser: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        key = tuple(tensor.shape for tensor in inputs)
+        if key not in self.graphs:
+            self.graphs[key] = self._captured(denoiser, [tensor.clone() for tensor in inputs])
+        graph, own, output = self.graphs[key]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    def _captured(self, denoiser: torch.nn.Module, own: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], Any]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what the first calls allocate and choose must not be part of the graph
+            for _ in range(3):
+                self.velocity(denoiser, *own)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.velocity(denoiser, *own)
+        return graph, own, output
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A sampler and its figures. `before` is what the device held before it came."""
+
+    bench: Bench
+    sampler: Sampler
+    config: RunConfig
+    planned: dict[str, Any]
+    before: int
+
+    def adapted(self, rows: int) -> dict[str, np.ndarray]:
+        """Return latents under one adapter and, after it was adopted, under another."""
+        latents = {}
+        for version, name in ((1, "first"), (2, "second")):
+            self.sampler.adopt(*networks.random_adapter(self.sampler, version))
+            latents[name] = networks.draw(self.sampler, self.config, rows, WARM_STEPS)[1].x0
+        return latents
+
+    def follows(self, reference: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
+        """Compare latents under a new adapter with the eager network's: compiled code and graphs must see it."""
+        away = distance(self.adapted(rows)["second"], reference["second"])
+        moved = distance(reference["first"], reference["second"])
+        if not away < moved / 2:
+            raise RuntimeError(
+                f"a new adapter moves the eager network's latents by {moved:.2g}, and these are {away:.2g} off"
+            )
+        manifest, buffer = networks.random_adapter(self.sampler, 2)
+        adopting = self.bench.seconds(lambda: self.sampler.adopt(manifest, buffer))
+        note = f"the eager latents moved by {moved:.2g}; adopted in {1000 * adopting:.0f} ms"
+        return {"value": away, "unit": "off the eager latents", "note": note}
+
+    def images_per_second(self, rows: int) -> dict[str, Any]:
+        """Draw whole training rollouts, decoding included."""
+        networks.draw(self.sampler, self.config, rows, WARM_STEPS)
+        peak = self.bench.peak(self.before)
+        seconds = self.bench.seconds(lambda: networks.draw(self.sampler, self.config, rows))
+        denoising = self.config.rollout.steps * self.planned.get("draw_tflop", 0)
+        figures = {"value": rows / seconds, "unit": "images/s", **self._planned("sampler_gib", rows), **peak()}
+        if "sd35" in self.config.backbone.path:
+            figures["goal"] = ">= 14"
+        return figures | self.bench.share(rows * (denoising + self.planned.get("decode_tflop", 0)), seconds)
+
+    def decoded(self, rows: int) -> dict[str, Any]:
+        """Decode final latents to images in the CPU's memory."""
+        backbone = self.sampler.backbone
+        latents = torch.randn(rows, *backbone.latent_shape, device=self.bench.device)
+        backbone.decode(latents)
+        peak = self.bench.peak(self.bench.held())
+        seconds = self.bench.seconds(lambda: backbone.decode(latents))
+        figures = {"value": rows / seconds, "unit": "images/s", **self._planned("decode_gib", rows), **peak()}
+        return figures | self.bench.share(rows * self.planned.get("decode_tflop", 0), seconds)
+
+    def _planned(self, what: str, rows: int) -> dict[str, float]:
+        value = self.planned.get(what, {}).get(str(rows))
+        return {} if value is None else {"planned_gib": value}
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return ||a - b|| / ||b||."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -68,9 +68,7 @@ def whole_step(bench: Bench) -> None:
     """Take a step of DiffusionNFT with sampler and learner on the card, without Ray; and time a weight sync."""
     rows = 2 if bench.tiny else 16
     with tempfile.TemporaryDirectory() as folder, networks.random_weights(bench.device):
-        config = case(
-            "sd35 nft", Path(folder), bench.tiny, f"rollout.group_size={rows}", f"rollout.chunk={rows}"
-        )
+        config = case("sd35 nft", Path(folder), bench.tiny, f"rollout.group_size={rows}", f"rollout.chunk={rows}")
         sampler, learner = Sampler(config.backbone, THREADS, "gpu", bench.device), make_learner(config, bench.device)
         bench.row("sd35 sync", lambda: _sync(bench, sampler, learner))
         bench.row("sd35 nft, a whole step", lambda: _step(bench, config, sampler, learner, rows))
@@ -94,9 +92,7 @@ def _sync(bench: Bench, sampler: Sampler, learner: Learner) -> dict[str, Any]:
 def _step(bench: Bench, config: RunConfig, sampler: Sampler, learner: Learner, rows: int) -> dict[str, Any]:
     planned, chunks, records = bench.plan.get("sd35 nft", {}), 2, []
     update(learner, networks.learner_work(learner, config, [networks.draw(sampler, config, rows)[1]]))  # warm
-    drawing = bench.time(
-        lambda: records.extend(networks.draw(sampler, config, rows)[1] for _ in range(chunks))
-    )
+    drawing = bench.time(lambda: records.extend(networks.draw(sampler, config, rows)[1] for _ in range(chunks)))
     learning = bench.time(lambda: update(learner, networks.learner_work(learner, config, records)))
     version = sampler.version + 1
     syncing = bench.time(lambda: sampler.adopt(*learner.publish("behaviour", version)))

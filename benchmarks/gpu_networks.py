@@ -45,7 +45,8 @@ TINY = {
         "vae": VAE,
     },
     "flux": {
-        "transformer": SMALL | {"in_channels": 16, "num_single_layers": 2, "pooled_projection_dim": 12}
+        "transformer": SMALL
+        | {"in_channels": 16, "num_single_layers": 2, "pooled_projection_dim": 12}
         # FLUX's heads have 128 channels, which its three axes share.
         | {"axes_dims_rope": [4, 6, 6]},
         "vae": VAE,

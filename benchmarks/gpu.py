@@ -112,10 +112,12 @@ def run(name: str, args: argparse.Namespace, rows: dict[str, Any], limit: float)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         found = job.with_name("rows.jsonl")
-        lines = found.read_text().splitlines() if found.exists() else []
-    for line in lines:
+        whole = found.read_text().rpartition("\n")[0] if found.exists() else ""  # the last line may be cut off
+    for line in whole.splitlines():
         row = json.loads(line)
         rows[row.pop("name")] = row
+    if failed := sum("error" in row for row in rows.values()):
+        state += f", {failed} figures failed"
     return {"state": state, "seconds": round(time.monotonic() - started, 1), "date": str(date.today()), "rows": rows}
 
 

@@ -1,10 +1,12 @@
 """Stages of gpu.py that draw: images/s of the real sampler, by rows and by the way the network is called."""
 
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu_networks as networks
 import numpy as np
@@ -16,14 +18,26 @@ from align_cluster.config.run import RunConfig
 from align_cluster.rollouts.sampler import Sampler
 
 WARM_STEPS = 2  # denoising steps of a draw that compiles, captures and fills caches
-Mode = tuple[str, bool, bool, bool]  # name, blocks compiled, LoRA merged, predictions as CUDA graphs
-MODES: list[Mode] = [
-    ("eager", False, False, False),
-    ("compiled", True, False, False),
-    ("compiled, merged", True, True, False),
-    ("graphs", False, False, True),
-    ("eager, merged", False, True, False),
-    ("compiled, graphs", True, False, True),
+
+
+class Mode(NamedTuple):
+    """A way to call the network: blocks compiled, LoRA merged, predictions as CUDA graphs, another attention kernel."""
+
+    name: str
+    compiled: bool = False
+    merged: bool = False
+    graphs: bool = False
+    attention: str | None = None
+
+
+MODES = [
+    Mode("eager"),
+    Mode("compiled", compiled=True),
+    Mode("compiled, merged", compiled=True, merged=True),
+    Mode("graphs", graphs=True),
+    Mode("eager, merged", merged=True),
+    Mode("eager, cuDNN attention", attention="_native_cudnn"),
+    Mode("compiled, graphs", compiled=True, graphs=True),
 ]
 
 
@@ -36,36 +50,41 @@ def rollouts(bench: Bench, name: str, modes: list[Mode]) -> None:
 
 
 def _mode(bench: Bench, name: str, mode: Mode, folder: Path, reference: dict[str, np.ndarray]) -> None:
-    label, compiled, merged, graphs = mode
     model = CASES[name][0]
-    sizes = rollout_rows(name, bench.tiny)
-    if bench.device == "cpu" and (compiled or graphs):
-        bench.row(f"{model} rollout, {label}", lambda: {"skipped": "it is for a card; a CPU compiles for minutes"})
+    label, sizes = f"{model} rollout, {mode.name}", rollout_rows(name, bench.tiny)
+    if bench.device == "cpu" and (mode.compiled or mode.graphs or mode.attention):
+        bench.row(label, lambda: {"skipped": "it is for a card; a CPU has no graphs and compiles for minutes"})
         return
-    labels = {rows: f"{model} rollout, {label}, {rows} rows" for rows in sizes}
+    labels = {rows: f"{label}, {rows} rows" for rows in sizes}
     if reference and bench.done.issuperset(labels.values()):
         return
-    config = case(name, folder, bench.tiny, f"backbone.compile={str(compiled).lower()}")
+    settings = [f"backbone.compile={str(mode.compiled).lower()}"]
+    settings += [f"backbone.attention={mode.attention}"] if mode.attention else []
+    config = case(name, folder, bench.tiny, *settings)
     before = bench.held()
-    sampler = Sampler(config.backbone, 4, "gpu", bench.device, merged)
-    if graphs:
+    sampler = Sampler(config.backbone, 4, "gpu", bench.device, mode.merged)
+    if mode.graphs:
         sampler.backbone.velocity = Graphed(sampler.backbone.velocity)
     drawing = Drawing(bench, sampler, config, bench.plan.get(name, {}), before)
     if not reference:  # of the eager network, which comes first
         reference |= drawing.adapted(sizes[0])
-    bench.row(f"{model} rollout, {label}, new adapter", lambda: drawing.follows(reference, sizes[0]))
+    bench.row(f"{label}, new adapter", lambda: drawing.follows(reference, sizes[0]))
     for rows, row in labels.items():
         bench.row(row, lambda rows=rows: drawing.images_per_second(rows))
-    if label == "eager":
-        for rows in sizes:
-            bench.row(f"{model} decoding, {rows} rows", lambda rows=rows: drawing.decoded(rows))
-        if bench.device == "cuda":
-            sampler.backbone._vae.decoder.compile()
-            rows = sizes[0]
-            bench.row(f"{model} decoding, compiled, {rows} rows", lambda: drawing.decoded(rows))
+    if mode.name == "eager":
+        _parts(bench, model, drawing, sizes)
     networks.discard(sampler.denoiser)
     networks.discard(sampler.backbone._vae)
     bench.free()
+
+
+def _parts(bench: Bench, model: str, drawing: "Drawing", sizes: tuple[int, ...]) -> None:
+    for rows in sizes:
+        bench.row(f"{model} decoding, {rows} rows", lambda rows=rows: drawing.decoded(rows))
+    if bench.device == "cuda":
+        bench.row(f"{model} rollout, waits for the card", lambda: drawing.waits(sizes[-1]))
+        drawing.sampler.backbone._vae.decoder.compile()
+        bench.row(f"{model} decoding, compiled, {sizes[0]} rows", lambda: drawing.decoded(sizes[0]))
 
 
 class Graphed:
@@ -148,6 +167,20 @@ class Drawing:
         seconds = self.bench.seconds(lambda: backbone.decode(latents))
         figures = {"value": rows / seconds, "unit": "images/s", **self._planned("decode_gib", rows), **peak()}
         return figures | self.bench.share(rows * self.planned.get("decode_tflop", 0), seconds)
+
+    def waits(self, rows: int) -> dict[str, Any]:
+        """Count how often the CPU waits for the card in a rollout; each time the card runs out of work."""
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                networks.draw(self.sampler, self.config, rows)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found = [one for one in caught if "synchronizing" in str(one.message)]
+        places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in found)
+        note = ", ".join(f"{place} {count}" for place, count in places.most_common(6))
+        return {"value": len(found), "unit": f"times in {self.config.rollout.steps} steps", "note": note}
 
     def _planned(self, what: str, rows: int) -> dict[str, float]:
         value = self.planned.get(what, {}).get(str(rows))

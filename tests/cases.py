@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-# The processors that a body of a test runs on: a CPU rehearses in all runs of the tests what `pytest -m gpu` runs on a
-# card. The second list is for bodies that take a CPU long.
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SLOW_DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
+# Processors for the body of a test that takes a CPU long: a CPU rehearses what `pytest -m gpu` runs on a card.
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+SLOW_DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), CUDA]
 
 
 def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable:

@@ -17,7 +17,7 @@ from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.requests import plan_chunks, training_request
 from align_cluster.prompts import PROMPTS
 
-from ..cases import SLOW_DEVICES
+from ..cases import CUDA, SLOW_DEVICES
 from ..inprocess import Workers, own_environment
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_two_samplers_on_one_device_draw_a_chunk_bit_by_bit_alike(tiny, device):
             assert np.array_equal(getattr(ours.record, name), getattr(theirs.record, name))
 
 
-@pytest.mark.parametrize("device", SLOW_DEVICES)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.exhaustive), CUDA])
 def test_a_reward_worker_shares_the_device_with_training(tiny, tmp_path, device):
     overrides = ["rewards.clip.pool.workers=1", f"rewards.clip.pool.gpus={0.2 if device == 'cuda' else 0}"]
     pools = derive(tiny("nft", *overrides), 8, 1 if device == "cuda" else 0).reward_pools

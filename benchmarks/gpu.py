@@ -20,6 +20,7 @@ come, to benchmarks/results/gpu-<card>.json; a second call goes on where the fir
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -46,32 +47,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return child(args)
     from gpu_stages import STAGES
 
-    from align_cluster.files import write_json
-
     asked = set(args.stages.split(",")) if args.stages else STAGES.keys()
     if unknown := asked - STAGES.keys():
         sys.exit(f"--stages: there is no stage {min(unknown)}; the stages are {', '.join(STAGES)}")
-    facts, well, path = about(args.device), True, args.out
-    end = time.monotonic() + LIMIT_S
-    for name in (name for name in STAGES if name in asked):
-        path = args.out / ("gpu-plan.json" if name == "plan" else f"gpu-{card(args.device)}.json")
-        kept = read(path)
-        stage = kept["stages"].get(name, {})
-        if args.again:
-            stage = {}
-        if stage.get("state") == "done":
-            print(f"{name}: done before", file=sys.stderr, flush=True)
-            continue
-        limit = STAGES[name].limit_s * (10 if args.device == "cpu" else 1)
-        if name != "plan" and args.device == "cuda":
-            limit = min(limit, end - time.monotonic())
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        stage = run(name, args, stage.get("rows", {}), limit)
-        well = well and stage["state"] == "done"
-        write_json(path, {**kept, **facts, "stages": kept["stages"] | {name: stage}})
-    if path.name != "gpu-plan.json":
+    facts, well = about(), True
+    if "plan" in asked:
+        well = take("plan", args, args.out / "gpu-plan.json", facts, STAGES["plan"].limit_s)
+    if names := [name for name in STAGES if name in asked and name != "plan"]:
+        if args.device == "cuda":
+            facts["card"], facts["card_gib"] = card()
+        path = args.out / f"gpu-{re.sub('[^a-z0-9]+', '-', facts.get('card', 'cpu').lower())}.json"
+        end, patience = (time.monotonic() + LIMIT_S, 1) if args.device == "cuda" else (math.inf, 10)
+        for name in names:
+            limit = min(patience * STAGES[name].limit_s, end - time.monotonic())
+            well = take(name, args, path, facts, limit) and well
         print(table(read(path)))
     return int(not well)
+
+
+def take(name: str, args: argparse.Namespace, path: Path, facts: dict[str, Any], limit: float) -> bool:
+    """Run a stage, unless it is done, and write what it left; tell whether it is done."""
+    from align_cluster.files import write_json
+
+    kept = read(path)
+    stage = {} if args.again else kept["stages"].get(name, {})
+    if stage.get("state") == "done":
+        print(f"{name}: done before", file=sys.stderr, flush=True)
+        return True
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    stage = run(name, args, stage.get("rows", {}), limit)
+    write_json(path, {**kept, **facts, "stages": kept["stages"] | {name: stage}})
+    return stage["state"] == "done"
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -133,30 +139,25 @@ def child(args: argparse.Namespace) -> int:
     return 0
 
 
-def card(device: str) -> str:
-    """Return the card's name as part of a file's name."""
-    if device == "cpu":
-        return "cpu"
-    import torch
+def card() -> tuple[str, float]:
+    """Return the first card's name and GiB, by NVIDIA's tool: CUDA would hold memory in this process for all stages."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        sys.exit("nvidia-smi finds no card here; rehearse with --tiny --device cpu, or plan with --stages plan")
+    name, size = line.rsplit(", ", 1)
+    return name, round(float(size) / 1024, 1)
 
-    if not torch.cuda.is_available():
-        sys.exit("this machine has no CUDA device; rehearse with --tiny --device cpu, or plan with --stages plan")
-    return re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
-
-def about(device: str) -> dict[str, Any]:
-    """Return what figures depend on besides the code's version."""
-    import torch
+def about() -> dict[str, Any]:
+    """Return what figures depend on besides the card."""
     from alignment import commit
 
     from align_cluster.cluster.nodes import software
 
-    found = {"commit": commit() if shutil.which("git") else "", "python": platform.python_version()}
-    found["versions"] = software()
-    if device == "cuda" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"card": properties.name, "card_gib": round(properties.total_memory / 2**30, 1)}
-    return found
+    here = commit() if shutil.which("git") else ""
+    return {"commit": here, "python": platform.python_version(), "versions": software()}
 
 
 def read(path: Path) -> dict[str, Any]:

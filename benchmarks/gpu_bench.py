@@ -57,7 +57,8 @@ class Bench:
             torch.cuda.synchronize()
 
     def held(self) -> int:
-        """Return the bytes of the device's tensors; 0 on a CPU, where nobody counts them."""
+        """Return the bytes of the device's tensors in use; 0 on a CPU, where nobody counts them."""
+        self.free()
         return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
     def time(self, work: Callable[[], Any]) -> float:

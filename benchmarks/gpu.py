@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"--stages: there is no stage {min(unknown)}; the stages are {', '.join(STAGES)}")
     facts, well = about(), True
     if "plan" in asked:
-        well = take("plan", args, args.out / "gpu-plan.json", facts, STAGES["plan"].limit_s)
+        well = take("plan", args, args.plan, facts, STAGES["plan"].limit_s)
     if names := [name for name in STAGES if name in asked and name != "plan"]:
         if args.device == "cuda":
             facts["card"], facts["card_gib"] = card()
@@ -93,6 +93,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu is for a rehearsal: add --tiny")
     args.out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-tiny-")) if args.tiny else HERE / "results")
+    args.plan = (args.out if args.tiny else HERE / "results") / "gpu-plan.json"
     return args
 
 
@@ -132,7 +133,7 @@ def child(args: argparse.Namespace) -> int:
     from gpu_bench import Bench
     from gpu_stages import STAGES
 
-    planned = read(args.out / "gpu-plan.json")["stages"].get("plan", {}).get("rows", {})
+    planned = read(args.plan)["stages"].get("plan", {}).get("rows", {})
     done = frozenset(json.loads(args.child.read_text())["done"])
     bench = Bench(args.device, args.tiny, args.child.with_name("rows.jsonl"), done, planned)
     STAGES[args.stages].run(bench)

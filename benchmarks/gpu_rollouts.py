@@ -88,22 +88,27 @@ def _parts(bench: Bench, model: str, drawing: "Drawing", sizes: tuple[int, ...])
 
 
 class Graphed:
-    """Replays a backbone's prediction as one CUDA graph for each shape of its inputs, which are copied into it."""
+    """Replays a backbone's prediction as one CUDA graph for each shape of its inputs, which are copied into it.
+
+    An input that is None stays None.
+    """
 
     def __init__(self, velocity: Callable[..., torch.Tensor]) -> None:
         self.velocity, self.graphs = velocity, {}
 
-    def __call__(self, denoiser: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        key = tuple(tensor.shape for tensor in inputs)
+    def __call__(self, denoiser: torch.nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+        key = tuple(None if tensor is None else tensor.shape for tensor in inputs)
         if key not in self.graphs:
-            self.graphs[key] = self._captured(denoiser, [tensor.clone() for tensor in inputs])
+            own = [None if tensor is None else tensor.clone() for tensor in inputs]
+            self.graphs[key] = self._captured(denoiser, own)
         graph, own, output = self.graphs[key]
         for mine, given in zip(own, inputs, strict=True):
-            mine.copy_(given)
+            if mine is not None:
+                mine.copy_(given)
         graph.replay()
         return output.clone()
 
-    def _captured(self, denoiser: torch.nn.Module, own: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], Any]:
+    def _captured(self, denoiser: torch.nn.Module, own: list[torch.Tensor | None]) -> tuple[Any, list, torch.Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what the first calls allocate and choose must not be part of the graph

@@ -11,8 +11,10 @@ import gpu_networks as networks
 import pytest
 import torch
 import transformers
+from gpu_rollouts import Graphed
 from gpu_stages import STAGES
 
+from align_cluster.backbones.sd3 import SD3
 from align_cluster.rewards.clip import CLIPS
 from align_cluster.rewards.detectors import PUBLISHED
 
@@ -117,8 +119,6 @@ def test_reward_models_have_the_published_numbers_of_weights(tmp_path):
 
 
 def test_parts_are_made_where_they_are_used_with_the_same_weights_each_time(tmp_path):
-    from align_cluster.backbones.sd3 import SD3
-
     folder = networks.write_pipeline("sd35", tmp_path, tiny=True)
     with networks.random_weights("cpu"):
         first, second = (SD3(SD3.Config(path=str(folder))).load_denoiser() for _ in range(2))
@@ -127,3 +127,18 @@ def test_parts_are_made_where_they_are_used_with_the_same_weights_each_time(tmp_
     with networks.random_weights("meta"):
         made = SD3(SD3.Config(path=str(folder)), "meta").load_denoiser()
     assert all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())), "nothing is made on the CPU first"
+
+
+@pytest.mark.gpu
+def test_a_graph_answers_other_inputs_as_the_network_does(tmp_path):
+    folder = networks.write_pipeline("sd35", tmp_path, tiny=True)
+    backbone = SD3(SD3.Config(path=str(folder), height=64, width=64), "cuda")
+    with networks.random_weights("cuda"):
+        denoiser = backbone.load_denoiser()
+    graphed, (tokens, width, pooled) = Graphed(backbone.velocity), backbone.text_shape
+    for rows in (2, 2, 3):
+        shapes = (rows, *backbone.latent_shape), (rows,), (rows, tokens, width), (rows, pooled)
+        inputs = [torch.rand(shape, device="cuda") for shape in shapes]
+        with torch.no_grad():
+            torch.testing.assert_close(graphed(denoiser, *inputs), backbone.velocity(denoiser, *inputs))
+    assert len(graphed.graphs) == 2

@@ -81,6 +81,8 @@ def _mode(bench: Bench, name: str, mode: Mode, folder: Path, reference: dict[str
 def _parts(bench: Bench, model: str, drawing: "Drawing", sizes: tuple[int, ...]) -> None:
     for rows in sizes:
         bench.row(f"{model} decoding, {rows} rows", lambda rows=rows: drawing.decoded(rows))
+    few, many = min(sizes), max(sizes)
+    bench.row(f"{model} decoding, {many} rows, {few} at once", lambda: drawing.decoded(many, few))
     if bench.device == "cuda":
         bench.row(f"{model} rollout, waits for the card", lambda: drawing.waits(sizes[-1]))
         drawing.sampler.backbone._vae.decoder.compile()
@@ -163,14 +165,19 @@ class Drawing:
             figures["goal"] = ">= 14"
         return figures | self.bench.share(rows * (denoising + self.planned.get("decode_tflop", 0)), seconds)
 
-    def decoded(self, rows: int) -> dict[str, Any]:
-        """Decode final latents to images in the CPU's memory."""
-        backbone = self.sampler.backbone
+    def decoded(self, rows: int, at_once: int | None = None) -> dict[str, Any]:
+        """Decode final latents to images in the CPU's memory, `at_once` of them or all in one pass."""
+        backbone, at_once = self.sampler.backbone, at_once or rows
         latents = torch.randn(rows, *backbone.latent_shape, device=self.bench.device)
-        backbone.decode(latents)
+
+        def decode() -> None:
+            for part in latents.split(at_once):
+                backbone.decode(part)
+
+        decode()
         peak = self.bench.peak(self.bench.held())
-        seconds = self.bench.seconds(lambda: backbone.decode(latents))
-        figures = {"value": rows / seconds, "unit": "images/s", **self._planned("decode_gib", rows), **peak()}
+        seconds = self.bench.seconds(decode)
+        figures = {"value": rows / seconds, "unit": "images/s", **self._planned("decode_gib", at_once), **peak()}
         return figures | self.bench.share(rows * self.planned.get("decode_tflop", 0), seconds)
 
     def waits(self, rows: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The contract of an algorithm, and what the learner passes to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -35,10 +35,10 @@ class Policy(Protocol):
         Only the default adapter carries gradient.
         """
 
-    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return weighted sums [b, J] of the trained rewards, for algorithms that follow the gradient of rewards.
 
-        Each image of the latents fp32 [b, C, H, W] is judged under J texts, with a gradient to the latents.
+        Each image of the latents fp32 [b, C, H, W] is judged under J texts of its own, with a gradient to the latents.
         """
 
 
@@ -64,6 +64,13 @@ class RecordedSteps:
             object.__setattr__(self, "slots", tuple(range(self.indices.shape[1])))
 
 
+class Streams(Protocol):
+    """Gives random streams to the visits of a batch."""
+
+    def __call__(self, purpose: str, *, shared: bool = False) -> list[torch.Generator]:
+        """Return one stream a visit for this purpose; with `shared`, a sample's visits have equal streams."""
+
+
 @dataclass(frozen=True)
 class CriticTargets:
     """Holds what a critic learns from: `returns` (NaN where a reward does not judge the sample) and the `values` before
@@ -75,24 +82,30 @@ class CriticTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Holds one micro-batch, b members of one chunk, in inner pass number `inner_pass` of an update.
+    """Holds b visits of samples of one chunk: each sample of a micro-batch, in one or more inner passes of an update.
 
+    `passes` has the number of the inner pass of each visit; it is the same for all unless the algorithm `folds`.
     `update` counts the run's optimiser updates so far. `advantages` are [b], or [b, K] where each step has its own;
-    `x0` [b, C, H, W] are final latents and `sigmas` [N + 1] the rollout's noise levels. `prompt` is the members' text
-    and `noises` are the seeds of their initial noises. `generators` gives each member a fresh random stream for this
-    (step, update, inner pass) and a purpose, whatever the world size.
+    `x0` [b, C, H, W] are final latents and `sigmas` [N + 1] the rollout's noise levels. `prompts` are the texts of the
+    samples and `noises` the seeds of their initial noises. `generators` gives each visit a fresh random stream for this
+    (step, update) and a purpose, whatever the world size: one for each inner pass, or with `shared` the same in all.
     """
 
-    inner_pass: int
+    passes: tuple[int, ...]
     advantages: torch.Tensor
     x0: torch.Tensor
     sigmas: np.ndarray
     recorded: RecordedSteps
-    generators: Callable[[str], list[torch.Generator]]
+    generators: Streams
     critic: CriticTargets | None = None
-    prompt: str = ""
+    prompts: tuple[str, ...] = ()
     noises: tuple[int, ...] = ()
     update: int = 0
+
+    @property
+    def inner_pass(self) -> int:
+        """Return the one inner pass of all visits, for algorithms that do not fold."""
+        return self.passes[0]
 
 
 class Algorithm(ABC):
@@ -108,6 +121,8 @@ class Algorithm(ABC):
     behaviour         the adapter that samplers draw with
     adapters          the adapters that the learner keeps
     repeats_steps     the learner goes through recorded steps again
+    folds             one forward pass may hold several inner passes of a sample; not where log-probs must equal the
+                      rollout's to the last bit, because those depend on the batch
     metrics           what the loss returns: metric "kl" of a loss is declared as "train/kl"
     """
 
@@ -118,6 +133,7 @@ class Algorithm(ABC):
     reward_gradient: ClassVar[bool] = False
     offline: ClassVar[bool] = False
     repeats_steps: ClassVar[bool] = False
+    folds: ClassVar[bool] = True
     default_step: ClassVar[str]
     behaviour: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]]

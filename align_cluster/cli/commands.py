@@ -98,14 +98,15 @@ def plan(args: argparse.Namespace) -> int:
     if not args.json:
         print(table(plan), flush=True)  # what comes next takes a while
     try:
-        found = estimate(config, plan, memory, name)
+        found = estimate(plan.config, plan, memory, name)
     except UserError as error:
         print(f"note: memory and FLOPs are not known: {error}", file=sys.stderr)
         found = None
     if args.json:
-        print(json.dumps(asdict(plan) | {"estimate": found and asdict(found) | {"fits": found.fits}}, indent=2))
+        facts = asdict(plan) | {"estimate": found and asdict(found) | {"fits": found.fits}}
+        print(json.dumps({name: fact for name, fact in facts.items() if name != "config"}, indent=2))
     elif found:
-        print(f"\n{text(config, plan, found)}")
+        print(f"\n{text(plan.config, plan, found)}")
     return 0
 
 

@@ -18,10 +18,10 @@ from align_cluster.files import new_folder, write_json
 from align_cluster.observe.grids import save_grid
 from align_cluster.observe.table import KEYS, short
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, read_lines
-from align_cluster.prompts.groups import EVALUATION_STEP, member_seed
+from align_cluster.prompts.groups import EVALUATION_STEP, cut, member_seed
 from align_cluster.rollouts.steering import BATCH
 from align_cluster.settings import Section
-from align_cluster.types import Chunk, Prompt
+from align_cluster.types import Chunk, Prompt, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +108,16 @@ def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, ou
 
 
 def plan(request: SampleRequest, tries: int | None = None) -> list[Chunk]:
-    """Plan the chunks of a request: batches of one prompt each, or the `tries` for one image each.
+    """Plan the chunks of a request, or of the `tries` for one image each.
 
     A member's seed depends on the request's seed, its prompt's place and its own number alone.
     """
-    members, size = request.count * (tries or 1), tries or BATCH
-    chunks = []
+    rows = []
     for group, prompt in enumerate(request.prompts):
-        seeds = tuple(member_seed(request.seed, EVALUATION_STEP, group, member) for member in range(members))
-        for first in range(0, members, size):
-            chunks.append(Chunk(EVALUATION_STEP, group, first, prompt, seeds[first : first + size]))
-    return chunks
+        for member in range(request.count * (tries or 1)):
+            seed = member_seed(request.seed, EVALUATION_STEP, group, member)
+            rows.append(Row(prompt, group, member, seed, seed))
+    return cut(EVALUATION_STEP, rows, tries or BATCH)
 
 
 def write_images(
@@ -131,11 +130,11 @@ def write_images(
     numbers: defaultdict[int, count] = defaultdict(count)  # the next image of each prompt
     images, entries = [], []
     for one in drawn:
-        group = one.chunk.group
         for index, image in enumerate(one.images):
-            file = f"{group:03d}_{next(numbers[group]):02d}{ending}.png"
+            row = one.chunk.rows[index]
+            file = f"{row.group:03d}_{next(numbers[row.group]):02d}{ending}.png"
             Image.fromarray(image).save(folder / file)
-            entry = {"file": file, "model": model, "prompt": one.chunk.prompt.text, **one.facts[index]}
+            entry = {"file": file, "model": model, "prompt": row.prompt.text, **one.facts[index]}
             if one.rows:
                 scores = {column: score for column, score in one.rows[index].items() if column not in KEYS}
                 entry["scores"] = {short(column): score for column, score in scores.items()}

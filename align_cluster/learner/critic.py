@@ -1,6 +1,6 @@
 """The critic's training beside the actor. Its optimiser is its own and does the same on every rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -22,35 +22,38 @@ State = tuple[int, int, int]  # number of the micro-batch, row in it, step
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """Holds one micro-batch of the critic, on any device: the samples, their one condition, and their weights [b]."""
+    """Holds one micro-batch of the critic, on any device: the samples, their conditions, and their weights [b]."""
 
     samples: Batch
     text: TextBatch
     weights: torch.Tensor
 
+    def length(self, row: int) -> int:
+        """Return the number of tokens of a row's text."""
+        return self.text.sequence.shape[1] if self.text.mask is None else int(self.text.mask[row].sum())
+
 
 class CriticLearner:
-    """Trains the critic's head and adapter with AdamW. They are small and whole on every rank; gradients are averaged.
+    """Trains the critic's head and adapter with AdamW. They are small, whole on every rank, with averaged gradients."""
 
-    One forward pass reads `batch` states.
-    """
-
-    def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int, batch: int) -> None:
+    def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int) -> None:
         self.critic, self.algorithm, self.world, self.max_norm = critic, algorithm, world, optimizer.max_grad_norm
-        self.batch = batch
+        self.batch = algorithm.config.critic_batch
         self.optimizer = torch.optim.AdamW(
             critic.trainable, algorithm.config.critic_lr, optimizer.betas, optimizer.eps, optimizer.weight_decay
         )
 
     @torch.no_grad()
     def values(self, record: Record, text: TextBatch) -> np.ndarray:
-        """Return values fp32 [B, N, R] of the states that a record's steps started from, under its one condition."""
+        """Return values fp32 [B, N, R] of the states that a record's steps started from, under its rows' conditions."""
         device, shape = text.sequence.device, record.indices.shape
+        owners = torch.arange(shape[0], device=device).repeat_interleave(shape[1])
         levels = torch.tensor(record.sigmas[record.indices.ravel()], dtype=torch.float32, device=device)
         states = torch.tensor(record.before, device=device).flatten(0, 1)
         found = [
-            self.critic(x, sigma, *_repeated(text, len(x)))
-            for x, sigma in zip(states.split(self.batch), levels.split(self.batch), strict=True)
+            self.critic(x, sigma, own.sequence, own.pooled, own.mask)
+            for x, sigma, rows in zip(*(column.split(self.batch) for column in (states, levels, owners)), strict=True)
+            for own in (text[rows],)
         ]
         return torch.cat(found).unflatten(0, shape).cpu().numpy()
 
@@ -71,10 +74,10 @@ class CriticLearner:
             sound, slots = True, [self._slots(batch.samples, epoch) for batch in batches]
             share = scale / len(slots[0][0])
             for part in self._passes(slots, batches):
-                x, sigma, sequence, pooled, before, returns, weights = (
+                x, sigma, sequence, pooled, mask, before, returns, weights = (
                     column.to(device) for column in _gathered(part, batches)
                 )
-                values = self.critic(x, sigma, sequence, pooled)
+                values = self.critic(x, sigma, sequence, pooled, None if mask.all() else mask)
                 loss = self.algorithm.value_loss(values, before, returns, pretraining)
                 total = (loss * weights).sum() * share
                 sound = sound and bool(torch.isfinite(total))
@@ -97,21 +100,16 @@ class CriticLearner:
         return [sorted(torch.randperm(count, generator=stream)[:wanted].tolist()) for stream in streams]
 
     def _passes(self, slots: list[list[list[int]]], batches: list[CriticBatch]) -> Iterator[list[State]]:
-        """Yield the states of each forward pass: `batch` of them, under texts of one length. Masked samples have
-        none."""
-
-        def length(state: State) -> int:
-            return batches[state[0]].text.sequence.shape[1]
-
+        """Yield the states of each forward pass: `batch` of them. Masked samples have none. Where texts differ in
+        length, states under equally long ones come together."""
         states = [
             (number, row, slot)
             for number, (rows, batch) in enumerate(zip(slots, batches, strict=True))
             for row, (own, weight) in enumerate(zip(rows, batch.weights.tolist(), strict=True))
             for slot in (own if weight else ())
         ]
-        for _, alike in groupby(sorted(states, key=length), length):
-            alike = list(alike)
-            yield from (alike[start : start + self.batch] for start in range(0, len(alike), self.batch))
+        states.sort(key=lambda state: batches[state[0]].length(state[1]))
+        yield from (states[start : start + self.batch] for start in range(0, len(states), self.batch))
 
     def _step(self, sound: bool) -> float | None:
         parameters = self.critic.trainable
@@ -156,8 +154,8 @@ class CriticLearner:
         return {name: self.optimizer.state[parameter] for name, parameter in named.items()}
 
 
-def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Tensor, ...]:
-    """Return x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]."""
+def _gathered(states: list[State], batches: list[CriticBatch]) -> Iterator[torch.Tensor]:
+    """Yield x, sigma, sequence, pooled, mask, values before, returns and weights of states, each [len(states), ...]."""
 
     def parts() -> Iterator[tuple[torch.Tensor, ...]]:
         for number, own in groupby(states, itemgetter(0)):
@@ -166,12 +164,18 @@ def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Te
             _, row, slot = torch.tensor(list(own), device=weights.device).T
             sigmas = torch.tensor(samples.sigmas, dtype=torch.float32, device=weights.device)
             levels = sigmas[recorded.indices[row, slot]]
+            text = batches[number].text[row]
+            mask = torch.ones(text.sequence.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
             targets = critic.values[row, slot], critic.returns[row, slot], weights[row]
-            yield recorded.before[row, slot], levels, *_repeated(batches[number].text, len(row)), *targets
+            yield recorded.before[row, slot], levels, text.sequence, text.pooled, mask, *targets
 
-    return tuple(torch.cat(column) for column in zip(*parts(), strict=True))
+    for number, column in enumerate(zip(*parts(), strict=True)):
+        yield _joined(column) if number in (2, 4) else torch.cat(column)
 
 
-def _repeated(text: TextBatch, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the batch's one condition `count` times."""
-    return text.sequence.expand(count, -1, -1), text.pooled.expand(count, -1)
+def _joined(texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join batches of texts [b, T, ...] that are padded to their own lengths, cut or padded to one length."""
+    longest = max(text.shape[1] for text in texts)
+    rows = [row for text in texts for row in text]
+    padded = [torch.nn.functional.pad(row, [0, 0] * (row.ndim - 1) + [0, longest - len(row)]) for row in rows]
+    return torch.stack(padded)

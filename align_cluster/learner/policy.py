@@ -1,6 +1,6 @@
 """Hands the learner's network to an algorithm as a policy, and the gradient of the trained rewards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +32,14 @@ class RewardGradient:
         if checkpointing:
             backbone.checkpoint_decoder()
 
-    def __call__(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Return weighted sums of scores, fp32 [b, J], of latents fp32 [b, C, H, W] under J texts."""
+    def __call__(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return weighted sums of scores, fp32 [b, J], of latents fp32 [b, C, H, W] under J texts each."""
         if not self.checkpointing:
             return self._score(latents, texts)
-        rows = [checkpoint(self._score, row, texts, use_reentrant=False) for row in latents.split(1)]
-        return torch.cat(rows)
+        rows = zip(latents.split(1), texts, strict=True)
+        return torch.cat([checkpoint(self._score, row, [own], use_reentrant=False) for row, own in rows])
 
-    def _score(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def _score(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         images = ((self.backbone.pixels(latents) + 1) / 2).clamp(0, 1)
         return sum(weight * reward.against(images, texts) for weight, reward in self.parts)
 
@@ -67,6 +67,6 @@ class LearnerPolicy(Policy):
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
             return guided_velocity(self.backbone, self.network, x, sigma, self.text, self.guidance, self.null_gradient)
 
-    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Return the trained rewards of latents under each of the texts, with a gradient to the latents."""
+    def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return the trained rewards of latents under each of their texts, with a gradient to the latents."""
         return self.reward_gradient(latents, texts)

@@ -9,7 +9,7 @@ import ray
 
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.run import RunConfig
-from align_cluster.types import Chunk, Prompt
+from align_cluster.types import Prompt
 
 MOST_TEXTS = 32  # texts in one call of a sampler: enough to fill a text encoder's batch
 
@@ -64,14 +64,18 @@ class ConditionStore:
             metrics["explore/pairwise_cosine"] = float(np.mean([item.pairwise for item in known]))
         return metrics
 
-    def of(self, chunk: Chunk) -> Any:
-        """Return a reference to the condition of a chunk's prompt."""
-        return self.references[chunk.prompt.text]
+    def of(self, text: str) -> Any:
+        """Return a reference to a text's condition."""
+        return self.references[text]
+
+    def key(self, text: str) -> str:
+        """Return the content address of a text's condition."""
+        return self.keys[text]
 
     def null(self, guidance: float) -> Any:
         """Return a reference to the empty prompt's condition, or None where this guidance needs none."""
         return self.references.get("") if guidance > 1 else None
 
-    def perturbed_of(self, chunk: Chunk) -> Perturbed | None:
-        """Return the perturbed conditions that a chunk is drawn under, if it is."""
-        return self.perturbed[chunk.prompt.text] if any(chunk.variants) else None
+    def perturbed_of(self, text: str) -> Perturbed | None:
+        """Return a text's perturbed conditions."""
+        return self.perturbed.get(text)

@@ -51,7 +51,8 @@ def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool =
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
         with cluster(config.cluster), preemptible(alone):
-            plan = derive(config, *resources())
+            plan = derive(start.settled(config), *resources())
+            config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
                 write_text(run.config, dump(config))
                 pools = f"{plan.samplers} samplers, {plan.reward_workers} reward workers, {plan.learners} learner ranks"
@@ -89,9 +90,12 @@ def align(
         weights.publish("behaviour")
         for step in range(start.steps, config.steps):
             clock.next_step(step + 1)
-            chunks = plan_chunks(config, prompts, step, workers.plan)
+            chunks = plan_chunks(config, prompts, step)
+            drawn_for = [prompt for chunk in chunks for prompt in chunk.prompts]
+            with clock.stage("encode"):
+                workers.conditions.encode(drawn_for)
             with clock.stage("explore") if config.exploration else nullcontext():
-                explored = workers.conditions.explore([chunk.prompt for chunk in chunks])
+                explored = workers.conditions.explore(drawn_for)
             with clock.at("draw"):
                 rollout = rollouts.draw(chunks, training_request(config, step, weights.version))
             clock.add_all(rollout.seconds)
@@ -105,7 +109,7 @@ def align(
             with clock.stage("publish"):
                 sync = weights.publish("behaviour")
             row = explored | observed | rollout.metrics
-            row |= step_metrics(config, drawn, credit, trained, clock.step, sync)
+            row |= step_metrics(config, drawn, credit, trained, clock, sync)
             metrics.write(step + 1, row)
             bars.step(step + 1, row)
             if alarm := guard.rollback_wanted(step + 1, row, bars.note):

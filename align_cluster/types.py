@@ -105,6 +105,11 @@ class Chunk:
         return [row.noise for row in self.rows]
 
     @property
+    def variants(self) -> list[int]:
+        """Return the variant of the condition of each row."""
+        return [row.variant for row in self.rows]
+
+    @property
     def texts(self) -> list[str]:
         """Return the different texts of the rows, in their order."""
         return list(dict.fromkeys(row.prompt.text for row in self.rows))

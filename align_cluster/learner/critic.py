@@ -1,6 +1,6 @@
 """The critic's training beside the actor. Its optimiser is its own and does the same on every rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -22,7 +22,7 @@ State = tuple[int, int, int]  # number of the micro-batch, row in it, step
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """Holds one micro-batch of the critic, on any device: the samples, their conditions, and their weights [b]."""
+    """Holds one micro-batch of the critic on the CPU: the samples, their conditions, and their weights [b]."""
 
     samples: Batch
     text: TextBatch
@@ -74,10 +74,10 @@ class CriticLearner:
             sound, slots = True, [self._slots(batch.samples, epoch) for batch in batches]
             share = scale / len(slots[0][0])
             for part in self._passes(slots, batches):
-                x, sigma, sequence, pooled, mask, before, returns, weights = (
+                x, sigma, sequence, pooled, before, returns, weights = (
                     column.to(device) for column in _gathered(part, batches)
                 )
-                values = self.critic(x, sigma, sequence, pooled, None if mask.all() else mask)
+                values = self.critic(x, sigma, sequence, pooled)
                 loss = self.algorithm.value_loss(values, before, returns, pretraining)
                 total = (loss * weights).sum() * share
                 sound = sound and bool(torch.isfinite(total))
@@ -100,16 +100,21 @@ class CriticLearner:
         return [sorted(torch.randperm(count, generator=stream)[:wanted].tolist()) for stream in streams]
 
     def _passes(self, slots: list[list[list[int]]], batches: list[CriticBatch]) -> Iterator[list[State]]:
-        """Yield the states of each forward pass: `batch` of them. Masked samples have none. Where texts differ in
-        length, states under equally long ones come together."""
+        """Yield the states of each forward pass: `batch` of them, under texts of one length. Masked samples have
+        none."""
+
+        def length(state: State) -> int:
+            return batches[state[0]].length(state[1])
+
         states = [
             (number, row, slot)
             for number, (rows, batch) in enumerate(zip(slots, batches, strict=True))
             for row, (own, weight) in enumerate(zip(rows, batch.weights.tolist(), strict=True))
             for slot in (own if weight else ())
         ]
-        states.sort(key=lambda state: batches[state[0]].length(state[1]))
-        yield from (states[start : start + self.batch] for start in range(0, len(states), self.batch))
+        for _, alike in groupby(sorted(states, key=length), length):
+            alike = list(alike)
+            yield from (alike[start : start + self.batch] for start in range(0, len(alike), self.batch))
 
     def _step(self, sound: bool) -> float | None:
         parameters = self.critic.trainable
@@ -154,28 +159,17 @@ class CriticLearner:
         return {name: self.optimizer.state[parameter] for name, parameter in named.items()}
 
 
-def _gathered(states: list[State], batches: list[CriticBatch]) -> Iterator[torch.Tensor]:
-    """Yield x, sigma, sequence, pooled, mask, values before, returns and weights of states, each [len(states), ...]."""
+def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Tensor, ...]:
+    """Return x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]; their
+    texts have one length, without padding."""
 
     def parts() -> Iterator[tuple[torch.Tensor, ...]]:
         for number, own in groupby(states, itemgetter(0)):
-            samples, weights = batches[number].samples, batches[number].weights
-            recorded, critic = samples.recorded, samples.critic
-            _, row, slot = torch.tensor(list(own), device=weights.device).T
-            sigmas = torch.tensor(samples.sigmas, dtype=torch.float32, device=weights.device)
-            levels = sigmas[recorded.indices[row, slot]]
-            text = batches[number].text[row]
-            mask = torch.ones(text.sequence.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
-            targets = critic.values[row, slot], critic.returns[row, slot], weights[row]
-            yield recorded.before[row, slot], levels, text.sequence, text.pooled, mask, *targets
+            batch, (_, row, slot) = batches[number], torch.tensor(list(own)).T
+            recorded, critic, text = batch.samples.recorded, batch.samples.critic, batch.text[row]
+            levels = torch.tensor(batch.samples.sigmas, dtype=torch.float32)[recorded.indices[row, slot]]
+            sequence = text.sequence[:, : batch.length(int(row[0]))]
+            targets = critic.values[row, slot], critic.returns[row, slot], batch.weights[row]
+            yield recorded.before[row, slot], levels, sequence, text.pooled, *targets
 
-    for number, column in enumerate(zip(*parts(), strict=True)):
-        yield _joined(column) if number in (2, 4) else torch.cat(column)
-
-
-def _joined(texts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join batches of texts [b, T, ...] that are padded to their own lengths, cut or padded to one length."""
-    longest = max(text.shape[1] for text in texts)
-    rows = [row for text in texts for row in text]
-    padded = [torch.nn.functional.pad(row, [0, 0] * (row.ndim - 1) + [0, longest - len(row)]) for row in rows]
-    return torch.stack(padded)
+    return tuple(torch.cat(column) for column in zip(*parts(), strict=True))

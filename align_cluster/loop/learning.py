@@ -82,7 +82,7 @@ class LearnerClient:
 
     def _data(self, drawn: Sequence[DrawnChunk]) -> list[Any]:
         """Return references to records and conditions in turns, as a rank takes them."""
-        return [reference for item in drawn for reference in (item.record, self.conditions.of(item.chunk))]
+        return [reference for item in drawn for reference in (item.record, self.conditions.of(item.chunk.prompt.text))]
 
 
 def step_micro_batches(

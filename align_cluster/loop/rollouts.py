@@ -13,7 +13,7 @@ from align_cluster.cluster.errors import reason
 from align_cluster.cluster.pool import Done, Pool, fetch, stream
 from align_cluster.cluster.slots import InputLost
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.conditions import ConditionStore
+from align_cluster.loop.conditions import ConditionStore, Perturbed
 from align_cluster.loop.scoring import Scoring
 from align_cluster.rewards.mix import beside
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
@@ -137,17 +137,21 @@ class RolloutCollector:
         return Rollout(drawn, seconds, metrics)
 
     def _submit(self, chunk: Chunk, request: DrawRequest) -> None:
-        perturbed = self.conditions.perturbed_of(chunk)
+        perturbed = self._perturbed(chunk)
         self.samplers.submit(
             chunk.id,
             "draw",
             chunk,
-            self.conditions.of(chunk),
+            self.conditions.of(chunk.prompt.text),
             self.conditions.null(request.guidance),
             request,
             perturbed and perturbed.reference,
             returns=3,
         )
+
+    def _perturbed(self, chunk: Chunk) -> Perturbed | None:
+        """Return the perturbed conditions that a chunk is drawn under, if it is."""
+        return self.conditions.perturbed_of(chunk.prompt.text) if any(chunk.variants) else None
 
     def _draw_again(self, missed: list[tuple[Chunk, Any]], progress: _Progress) -> None:
         """Have images drawn again that went down with their node before they were scored."""
@@ -164,7 +168,7 @@ class RolloutCollector:
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
         """Check that a chunk was drawn with exactly the levels, seeds, weights and condition that were asked for."""
-        perturbed, key = self.conditions.perturbed_of(chunk), self.conditions.keys[chunk.prompt.text]
+        perturbed, key = self._perturbed(chunk), self.conditions.key(chunk.prompt.text)
         if info.fingerprint != fingerprint(chunk, request, key, perturbed and perturbed.key):
             raise RuntimeError(f"chunk {chunk.id} was not drawn as requested; sampler and driver versions differ")
 

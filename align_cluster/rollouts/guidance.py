@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from align_cluster.backbones.base import Backbone
+from align_cluster.conditions.precision import to_tensor
 from align_cluster.types import Condition
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Holds the conditions of a batch on the device: `sequence` [B, T, D] and `pooled` [B, P].
+    """Holds the conditions of a batch on the device, in fp32: `sequence` [B, T, D] and `pooled` [B, P].
 
     `null_sequence` and `null_pooled` are the empty prompt's, and are present only with guidance.
     """
@@ -25,9 +26,13 @@ class TextBatch:
         """Stack conditions, and repeat the null condition for each of them if there is one."""
 
         def stack(items: list[Condition]) -> tuple[torch.Tensor, torch.Tensor]:
-            # Conditions may lie in read-only shared memory, which torch warns about, so they are copied.
-            sequence = torch.stack([torch.tensor(item.sequence) for item in items])
-            return sequence.to(device), torch.stack([torch.tensor(item.pooled) for item in items]).to(device)
+            # Each condition goes to the device once and in its own precision, however many rows share it.
+            own = {
+                id(item): [to_tensor(array).to(device).float() for array in (item.sequence, item.pooled)]
+                for item in items
+            }
+            sequences, pooled = zip(*(own[id(item)] for item in items), strict=True)
+            return torch.stack(sequences), torch.stack(pooled)
 
         return cls(*stack(conditions), *(stack([null] * len(conditions)) if null else ()))
 

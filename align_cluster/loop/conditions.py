@@ -1,4 +1,4 @@
-"""Conditions and perturbed conditions of a run's prompts. Samplers compute them; the object store keeps the last ones."""
+"""Conditions and perturbed conditions of a run's prompts. Samplers compute them; the object store keeps recent ones."""
 
 import logging
 from collections import OrderedDict

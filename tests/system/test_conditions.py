@@ -11,6 +11,8 @@ from align_cluster.loop.conditions import GIB, ConditionStore, bound
 from align_cluster.rollouts.sampler import Sampler
 from align_cluster.types import Prompt
 
+from ..inprocess import assert_same_run
+
 SIZE = 13_056  # bytes of one condition of the embedded model: [16, 192] and [192], fp32
 PROMPTS = [Prompt(number, f"a photo of {number} red circles") for number in range(40)]
 
@@ -18,7 +20,7 @@ PROMPTS = [Prompt(number, f"a photo of {number} red circles") for number in rang
 @pytest.fixture(scope="module")
 def pool(local_ray, tiny):
     backbone = tiny("nft").backbone
-    actor = local_ray.remote(Sampler).options(num_cpus=0.5)
+    actor = local_ray.remote(Sampler).options(num_cpus=0.01)
     pool = Pool("sampler", lambda name, index: actor.remote(backbone, 1, name), 2, timeout_s=120)
     pool.wait_until(lambda: len(pool.ready_workers) == pool.size)
     yield pool
@@ -109,3 +111,11 @@ def test_the_default_bound_is_a_tenth_of_the_free_object_store(local_ray, tiny):
     free = local_ray.available_resources()["object_store_memory"]
     assert bound(tiny("nft").cluster) == pytest.approx(free / 10, rel=0.01)
     assert bound(tiny("nft", "cluster.condition_cache_gib=0.5").cluster) == GIB / 2
+
+
+@pytest.mark.slow  # a run on Ray and one in this process
+def test_a_run_whose_caches_hold_nothing_but_the_step_ends_with_the_same_bits(tiny, train, in_process):
+    explored = ("exploration.kind=e2po", "exploration.conditions=2", "exploration.iterations=3", "rollout.chunk=8")
+    nothing = ("cluster.condition_cache_gib=1e-9", "cluster.learners=1")
+    config = tiny("nft", *nothing, "evaluate.grid_every=1", "rollout.guidance=2", *explored)
+    assert_same_run(in_process(config), train(config).path)

@@ -25,7 +25,7 @@ import torch
 from alignment import commit
 
 from align_cluster.cluster.pool import Pool
-from align_cluster.conditions.cache import LIMIT
+from align_cluster.conditions.cache import VARIABLE
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.files import write_json
@@ -124,7 +124,7 @@ def main() -> None:
     config = load(ROOT / "configs" / "quickstart.yaml", [*exploration, bound])
     with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         cache = Path(folder, "cache")
-        os.environ |= {"ALIGN_CLUSTER_CACHE": str(cache), LIMIT: str(fit * ON_DISK / GIB)}
+        os.environ |= {"ALIGN_CLUSTER_CACHE": str(cache), VARIABLE: str(fit * ON_DISK / GIB)}
         os.environ.pop("RAY_ADDRESS", None)
         options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
         size = max(100_000_000, 2 * fit * IN_STORE)

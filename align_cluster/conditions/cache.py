@@ -3,7 +3,6 @@
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -18,7 +17,7 @@ from align_cluster.types import Condition, Perturbation
 
 Record = TypeVar("Record", Condition, Perturbation)
 
-LIMIT = "ALIGN_CLUSTER_CACHE_GIB"
+VARIABLE = "ALIGN_CLUSTER_CACHE_GIB"  # of the environment: the bound on one folder, in GiB
 MOST_GIB = 20.0  # the bound on a large disk: 6,000 prompts of SD3.5 in fp32, 12,000 in bf16
 SHARE = 0.1  # the bound on a small disk, as a share of its free space
 LOOK = 0.02  # share of the bound that a process writes before it looks through the folder again
@@ -70,7 +69,7 @@ class Cache(Generic[Record]):
 
 
 class Clearance:
-    """Deletes the records of a folder that were used longest ago, where all of them take more than `limit`.
+    """Deletes the records of a folder that were used longest ago, where all of them take more than `allowed`.
 
     A process looks through the folder each time that it has written LOOK of the bound. So a write costs the same in a
     large folder as in a small one, and each process that writes may exceed the bound by that share.
@@ -78,24 +77,25 @@ class Clearance:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.unseen = 0.0  # bytes that may be written before the next look
+        self.left = 0.0  # bytes that may be written before the next look
 
     def wrote(self, size: int) -> None:
         """Take note of a file of `size` bytes."""
-        self.unseen -= _on_disk(size)
-        if self.unseen < 0:
-            self.unseen = LOOK * self.clear()
+        self.left -= _on_disk(size)
+        if self.left < 0:
+            self.left = LOOK * self.clear()
 
     def clear(self) -> float:
         """Delete what is too much, and return the bound in bytes."""
         files = sorted(self._files())
         used = sum(size for _, size, _ in files)
-        bound = limit(self.folder, used)
-        oldest = deque(files if used > bound else ())
-        while oldest and used > (1 - SLACK) * bound:
-            _, size, path = oldest.popleft()
-            path.unlink(missing_ok=True)  # another process may be clearing the same folder
-            used -= size
+        bound = allowed(self.folder, used)
+        if used > bound:
+            for _, size, path in files:
+                path.unlink(missing_ok=True)  # another process may be clearing the same folder
+                used -= size
+                if used <= (1 - SLACK) * bound:
+                    break
         return bound
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
@@ -105,11 +105,11 @@ class Clearance:
         """
         for kind in (Condition, Perturbation):
             for folder, _, names in os.walk(_folder(self.folder, kind)):
+                shard = os.path.basename(folder)
                 for name in names:
-                    temporary = name.startswith(".")
-                    if not name.endswith(".npz") or not (temporary or name.startswith(os.path.basename(folder))):
+                    temporary, path = name.startswith("."), Path(folder, name)
+                    if len(shard) != 2 or path.suffix != ".npz" or not (temporary or name.startswith(shard)):
                         continue
-                    path = Path(folder, name)
                     with suppress(FileNotFoundError):
                         found = path.stat()
                         if not temporary or time.time() - found.st_mtime > STALE_S:
@@ -122,19 +122,19 @@ def clearance_of(folder: Path) -> Clearance:
     return Clearance(folder)
 
 
-def limit(folder: Path, used: int) -> float:
+def allowed(folder: Path, used: int) -> float:
     """Return the bytes that a cache of `used` bytes may take.
 
     They are $ALIGN_CLUSTER_CACHE_GIB, or SHARE of the space that is free or the cache's own, at most MOST_GIB. Raises
     UserError where the variable is no number above 0.
     """
-    told = os.environ.get(LIMIT)
+    told = os.environ.get(VARIABLE)
     if told is None:
         return min(MOST_GIB * 2**30, SHARE * (shutil.disk_usage(folder).free + used))
     with suppress(ValueError):
         if float(told) > 0:
             return float(told) * 2**30
-    raise UserError(f"{LIMIT} is {told!r}: set it to the GiB that encoded prompts may take on disk, or unset it")
+    raise UserError(f"{VARIABLE} is {told!r}: set it to the GiB that encoded prompts may take on disk, or unset it")
 
 
 def _folder(folder: Path, kind: type) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.conditions.cache import LIMIT, LOOK, SLACK, Cache, Clearance, cached, default_folder, limit
+from align_cluster.conditions.cache import LOOK, SLACK, VARIABLE, Cache, Clearance, allowed, cached, default_folder
 from align_cluster.conditions.perturb import E2po
 from align_cluster.errors import UserError
 from align_cluster.types import Condition, Perturbation
@@ -135,7 +135,7 @@ def test_two_processes_that_write_one_key_never_show_a_mixture(tmp_path):
 
 def bounded(monkeypatch, files: int) -> None:
     """Let a cache take as many files of `small`."""
-    monkeypatch.setenv(LIMIT, str(files * 4096 / 2**30))
+    monkeypatch.setenv(VARIABLE, str(files * 4096 / 2**30))
 
 
 def small(number: int) -> Condition:
@@ -192,7 +192,13 @@ def test_the_folder_is_looked_through_once_for_many_writes(tmp_path, monkeypatch
 
 def test_a_file_of_somebody_else_is_never_deleted(tmp_path, monkeypatch):
     bounded(monkeypatch, 5)
-    others = ["mine.npz", "conditions/notes.txt", "conditions/mine.npz", "conditions/00/mine.npz", "images/00/00a.npz"]
+    others = [
+        "mine.npz",
+        "conditions/notes.txt",
+        "conditions/conditions.npz",
+        "conditions/00/mine.npz",
+        "images/00/00a.npz",
+    ]
     for name in others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(100_000))
@@ -231,7 +237,7 @@ for number in rng.integers(0, 300, 1500):
         assert (found.sequence == number).all() and (found.pooled == number).all()
 print(seen)
 """
-    command, env = [sys.executable, "-c", script, str(tmp_path)], os.environ | {LIMIT: str(100 * 4096 / 2**30)}
+    command, env = [sys.executable, "-c", script, str(tmp_path)], os.environ | {VARIABLE: str(100 * 4096 / 2**30)}
     running = [
         subprocess.Popen([*command, seed], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for seed in "123"
@@ -245,17 +251,17 @@ print(seen)
 
 
 def test_the_bound_is_the_users_choice_or_a_share_of_the_free_disk(tmp_path, monkeypatch):
-    monkeypatch.setenv(LIMIT, "1.5")
-    assert limit(tmp_path, 0) == 1.5 * 2**30
-    monkeypatch.delenv(LIMIT)
+    monkeypatch.setenv(VARIABLE, "1.5")
+    assert allowed(tmp_path, 0) == 1.5 * 2**30
+    monkeypatch.delenv(VARIABLE)
     free = shutil.disk_usage(tmp_path).free
-    assert limit(tmp_path, 0) == pytest.approx(min(0.1 * free, 20 * 2**30), rel=0.05)
-    assert limit(tmp_path, 10**15) == 20 * 2**30  # what the cache holds counts as free
+    assert allowed(tmp_path, 0) == pytest.approx(min(0.1 * free, 20 * 2**30), rel=0.05)
+    assert allowed(tmp_path, 10**15) == 20 * 2**30  # what the cache holds counts as free
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "much", "nan", ""])
 def test_a_bound_that_is_no_size_is_one_sentence(tmp_path, monkeypatch, wrong):
-    monkeypatch.setenv(LIMIT, wrong)
+    monkeypatch.setenv(VARIABLE, wrong)
     with pytest.raises(UserError, match=f"ALIGN_CLUSTER_CACHE_GIB is {wrong!r}: set it to the GiB"):
         Cache(tmp_path, Condition).put(small(0))
 

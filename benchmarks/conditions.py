@@ -102,14 +102,15 @@ def run(config: RunConfig, count: int, fit: int, cache: Path) -> Iterator[dict[s
     samplers.shutdown()
 
 
-def table(found: dict[str, Any]) -> Iterator[str]:
-    yield "| prompts | driver, MiB (of it its own) | samplers, MiB | object store, MiB | disk, MiB | ms a prompt |"
-    yield "|---|---|---|---|---|---|"
-    for row in found["rows"]:
-        yield (
-            f"| {row['prompts']} | {row['driver_rss_mib']} ({row['driver_own_mib']}) | {row['samplers_own_mib']:.1f} | "
-            f"{row['object_store_mib']} | {row['disk_mib']} | {row['ms_a_prompt']} |"
-        )
+def printed(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Print rows as they come, and pass them on."""
+    print("| prompts | driver, MiB (of it its own) | samplers, MiB | object store, MiB | disk, MiB | ms a prompt |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for row in rows:
+        driver = f"{row['driver_rss_mib']} ({row['driver_own_mib']})"
+        rest = f"{row['samplers_own_mib']:.1f} | {row['object_store_mib']} | {row['disk_mib']} | {row['ms_a_prompt']}"
+        print(f"| {row['prompts']} | {driver} | {rest} |", flush=True)
+        yield row
 
 
 def main() -> None:
@@ -129,7 +130,7 @@ def main() -> None:
         options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
         size = max(100_000_000, 2 * fit * IN_STORE)
         ray.init("local", num_cpus=2, object_store_memory=size, _temp_dir=f"{folder}/ray", **options)
-        rows = list(run(config, count, fit, cache))
+        rows = list(printed(run(config, count, fit, cache)))
         ray.shutdown()
     found = {
         "date": date.today().isoformat(),
@@ -143,7 +144,6 @@ def main() -> None:
     }
     args.out.parent.mkdir(exist_ok=True)
     write_json(args.out, found)
-    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -44,24 +44,25 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(case, backbone, pipe, te
     np.testing.assert_array_equal(condition.pooled, pooled.numpy())
 
 
-def test_encoders_in_bf16_give_conditions_in_bf16_without_loss(case):
-    config = case.backbone(precision="bf16", text="cpu").config
-    backbone = BACKBONES[case.kind](config, "cuda")  # a GPU's weights are bf16; its text encoders run on the CPU
+@pytest.mark.parametrize("place", ["cpu", pytest.param("keep", marks=pytest.mark.gpu)])
+def test_encoders_in_bf16_give_conditions_in_bf16_without_loss(case, place):
+    config = case.backbone(precision="bf16", text=place).config
+    backbone = BACKBONES[case.kind](config, "cuda")  # a GPU's weights are bf16, also where text encoders run on the CPU
     (condition,) = backbone.encode([TEXT])
     with torch.no_grad():
         expected = backbone.embed(backbone._text, TEXT)
     for array, tensor in zip((condition.sequence, condition.pooled), expected, strict=True):
         assert to_tensor(array).dtype == torch.bfloat16 and array.nbytes == 2 * tensor.numel()
-        assert torch.equal(to_tensor(array), tensor)
-    text = TextBatch.build([condition], None, torch.device("cpu"))
-    assert torch.equal(text.sequence[0], expected[0].float()) and torch.equal(text.pooled[0], expected[1].float())
+        assert torch.equal(to_tensor(array), tensor.cpu())
+    batch = TextBatch.build([condition], None, backbone.text_device)
+    assert torch.equal(batch.sequence[0], expected[0].float()) and torch.equal(batch.pooled[0], expected[1].float())
     assert condition.key != case.backbone().condition_key(TEXT)
     if backbone.explorable:
         (perturbation,) = backbone.perturb([TEXT], E2po(conditions=2, iterations=2, init=0.5), 0)
         variant = backbone.insert(condition, perturbation, 1)
-        moved = TextBatch.build([variant], None, torch.device("cpu"))
+        moved = TextBatch.build([variant], None, backbone.text_device)
         assert torch.isfinite(moved.sequence).all() and torch.isfinite(moved.pooled).all()
-        assert not (torch.equal(moved.sequence, text.sequence) and torch.equal(moved.pooled, text.pooled))
+        assert not (torch.equal(moved.sequence, batch.sequence) and torch.equal(moved.pooled, batch.pooled))
         with pytest.raises(ValueError, match="different precision"):
             case.backbone().insert(case.backbone().encode([TEXT])[0], perturbation, 1)
 

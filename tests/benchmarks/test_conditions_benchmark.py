@@ -19,7 +19,7 @@ def assert_flat(found: dict) -> None:
     for row in found["rows"]:
         assert row["object_store_mib"] < 1.15 * found["store_bound_mib"] + 1  # objects have headers
         assert row["disk_mib"] < 1.1 * found["disk_bound_mib"]  # two samplers, each 2 % between two looks
-        assert row["kept"] == pytest.approx(first["kept"], abs=2)  # two kinds of different sizes share the bound
+        assert row["kept"] < 1.02 * first["kept"]  # two kinds of different sizes share the bound
     for name in ("driver_own_mib", "samplers_own_mib"):
         assert last[name] - first[name] < 5 + 0.001 * grown  # a condition and its perturbation take .017 MiB
 

@@ -39,7 +39,8 @@ class Perturbed(Stored):
 class Recent:
     """Keeps what was stored for texts, each kind apart, up to `limit` bytes together. What was needed longest ago goes.
 
-    What is needed now stays, even where that alone exceeds the limit. Every call costs the same, however much is kept.
+    What is needed now stays, even where that alone exceeds the limit. A call takes longer for more texts, not for more
+    that is kept.
     """
 
     def __init__(self, limit: float) -> None:

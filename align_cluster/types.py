@@ -25,11 +25,19 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Condition:
-    """Holds one prompt's encoding: `sequence` [T, D] and `pooled` [P], both fp32. `key` is its content address."""
+    """Holds one prompt's encoding: `sequence` [T, D] and `pooled` [P]. `key` is its content address.
+
+    Both have the text encoders' type, fp32 or bf16, in the form that conditions/precision.py gives it.
+    """
 
     key: str
     sequence: np.ndarray
     pooled: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the encoding in bytes."""
+        return self.sequence.nbytes + self.pooled.nbytes
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,9 @@ class Perturbation:
     """Holds K - 1 variants of a prompt's CLIP-L encoding, which E2PO uses in place of the original encoding.
 
     key        content address of the perturbation
-    hidden     [K - 1, T, D] fp32, hidden states
-    pooled     [K - 1, P]    fp32, pooled embeddings
-    cosines    [K - 1]       cosine of each variant's global embedding to the original's
+    hidden     [K - 1, T, D] hidden states, in the type and form of the Condition's arrays
+    pooled     [K - 1, P]    pooled embeddings, likewise
+    cosines    [K - 1]       cosine of each variant's global embedding to the original's, fp64
     pairwise   mean cosine between variants, NaN for fewer than two
     """
 
@@ -48,6 +56,11 @@ class Perturbation:
     pooled: np.ndarray
     cosines: np.ndarray
     pairwise: float
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of all variants in bytes."""
+        return self.hidden.nbytes + self.pooled.nbytes + self.cosines.nbytes
 
 
 ChunkId = tuple[int, int]  # step, number within the step

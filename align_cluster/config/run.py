@@ -59,6 +59,9 @@ class ClusterConfig(Section):
     reward_workers: PositiveInt = 1
     learners: PositiveInt | None = None
     threads: PositiveInt = 1
+    condition_cache_gib: PositiveFloat | None = Field(
+        None, description="GiB of the object store for encoded prompts; null: a tenth of what is free at the start"
+    )
     timeout_s: PositiveFloat = 600.0
     late_s: PositiveFloat = 60.0
 

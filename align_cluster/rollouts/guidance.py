@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from align_cluster.backbones.base import Backbone
+from align_cluster.conditions.precision import to_tensor
 from align_cluster.types import Condition
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Holds the conditions of a batch on the device: `sequence` [B, T, D] and `pooled` [B, P].
+    """Holds the conditions of a batch on the device, in fp32: `sequence` [B, T, D] and `pooled` [B, P].
 
     Shorter sequences are padded with zeros; `mask` bool [B, T] is then True where a sequence has a token.
     `null_sequence` and `null_pooled` are the empty prompt's, and are present only with guidance.
@@ -26,17 +27,18 @@ class TextBatch:
     @classmethod
     def build(cls, conditions: Sequence[Condition], null: Condition | None, device: torch.device) -> "TextBatch":
         """Stack conditions, and repeat the null condition for each of them if there is one."""
-        # Conditions may lie in read-only shared memory, which torch warns about, so they are copied.
-        sequences = [torch.tensor(item.sequence) for item in conditions]
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        sequence = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
-        pooled = torch.stack([torch.tensor(item.pooled) for item in conditions]).to(device)
-        padded = bool((lengths != lengths[0]).any())
-        mask = (torch.arange(sequence.shape[1]) < lengths[:, None]).to(device) if padded else None
-        if null is None:
-            return cls(sequence, pooled, mask)
-        nothing = (torch.tensor(array).to(device) for array in (null.sequence, null.pooled))
-        return cls(sequence, pooled, mask, *(array.expand(len(conditions), *array.shape) for array in nothing))
+        # Each condition goes to the device once and in its own precision, however many rows share it.
+        own = {
+            id(item): [to_tensor(array).to(device).float() for array in (item.sequence, item.pooled)]
+            for item in (*conditions, *([] if null is None else [null]))
+        }
+        sequences, pooled = zip(*(own[id(item)] for item in conditions), strict=True)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        sequence = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        padded = len({len(one) for one in sequences}) > 1
+        mask = torch.arange(sequence.shape[1], device=device) < lengths[:, None] if padded else None
+        nothing = () if null is None else (part.expand(len(conditions), *part.shape) for part in own[id(null)])
+        return cls(sequence, torch.stack(pooled), mask, *nothing)
 
     def __getitem__(self, rows: torch.Tensor) -> "TextBatch":
         """Return the conditions of these rows, each one or more times."""

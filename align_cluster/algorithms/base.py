@@ -35,6 +35,10 @@ class Policy(Protocol):
         Only the default adapter carries gradient.
         """
 
+    def follows(self, adapter: str) -> bool:
+        """Return whether an adapter has the default one's weights, so that its prediction is the policy's own."""
+        return False
+
     def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return weighted sums [b, J] of the trained rewards, for algorithms that follow the gradient of rewards.
 

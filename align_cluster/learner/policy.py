@@ -50,7 +50,7 @@ class LearnerPolicy(Policy):
 
     `network` is called; `denoiser` is the module below its engine, whose adapters are switched. `reward_gradient` is
     there for algorithms that follow the gradient of rewards. With `null_gradient`, gradients flow through the null
-    branch of a guided prediction too.
+    branch of a guided prediction too. `equal_adapters` have the default one's weights at present.
     """
 
     backbone: Backbone
@@ -61,6 +61,11 @@ class LearnerPolicy(Policy):
     guidance: float
     null_gradient: bool = False
     reward_gradient: RewardGradient | None = None
+    equal_adapters: frozenset[str] = frozenset()
+
+    def follows(self, adapter: str) -> bool:
+        """Return whether an adapter has the default one's weights."""
+        return adapter in self.equal_adapters
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
         """Predict under an adapter, or under the bare base for None. Only the default adapter carries gradient."""

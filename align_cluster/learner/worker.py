@@ -44,6 +44,7 @@ class Learner:
         self.reward_gradient = self._make_reward_gradient(threads)
         self.probe: TrustProbe | None = None
         self.updates = 0
+        self.equal_adapters: frozenset[str] = frozenset()
         self.ema = self._read("default") if setup.learner.ema else None
 
     def _make_reward_gradient(self, threads: int) -> RewardGradient | None:
@@ -80,6 +81,7 @@ class Learner:
         first = work.chunks[0].record
         passes = self.algorithm.inner_passes(len(first.sigmas) - 1, len(first.slots))
         skipped = empty = 0
+        self.equal_adapters = self._equal_adapters()
         for update, total in sorted(work.totals.items()):
             changed = bool(total) and work.train_actor
             empty += not total
@@ -89,6 +91,7 @@ class Learner:
                 skipped += not changed
             self.updates += 1
             if changed:
+                self.equal_adapters = frozenset()
                 self._average()
         if self.critic and (whole := sum(work.totals.values())):
             self.critic.update(self._critic_batches(work), self.world / whole, metrics, not work.train_actor)
@@ -251,6 +254,7 @@ class Learner:
             guidance=self.setup.guidance,
             null_gradient=self.setup.learner.guidance_gradient == "both",
             reward_gradient=self.reward_gradient,
+            equal_adapters=self.equal_adapters,
         )
 
     def _read(self, adapter: str) -> dict[str, torch.Tensor]:
@@ -265,6 +269,13 @@ class Learner:
         decay = min((1 + self.updates) / (10 + self.updates), self.setup.learner.ema)
         for name, value in self._read("default").items():
             self.ema[name].lerp_(value, 1 - decay)
+
+    def _equal_adapters(self) -> frozenset[str]:
+        """Return "old" where it has the default adapter's weights, as after a step without lag; all ranks must agree."""
+        if self.algorithm.old_decay(self.updates) is None:
+            return frozenset()
+        default, old = self._read("default"), self._read("old")
+        return frozenset({"old"} if all(torch.equal(old[name], value) for name, value in default.items()) else ())
 
     def _lag(self) -> None:
         """Move the lagged adapter towards the default one, where the algorithm keeps one."""

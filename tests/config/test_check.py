@@ -20,7 +20,10 @@ UNET = ["backbone.kind=sd1", "backbone.path=a/b", "algorithm.kind=grpo"]
 PROBLEMS = [
     (["rollout.chunk=2", "learner.micro_batch=3"], ["learner.micro_batch is 3", "chunks of 2", "at most 2"]),
     (["learner.updates_per_step=25"], ["learner.updates_per_step is 25", "24 images", "at most 24"]),
-    (["algorithm.kind=grpo", "learner.fold=2"], ["learner.fold is 2", "algorithm.kind grpo", "log-probs", "leave it out"]),
+    (
+        ["algorithm.kind=grpo", "learner.fold=2"],
+        ["learner.fold is 2", "algorithm.kind grpo", "log-probs", "leave it out"],
+    ),
     (["rollout.group_size=1"], ["rollout.group_size is 1", "2 or more"]),
     (["algorithm.kind=grpo", "rollout.step.kind=euler"], ["rollout.step.kind is euler", "grpo", "flow_sde"]),
     (["algorithm.kind=grpo", "rollout.steps=1"], ["rollout.steps is 1", "2 or more"]),
@@ -167,7 +170,10 @@ REFUSED = [
     (GDPO, ["advantage.mix is gdpo", "5 splits the 4 groups", "at most 4", "advantage.mix to normalise_then_sum"]),
     ([*E2PO, "rollout.chunk=6", "learner.micro_batch=7"], ["learner.micro_batch is 7", "chunks of 6", "at most 6"]),
     ([*E2PO, "learner.updates_per_step=97"], ["learner.updates_per_step is 97", "96 images", "at most 96"]),
-    (["algorithm.kind=ppo", "learner.fold=3"], ["learner.fold is 3", "algorithm.kind ppo", "log-probs", "leave it out"]),
+    (
+        ["algorithm.kind=ppo", "learner.fold=3"],
+        ["learner.fold is 3", "algorithm.kind ppo", "log-probs", "leave it out"],
+    ),
     (["learner.fold=0"], ["learner.fold is 0", "above 0"]),
     (["exploration.conditions=1", "rollout.group_size=1"], ["rollout.group_size is 1", "2 or more"]),
     (["exploration.conditions=0"], ["exploration.conditions is 0", "above 0"]),

@@ -122,9 +122,8 @@ def test_the_plan_of_an_exploring_run_counts_the_chunks_that_are_drawn(run_confi
 
 
 def test_one_condition_plans_like_no_exploration(run_config):
-    plain, one, three = (
-        derive(run_config(*(f"exploration.conditions={count}" for count in counts)), 4, 0) for counts in ((), (1,), (3,))
-    )
+    changes = ([], ["exploration.conditions=1"], ["exploration.conditions=3"])
+    plain, one, three = (derive(run_config(*change), 4, 0) for change in changes)
     assert replace(one, config=plain.config) == plain != replace(three, config=plain.config)
 
 

@@ -97,7 +97,7 @@ def test_a_chunk_says_which_texts_it_needs_and_which_of_them_perturbed():
     assert first.texts == second.texts == third.texts == second.perturbed_texts and first.perturbed_texts == []
 
 
-# ------------------------------------------------------------------------------------------- shares of updates and chunks
+# ----------------------------------------------------------------------------------------- shares of updates and chunks
 
 STEPS = [
     (groups, members, updates, chunk)

@@ -106,7 +106,7 @@ def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, ou
 
 
 def plan(request: SampleRequest, steer: Steering.Config | None = None) -> list[Chunk]:
-    """Plan the chunks of a request. A steered chunk has one prompt, and all the tries for one image where there are any.
+    """Plan the chunks of a request. A steered chunk has one prompt, and all the tries for one image if there are any.
 
     A member's seed depends on the request's seed, its prompt's place and its own number alone.
     """

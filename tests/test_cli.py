@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(quickstart, capsys):
 
 
 def test_several_mistakes_are_one_line_each(quickstart, capsys):
-    assert main(["validate", quickstart, "--set", "rollout.chunk=5", "rewards.geneval.role=monitor"]) == 2
+    assert main(["validate", quickstart, "--set", "learner.updates_per_step=1000", "rewards.geneval.role=monitor"]) == 2
     assert [line[:6] for line in capsys.readouterr().err.splitlines()] == ["error:"] * 2
 
 

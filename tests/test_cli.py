@@ -101,8 +101,8 @@ def test_plan_says_whether_a_run_fits_and_what_to_change(quickstart, capsys):
     assert main(["plan", quickstart, "--gpu-memory", "1.1"]) == 0
     out = capsys.readouterr().out
     assert "it does not fit" in out
-    assert "these settings save most, each alone: rollout.chunk: 6 (" in out
-    assert "learner.gradient_checkpointing: true (13.9 MiB)" in out
+    assert "these settings save most, each alone: learner.gradient_checkpointing: true (55.9 MiB), " in out
+    assert "learner.fold: 1 (39.0 MiB)" in out
 
 
 def test_plan_needs_no_model_to_plan_pools(quickstart, capsys):

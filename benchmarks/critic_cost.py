@@ -62,7 +62,7 @@ def values(config: RunConfig) -> dict:
     @torch.no_grad()
     def on_sampler() -> None:
         """What a sampler would add to its loop: each state is there as a tensor already."""
-        for record, condition in zip(records, conditions, strict=True):
+        for record, condition in zip(records, (conditions[chunk.texts[0]] for chunk in chunks), strict=True):
             text = TextBatch.build([condition] * GROUP, None, torch.device("cpu"))
             for k, x in enumerate(torch.tensor(record.before).unbind(1)):
                 critic(x, torch.full((GROUP,), float(record.sigmas[k])), text.sequence, text.pooled)

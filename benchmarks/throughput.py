@@ -141,7 +141,7 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
 
     def bare() -> None:
         for _ in range(inner_passes):
-            for record, condition in zip(records, conditions, strict=True):
+            for record, condition in zip(records, conditions.values(), strict=True):
                 x, sigma = torch.from_numpy(record.x0), torch.full((size,), 0.5)
                 sequence = torch.from_numpy(condition.sequence).expand(size, -1, -1)
                 pooled = torch.from_numpy(condition.pooled).expand(size, -1)

@@ -35,7 +35,7 @@ from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
-from align_cluster.types import Chunk, Condition, Prompt, Receipt
+from align_cluster.types import Chunk, Condition, Prompt, Receipt, Row
 from align_cluster.weights import adopt, check, publish
 
 ROOT = Path(__file__).parents[1]
@@ -66,14 +66,17 @@ def in_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -
     }
 
 
-def drawn(config: RunConfig) -> tuple[Sampler, DrawRequest, list[Chunk], list[Condition]]:
-    """A sampler, a training request of the algorithm, and two chunks with their conditions."""
+def drawn(config: RunConfig) -> tuple[Sampler, DrawRequest, list[Chunk], dict[str, Condition]]:
+    """A sampler, a training request of the algorithm, and two chunks of one prompt each, with the texts' conditions."""
     sampler = Sampler(config.backbone, config.cluster.threads)
     steps, size = config.rollout.steps, config.rollout.group_size
     window = config.window.plan(steps, 0, 0) if config.window else None
     request = DrawRequest(0, steps, config.step_kind, guidance=config.rollout.guidance, window=window)
-    chunks = [Chunk(0, g, 0, Prompt(g, text), tuple(range(g * size, (g + 1) * size))) for g, text in enumerate(PROMPTS)]
-    return sampler, request, chunks, sampler.encode(list(PROMPTS))
+    chunks = [
+        Chunk(0, g, tuple(Row(Prompt(g, text), g, m, g * size + m, g * size + m) for m in range(size)))
+        for g, text in enumerate(PROMPTS)
+    ]
+    return sampler, request, chunks, dict(zip(PROMPTS, sampler.encode(list(PROMPTS)), strict=True))
 
 
 def bench_rollout(rounds: int) -> dict[str, dict[str, float]]:
@@ -87,12 +90,12 @@ def _rollout(kind: str, precision: str, rounds: int) -> dict[str, float]:
     config = config_of(kind, f"backbone.precision={precision}")
     sampler, request, chunks, conditions = drawn(config)
     backbone, size = sampler.backbone, config.rollout.group_size
-    sequence = torch.tensor(conditions[0].sequence).expand(size, -1, -1)
-    pooled = torch.tensor(conditions[0].pooled).expand(size, -1)
+    sequence = torch.tensor(conditions[PROMPTS[0]].sequence).expand(size, -1, -1)
+    pooled = torch.tensor(conditions[PROMPTS[0]].pooled).expand(size, -1)
     x, sigma = torch.randn(size, *backbone.latent_shape), torch.full((size,), 0.5)
 
     def ours() -> None:
-        sampler.draw(chunks[0], conditions[0], None, request)
+        sampler.draw(chunks[0], conditions, None, request)
 
     def forwards(network: torch.nn.Module) -> None:
         with torch.no_grad():
@@ -117,16 +120,16 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
 
     config = config_of(kind, "learner.updates_per_step=1", "steps=100000")
     sampler, request, chunks, conditions = drawn(config)
-    records = [sampler.draw(c, condition, None, request)[2] for c, condition in zip(chunks, conditions, strict=True)]
+    records = [sampler.draw(chunk, conditions, None, request)[2] for chunk in chunks]
     size, threads = config.rollout.group_size, config.cluster.threads
     advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * len(chunks)
     valid = [np.ones(size, bool)] * len(chunks)
-    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=size, seed=0)
+    micro_batches = make_micro_batches(advantages, valid, bounds=[0, size * len(chunks)], size=size)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", port, threads)
-    pairs = [TrainingChunk(*pair) for pair in zip(records, conditions, strict=True)]
+    pairs = [TrainingChunk(record, conditions) for record in records]
     work = rank_work(0, micro_batches, pairs)
 
     backbone, algorithm = learner.backbone, learner.algorithm
@@ -138,7 +141,7 @@ def _learner(kind: str, rounds: int) -> dict[str, float]:
 
     def bare() -> None:
         for _ in range(inner_passes):
-            for record, condition in zip(records, conditions, strict=True):
+            for record, condition in zip(records, conditions.values(), strict=True):
                 x, sigma = torch.from_numpy(record.x0), torch.full((size,), 0.5)
                 sequence = torch.from_numpy(condition.sequence).expand(size, -1, -1)
                 pooled = torch.from_numpy(condition.pooled).expand(size, -1)

@@ -108,8 +108,10 @@ class Batch:
 
     @property
     def inner_pass(self) -> int:
-        """Return the one inner pass of all visits, for algorithms that do not fold."""
-        return self.passes[0]
+        """Return the one inner pass of all visits, for algorithms that do not fold. Raises ValueError where there are
+        several."""
+        (number,) = set(self.passes)
+        return number
 
 
 class Algorithm(ABC):

@@ -41,7 +41,7 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     chunk; counts of workers that the config states make no difference. Where the learner must batch as the rollout did,
     because log-probs depend on the batch in their last bits, chunks are micro-batches.
     """
-    slots = gpus or max(1, cores // config.cluster.threads)
+    slots = max(0, gpus - _reward_gpus(config)) or max(1, cores // config.cluster.threads)
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     per_update = math.ceil(config.images_per_step / config.learner.updates_per_step)
     alike = min(most.draw, most.train)
@@ -163,8 +163,7 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
     chunks = len(lengths)
     per_update = max(Counter(part.update for part in parts).values())
 
-    asked = [reward.pool.gpus for reward in config.rewards.values() if reward.pool for _ in range(reward.pool.workers)]
-    own = math.ceil(sum(share for share in asked if share >= HALF))
+    asked, own = _reward_shares(config), _reward_gpus(config)
     beside = [share for share in asked if 0 < share < HALF]
     if gpus <= own and any(asked):
         raise UserError(
@@ -219,6 +218,17 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )
+
+
+def _reward_shares(config: RunConfig) -> list[float]:
+    """Return what each reward worker with a pool of its reward's own asks for of a GPU."""
+    pools = [reward.pool for reward in config.rewards.values() if reward.pool]
+    return [pool.gpus for pool in pools for _ in range(pool.workers)]
+
+
+def _reward_gpus(config: RunConfig) -> int:
+    """Return the number of GPUs that reward workers have to themselves, and training has not."""
+    return math.ceil(sum(share for share in _reward_shares(config) if share >= HALF))
 
 
 def chunk_bounds(config: RunConfig) -> list[int]:

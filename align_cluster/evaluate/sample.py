@@ -19,8 +19,7 @@ from align_cluster.observe.grids import save_grid
 from align_cluster.observe.table import KEYS, short
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, read_lines
 from align_cluster.prompts.groups import EVALUATION_STEP, cut, member_seed
-from align_cluster.rollouts.steering import BATCH
-from align_cluster.settings import Section
+from align_cluster.rollouts.steering import BATCH, Steering
 from align_cluster.types import Chunk, Prompt, Row
 
 
@@ -40,7 +39,7 @@ class SampleRequest:
     guidance: float | None = None
     compare: bool = False
     score: bool = True
-    steer: Section | None = None
+    steer: Steering.Config | None = None
     run: Path | None = None
 
 
@@ -87,8 +86,7 @@ def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, ou
             images["base"], entries["base"] = write_images(folder, "base", drawn, ending="_base")
         model.bind()
         name = "steered" if steered else "aligned" if lora_file else "base"
-        chunks = plan(request, request.steer.tries if steered else None)
-        drawn = model.draw(chunks, f"drawing {name}", steered.draw if steered else None)
+        drawn = model.draw(plan(request, request.steer), f"drawing {name}", steered.draw if steered else None)
         images[name], entries[name] = write_images(folder, name, drawn)
         _write_overview(folder, request, images)
         facts = {
@@ -107,17 +105,18 @@ def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, ou
     return facts
 
 
-def plan(request: SampleRequest, tries: int | None = None) -> list[Chunk]:
-    """Plan the chunks of a request, or of the `tries` for one image each.
+def plan(request: SampleRequest, steer: Steering.Config | None = None) -> list[Chunk]:
+    """Plan the chunks of a request. A steered chunk has one prompt, and all the tries for one image if there are any.
 
     A member's seed depends on the request's seed, its prompt's place and its own number alone.
     """
-    rows = []
+    tries = steer.tries if steer else None
+    rows, members = [], request.count * (tries or 1)
     for group, prompt in enumerate(request.prompts):
-        for member in range(request.count * (tries or 1)):
+        for member in range(members):
             seed = member_seed(request.seed, EVALUATION_STEP, group, member)
             rows.append(Row(prompt, group, member, seed, seed))
-    return cut(EVALUATION_STEP, rows, tries or BATCH)
+    return cut(EVALUATION_STEP, rows, tries or BATCH, range(0, len(rows), members) if steer else ())
 
 
 def write_images(

@@ -166,7 +166,7 @@ class SteeredDrawing:
 
     @torch.no_grad()
     def draw(self, chunk: Chunk) -> ImagesAndFacts:
-        """Draw a chunk of one prompt steered; return the images [B, H, W, 3] that are kept, and facts about each."""
+        """Draw a chunk of one prompt steered; return the images [B, H, W, 3] that the mode keeps, and their facts."""
         backbone, denoiser = self.model.sampler.backbone, self.model.sampler.denoiser
         prompt, null = chunk.rows[0].prompt, self.model.null
         condition = self.model.conditions[prompt.text]

@@ -275,7 +275,7 @@ class Learner:
             self.ema[name].lerp_(value, 1 - decay)
 
     def _equal_adapters(self) -> frozenset[str]:
-        """Return "old" where it has the default adapter's weights, as after a step without lag; all ranks must agree."""
+        """Return "old" where it has the default adapter's weights, as after a step without lag; all ranks agree."""
         if self.algorithm.old_decay(self.updates) is None:
             return frozenset()
         default, old = self._read("default"), self._read("old")

@@ -134,13 +134,16 @@ def options(config: RunConfig, plan: Plan) -> Iterator[tuple[str, RunConfig, Pla
     if not config.learner.gradient_checkpointing:
         yield "learner.gradient_checkpointing: true", changed(config, "learner", gradient_checkpointing=True), plan
     folds = ALGORITHMS[config.algorithm.kind].folds  # else log-probs must come from equal batches
+    kept = f", learner.fold: {config.learner.fold}" if folds else ""  # an open one would grow
     if (half := config.learner.fold // 2) > 0:
         yield f"learner.fold: {half}", changed(config, "learner", fold=half), plan
     if (half := config.learner.micro_batch // 2) > 0 and folds:
-        yield f"learner.micro_batch: {half}", changed(config, "learner", micro_batch=half), plan
-    if (half := config.rollout.chunk // 2) > 0 and (not folds or half >= config.learner.micro_batch):
-        other = changed(config, "rollout", chunk=half)
-        yield f"rollout.chunk: {half}", other if folds else changed(other, "learner", micro_batch=half), plan
+        yield f"learner.micro_batch: {half}{kept}", changed(config, "learner", micro_batch=half), plan
+    if (half := config.rollout.chunk // 2) > 0:
+        other, said = changed(config, "rollout", chunk=half), f"rollout.chunk: {half}"
+        if config.learner.micro_batch > half:
+            other, said = changed(other, "learner", micro_batch=half), f"{said}, learner.micro_batch: {half}{kept}"
+        yield said, other, plan
     if config.backbone.text == "keep":
         yield "backbone.text: free", changed(config, "backbone", text="free"), plan
     if plan.learners > 1 and config.learner.zero_stage < 3:

@@ -29,8 +29,8 @@ class LearnerUsage:
 
     update          the loss of one micro-batch at the noise levels that are folded into one pass
     critic          one training batch of the critic
-    reward_decode   the decoding of images that rewards send gradients to: of a micro-batch, or with checkpointing of
-                    one image
+    reward_decode   the decoding of images that rewards send gradients to: of one pass, or with checkpointing of one
+                    image
     """
 
     update: Usage
@@ -142,7 +142,7 @@ class Networks:
 
         draw, decode = taken(self.draw, plan.chunk), taken(self.decode, plan.chunk)
         values = taken(self.values, self.config.algorithm.critic_batch) if self.critic else NOTHING
-        plain = learner(plan.micro_batch)
+        plain = learner(plan.micro_batch * plan.fold)
         self.enable_gradient_checkpointing()
         checkpointed = learner(1)
         return {"draw": draw, "decode": decode, "values": values, "plain": plain, "checkpointed": checkpointed}

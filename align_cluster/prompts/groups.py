@@ -76,7 +76,7 @@ def plan_evaluation(
         for row in _group(prompt, seed, EVALUATION_STEP, group, images_per_prompt)
     ]
     wanted = -(-len(rows) // (chunk * pieces)) * pieces
-    return cut(EVALUATION_STEP, rows, -(-len(rows) // wanted))
+    return cut(EVALUATION_STEP, rows, chunk, [place * len(rows) // wanted for place in range(wanted)])
 
 
 def cut(step: int, rows: Sequence[Row], size: int, bounds: Sequence[int] = ()) -> list[Chunk]:

@@ -88,7 +88,7 @@ class CriticTargets:
 class Batch:
     """Holds b visits of samples of one chunk: each sample of a micro-batch, in one or more inner passes of an update.
 
-    `passes` has the number of the inner pass of each visit; it is the same for all unless the algorithm `folds`.
+    `passes` has the number of the inner pass of each visit; it is the same for all where log-probs are compared.
     `update` counts the run's optimiser updates so far. `advantages` are [b], or [b, K] where each step has its own;
     `x0` [b, C, H, W] are final latents and `sigmas` [N + 1] the rollout's noise levels. `prompts` are the texts of the
     samples and `noises` the seeds of their initial noises. `generators` gives each visit a fresh random stream for this
@@ -117,7 +117,8 @@ class Batch:
 class Algorithm(ABC):
     """Computes a loss over finished rollouts. It is pure: the state lives in the policy's adapters.
 
-    needs_density     the rollout's kind of step must have log-probs
+    needs_density     the rollout's kind of step must have log-probs. They depend on the batch in their last bits, so a
+                      learner's batch is then a rollout's, and one forward pass never holds several inner passes
     needs_flow        the network must predict a velocity
     needs_path        rollouts must record every denoising step
     reward_gradient   the learner keeps the VAE and the trained rewards and follows their gradients; advantages are not
@@ -127,8 +128,6 @@ class Algorithm(ABC):
     behaviour         the adapter that samplers draw with
     adapters          the adapters that the learner keeps
     repeats_steps     the learner goes through recorded steps again
-    folds             one forward pass may hold several inner passes of a sample; not where log-probs must equal the
-                      rollout's to the last bit, because those depend on the batch
     metrics           what the loss returns: metric "kl" of a loss is declared as "train/kl"
     """
 
@@ -139,7 +138,6 @@ class Algorithm(ABC):
     reward_gradient: ClassVar[bool] = False
     offline: ClassVar[bool] = False
     repeats_steps: ClassVar[bool] = False
-    folds: ClassVar[bool] = True
     default_step: ClassVar[str]
     behaviour: ClassVar[str]
     adapters: ClassVar[tuple[str, ...]]

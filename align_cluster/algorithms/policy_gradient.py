@@ -16,7 +16,6 @@ class PolicyGradient(Algorithm):
     """
 
     needs_density = True
-    folds = False
     default_step = "flow_sde"
     behaviour = "default"
     metrics = (

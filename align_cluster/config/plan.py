@@ -44,15 +44,13 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     slots = max(0, gpus - _reward_gpus(config)) or max(1, cores // config.cluster.threads)
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     per_update = math.ceil(config.images_per_step / config.learner.updates_per_step)
-    alike = min(most.draw, most.train)
+    free, alike = not algorithm.needs_density, min(most.draw, most.train)
     chunk = config.rollout.chunk or (
-        _even(config.images_per_step, slots, most.draw) if algorithm.folds else _even(per_update, slots, alike)
+        _even(config.images_per_step, slots, most.draw) if free else _even(per_update, slots, alike)
     )
-    micro_batch = min(
-        chunk, config.learner.micro_batch or (_even(per_update, slots, most.train) if algorithm.folds else chunk)
-    )
+    micro_batch = min(chunk, config.learner.micro_batch or (_even(per_update, slots, most.train) if free else chunk))
     passes, together = inner_passes(config), max(1, most.train // micro_batch)
-    fold = config.learner.fold or (_even(passes, 1, together) if algorithm.folds else 1)
+    fold = config.learner.fold or (_even(passes, 1, together) if free else 1)
     return config.model_copy(
         update={
             "rollout": config.rollout.model_copy(update={"chunk": chunk}),
@@ -234,7 +232,7 @@ def _reward_gpus(config: RunConfig) -> int:
 def chunk_bounds(config: RunConfig) -> list[int]:
     """Return the rows of a step that no chunk may go across: those between updates, where the learner must batch as the
     rollout did."""
-    return [] if ALGORITHMS[config.algorithm.kind].folds else config.update_bounds
+    return config.update_bounds if ALGORITHMS[config.algorithm.kind].needs_density else []
 
 
 def _cut(config: RunConfig) -> tuple[list[int], list[Part]]:

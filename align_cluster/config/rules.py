@@ -49,7 +49,7 @@ def work_can_be_cut(config: RunConfig) -> Problems:
             f"learner.micro_batch is {learner.micro_batch}, and images come in chunks of {chunk}; "
             f"set it to at most {chunk}, or leave it out"
         )
-    if learner.fold and learner.fold > 1 and not algorithm.folds:
+    if learner.fold and learner.fold > 1 and algorithm.needs_density:
         yield (
             f"learner.fold is {learner.fold}, and algorithm.kind {config.algorithm.kind} compares log-probs, which "
             "depend on the batch in their last bits; leave it out"

@@ -32,7 +32,7 @@ class LearnerConfig(Section):
     """Configures the DeepSpeed engine, and how a step's work is cut.
 
     `updates_per_step` optimiser updates share a step's images. A forward pass reads `micro_batch` images of one chunk,
-    in `fold` inner passes (noise levels, branches) at once where the algorithm's `folds` allows it; null: chosen by
+    in `fold` inner passes (noise levels, branches) at once where no log-probs are compared; null: chosen by
     `config.plan.settle`. Micro-batches of whole chunks make the learner's log-probs bitwise those of the rollout.
     `ratio_tolerance` bounds |log ratio| before the first
     update. `guidance_gradient` says through which branch of a guided prediction gradients flow (the official Flow-GRPO

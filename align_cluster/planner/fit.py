@@ -133,7 +133,7 @@ def options(config: RunConfig, plan: Plan) -> Iterator[tuple[str, RunConfig, Pla
     """
     if not config.learner.gradient_checkpointing:
         yield "learner.gradient_checkpointing: true", changed(config, "learner", gradient_checkpointing=True), plan
-    folds = ALGORITHMS[config.algorithm.kind].folds  # else log-probs must come from equal batches
+    folds = not ALGORITHMS[config.algorithm.kind].needs_density  # else log-probs must come from equal batches
     kept = f", learner.fold: {config.learner.fold}" if folds else ""  # an open one would grow
     if (half := config.learner.fold // 2) > 0:
         yield f"learner.fold: {half}", changed(config, "learner", fold=half), plan

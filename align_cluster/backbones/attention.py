@@ -1,7 +1,7 @@
 """Attention on CPUs, where the backward pass of PyTorch's own kernel takes six times longer than plain products."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,21 +43,20 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     return torch.softmax(scores, -1).to(value.dtype) @ value
 
 
-@contextmanager
-def short_attention(device: torch.device, on: bool = True) -> Iterator[None]:
-    """Compute attention by `ShortAttention` inside the context, where networks are on a CPU and `on` holds.
+def shorten_attention(model: torch.nn.Module) -> None:
+    """Let the attention layers of a diffusers model compute inside `ShortAttention`.
 
-    A backward pass that computes activations again belongs inside as well. Contexts may lie in each other.
+    The layers themselves do it, so that activations that a backward pass computes again come out alike.
     """
-    if device.type != "cpu" or not on or _active:
-        yield
-        return
-    _active.append(True)
-    try:
+    for layer in model.modules():
+        if hasattr(layer, "processor"):
+            layer.forward = _inside(layer.forward)
+
+
+def _inside(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def shortened(*args: Any, **kwargs: Any) -> Any:
         with ShortAttention():
-            yield
-    finally:
-        _active.pop()
+            return forward(*args, **kwargs)
 
-
-_active: list[bool] = []  # holds one entry while a context is open in this process
+    return shortened

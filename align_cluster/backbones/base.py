@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.backbones.attention import short_attention
 from align_cluster.settings import Root, Section
 from align_cluster.types import Condition
 
@@ -101,16 +99,9 @@ class Backbone(ABC):
         """Return the storage type of frozen weights."""
         return torch.bfloat16 if self.config.precision == "bf16" and self.device.type == "cuda" else torch.float32
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Run networks inside under bf16 autocast, or in fp32 with `precision: fp32`."""
-        half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
-        with self.attention(), half:
-            yield
-
-    def attention(self) -> AbstractContextManager[None]:
-        """Return the context in which the network computes attention, and goes back through it."""
-        return short_attention(self.device, on=not self.config.compile)
+    def autocast(self) -> torch.autocast:
+        """Return the context under which the network runs: bf16 autocast, or nothing with `precision: fp32`."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     @property
     def prediction(self) -> Literal["flow", "epsilon", "v"]:

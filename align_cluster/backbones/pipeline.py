@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.base import Backbone
 from align_cluster.backbones.levels import pipeline_sigmas
 from align_cluster.conditions.perturb import E2po, learn
@@ -179,6 +180,8 @@ class PipelineBackbone(Backbone):
             for module in model.modules():
                 if type(module).__name__ in names:
                     module.compile()
+        if self.device.type == "cpu" and not self.config.compile:
+            shorten_attention(model)
         return model.to(self.device).eval().requires_grad_(False)
 
     def _set_attention(self, model: torch.nn.Module, backend: str) -> None:
@@ -263,6 +266,8 @@ class PipelineBackbone(Backbone):
         _ = self.index
         with self.reading("vae"):
             vae = self.stock(self.vae).from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+        if self.device.type == "cpu":
+            shorten_attention(vae)
         return vae.to(self.device, memory_format=self.vae_layout).eval().requires_grad_(False)
 
     @torch.no_grad()

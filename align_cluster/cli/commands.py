@@ -83,8 +83,9 @@ def plan(args: argparse.Namespace) -> int:
     """Print the pools and batches of a run, and its memory and FLOPs where the base model's settings can be read."""
     from dataclasses import asdict
 
-    from align_cluster.config.plan import derive, local_resources, table
+    from align_cluster.config.plan import Rows, derive, local_resources, table
     from align_cluster.errors import UserError
+    from align_cluster.planner.batches import rows_that_fit
     from align_cluster.planner.report import GIB, estimate, local_gpu, text
 
     config = _config(args)
@@ -94,7 +95,8 @@ def plan(args: argparse.Namespace) -> int:
     name, memory = local_gpu()
     if args.gpu_memory:
         gpus, memory = max(gpus, 1), args.gpu_memory * GIB
-    plan = derive(config, args.cores or cores, gpus if args.gpus is None else args.gpus)
+    cores, gpus = args.cores or cores, gpus if args.gpus is None else args.gpus
+    plan = derive(config, cores, gpus, rows_that_fit(config, cores, gpus, memory) if gpus and memory else Rows())
     if not args.json:
         print(table(plan), flush=True)  # what comes next takes a while
     try:

@@ -8,9 +8,10 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from align_cluster.config.plan import HALF, Plan
-from align_cluster.config.run import ClusterConfig
+from align_cluster.config.plan import HALF, Plan, Rows, derive
+from align_cluster.config.run import ClusterConfig, RunConfig
 from align_cluster.errors import UserError
+from align_cluster.planner.batches import rows_that_fit
 
 FULL = ("OutOfDiskError", "ObjectStoreFullError")  # Ray's errors; their text may stand inside another error's
 PATIENCE_S = 5.0  # a run that has just ended returns its resources within about a second, on a busy machine later
@@ -50,6 +51,22 @@ def resources() -> tuple[int, int]:
     """Return (CPU cores, GPUs) of the whole cluster."""
     total = ray.cluster_resources()
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+
+
+def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
+    """Plan a run on the cluster's cores and GPUs; batches that it leaves open are chosen by the memory of a GPU."""
+    return derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gpu_memory()) if gpus else Rows())
+
+
+def gpu_memory() -> float:
+    """Return the bytes of one of the cluster's GPUs, as a worker there sees it."""
+    return ray.get(ray.remote(num_cpus=0, num_gpus=0.01)(_memory_here).remote())
+
+
+def _memory_here() -> float:
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory)
 
 
 def reward_role(pool: str) -> str:

@@ -45,10 +45,11 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     per_update = math.ceil(config.images_per_step / config.learner.updates_per_step)
     free, alike = not algorithm.needs_density, min(most.draw, most.train)
-    chunk = config.rollout.chunk or (
-        _even(config.images_per_step, slots, most.draw) if free else _even(per_update, slots, alike)
-    )
-    micro_batch = min(chunk, config.learner.micro_batch or (_even(per_update, slots, most.train) if free else chunk))
+    chunk, micro_batch = config.rollout.chunk, config.learner.micro_batch
+    if not chunk and free:
+        chunk = max(_even(config.images_per_step, slots, most.draw), micro_batch or 1)
+    chunk = chunk or micro_batch or _even(per_update, slots, alike)
+    micro_batch = micro_batch or (min(chunk, _even(per_update, slots, most.train)) if free else chunk)
     passes, together = inner_passes(config), max(1, most.train // micro_batch)
     fold = config.learner.fold or (_even(passes, 1, together) if free else 1)
     return config.model_copy(
@@ -191,6 +192,8 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
             f"{max(samplers, learners)} workers with {cluster.threads} threads share {cores} cores, which costs speed; "
             "leave cluster.samplers and cluster.learners unset"
         )
+    if config.backbone.compile and not gpus:
+        notes.append("backbone.compile takes minutes before the first step on CPUs; it pays in runs of many hours only")
     share = cluster.threads * TURN if not gpus else 1.0
     sampler_cpus = _floor(min(share, cores * TURN / samplers))
     learner_cpus = _floor(min(share, cores * TURN / learners))

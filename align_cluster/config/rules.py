@@ -23,6 +23,7 @@ from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
 
 Problems = Iterator[str]
+COMPILED = 1e-3  # |log ratio| a dimension by which compiled passes with and without gradient differ (measured: 4e-4)
 
 
 def names(kinds: Mapping[str, type], when: Callable[[type], bool]) -> str:
@@ -53,6 +54,18 @@ def work_can_be_cut(config: RunConfig) -> Problems:
         yield (
             f"learner.fold is {learner.fold}, and algorithm.kind {config.algorithm.kind} compares log-probs, which "
             "depend on the batch in their last bits; leave it out"
+        )
+
+
+def compiled_passes_round_alike(config: RunConfig) -> Problems:
+    """Refuse compiled networks where log-probs are compared more closely than compiled passes agree."""
+    algorithm, tolerance = config.algorithm.kind, config.learner.ratio_tolerance
+    if config.backbone.compile and ALGORITHMS[algorithm].needs_density and tolerance < COMPILED:
+        yield (
+            f"backbone.compile is true, and algorithm.kind {algorithm} compares log-probs of the rollout with the "
+            f"learner's: compiled passes with and without gradient differ by up to {COMPILED:g}, and "
+            f"learner.ratio_tolerance is {tolerance:g}; set backbone.compile to false, or the tolerance to "
+            f"{COMPILED:g} where the clip range is far larger"
         )
 
 
@@ -240,6 +253,7 @@ def backbone_is_there(config: RunConfig) -> Problems:
 RULES = (
     settings_refuse,
     work_can_be_cut,
+    compiled_passes_round_alike,
     groups_can_compare,
     noise_tells_members_apart,
     step_fits_algorithm,

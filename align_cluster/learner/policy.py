@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from align_cluster.algorithms.base import Policy
 from align_cluster.backbones.adapters import active_adapter
+from align_cluster.backbones.attention import ShortAttention
 from align_cluster.backbones.base import Backbone
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
@@ -41,7 +42,8 @@ class RewardGradient:
 
     def _score(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         images = ((self.backbone.pixels(latents) + 1) / 2).clamp(0, 1)
-        return sum(weight * reward.against(images, texts) for weight, reward in self.parts)
+        with ShortAttention():  # here, because a backward pass may come here again
+            return sum(weight * reward.against(images, texts) for weight, reward in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

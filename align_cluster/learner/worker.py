@@ -78,12 +78,6 @@ class Learner:
         """
         started = time.perf_counter()
         metrics = MetricSums()
-        with self.backbone.attention():
-            self._update(work, metrics)
-        metrics.add("seconds", time.perf_counter() - started)
-        return metrics.sums
-
-    def _update(self, work: StepWork, metrics: MetricSums) -> None:
         first = work.chunks[0].record
         passes = self.algorithm.inner_passes(len(first.sigmas) - 1, len(first.slots))
         skipped = empty = 0
@@ -104,6 +98,8 @@ class Learner:
         self._lag()
         metrics.add("skipped", skipped)
         metrics.add("empty", empty)
+        metrics.add("seconds", time.perf_counter() - started)
+        return metrics.sums
 
     def _update_actor(
         self, work: StepWork, mine: list[MicroBatch], scale: float, passes: int, metrics: MetricSums

@@ -6,10 +6,9 @@ from typing import Any
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
-from align_cluster.cluster.placement import cluster, reserve, resources
+from align_cluster.cluster.placement import cluster, plan_run, reserve, resources
 from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
-from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
 from align_cluster.files import storage, write_json, write_text
 from align_cluster.loop.advantages import AdvantageEstimator
@@ -51,7 +50,7 @@ def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool =
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
         with cluster(config.cluster), preemptible(alone):
-            plan = derive(start.settled(config), *resources())
+            plan = plan_run(start.settled(config), *resources())
             config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
                 write_text(run.config, dump(config))

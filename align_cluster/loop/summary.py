@@ -92,8 +92,8 @@ class Results:
         if not np.isfinite(largest) or largest > tolerance:
             raise UserError(
                 "self-check failed: before the first update the learner's log-probs differ from the rollout's by "
-                f"{largest:.2e} (learner.ratio_tolerance is {tolerance:g}): leave learner.micro_batch unset so that "
-                "both batch alike, or set backbone.precision: fp32"
+                f"{largest:.2e} (learner.ratio_tolerance is {tolerance:g}): leave learner.micro_batch and "
+                "backbone.compile unset so that both compute alike, or set backbone.precision: fp32"
             )
         self.self_check = {"max_abs_log_ratio": largest}
 

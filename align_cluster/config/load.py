@@ -30,7 +30,7 @@ _MAY_CHANGE = (
 )
 
 # Settings that a run fills in where they are left open; a resumed run takes them over.
-_CHOSEN = ("rollout.chunk", "learner.micro_batch", "learner.fold")
+_CHOSEN = ("rollout.chunk", "rollout.merge_lora", "learner.micro_batch", "learner.fold")
 
 
 class _Loader(yaml.SafeLoader):

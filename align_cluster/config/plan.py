@@ -35,7 +35,7 @@ class Rows:
 
 
 def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> RunConfig:  # noqa: B008 - it is frozen
-    """Return the config with a number for each batch that it leaves open, so that the run is a function of it.
+    """Return the config with a value for all that it leaves open and that results depend on: a run is a function of it.
 
     `most` is what a worker's memory holds. Rows are shared out evenly, so that no worker waits for another one's last
     chunk; counts of workers that the config states make no difference. Where the learner must batch as the rollout did,
@@ -52,9 +52,14 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     micro_batch = micro_batch or (min(chunk, _even(per_update, slots, most.train)) if free else chunk)
     passes, together = inner_passes(config), max(1, most.train // micro_batch)
     fold = config.learner.fold or (_even(passes, 1, together) if free else 1)
+    merge = config.rollout.merge_lora
+    if (
+        merge is None
+    ):  # bf16 weights would round small updates away, and log-probs are compared with an unmerged network
+        merge = free and not (gpus and config.backbone.precision == "bf16")
     return config.model_copy(
         update={
-            "rollout": config.rollout.model_copy(update={"chunk": chunk}),
+            "rollout": config.rollout.model_copy(update={"chunk": chunk, "merge_lora": merge}),
             "learner": config.learner.model_copy(update={"micro_batch": micro_batch, "fold": fold}),
         }
     )
@@ -103,7 +108,7 @@ class RewardPool:
 class Plan:
     """Describes the pools, what each actor takes of a core and of a GPU, and how a step's work is cut.
 
-    config          the run's settings, with a number for each batch that they left open
+    config          the run's settings, with all that `settle` fills in
     chunk           images that a sampler draws at once
     micro_batch     images of a learner's micro-batch, each in `fold` of the `inner_passes` at once
     micro_batches   micro-batches of one learner in one update

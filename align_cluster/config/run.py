@@ -41,7 +41,10 @@ class RolloutConfig(Section):
     offline: bool = False
     guidance: Annotated[float, Field(ge=1)] = 1.0
     chunk: PositiveInt | None = Field(None, description="images drawn in one batch, of any groups; null: chosen")
-    merge_lora: bool = Field(False, description="samplers add the LoRA into the base's weights, which draws faster")
+    merge_lora: bool | None = Field(
+        None,
+        description="samplers add the LoRA into the base's weights, which draws faster; null: where nothing is lost",
+    )
 
 
 class ClusterConfig(Section):

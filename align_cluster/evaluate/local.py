@@ -76,7 +76,8 @@ class LocalModel:
             backbone = backbone.model_copy(update={"lora": backbone.lora.model_copy(update=sizes)})
             check_fits(BACKBONES[backbone.kind](backbone), self.lora)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.sampler = Sampler(backbone, threads=config.cluster.threads, name="local", device=device)
+        merge = self.config.rollout.merge_lora
+        self.sampler = Sampler(backbone, config.cluster.threads, "local", device, merge)
         _ = self.sampler.backbone.latent_shape  # refuses a size that cannot be divided, before any weights are read
         self.failures: dict[str, str] = {}
         self.conditions: dict[str, Condition] = {}  # of all texts that `draw` has encoded

@@ -7,6 +7,7 @@ from typing import Any
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.cluster.placement import cluster, reserve, resources
+from align_cluster.cluster.preload import Preload
 from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
 from align_cluster.config.plan import derive
@@ -33,11 +34,13 @@ from align_cluster.types import Prompt
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
-def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool = False) -> Path:
+def train(
+    config: RunConfig, out: Path, resume: str | None = None, alone: bool = False, preload: Preload | None = None
+) -> Path:
     """Run one alignment and return its run directory.
 
     `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For `alone` see
-    `preemptible`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
+    `preemptible`, for `preload` see `cluster`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
     """
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)
@@ -50,7 +53,7 @@ def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool =
         if start.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
-        with cluster(config.cluster), preemptible(alone):
+        with cluster(config.cluster, preload), preemptible(alone):
             plan = derive(config, *resources())
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
                 write_text(run.config, dump(config))

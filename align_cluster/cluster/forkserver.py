@@ -32,13 +32,14 @@ def serve(folder: str) -> None:
     import shutil
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    gc.disable()  # a quarter of the time would go into looking through what stays for ever
     own_path = list(sys.path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{folder}/socket")
         server.listen(64)
         if prepare():
-            gc.collect()
             gc.freeze()
+            gc.enable()
             while server in select.select([server, 0], [], [])[0]:
                 connection, _ = server.accept()
                 if not os.fork():

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.backbones import BACKBONES
 from align_cluster.cluster.placement import cluster, reserve, resources
 from align_cluster.cluster.preload import Preload
 from align_cluster.config.check import check_prompts
@@ -118,5 +117,5 @@ def align(
         sync, results.after = evaluation.last()
         if has_critic:
             save_critic(run, config, workers.ranks.critic_state(), estimator)
-    lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights.adapter(sync), run.lora)
+    lora = weights.save(sync, run.lora)
     return summary(config, results, workers, clock, sync, lora, checkpoints.resumed)

@@ -74,6 +74,7 @@ def prepare() -> bool:
 
 def become(connection: socket.socket) -> None:
     """Be the process that was asked for, in a fork of the server, and no longer than whoever asked is there."""
+    import contextlib
     import random
     import runpy
     import threading
@@ -89,6 +90,9 @@ def become(connection: socket.socket) -> None:
     os.chdir(asked["folder"])
     os.setpgid(0, asked["group"])
     os.nice(asked["nice"] - os.nice(0))
+    with contextlib.suppress(OSError):  # Ray lets workers be the first to go where memory runs out
+        with open(f"/proc/{asked['pid']}/oom_score_adj") as theirs, open("/proc/self/oom_score_adj", "w") as own:
+            own.write(theirs.read())
     signal.pthread_sigmask(signal.SIG_SETMASK, asked["blocked"])
     os.environ.clear()
     os.environ.update(asked["environment"])
@@ -119,6 +123,7 @@ def ask(folder: str, command: list[str]) -> None:
         "command": command,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
+        "pid": os.getpid(),
         "group": os.getpgrp(),
         "nice": os.nice(0),
         "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, [])),

@@ -25,7 +25,8 @@ def folder() -> Iterator[Path]:
 
 def start(folder: Path, steps: int) -> subprocess.Popen:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {"RAY_TMPDIR": str(folder), "ALIGN_CLUSTER_CACHE": str(folder / "cache")}
+    (folder / "tmp").mkdir()
+    env |= {"RAY_TMPDIR": str(folder), "ALIGN_CLUSTER_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
     command = [sys.executable, "-m", "align_cluster.cli", "train", "tests/system/tiny.yaml"]
     command += ["--name", "one", "--out", str(folder / "runs"), "--set", f"steps={steps}"]
     with (folder / "stderr").open("w") as errors:
@@ -76,7 +77,7 @@ def test_the_command_succeeds_prints_its_table_and_leaves_no_process(folder):
         assert text in printed
     assert f"{folder}/runs/one/report.html" in printed
     assert (folder / "runs" / "one" / "report.html").exists()
-    assert not left_behind(folder)
+    assert not left_behind(folder) and not list((folder / "tmp").glob("ac-*"))
 
 
 @needs_proc
@@ -94,5 +95,18 @@ def test_ctrl_c_ends_the_run_with_130_and_leaves_no_process(folder):
         process.kill()
     *late, last = (folder / "stderr").read_text().splitlines()
     assert last == "interrupted" and all("waits for" in line for line in late)  # a busy machine starts workers late
-    assert not left_behind(folder)
+    assert not left_behind(folder) and not list((folder / "tmp").glob("ac-*"))
     assert (folder / "runs" / "one" / "metrics.jsonl").read_text().startswith('{"step": 1,')
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_command_that_is_killed_leaves_no_process_and_nothing_that_workers_were_forked_from(folder):
+    process = start(folder, steps=1000)
+    try:
+        assert any(" samplers" in line for line in process.stdout)  # workers are starting
+    finally:
+        process.kill()
+    process.wait()
+    assert not left_behind(folder, patience_s=60.0)
+    assert not list((folder / "tmp").glob("ac-*"))

@@ -74,7 +74,6 @@ def prepare() -> bool:
 
 def become(connection: socket.socket) -> None:
     """Be the process that was asked for, in a fork of the server, and no longer than whoever asked is there."""
-    import contextlib
     import random
     import runpy
     import threading
@@ -90,9 +89,8 @@ def become(connection: socket.socket) -> None:
     os.chdir(asked["folder"])
     os.setpgid(0, asked["group"])
     os.nice(asked["nice"] - os.nice(0))
-    with contextlib.suppress(OSError):  # Ray lets workers be the first to go where memory runs out
-        with open(f"/proc/{asked['pid']}/oom_score_adj") as theirs, open("/proc/self/oom_score_adj", "w") as own:
-            own.write(theirs.read())
+    with open(f"/proc/{asked['pid']}/oom_score_adj") as theirs, open("/proc/self/oom_score_adj", "w") as own:
+        own.write(theirs.read())  # Ray lets workers be the first to go where memory runs out
     signal.pthread_sigmask(signal.SIG_SETMASK, asked["blocked"])
     os.environ.clear()
     os.environ.update(asked["environment"])

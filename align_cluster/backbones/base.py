@@ -94,6 +94,11 @@ class Backbone(ABC):
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
 
+    @classmethod
+    def imports(cls) -> tuple[str, ...]:
+        """Return what loading imports, in the form of `pkgutil.resolve_name`, so that a worker may start with it."""
+        return ()
+
     @property
     def dtype(self) -> torch.dtype:
         """Return the storage type of frozen weights."""

@@ -61,6 +61,11 @@ class PipelineBackbone(Backbone):
     equal_levels: ClassVar[bool] = False
     packed: ClassVar[bool] = False
 
+    @classmethod
+    def imports(cls) -> tuple[str, ...]:
+        """The parts' classes."""
+        return tuple(f"diffusers:{name}" for name in (cls.pipeline, cls.network, cls.vae))
+
     @property
     def source(self) -> str:
         """Return the folder or hub id that parts are read from."""

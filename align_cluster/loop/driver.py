@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.backbones import BACKBONES
 from align_cluster.cluster.placement import cluster, plan_run, reserve, resources
+from align_cluster.cluster.preload import Preload
 from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
@@ -32,11 +32,13 @@ from align_cluster.types import Prompt
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
-def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool = False) -> Path:
+def train(
+    config: RunConfig, out: Path, resume: str | None = None, alone: bool = False, preload: Preload | None = None
+) -> Path:
     """Run one alignment and return its run directory.
 
     `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For `alone` see
-    `preemptible`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
+    `preemptible`, for `preload` see `cluster`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
     """
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)
@@ -49,7 +51,7 @@ def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool =
         if start.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
-        with cluster(config.cluster), preemptible(alone):
+        with cluster(config.cluster, preload), preemptible(alone):
             plan = plan_run(start.settled(config), *resources())
             config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
@@ -118,5 +120,5 @@ def align(
         sync, results.after = evaluation.last()
         if has_critic:
             save_critic(run, config, workers.ranks.critic_state(), estimator)
-    lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights.adapter(sync), run.lora)
+    lora = weights.save(sync, run.lora)
     return summary(config, results, workers, clock, sync, lora, checkpoints.resumed)

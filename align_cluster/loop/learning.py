@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,9 +11,10 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from align_cluster.cluster.learners import LearnerGroup, RankWork
-from align_cluster.cluster.pool import Pool, fetch
+from align_cluster.cluster.pool import Pool, fetch, stream
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
+from align_cluster.files import atomic
 from align_cluster.learner.batching import (
     MicroBatch,
     RankMetric,
@@ -24,7 +26,7 @@ from align_cluster.learner.batching import (
 from align_cluster.loop.conditions import ConditionStore
 from align_cluster.loop.rollouts import DrawnChunk, RolloutCollector
 from align_cluster.types import Chunk, Credit, Manifest, Receipt
-from align_cluster.weights import check, view
+from align_cluster.weights import check
 
 
 class CriticValues(NamedTuple):
@@ -142,7 +144,11 @@ class WeightSync:
         manifest, _ = self.samplers.broadcast_state[1]
         check(manifest, [receipt], 1)
 
-    def adapter(self, sync: Sync) -> dict[str, np.ndarray]:
-        """Return published weights by name."""
-        buffer = fetch(sync.buffer, self.timeout_s)
-        return {tensor.name: view(buffer, tensor) for tensor in sync.manifest.tensors}
+    def save(self, sync: Sync, folder: Path) -> Path:
+        """Write published weights as a LoRA file, which a sampler makes, and return its path."""
+        self.samplers.submit("lora", "lora_file", sync.manifest, sync.buffer)
+        (done,) = stream(self.samplers)
+        name, content = done.value
+        with atomic(folder / name) as file:
+            file.write_bytes(content)
+        return folder / name

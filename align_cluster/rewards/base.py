@@ -120,13 +120,14 @@ class Reward(ABC):
 
     `needs` says what a prompt must have to be judged ("": its text will do), as the end of a sentence; `judges` tests
     it. `headline` names the detail that a run shows first in place of the score. `remote` says that a service computes
-    the score.
+    the score. `imports` names what `load` imports, in the form of `pkgutil.resolve_name`: a worker may start with it.
     """
 
     Config: type[RewardSection]
     needs: ClassVar[str] = ""
     headline: ClassVar[str] = ""
     remote: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: RewardSection) -> None:
         self.config = config

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from pathlib import Path as FilePath
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 import numpy as np
@@ -25,7 +27,7 @@ from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import Window
 from align_cluster.settings import Section
 from align_cluster.types import Chunk, Condition, DrawInfo, Manifest, Perturbation, Receipt, Record
-from align_cluster.weights import adopt
+from align_cluster.weights import adopt, view
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,17 @@ class Sampler:
         if self.merges:
             self._merged.merge()
         return Receipt(self.name, manifest.version, len(parameters), checksum, time.perf_counter() - started)
+
+    def lora_file(self, manifest: Manifest, buffer: np.ndarray) -> tuple[str, bytes]:
+        """Return name and content of the file that a published buffer's weights are shipped in.
+
+        It is made here because that takes peft and the pipeline's class, which a sampler has imported and the driver
+        has not.
+        """
+        state = {tensor.name: view(buffer, tensor) for tensor in manifest.tensors}
+        with TemporaryDirectory() as folder:
+            path = self.backbone.save_lora(state, FilePath(folder))
+            return path.name, path.read_bytes()
 
     def draw(
         self,

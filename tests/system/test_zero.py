@@ -33,12 +33,12 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory, reference, warm) -> dict[tuple[str, int], list[list[dict]]]:
+def left(tmp_path_factory, reference, preload) -> dict[tuple[str, int], list[list[dict]]]:
     """(case, world) -> for each rank, what each step left behind; after `reference`, which encodes the prompts."""
     folder = tmp_path_factory.mktemp("zero")
     with (
-        ranks(warm, SCRIPT, 1, folder / "one", *ONE_RANK) as alone,
-        ranks(warm, SCRIPT, 2, folder / "two", *TWO_RANKS) as both,
+        ranks(preload, SCRIPT, 1, folder / "one", *ONE_RANK) as alone,
+        ranks(preload, SCRIPT, 2, folder / "two", *TWO_RANKS) as both,
     ):
         assert [process.wait(timeout=900) for process in alone + both] == [0, 0, 0]
     files = {1: [folder / "one.0"], 2: [folder / "two.0", folder / "two.1"]}

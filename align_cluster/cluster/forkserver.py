@@ -79,7 +79,10 @@ def become(connection: socket.socket) -> None:
     import threading
 
     import numpy
+    import torch
 
+    if torch.cuda._is_in_bad_fork():  # an import has asked CUDA for its devices: whoever asked starts without a fork
+        return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, files, _, _ = socket.recv_fds(connection, 8, 3)
     asked = json.loads(connection.recv(int(size), socket.MSG_WAITALL))

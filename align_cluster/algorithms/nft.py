@@ -83,8 +83,9 @@ class NFT(Algorithm):
         noise = initial_noise(batch.generators("noise"), batch.x0.shape[1:]).to(batch.x0.device)
         level = sigma.view(-1, *[1] * (batch.x0.ndim - 1))
         x_t = (1 - level) * batch.x0 + level * noise
+        lagged = None if policy.follows("old") else policy.velocity(x_t, sigma, "old")
         v = policy.velocity(x_t, sigma)
-        v_old = v.detach() if policy.follows("old") else policy.velocity(x_t, sigma, "old")
+        v_old = v.detach() if lagged is None else lagged
         loss = nft_policy_loss(
             v,
             v_old,

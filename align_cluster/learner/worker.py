@@ -26,7 +26,12 @@ from align_cluster.weights import publish
 
 class Learner:
     """Trains the policy on one rank. It is a plain class: a test builds it in its own process, the cluster wraps it in
-    an actor."""
+    an actor.
+
+    `equal_adapters` have the default adapter's weights at present.
+    """
+
+    equal_adapters: frozenset[str] = frozenset()
 
     def __init__(
         self, setup: LearnerSetup, rank: int, world: int, address: str, port: int, threads: int = 1, device: str = "cpu"
@@ -44,7 +49,6 @@ class Learner:
         self.reward_gradient = self._make_reward_gradient(threads)
         self.probe: TrustProbe | None = None
         self.updates = 0
-        self.equal_adapters: frozenset[str] = frozenset()
         self.ema = self._read("default") if setup.learner.ema else None
 
     def _make_reward_gradient(self, threads: int) -> RewardGradient | None:

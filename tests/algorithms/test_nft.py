@@ -140,3 +140,16 @@ def test_training_levels_are_floats_of_the_rollouts_table(make_policy):
     policy = make_policy("dpm2", steps=7)
     (sigma, _), *_ = levels_seen(policy, policy.batch(policy.rollout(SEEDS, adapter="old"), ADVANTAGES))
     assert set(sigma.tolist()) <= set(policy.sigmas[:-1].astype(np.float32).tolist())
+
+
+def test_a_lagged_adapter_that_does_not_lag_costs_no_pass_and_changes_no_bit(policy):
+    batch, passes, velocity = policy.batch(policy.rollout(SEEDS), ADVANTAGES, 0), [], policy.velocity
+
+    def loss(follows: bool) -> torch.Tensor:
+        passes.clear()
+        policy.follows = lambda adapter: follows
+        policy.velocity = lambda x, sigma, adapter="default": passes.append(adapter) or velocity(x, sigma, "default")
+        return nft().loss(policy, batch)[0]
+
+    whole, seen = loss(False), [*passes]
+    assert torch.equal(loss(True), whole) and seen == ["old", "default"] and passes == ["default"]

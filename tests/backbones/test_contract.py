@@ -9,6 +9,7 @@ import torch
 
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import add_adapters
+from align_cluster.backbones.attention import shorten_attention
 from align_cluster.conditions.perturb import E2po
 from align_cluster.conditions.precision import to_tensor
 from align_cluster.errors import UserError
@@ -147,7 +148,9 @@ def test_the_stock_pipeline_loads_our_lora_file_and_draws_exactly_our_network(ca
     def drawn() -> np.ndarray:
         return case.tiny.draw(pipe, [TEXT], noise_of(backbone, (1,)), 3, 2.0, "np")
 
-    base, network = drawn(), getattr(pipe, backbone.part)
+    network = getattr(pipe, backbone.part)
+    shorten_attention(network)  # as ours has it on a CPU, whose rounding differs
+    base = drawn()
     setattr(pipe, backbone.part, ours)
     expected = drawn()
     setattr(pipe, backbone.part, network)

@@ -24,6 +24,10 @@ PROBLEMS = [
         ["algorithm.kind=grpo", "learner.fold=2"],
         ["learner.fold is 2", "algorithm.kind grpo", "log-probs", "leave it out"],
     ),
+    (
+        ["algorithm.kind=grpo", "backbone.compile=true"],
+        ["backbone.compile is true", "compares log-probs", "ratio_tolerance is 1e-05", "false, or the tolerance"],
+    ),
     (["rollout.group_size=1"], ["rollout.group_size is 1", "2 or more"]),
     (["algorithm.kind=grpo", "rollout.step.kind=euler"], ["rollout.step.kind is euler", "grpo", "flow_sde"]),
     (["algorithm.kind=grpo", "rollout.steps=1"], ["rollout.steps is 1", "2 or more"]),

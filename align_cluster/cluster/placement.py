@@ -8,6 +8,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from align_cluster.cluster.pool import fetch
 from align_cluster.cluster.preload import Preload
 from align_cluster.config.plan import HALF, Plan, derive
 from align_cluster.config.run import ClusterConfig, RunConfig
@@ -59,18 +60,18 @@ def resources() -> tuple[int, int]:
 
 def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
     """Plan a run on the cluster's cores and GPUs; batches that it leaves open are chosen by the memory of a GPU."""
-    if not gpus:
+    if ray.available_resources().get("GPU", 0) < 0.01:  # none, or none is free, which `reserve` says
         return derive(config, cores, gpus)
     from align_cluster.planner.batches import (
         rows_that_fit,  # it imports networks, for which a run on CPUs need not wait
     )
 
-    return derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gpu_memory()))
+    return derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gpu_memory(config.cluster.timeout_s)))
 
 
-def gpu_memory() -> float:
+def gpu_memory(timeout_s: float) -> float:
     """Return the bytes of one of the cluster's GPUs, as a worker there sees it."""
-    return ray.get(ray.remote(num_cpus=0, num_gpus=0.01)(_memory_here).remote())
+    return fetch(ray.remote(num_cpus=0, num_gpus=0.01)(_memory_here).remote(), timeout_s)
 
 
 def _memory_here() -> float:

@@ -25,11 +25,19 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Condition:
-    """Holds one prompt's encoding: `sequence` [T, D] and `pooled` [P], both fp32. `key` is its content address."""
+    """Holds one prompt's encoding: `sequence` [T, D] and `pooled` [P]. `key` is its content address.
+
+    Both have the text encoders' type, fp32 or bf16, in the form that conditions/precision.py gives it.
+    """
 
     key: str
     sequence: np.ndarray
     pooled: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the encoding in bytes."""
+        return self.sequence.nbytes + self.pooled.nbytes
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,9 @@ class Perturbation:
     """Holds K - 1 variants of a prompt's CLIP-L encoding, which E2PO uses in place of the original encoding.
 
     key        content address of the perturbation
-    hidden     [K - 1, T, D] fp32, hidden states
-    pooled     [K - 1, P]    fp32, pooled embeddings
-    cosines    [K - 1]       cosine of each variant's global embedding to the original's
+    hidden     [K - 1, T, D] hidden states, in the type and form of the Condition's arrays
+    pooled     [K - 1, P]    pooled embeddings, likewise
+    cosines    [K - 1]       cosine of each variant's global embedding to the original's, fp64
     pairwise   mean cosine between variants, NaN for fewer than two
     """
 
@@ -49,37 +57,80 @@ class Perturbation:
     cosines: np.ndarray
     pairwise: float
 
+    @property
+    def nbytes(self) -> int:
+        """Return the size of all variants in bytes."""
+        return self.hidden.nbytes + self.pooled.nbytes + self.cosines.nbytes
 
-ChunkId = tuple[int, int, int]  # step, group, first member
+
+ChunkId = tuple[int, int]  # step, number within the step
+
+
+@dataclass(frozen=True)
+class Row:
+    """Describes one image to draw: member number `member` of prompt group number `group` of a step.
+
+    seed      a 63-bit integer that depends on (run seed, step, group, member) only, so all workers draw the same image
+    noise     seed of the initial noise; rows that share it start from the same noise
+    variant   the condition: 0 is the prompt's own, k its k-th perturbation
+    """
+
+    prompt: Prompt
+    group: int
+    member: int
+    seed: int
+    noise: int
+    variant: int = 0
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Describes the unit of work: consecutive members of one prompt group, always batched together.
+    """Describes the unit of work: a fixed list of rows, of one prompt or of several, that are always batched together.
 
-    seeds      one 63-bit integer a member; it depends on (run seed, step, group, member) only, so every worker draws
-               the same images
-    noises     seeds of the initial noise; members that share a seed share the noise (default: `seeds`)
-    variants   the condition of each member: 0 is the prompt's own, k its k-th perturbation (default: all 0)
-    first      number of the first member within the group
+    `number` counts the chunks of a step; rows follow one another through the step, group by group.
     """
 
     step: int
-    group: int
-    first: int
-    prompt: Prompt
-    seeds: tuple[int, ...]
-    noises: tuple[int, ...] = ()
-    variants: tuple[int, ...] = ()
+    number: int
+    rows: tuple[Row, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noises", self.noises or self.seeds)
-        object.__setattr__(self, "variants", self.variants or (0,) * len(self.seeds))
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
     def id(self) -> ChunkId:
-        """Return (step, group, first member), which is unique within a run."""
-        return self.step, self.group, self.first
+        """Return (step, number), which is unique within a run."""
+        return self.step, self.number
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Return the prompt of each row."""
+        return [row.prompt for row in self.rows]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Return the seed of each row."""
+        return [row.seed for row in self.rows]
+
+    @property
+    def noises(self) -> list[int]:
+        """Return the seed of each row's initial noise."""
+        return [row.noise for row in self.rows]
+
+    @property
+    def variants(self) -> list[int]:
+        """Return the variant of the condition of each row."""
+        return [row.variant for row in self.rows]
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the different texts of the rows, in their order."""
+        return list(dict.fromkeys(row.prompt.text for row in self.rows))
+
+    @property
+    def perturbed_texts(self) -> list[str]:
+        """Return the different texts of the rows that are drawn under a perturbed condition, in their order."""
+        return list(dict.fromkeys(row.prompt.text for row in self.rows if row.variant))
 
 
 @dataclass(frozen=True)
@@ -90,7 +141,8 @@ class DrawInfo:
     fingerprint   hash of everything that decided the draw
     seconds       time of the draw
     contrast      standard deviation of an image's pixels in [0, 1], averaged over images
-    diversity     standard deviation of a pixel between images, averaged over pixels
+    diversity     standard deviation of a pixel between images of one group, averaged over pixels and groups; 0 where no
+                  group has two images in the chunk
     """
 
     chunk: Chunk
@@ -103,7 +155,7 @@ class DrawInfo:
 
 @dataclass(frozen=True)
 class Record:
-    """Holds what the learner needs of a drawn chunk with B members; latents are C x H x W, fp32.
+    """Holds what the learner needs of a drawn chunk with B rows; latents are C x H x W, fp32.
 
     x0           [B, C, H, W]    final latents
     sigmas       [N + 1]         exact noise levels of the rollout, from 1 to 0

@@ -47,21 +47,22 @@ def values(config: RunConfig) -> dict:
     critic = Critic(sampler.backbone, sampler.denoiser, 1, config.algorithm.critic)
     prompts = PROMPTS[config.prompts.kind](config.prompts).load()
     chunks = plan_step(prompts, 0, 0, CHUNKS, GROUP, GROUP, 1, False)
-    conditions = sampler.encode([chunk.prompt.text for chunk in chunks])
+    texts = list(dict.fromkeys(text for chunk in chunks for text in chunk.texts))
+    conditions = dict(zip(texts, sampler.encode(texts), strict=True))
     steps, window = config.rollout.steps, config.window.plan(config.rollout.steps, 0, 0)
     request = DrawRequest(0, steps, config.step_kind, window=window, path=True)
     records, found = [], {"rollout": [], "learner": [], "sampler": [], "sending": []}
 
     def draw() -> None:
-        records[:] = [sampler.draw(*pair, None, request)[2] for pair in zip(chunks, conditions, strict=True)]
+        records[:] = [sampler.draw(chunk, conditions, None, request)[2] for chunk in chunks]
 
     def on_learner() -> None:
-        learner.values([TrainingChunk(*pair) for pair in zip(records, conditions, strict=True)])
+        learner.values([TrainingChunk(record, conditions) for record in records])
 
     @torch.no_grad()
     def on_sampler() -> None:
         """What a sampler would add to its loop: each state is there as a tensor already."""
-        for record, condition in zip(records, conditions, strict=True):
+        for record, condition in zip(records, (conditions[chunk.texts[0]] for chunk in chunks), strict=True):
             text = TextBatch.build([condition] * GROUP, None, torch.device("cpu"))
             for k, x in enumerate(torch.tensor(record.before).unbind(1)):
                 critic(x, torch.full((GROUP,), float(record.sigmas[k])), text.sequence, text.pooled)
@@ -119,8 +120,8 @@ def memory() -> list[dict]:
         config = load(f"configs/{name}.yaml", settings)
         assert features is None or ALGORITHMS["ppo"](config.algorithm).critic.features == features
         plan = derive(config, 16, 1)
-        sizes = measure(config, plan, "cuda")
-        role = learner_memory(config, plan, sizes)
+        sizes = measure(plan.config, plan, "cuda")
+        role = learner_memory(plan.config, plan, sizes)
         rows.append({"critic": features, "total": role.total, "trained": sizes.critic_trained})
     return rows
 

@@ -8,7 +8,7 @@ from typing import Any
 import gpu_networks as networks
 import torch
 from gpu_bench import Bench
-from gpu_plan import LEVELS, case, learner_case, variant
+from gpu_plan import LEVELS, Variant, batches, case, learner_case, srpo_case
 
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import StepWork
@@ -36,30 +36,29 @@ def update(learner: Learner, work: StepWork) -> None:
         raise RuntimeError("the update was skipped: its loss or gradient is not finite")
 
 
-def updates(bench: Bench, name: str, variants: list[tuple[bool, int]]) -> None:
+def updates(bench: Bench, name: str, variants: list[Variant]) -> None:
     """Measure one case's updates, with other settings of the engine."""
     with tempfile.TemporaryDirectory() as folder, networks.random_weights(bench.device):
         for each in variants:
-            config = learner_case(name, Path(folder), bench.tiny, *each)
-            label = f"{name} update, {variant(*each)}"
-            bench.row(label, lambda each=each, config=config: _update(bench, name, config, *each))
+            config = learner_case(name, Path(folder), bench.tiny, each)
+            bench.row(f"{name} update, {each}", lambda each=each, config=config: _update(bench, name, config, each))
 
 
-def _update(bench: Bench, name: str, config: RunConfig, checkpointing: bool, stage: int) -> dict[str, Any]:
+def _update(bench: Bench, name: str, config: RunConfig, variant: Variant) -> dict[str, Any]:
     before, planned = bench.held(), bench.plan.get(name, {})
     learner = make_learner(config, bench.device)
     try:
-        record = networks.made_up_record(learner, config, config.chunk, LEVELS)
+        record = networks.made_up_record(learner, config, config.rollout.chunk, LEVELS)
         work = networks.learner_work(learner, config, [record])
         update(learner, work)  # makes the optimiser's moments
         peak = bench.peak(before)
         seconds = bench.seconds(lambda: update(learner, work))
-        count = config.chunk * learner.algorithm.inner_passes(config.rollout.steps, len(record.slots))
+        count = config.rollout.chunk * learner.algorithm.inner_passes(config.rollout.steps, len(record.slots))
     finally:
         networks.discard(learner.denoiser)
-    tflop = planned.get("update_tflop", {}).get("checkpointed" if checkpointing else "plain", 0)
+    tflop = planned.get("update_tflop", {}).get(variant.activations, 0)
     figures = {"value": 1000 * seconds / count, "unit": "ms a sample x timestep", "goal": ">= 35 % of peak", **peak()}
-    if memory := planned.get("learner_gib", {}).get(variant(checkpointing, stage)):
+    if memory := planned.get("learner_gib", {}).get(str(variant)):
         figures["planned_gib"] = memory
     return figures | bench.share(count * tflop, seconds)
 
@@ -68,7 +67,7 @@ def whole_step(bench: Bench) -> None:
     """Take a step of DiffusionNFT with sampler and learner on the card, without Ray; and time a weight sync."""
     rows = 2 if bench.tiny else 16
     with tempfile.TemporaryDirectory() as folder, networks.random_weights(bench.device):
-        config = case("sd35 nft", Path(folder), bench.tiny, f"rollout.group_size={rows}", f"rollout.chunk={rows}")
+        config = case("sd35 nft", Path(folder), bench.tiny, *batches(rows), "learner.fold=1")
         sampler, learner = Sampler(config.backbone, THREADS, "gpu", bench.device), make_learner(config, bench.device)
         bench.row("sd35 sync", lambda: _sync(bench, sampler, learner))
         bench.row("sd35 nft, a whole step", lambda: _step(bench, config, sampler, learner, rows))
@@ -110,7 +109,7 @@ def srpo(bench: Bench) -> None:
         networks.random_weights(bench.device),
         networks.random_hps(bench.device),
     ):
-        config = case("flux srpo", Path(folder), bench.tiny)
+        config = srpo_case(Path(folder), bench.tiny)
         bench.row("flux srpo, 720 px, sampler and learner", lambda: _srpo(bench, config))
 
 
@@ -119,7 +118,7 @@ def _srpo(bench: Bench, config: RunConfig) -> dict[str, Any]:
     peak = bench.peak(before)
     sampler, learner = Sampler(config.backbone, THREADS, "gpu", bench.device), make_learner(config, bench.device)
     try:
-        record = networks.draw(sampler, config, config.chunk)[1]
+        record = networks.draw(sampler, config, config.rollout.chunk)[1]
         work = networks.learner_work(learner, config, [record, record])
         update(learner, work)
         seconds = bench.time(lambda: update(learner, work)) / 2
@@ -128,7 +127,7 @@ def _srpo(bench: Bench, config: RunConfig) -> dict[str, Any]:
         networks.discard(learner.denoiser)
     figures = {"value": seconds, "unit": "s an image's update", **peak()}
     if planned and bench.device == "cuda":
-        memory = planned["sampler_gib"][str(config.chunk)] + planned["learner_gib"][variant(True, 2)]
+        memory = planned["sampler_gib"][str(config.rollout.chunk)] + planned["learner_gib"][str(Variant(True))]
         need, room = memory + 2 * CONTEXT / GIB, torch.cuda.get_device_properties(0).total_memory / GIB
         fits = "fits" if need <= (1 - SPARE) * room else "does not fit"
         figures |= {"planned_gib": memory, "note": f"plan: {need:.1f} GiB with CUDA's own {fits} into {room:.1f}"}

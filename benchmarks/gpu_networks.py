@@ -27,7 +27,7 @@ from align_cluster.learner.worker import Learner
 from align_cluster.planner.meta_backbone import PUBLISHED
 from align_cluster.prompts.geneval import CLASSES
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
-from align_cluster.types import Chunk, Condition, Manifest, Prompt, Record
+from align_cluster.types import Chunk, Condition, Manifest, Prompt, Record, Row
 from align_cluster.weights import publish
 
 ROOT = Path(__file__).parents[1]
@@ -128,8 +128,13 @@ def _encoding(shape: tuple[int, int, int], seed: int) -> Condition:
 
 
 def make_chunk(rows: int) -> Chunk:
-    """Return a chunk of so many images."""
-    return Chunk(0, 0, 0, Prompt(0, "a photo of a bench"), tuple(range(rows)))
+    """Return a chunk of so many images, four of a prompt."""
+    return Chunk(0, 0, tuple(Row(Prompt(n // 4, f"a photo of {n // 4} benches"), n // 4, n, n, n) for n in range(rows)))
+
+
+def conditions(backbone: PipelineBackbone, chunk: Chunk) -> dict[str, Condition]:
+    """Return a random encoding of each of a chunk's texts."""
+    return {text: condition(backbone, 2 + number) for number, text in enumerate(chunk.texts)}
 
 
 def draw(sampler: Sampler, config: RunConfig, rows: int, steps: int | None = None) -> tuple[np.ndarray, Record]:
@@ -145,25 +150,23 @@ def draw(sampler: Sampler, config: RunConfig, rows: int, steps: int | None = Non
         distilled_guidance=config.rollout.distilled_guidance,
     )
     null = condition(sampler.backbone, 1) if config.rollout.guidance > 1 else None
-    _, images, record = sampler.draw(make_chunk(rows), condition(sampler.backbone, 0), null, request)
+    chunk = make_chunk(rows)
+    _, images, record = sampler.draw(chunk, conditions(sampler.backbone, chunk), null, request)
     return images, record
 
 
 def learner_work(learner: Learner, config: RunConfig, records: list[Record]) -> StepWork:
     """Return one update on these records, with advantages of both signs."""
-    chunks = [record.chunk for record in records]
     sizes = [len(record.x0) for record in records]
     micro_batches = make_micro_batches(
-        chunks,
         [np.linspace(-1, 1, size, dtype=np.float32) for size in sizes],
         [np.ones(size, bool) for size in sizes],
-        updates=1,
-        size=max(sizes),
-        seed=0,
+        bounds=[0, sum(sizes)],
+        size=config.learner.micro_batch,
     )
-    text = condition(learner.backbone, 0)
     null = condition(learner.backbone, 1) if config.rollout.guidance > 1 else None
-    return rank_work(0, micro_batches, [TrainingChunk(record, text) for record in records], null=null)
+    chunks = [TrainingChunk(record, conditions(learner.backbone, record.chunk)) for record in records]
+    return rank_work(0, micro_batches, chunks, null=null)
 
 
 def made_up_record(learner: Learner, config: RunConfig, rows: int, levels: int) -> Record:

@@ -2,16 +2,17 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu_networks as networks
 from gpu_bench import Bench
 
-from align_cluster.config.plan import derive
+from align_cluster.config.plan import derive, settle
 from align_cluster.config.run import RunConfig
 from align_cluster.planner.fit import GIB, changed, learner_memory, sampler_memory
 from align_cluster.planner.memory import measure
 
+MACHINE = 16, 1  # cores and GPUs of the planned machine
 CASES = {  # case -> model, run file, and what is changed of it
     "sd35 nft": ("sd35", "sd35_medium_nft", ()),
     "sd35 grpo": ("sd35", "sd35_medium_grpo", ()),
@@ -22,12 +23,26 @@ ROWS = {"sd35": (32, 8, 64, 16), "flux": (4, 8)}  # images of a rollout, the mos
 TINY_ROWS = (3, 2)
 MICRO_BATCH = {"sd35": 8, "flux": 4}  # images that a learner's figure reads at once
 LEVELS = 2  # noise levels that it trains at
-VARIANTS = [(checkpointing, stage) for checkpointing in (False, True) for stage in (2, 0)]
 
 
-def variant(checkpointing: bool, stage: int) -> str:
-    """Name a learner's settings."""
-    return f"{'checkpointed' if checkpointing else 'plain'}, ZeRO {stage}"
+class Variant(NamedTuple):
+    """Settings of a learner's figure: gradient checkpointing, ZeRO stage, noise levels in one pass."""
+
+    checkpointing: bool = False
+    stage: int = 2
+    fold: int = 1
+
+    @property
+    def activations(self) -> str:
+        """Say what becomes of activations."""
+        return "checkpointed" if self.checkpointing else "plain"
+
+    def __str__(self) -> str:
+        return f"{self.activations}, ZeRO {self.stage}" + (f", {self.fold} levels at once" if self.fold > 1 else "")
+
+
+VARIANTS = [Variant(checkpointing, stage) for checkpointing in (False, True) for stage in (2, 0)]
+FOLDED = Variant(fold=LEVELS)  # only for algorithms without densities
 
 
 def rollout_rows(name: str, tiny: bool) -> tuple[int, ...]:
@@ -36,23 +51,34 @@ def rollout_rows(name: str, tiny: bool) -> tuple[int, ...]:
 
 
 def case(name: str, folder: Path, tiny: bool, *overrides: str) -> RunConfig:
-    """Return the settings of a case, on a pipeline that is written into `folder`."""
+    """Return the settings of a case, on a pipeline that is written into `folder`, with a number for each batch."""
     model, file, changes = CASES[name]
     pipeline = networks.write_pipeline(model, folder / model, tiny)
     changes = (*(() if tiny else changes), "learner.updates_per_step=1", *overrides)
     config = networks.config_of(file, pipeline, tiny, *changes)
-    if "hps" not in config.rewards:
-        return config
-    hps = config.rewards["hps"].model_copy(update=networks.hps_settings(folder, tiny))
-    return config.model_copy(update={"rewards": {"hps": hps}})
+    if "hps" in config.rewards:
+        hps = config.rewards["hps"].model_copy(update=networks.hps_settings(folder, tiny))
+        config = config.model_copy(update={"rewards": {"hps": hps}})
+    return settle(config, *MACHINE)
 
 
-def learner_case(name: str, folder: Path, tiny: bool, checkpointing: bool = False, stage: int = 2) -> RunConfig:
+def learner_case(name: str, folder: Path, tiny: bool, variant: Variant) -> RunConfig:
     """Return the settings of a learner's figure."""
     rows = 2 if tiny else MICRO_BATCH[CASES[name][0]]
     levels = (f"algorithm.timesteps={LEVELS}",) if "nft" in name else ()
-    engine = (f"learner.gradient_checkpointing={str(checkpointing).lower()}", f"learner.zero_stage={stage}")
-    return case(name, folder, tiny, f"rollout.group_size={rows}", f"rollout.chunk={rows}", *levels, *engine)
+    checkpointing = f"learner.gradient_checkpointing={str(variant.checkpointing).lower()}"
+    engine = (checkpointing, f"learner.zero_stage={variant.stage}", f"learner.fold={variant.fold}")
+    return case(name, folder, tiny, *batches(rows), *levels, *engine)
+
+
+def srpo_case(folder: Path, tiny: bool) -> RunConfig:
+    """Return the settings of SRPO at 720 px, which trains on one image at a time."""
+    return case("flux srpo", folder, tiny, *batches(1), "learner.fold=1")
+
+
+def batches(rows: int) -> tuple[str, ...]:
+    """Return the settings of a step that is one micro-batch of so many images."""
+    return "prompts_per_step=1", f"rollout.group_size={rows}", f"rollout.chunk={rows}", f"learner.micro_batch={rows}"
 
 
 def plan(bench: Bench) -> None:
@@ -63,17 +89,16 @@ def plan(bench: Bench) -> None:
 
 
 def _planned(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
-    srpo = "srpo" in name
-    config = case(name, folder, tiny) if srpo else learner_case(name, folder, tiny)
-    made = derive(config, 16, 1)
+    config = srpo_case(folder, tiny) if "srpo" in name else learner_case(name, folder, tiny, Variant())
+    made = derive(config, *MACHINE)
     sizes = measure(config, made, "cuda")
-    drawn = {*rollout_rows(name, tiny), config.chunk}
+    drawn = {*rollout_rows(name, tiny), config.rollout.chunk}
     rows = {size: changed(config, "rollout", chunk=size) for size in sorted(drawn)}
     drawing = {str(size): sampler_memory(one, made, sizes).total / GIB for size, one in rows.items()}
     learning = {}
-    for checkpointing, stage in VARIANTS:
-        one = changed(config, "learner", gradient_checkpointing=checkpointing, zero_stage=stage)
-        learning[variant(checkpointing, stage)] = learner_memory(one, made, sizes).total / GIB
+    for one in (*VARIANTS, FOLDED):
+        engine = {"gradient_checkpointing": one.checkpointing, "zero_stage": one.stage, "fold": one.fold}
+        learning[str(one)] = learner_memory(changed(config, "learner", **engine), made, sizes).total / GIB
     kinds = {"plain": sizes.plain.update, "checkpointed": sizes.checkpointed.update}
     return {
         "draw_tflop": sizes.draw.flops / made.chunk / 1e12,

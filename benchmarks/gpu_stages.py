@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from gpu_bench import Bench
 from gpu_learners import srpo, updates, whole_step
-from gpu_plan import VARIANTS, plan
+from gpu_plan import FOLDED, VARIANTS, Variant, plan
 from gpu_rollouts import MODES, rollouts
 from rows import add
 
@@ -37,14 +37,14 @@ def sd35_rollout(bench: Bench) -> None:
 def sd35_learner(bench: Bench) -> None:
     """SD3.5-M's shape: a sync, a whole step, and updates by algorithm and engine."""
     whole_step(bench)
-    for name in ("sd35 nft", "sd35 grpo"):
-        updates(bench, name, VARIANTS)
+    updates(bench, "sd35 nft", [*VARIANTS, FOLDED])
+    updates(bench, "sd35 grpo", VARIANTS)
 
 
 def flux(bench: Bench) -> None:
     """FLUX.1-dev's shape: whether SRPO fits, an update, and rollouts."""
     srpo(bench)
-    updates(bench, "flux nft", [(True, 2)])
+    updates(bench, "flux nft", [Variant(True)])
     rollouts(bench, "flux nft", MODES[:2])
 
 

@@ -88,12 +88,14 @@ def train(config: RunConfig) -> Iterator[dict]:
     conditions: dict = {}
 
     def draw(chunks: list, request: DrawRequest) -> list[DrawnChunk]:
-        new = [text for text in dict.fromkeys(chunk.prompt.text for chunk in chunks) if text not in conditions]
+        new = [
+            text for text in dict.fromkeys(text for chunk in chunks for text in chunk.texts) if text not in conditions
+        ]
         conditions.update(zip(new, sampler.encode(new), strict=True))
         drawn = []
         for chunk in chunks:
-            info, images, record = sampler.draw(chunk, conditions[chunk.prompt.text], None, request)
-            drawn.append(DrawnChunk(info, images, record, scorer.score(images, [chunk.prompt] * len(images))))
+            info, images, record = sampler.draw(chunk, conditions, None, request)
+            drawn.append(DrawnChunk(info, images, record, scorer.score(images, chunk.prompts)))
         return drawn
 
     def adopt(source: str, version: int) -> None:
@@ -102,7 +104,7 @@ def train(config: RunConfig) -> Iterator[dict]:
     def evaluate(version: int) -> dict:
         adopt("evaluation", version)
         drawn = draw(fixed, DrawRequest(version, held.steps or rollout.steps, Euler.Config(), guidance=held.guidance))
-        return summarise([row for item in drawn for row in score_rows(item.info.chunk.prompt, item.scores)])["overall"]
+        return summarise([row for item in drawn for row in score_rows(item.info.chunk.prompts, item.scores)])["overall"]
 
     yield {"held_out": evaluate(0)}
     algorithm, window = ALGORITHMS[config.algorithm.kind](config.algorithm), config.window
@@ -117,9 +119,9 @@ def train(config: RunConfig) -> Iterator[dict]:
         )
         credit = estimator.assign(step, drawn)
         micro_batches = make_micro_batches(
-            chunks, list(credit.advantages), list(credit.valid), updates=1, size=rollout.group_size, seed=step
+            list(credit.advantages), list(credit.valid), bounds=config.update_bounds, size=rollout.group_size
         )
-        pairs = [TrainingChunk(item.record, conditions[item.chunk.prompt.text]) for item in drawn]
+        pairs = [TrainingChunk(item.record, conditions) for item in drawn]
         trained = reduce_metrics([learner.update(rank_work(step, micro_batches, pairs))])
         row = {"seconds": time.perf_counter() - started, "train/grad_norm": trained["grad_norm"].mean}
         row |= {name: float(np.mean([item.scores.values[name] for item in drawn])) for name in ("preference", "clip")}

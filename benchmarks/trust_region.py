@@ -19,7 +19,7 @@ from align_cluster.config.load import load
 from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
-from align_cluster.types import Chunk, Prompt
+from align_cluster.types import Chunk, Prompt, Row
 
 UPDATES, GROUPS = 31, 4
 TEXTS = ("a red circle", "a blue square", "a green star", "a yellow triangle")
@@ -36,17 +36,19 @@ def main() -> None:
     file = Path(__file__).parents[1] / "configs" / "embedded_slas.yaml"
     config = load(file, ["advantage.shaping.gamma=adaptive", "learner.updates_per_step=1", "steps=100000"])
     sampler, size, steps = Sampler(config.backbone), config.rollout.group_size, config.rollout.steps
-    conditions = sampler.encode([f"a photo of {text}" for text in TEXTS])
-    chunks = [Chunk(0, g, 0, Prompt(g, text), tuple(range(g * size, (g + 1) * size))) for g, text in enumerate(TEXTS)]
+    texts = [f"a photo of {text}" for text in TEXTS]
+    conditions = dict(zip(texts, sampler.encode(texts), strict=True))
+    chunks = [
+        Chunk(0, g, tuple(Row(Prompt(g, text), g, m, g * size + m, g * size + m) for m in range(size)))
+        for g, text in enumerate(texts)
+    ]
     request = DrawRequest(
         0, steps, config.step_kind, window=config.window.plan(steps, 0, 0), schedule=config.rollout.schedule
     )
     records = []
 
     def draw() -> None:
-        records[:] = [
-            sampler.draw(c, condition, None, request)[2] for c, condition in zip(chunks, conditions, strict=True)
-        ]
+        records[:] = [sampler.draw(chunk, conditions, None, request)[2] for chunk in chunks]
 
     drawing = statistics.median(seconds(draw) for _ in range(5))
     with socket.socket() as free:
@@ -55,8 +57,8 @@ def main() -> None:
     learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", port)
     advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * GROUPS
     valid = [np.ones(size, bool)] * GROUPS
-    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=size, seed=0)
-    pairs = [TrainingChunk(*pair) for pair in zip(records, conditions, strict=True)]
+    micro_batches = make_micro_batches(advantages, valid, bounds=[0, size * GROUPS], size=size)
+    pairs = [TrainingChunk(record, conditions) for record in records]
     work = rank_work(0, micro_batches, pairs)
     learner.update(work)  # caches, allocator, lazy parts
 

@@ -19,11 +19,12 @@ from safetensors.numpy import load_file
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
-from align_cluster.config.plan import derive
+from align_cluster.config.plan import evaluation_pieces, settle
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Reduced, TrainingChunk, rank_work, reduce_metrics
 from align_cluster.learner.worker import Learner
 from align_cluster.loop.advantages import AdvantageEstimator
+from align_cluster.loop.clock import Clock
 from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
 from align_cluster.loop.learning import CriticValues, Sync, step_micro_batches
 from align_cluster.loop.requests import evaluation_request, plan_chunks, training_request
@@ -37,7 +38,7 @@ from align_cluster.observe.table import summarise
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation
 from align_cluster.rewards.worker import RewardWorker
-from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
+from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint, keys_of
 from align_cluster.types import Chunk, Credit, Perturbation, Prompt
 from align_cluster.weights import check, view
 
@@ -68,24 +69,24 @@ def train(config: RunConfig, folder: Path, device: str = "cpu") -> Finished:
     """Run all steps of `config` on one device; the LoRA goes to `folder`."""
     with own_environment():
         workers = Workers(config, device)
+        config = workers.config
         estimator = (CriticAdvantageEstimator if workers.algorithm.critic else AdvantageEstimator)(config)
         prompts, held_out = (
             PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts)
         )
-        results, rows = Results(before=workers.evaluate(held_out)), []
+        results, rows, clock = Results(before=workers.evaluate(held_out)), [], Clock()
         checksums = [workers.publish("behaviour").manifest.checksum]
         for step in range(config.steps):
-            started = time.perf_counter()
-            chunks = plan_chunks(config, prompts, step, workers.plan)
-            explored = workers.explore([chunk.prompt.text for chunk in chunks]) if config.exploration else {}
+            clock.next_step(step + 1)
+            chunks = plan_chunks(config, prompts, step)
+            explored = workers.explore([text for chunk in chunks for text in chunk.texts]) if config.exploration else {}
             drawn = workers.draw(chunks, training_request(config, step, workers.version))
             credit = estimator.assign(step, drawn, workers.values(drawn) if workers.algorithm.critic else None)
             trained = workers.update(step, drawn, credit)
             explored |= estimator.observe(step, drawn, trained)
             results.check_ratio(trained, config.learner.ratio_tolerance)
             sync = workers.publish("behaviour")
-            times = {"update": time.perf_counter() - started}
-            rows.append({"step": step + 1} | explored | step_metrics(config, drawn, credit, trained, times, sync))
+            rows.append({"step": step + 1} | explored | step_metrics(config, drawn, credit, trained, clock, sync))
             checksums.append(sync.manifest.checksum)
         sync = workers.publish("evaluation")
         weights = {tensor.name: view(sync.buffer, tensor) for tensor in sync.manifest.tensors}
@@ -116,7 +117,7 @@ class Workers:
     """Holds one worker of each kind, and does with them what the driver of a run does."""
 
     def __init__(self, config: RunConfig, device: str = "cpu") -> None:
-        self.config, self.plan = config, derive(config, 2, 0)
+        self.config = config = settle(config, 2, 0)
         self.algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
         self.sampler = Sampler(config.backbone, device=device, merge=config.rollout.merge_lora)
         self.rewards = RewardWorker(dict(config.rewards), device=device)
@@ -132,7 +133,8 @@ class Workers:
 
     def explore(self, texts: list[str]) -> dict[str, float]:
         """Learn the perturbed conditions of the texts that are new; returns their distance from the original."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.perturbations]
+        texts = list(dict.fromkeys(texts))
+        new = [text for text in texts if text not in self.perturbations]
         self.perturbations.update(
             zip(new, self.sampler.perturb(new, self.config.exploration, self.config.seed), strict=True)
         )
@@ -140,20 +142,19 @@ class Workers:
 
     def draw(self, chunks: list[Chunk], request: DrawRequest) -> list[DrawnChunk]:
         """Draw and score the chunks, each exactly as it was asked for."""
-        self.encode([chunk.prompt.text for chunk in chunks] + [""] * (request.guidance > 1))
+        self.encode([text for chunk in chunks for text in chunk.texts] + [""] * (request.guidance > 1))
         null, drawn = self.conditions[""] if request.guidance > 1 else None, []
         for chunk in chunks:
-            own = self.conditions[chunk.prompt.text]
-            explored = self.perturbations[chunk.prompt.text] if any(chunk.variants) else None
-            info, images, record = self.sampler.draw(chunk, own, null, request, explored)
-            assert info.fingerprint == fingerprint(chunk, request, own.key, explored and explored.key)
-            scores = self.rewards.score(images, [chunk.prompt] * len(images))
-            drawn.append(DrawnChunk(info, images, record, scores, request))
+            own = {text: self.conditions[text] for text in chunk.texts}
+            perturbed = {text: self.perturbations[text] for text in chunk.perturbed_texts}
+            info, images, record = self.sampler.draw(chunk, own, null, request, perturbed)
+            assert info.fingerprint == fingerprint(chunk, request, keys_of(own), keys_of(perturbed))
+            drawn.append(DrawnChunk(info, images, record, self.rewards.score(images, chunk.prompts), request))
         return drawn
 
     def training_chunks(self, drawn: list[DrawnChunk]) -> list[TrainingChunk]:
         """Return what the learner reads of drawn chunks."""
-        return [TrainingChunk(item.record, self.conditions[item.chunk.prompt.text]) for item in drawn]
+        return [TrainingChunk(item.record, self.conditions) for item in drawn]
 
     def values(self, drawn: list[DrawnChunk]) -> CriticValues:
         """Return the critic's values of all samples."""
@@ -163,7 +164,7 @@ class Workers:
     def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
         """Train on one step's samples; return the learner's metrics."""
         chunks = [item.chunk for item in drawn]
-        micro_batches = step_micro_batches(self.config, step, chunks, credit, self.plan.micro_batch)
+        micro_batches = step_micro_batches(self.config, chunks, credit)
         null = self.conditions[""] if self.config.rollout.guidance > 1 else None
         pairs = self.training_chunks(drawn)
         work = rank_work(step, micro_batches, pairs, null=null, train_actor=credit.actor)
@@ -180,11 +181,10 @@ class Workers:
     def evaluate(self, held_out: list[Prompt]) -> dict[str, float]:
         """Return the held-out scores of the weights that the sampler holds."""
         asked = self.config.evaluate
-        chunks = plan_evaluation(
-            held_out, asked.count, asked.images_per_prompt, asked.images_per_prompt, self.config.seed
-        )
+        batches = {"chunk": self.config.rollout.chunk, "pieces": evaluation_pieces(self.config)}
+        chunks = plan_evaluation(held_out, asked.count, asked.images_per_prompt, seed=self.config.seed, **batches)
         drawn = self.draw(chunks, evaluation_request(self.config, self.version))
-        return summarise([row for item in drawn for row in score_rows(item.chunk.prompt, item.scores)])["overall"]
+        return summarise([row for item in drawn for row in score_rows(item.chunk.prompts, item.scores)])["overall"]
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(quickstart, capsys):
 
 
 def test_several_mistakes_are_one_line_each(quickstart, capsys):
-    assert main(["validate", quickstart, "--set", "rollout.chunk=5", "rewards.geneval.role=monitor"]) == 2
+    assert main(["validate", quickstart, "--set", "learner.updates_per_step=1000", "rewards.geneval.role=monitor"]) == 2
     assert [line[:6] for line in capsys.readouterr().err.splitlines()] == ["error:"] * 2
 
 
@@ -101,8 +101,8 @@ def test_plan_says_whether_a_run_fits_and_what_to_change(quickstart, capsys):
     assert main(["plan", quickstart, "--gpu-memory", "1.1"]) == 0
     out = capsys.readouterr().out
     assert "it does not fit" in out
-    assert "these settings save most, each alone: rollout.chunk: 6 (" in out
-    assert "learner.gradient_checkpointing: true (13.9 MiB)" in out
+    assert "these settings save most, each alone: learner.gradient_checkpointing: true (55.9 MiB), " in out
+    assert "learner.fold: 1 (39.0 MiB)" in out
 
 
 def test_plan_needs_no_model_to_plan_pools(quickstart, capsys):

@@ -92,13 +92,13 @@ class AdvantageConfig(Section):
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
         """Refuse statistics over batches that hold parts of groups."""
-        updates, members = run.learner.updates_per_step, run.group_members
+        updates, groups = run.learner.updates_per_step, run.prompts_per_step
         pooled = "std is batch" if self.std == "batch" else "mix is gdpo" if self.mix == "gdpo" else ""
-        if pooled and updates > 1 and run.chunk < members:
+        if pooled and updates > groups:
             remedy = "std to global" if self.std == "batch" else "mix to normalise_then_sum"
             yield (
-                f"{where}.{pooled}, and learner.updates_per_step {updates} splits groups between batches, whose "
-                f"deviations then say little; set rollout.chunk to {members}, or {where}.{remedy}"
+                f"{where}.{pooled}, and learner.updates_per_step {updates} splits the {groups} groups of a step, and "
+                f"deviations of parts of groups say little; set it to at most {groups}, or {where}.{remedy}"
             )
 
 

@@ -1,7 +1,7 @@
 """The contract of an algorithm, and what the learner passes to it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -35,10 +35,14 @@ class Policy(Protocol):
         Only the default adapter carries gradient.
         """
 
-    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def follows(self, adapter: str) -> bool:
+        """Return whether an adapter has the default one's weights, so that its prediction is the policy's own."""
+        return False
+
+    def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return weighted sums [b, J] of the trained rewards, for algorithms that follow the gradient of rewards.
 
-        Each image of the latents fp32 [b, C, H, W] is judged under J texts, with a gradient to the latents.
+        Each image of the latents fp32 [b, C, H, W] is judged under J texts of its own, with a gradient to the latents.
         """
 
 
@@ -64,6 +68,13 @@ class RecordedSteps:
             object.__setattr__(self, "slots", tuple(range(self.indices.shape[1])))
 
 
+class Streams(Protocol):
+    """Gives random streams to the visits of a batch."""
+
+    def __call__(self, purpose: str, *, shared: bool = False) -> list[torch.Generator]:
+        """Return one stream a visit for this purpose; with `shared`, a sample's visits have equal streams."""
+
+
 @dataclass(frozen=True)
 class CriticTargets:
     """Holds what a critic learns from: `returns` (NaN where a reward does not judge the sample) and the `values` before
@@ -75,30 +86,39 @@ class CriticTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Holds one micro-batch, b members of one chunk, in inner pass number `inner_pass` of an update.
+    """Holds b visits of samples of one chunk: each sample of a micro-batch, in one or more inner passes of an update.
 
+    `passes` has the number of the inner pass of each visit; it is the same for all where log-probs are compared.
     `update` counts the run's optimiser updates so far. `advantages` are [b], or [b, K] where each step has its own;
-    `x0` [b, C, H, W] are final latents and `sigmas` [N + 1] the rollout's noise levels. `prompt` is the members' text
-    and `noises` are the seeds of their initial noises. `generators` gives each member a fresh random stream for this
-    (step, update, inner pass) and a purpose, whatever the world size.
+    `x0` [b, C, H, W] are final latents and `sigmas` [N + 1] the rollout's noise levels. `prompts` are the texts of the
+    samples and `noises` the seeds of their initial noises. `generators` gives each visit a fresh random stream for this
+    (step, update) and a purpose, whatever the world size: one for each inner pass, or with `shared` the same in all.
     """
 
-    inner_pass: int
+    passes: tuple[int, ...]
     advantages: torch.Tensor
     x0: torch.Tensor
     sigmas: np.ndarray
     recorded: RecordedSteps
-    generators: Callable[[str], list[torch.Generator]]
+    generators: Streams
     critic: CriticTargets | None = None
-    prompt: str = ""
+    prompts: tuple[str, ...] = ()
     noises: tuple[int, ...] = ()
     update: int = 0
+
+    @property
+    def inner_pass(self) -> int:
+        """Return the one inner pass of all visits, for algorithms that do not fold. Raises ValueError where there are
+        several."""
+        (number,) = set(self.passes)
+        return number
 
 
 class Algorithm(ABC):
     """Computes a loss over finished rollouts. It is pure: the state lives in the policy's adapters.
 
-    needs_density     the rollout's kind of step must have log-probs
+    needs_density     the rollout's kind of step must have log-probs. They depend on the batch in their last bits, so a
+                      learner's batch is then a rollout's, and one forward pass never holds several inner passes
     needs_flow        the network must predict a velocity
     needs_path        rollouts must record every denoising step
     reward_gradient   the learner keeps the VAE and the trained rewards and follows their gradients; advantages are not

@@ -75,11 +75,11 @@ class DRaFT(Algorithm):
             return policy.step.level(torch.full((len(batch.x0),), k, device=batch.x0.device))
 
         if self.config.renoised:
-            noise = initial_noise(batch.generators(f"noise {batch.inner_pass}"), batch.x0.shape[1:]).to(batch.x0)
+            noise = initial_noise(batch.generators("noise"), batch.x0.shape[1:]).to(batch.x0)
             x = noised(batch.x0, noise, level(steps - 1), policy.step.prediction)
         else:
             x = batch.recorded.before[:, 0]
         for k in range(steps - self.config.last, steps):
             x = policy.step.advance(k, x, policy.velocity(x, level(k)))
-        reward = policy.rewards(x, [batch.prompt])[:, 0]
+        reward = policy.rewards(x, [[text] for text in batch.prompts])[:, 0]
         return -reward, {"reward": reward.detach()}

@@ -77,13 +77,15 @@ class NFT(Algorithm):
         """The loss regresses on x0 at one noise level, plus `kl_beta` times the squared distance to the base."""
         # Each sample visits a random permutation of the rollout's own levels, one in each inner pass, with fresh noise.
         levels = torch.from_numpy(batch.sigmas[:-1]).float()
-        orders = [torch.randperm(len(levels), generator=g) for g in batch.generators("order")]
-        sigma = torch.stack([levels[order[batch.inner_pass]] for order in orders]).to(batch.x0.device)
-        noise = initial_noise(batch.generators(f"noise {batch.inner_pass}"), batch.x0.shape[1:]).to(batch.x0.device)
+        orders = [torch.randperm(len(levels), generator=g) for g in batch.generators("order", shared=True)]
+        visited = [order[number] for order, number in zip(orders, batch.passes, strict=True)]
+        sigma = levels[torch.stack(visited)].to(batch.x0.device)
+        noise = initial_noise(batch.generators("noise"), batch.x0.shape[1:]).to(batch.x0.device)
         level = sigma.view(-1, *[1] * (batch.x0.ndim - 1))
         x_t = (1 - level) * batch.x0 + level * noise
-        v_old = policy.velocity(x_t, sigma, "old")
+        lagged = None if policy.follows("old") else policy.velocity(x_t, sigma, "old")
         v = policy.velocity(x_t, sigma)
+        v_old = v.detach() if lagged is None else lagged
         loss = nft_policy_loss(
             v,
             v_old,

@@ -43,8 +43,7 @@ class PPO(PolicyGradient):
                          normalised reward
         critic_epochs    updates of the critic for each step
         critic_states    states of every sample that each of these updates reads, drawn anew (null: all)
-        critic_batch     states that the critic reads at once (null: the images of a micro-batch); in training they come
-                         from any prompts with equally long encodings, otherwise from one chunk
+        critic_batch     states that the critic reads at once, of any prompts; outside of training of one chunk
         """
 
         kind: Literal["ppo"] = "ppo"
@@ -60,7 +59,7 @@ class PPO(PolicyGradient):
         critic_lr: PositiveFloat = 1e-4
         critic_epochs: PositiveInt = 1
         critic_states: PositiveInt | None = None
-        critic_batch: PositiveInt | None = None
+        critic_batch: PositiveInt = 24
         warm_up: WarmUp = WarmUp()
 
         def problems(self, where: str, run: Root) -> Iterator[str]:

@@ -71,7 +71,7 @@ class ReFL(Algorithm):
         """The loss is minus the reward of the one-step prediction of x0, or the gap to `margin`."""
         x, level = batch.recorded.before[:, 0], policy.step.level(batch.recorded.indices[:, 0])
         x0 = clean(x, policy.velocity(x, level), level, policy.step.prediction)
-        reward = policy.rewards(x0, [batch.prompt])[:, 0]
+        reward = policy.rewards(x0, [[text] for text in batch.prompts])[:, 0]
         margin, metrics = self.config.margin, {"reward": reward.detach()}
         if margin is not None:
             metrics["satisfied"] = (metrics["reward"] >= margin).float()

@@ -165,27 +165,28 @@ class SRPO(Algorithm):
         """Return the noise levels fp32 of level numbers from 1 (cleanest) to LEVELS (noisiest)."""
         return torch.from_numpy(np.linspace(*self.config.levels, LEVELS)).float()[LEVELS - number]
 
-    def numbers(self, batch: Batch, injection: int) -> torch.Tensor:
-        """Return the level number of each sample at which an inner pass recovers x0, the same in both branches."""
+    def numbers(self, batch: Batch, injection: torch.Tensor) -> torch.Tensor:
+        """Return the level number at which each visit recovers x0, the same in both branches; `injection` is [b]."""
         low, high = EDGE + (self.config.injections - 1) * self.config.gap, LEVELS - EDGE
-        drawn = [int(torch.randint(low, high + 1, (1,), generator=g)) for g in batch.generators("level")]
+        streams = batch.generators("level", shared=True)
+        drawn = [int(torch.randint(low, high + 1, (1,), generator=stream)) for stream in streams]
         return torch.tensor(drawn) - injection * self.config.gap
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss is minus the weighted scores of the recovered image, or their gap to `margin`."""
         config, x0, device = self.config, batch.x0, batch.x0.device
-        injection, place = divmod(batch.inner_pass, len(self.branches))
-        inverts, prediction = self.branches[place] == "inversion", policy.step.prediction
-        number = self.numbers(batch, injection)
+        passes, prediction = torch.tensor(batch.passes), policy.step.prediction
+        inverts = torch.tensor([branch == "inversion" for branch in self.branches])[passes % len(self.branches)]
+        number = self.numbers(batch, passes // len(self.branches))
         gap = torch.minimum(number, LEVELS - number).clamp(max=config.gap)
-        start = (number - gap).clamp(min=1) if inverts else number + gap
+        start = torch.where(inverts, (number - gap).clamp(min=1), number + gap)
         level, target = self.level(start).to(device), self.level(number).to(device)
         fed = torch.trunc(1000 * level) / 1000 if config.truncate_timesteps and prediction == "flow" else level
         noise = starting_noise(batch.noises, x0.shape[1:]).to(device)
         x = noised(x0, noise, level, prediction)
         found = recover(x, policy.velocity(x, fed), noise, level, target, prediction)
         scores = self.scores(policy, batch, found)
-        reward = (scores * self.weights(start if inverts else number, inverts).to(scores)).sum(1)
+        reward = (scores * self.weights(torch.where(inverts, start, number), inverts).to(scores)).sum(1)
         loss = -reward if config.margin is None else torch.relu(config.margin - reward)
         share = (number - 1) / (LEVELS - 1)
         loss = loss * (config.late[0] + (config.late[1] - config.late[0]) * share).to(loss)
@@ -205,16 +206,17 @@ class SRPO(Algorithm):
     def scores(self, policy: Policy, batch: Batch, x0: torch.Tensor) -> torch.Tensor:
         """Return rewards [b, 2], positive then negative, or [b, 1] of the image alone."""
         if self.config.relative == "words":
-            return policy.rewards(x0, self.pair(batch.update, batch.prompt))
-        plain = policy.rewards(x0, [batch.prompt])
+            return policy.rewards(x0, [self.pair(batch.update, text) for text in batch.prompts])
+        own = [[text] for text in batch.prompts]
+        plain = policy.rewards(x0, own)
         if self.config.relative == "none":
             return plain
-        noise = initial_noise(batch.generators(f"blur {batch.inner_pass}"), x0.shape[1:]).to(x0)
+        noise = initial_noise(batch.generators("blur"), x0.shape[1:]).to(x0)
         blurred = noised(x0, noise, torch.full((len(x0),), self.config.blur), policy.step.prediction)
-        return torch.cat([plain, policy.rewards(blurred, [batch.prompt])], 1)
+        return torch.cat([plain, policy.rewards(blurred, own)], 1)
 
-    def weights(self, number: torch.Tensor, inverts: bool) -> torch.Tensor:
-        """Return the weights [b, J] of `scores`; `number` is the level number that decides the discount."""
+    def weights(self, number: torch.Tensor, inverts: torch.Tensor) -> torch.Tensor:
+        """Return the weights [b, J] of `scores`; the level number [b] decides the discount, `inverts` is bool [b]."""
         config, one = self.config, torch.ones(len(number))
         if config.relative == "none":
             return one[:, None]
@@ -223,6 +225,10 @@ class SRPO(Algorithm):
         elif config.form == "cfg":
             pair = (one * config.strength, one * (1 - config.strength))
         else:
-            ends = config.discount_inversion if inverts else config.discount_denoise
-            pair = (1 + torch.from_numpy(np.linspace(*ends, LEVELS)).float()[number], -one)
-        return torch.stack(pair[::-1] if inverts else pair, 1)
+            inversion, denoising = (
+                torch.from_numpy(np.linspace(*ends, LEVELS)).float()[number]
+                for ends in (config.discount_inversion, config.discount_denoise)
+            )
+            pair = (1 + torch.where(inverts, inversion, denoising), -one)
+        weights = torch.stack(pair, 1)
+        return torch.where(inverts[:, None], weights.flip(1), weights)

@@ -1,21 +1,28 @@
-"""Named LoRA adapters on one frozen base: one is active, all are fp32. Sampler and learner share this code."""
+"""Named LoRA adapters on one frozen base: one is active, all are fp32. Sampler and learner share this code.
+
+peft takes seconds to import, so it is imported where adapters are made: the driver makes none.
+"""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from align_cluster.backbones.base import Backbone
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
-def lora_config(backbone: Backbone) -> LoraConfig:
+
+def lora_config(backbone: Backbone) -> "LoraConfig":
     """Return peft's configuration of this backbone's adapters.
 
     A begins at random and B at 0, so a new adapter changes nothing. There is no dropout.
     """
+    from peft import LoraConfig
+
     settings = backbone.config.lora
     return LoraConfig(
         r=settings.rank,
@@ -27,6 +34,8 @@ def lora_config(backbone: Backbone) -> LoraConfig:
 
 def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[str], seed: int = 0) -> torch.nn.Module:
     """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended

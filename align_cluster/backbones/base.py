@@ -94,6 +94,11 @@ class Backbone(ABC):
     def __init__(self, config: BackboneSection, device: str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
 
+    @classmethod
+    def imports(cls) -> tuple[str, ...]:
+        """Return what loading imports, in the form of `pkgutil.resolve_name`, so that a worker may start with it."""
+        return ()
+
     @property
     def dtype(self) -> torch.dtype:
         """Return the storage type of frozen weights."""
@@ -146,8 +151,13 @@ class Backbone(ABC):
         sigma: torch.Tensor,
         sequence: torch.Tensor,
         pooled: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the predicted velocity, fp32 like x, for sigma [B], sequence [B, T, D] and pooled [B, P]."""
+        """Return the predicted velocity, fp32 like x, for sigma [B], sequence [B, T, D] and pooled [B, P].
+
+        `mask` bool [B, T] is False where a sequence is padded (None: nowhere). A backbone whose prompts all have
+        encodings of one length never gets one.
+        """
 
     def guide(self, v: torch.Tensor, v_null: torch.Tensor, guidance: float) -> torch.Tensor:
         """Apply classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""

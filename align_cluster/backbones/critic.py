@@ -118,14 +118,19 @@ class Critic(nn.Module):
         return active_adapter(self.network, None if self.settings.features == "frozen" else CRITIC)
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor, sequence: torch.Tensor, pooled: torch.Tensor
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        sequence: torch.Tensor,
+        pooled: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return values fp32 [B, R] of latents x [B, C, H, W] at sigma [B], in units of the normalised rewards.
 
         Conditions are the text's own, without guidance. Gradient flows to x, the head and the adapter only.
         """
         with self.active(), captured(self.backbone, self.network) as layers:
-            self.backbone.velocity(self.network, x, sigma, sequence, pooled)
+            self.backbone.velocity(self.network, x, sigma, sequence, pooled, mask)
         return self.head([layer.float() for layer in layers], sigma)
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -87,6 +87,7 @@ class Flux(ClipExploration, PipelineBackbone):
         sigma: torch.Tensor,
         sequence: torch.Tensor,
         pooled: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """FLUX.1 takes packed latents, their positions, and sigma in [0, 1], which it multiplies by 1000 itself."""
         height, width = x.shape[2:]

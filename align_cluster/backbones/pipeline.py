@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.base import Backbone
 from align_cluster.backbones.levels import pipeline_sigmas
 from align_cluster.conditions.perturb import E2po, learn
+from align_cluster.conditions.precision import to_array
 from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
 from align_cluster.files import atomic
@@ -25,6 +27,10 @@ JOINT_ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
+
+# Version of the code that makes and stores conditions and perturbations. Raise it where a change of `embed`, of `learn`
+# or of the stored form gives other bytes for the same text, so that nobody reads records of the code before.
+CODE_VERSION = 2
 
 
 class PipelineBackbone(Backbone):
@@ -54,6 +60,11 @@ class PipelineBackbone(Backbone):
     texts: ClassVar[tuple[str, ...]]
     equal_levels: ClassVar[bool] = False
     packed: ClassVar[bool] = False
+
+    @classmethod
+    def imports(cls) -> tuple[str, ...]:
+        """The parts' classes."""
+        return tuple(f"diffusers:{name}" for name in (cls.pipeline, cls.network, cls.vae))
 
     @property
     def source(self) -> str:
@@ -174,6 +185,8 @@ class PipelineBackbone(Backbone):
             for module in model.modules():
                 if type(module).__name__ in names:
                     module.compile()
+        if self.device.type == "cpu" and not self.config.compile:
+            shorten_attention(model)
         return model.to(self.device).eval().requires_grad_(False)
 
     def _set_attention(self, model: torch.nn.Module, backend: str) -> None:
@@ -224,8 +237,7 @@ class PipelineBackbone(Backbone):
         conditions = []
         for text in texts:
             sequence, pooled = self.embed(self._text, text)
-            arrays = (sequence.float().cpu().numpy(), pooled.float().cpu().numpy())
-            conditions.append(Condition(self.condition_key(text), *arrays))
+            conditions.append(Condition(self.condition_key(text), to_array(sequence), to_array(pooled)))
         self._release()
         return conditions
 
@@ -251,7 +263,7 @@ class PipelineBackbone(Backbone):
         return []
 
     def condition_key(self, text: str) -> str:
-        """The key covers the text encoders' files, their settings and type, and the text."""
+        """The key covers the text encoders' files, their settings and type, the text, and the code's version."""
         return address(self._text_identity, *self.text_settings(), str(self.dtype), text)
 
     @cached_property
@@ -259,6 +271,8 @@ class PipelineBackbone(Backbone):
         _ = self.index
         with self.reading("vae"):
             vae = self.stock(self.vae).from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+        if self.device.type == "cpu":
+            shorten_attention(vae)
         return vae.to(self.device, memory_format=self.vae_layout).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -336,6 +350,8 @@ class ClipExploration:
         """Return the condition with its CLIP part replaced by a variant, 1 ... K - 1; variant 0 changes nothing."""
         if variant == 0:
             return condition
+        if perturbation.hidden.dtype != condition.sequence.dtype:
+            raise ValueError("a condition and its perturbation come from encoders of different precision")
         encoding = self.replaced(condition, perturbation.hidden[variant - 1], perturbation.pooled[variant - 1])
         return Condition(f"{condition.key}/{perturbation.key}/{variant}", *encoding)
 
@@ -355,5 +371,5 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def address(*facts: object) -> str:
-    """Return a hash of all facts that a record depends on."""
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    """Return a hash of CODE_VERSION and all facts that a record depends on."""
+    return hashlib.blake2b(json.dumps((CODE_VERSION, *facts)).encode(), digest_size=16).hexdigest()

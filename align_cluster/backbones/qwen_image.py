@@ -75,13 +75,15 @@ class QwenImage(PipelineBackbone):
         sigma: torch.Tensor,
         sequence: torch.Tensor,
         pooled: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Qwen-Image takes packed latents, sigma in [0, 1], and the shape of the image in tokens."""
         height, width = x.shape[2:]
         with self.autocast():
             output = denoiser(
                 hidden_states=pack(x).to(self.dtype),
-                encoder_hidden_states=sequence.to(self.dtype),  # without padding, hence without a mask
+                encoder_hidden_states=sequence.to(self.dtype),
+                encoder_hidden_states_mask=mask,
                 timestep=sigma,
                 img_shapes=[[(1, height // 2, width // 2)]] * len(x),
                 return_dict=False,

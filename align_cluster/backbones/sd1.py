@@ -114,6 +114,7 @@ class SD1(ClipExploration, PipelineBackbone):
         sigma: torch.Tensor,
         sequence: torch.Tensor,
         pooled: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The UNet takes the integer timestep that has the noise level sigma."""
         with self.autocast():

@@ -89,6 +89,7 @@ class SD3(ClipExploration, PipelineBackbone):
         sigma: torch.Tensor,
         sequence: torch.Tensor,
         pooled: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """SD3 takes 1000 sigma as its timestep, untruncated."""
         with self.autocast():

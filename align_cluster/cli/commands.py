@@ -55,11 +55,18 @@ def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Run an alignment job."""
-    config = _config(args)
-    from align_cluster.loop.driver import train
+    """Run an alignment job. What its workers import is being imported while this process finds out what the job is."""
+    from align_cluster.cluster.preload import imports, preload
 
-    train(config, Path(config.out).expanduser(), args.resume, alone=True)
+    with preload() as ready:
+        config = _config(args)
+        if ready and config.cluster.address:
+            ready.close()
+        elif ready:
+            ready.load(imports(config))
+        from align_cluster.loop.driver import train
+
+        train(config, Path(config.out).expanduser(), args.resume, alone=True, preload=ready)
     return 0
 
 
@@ -83,8 +90,9 @@ def plan(args: argparse.Namespace) -> int:
     """Print the pools and batches of a run, and its memory and FLOPs where the base model's settings can be read."""
     from dataclasses import asdict
 
-    from align_cluster.config.plan import derive, local_resources, table
+    from align_cluster.config.plan import Rows, derive, local_resources, table
     from align_cluster.errors import UserError
+    from align_cluster.planner.batches import rows_that_fit
     from align_cluster.planner.report import GIB, estimate, local_gpu, text
 
     config = _config(args)
@@ -94,18 +102,20 @@ def plan(args: argparse.Namespace) -> int:
     name, memory = local_gpu()
     if args.gpu_memory:
         gpus, memory = max(gpus, 1), args.gpu_memory * GIB
-    plan = derive(config, args.cores or cores, gpus if args.gpus is None else args.gpus)
+    cores, gpus = args.cores or cores, gpus if args.gpus is None else args.gpus
+    plan = derive(config, cores, gpus, rows_that_fit(config, cores, gpus, memory) if gpus and memory else Rows())
     if not args.json:
         print(table(plan), flush=True)  # what comes next takes a while
     try:
-        found = estimate(config, plan, memory, name)
+        found = estimate(plan.config, plan, memory, name)
     except UserError as error:
         print(f"note: memory and FLOPs are not known: {error}", file=sys.stderr)
         found = None
     if args.json:
-        print(json.dumps(asdict(plan) | {"estimate": found and asdict(found) | {"fits": found.fits}}, indent=2))
+        facts = asdict(plan) | {"estimate": found and asdict(found) | {"fits": found.fits}}
+        print(json.dumps({name: fact for name, fact in facts.items() if name != "config"}, indent=2))
     elif found:
-        print(f"\n{text(config, plan, found)}")
+        print(f"\n{text(plan.config, plan, found)}")
     return 0
 
 

@@ -14,15 +14,15 @@ from align_cluster.learner.settings import LearnerSetup
 from align_cluster.learner.state import Snapshot
 from align_cluster.learner.worker import Learner
 from align_cluster.rewards.worker import RewardWorker
-from align_cluster.rollouts.sampler import Sampler
-from align_cluster.types import Condition, Record
+from align_cluster.rollouts.sampler import DrawRequest, Sampler
+from align_cluster.types import Chunk, Condition, Record
 
 
 def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
     """Start a sampler at `place`, or for None wherever the cluster has room."""
     device = "cuda" if plan.sampler_gpus else "cpu"
     shares = {"num_cpus": plan.sampler_cpus, "num_gpus": plan.sampler_gpus}
-    actor = ray.remote(Sampler).options(**shares, scheduling_strategy=place or "DEFAULT")
+    actor = ray.remote(RemoteSampler).options(**shares, scheduling_strategy=place or "DEFAULT")
     return actor.remote(config.backbone, plan.threads, name, device, config.rollout.merge_lora)
 
 
@@ -42,11 +42,22 @@ def make_learner_rank(plan: Plan, place: Any) -> Any:
     return ray.remote(LearnerRank).options(**shares, scheduling_strategy=place).remote()
 
 
+class RemoteSampler(Sampler):
+    """A sampler behind Ray, which resolves references only where they are arguments of their own."""
+
+    def draw_chunk(self, chunk: Chunk, null: Condition | None, request: DrawRequest, *encodings: Any) -> Any:
+        """Draw a chunk; conditions of its texts and then perturbations of its perturbed texts come in their order."""
+        texts = chunk.texts
+        conditions = dict(zip(texts, encodings[: len(texts)], strict=True))
+        perturbations = dict(zip(chunk.perturbed_texts, encodings[len(texts) :], strict=True))
+        return self.draw(chunk, conditions, null, request, perturbations)
+
+
 class LearnerRank:
     """Wraps one rank's Learner. It is built in two calls, because the other ranks need rank 0's address first.
 
-    Ray resolves references only where they are arguments of their own, so records and conditions arrive in turns:
-    record, condition, record, condition. They are paired here and nowhere else.
+    Ray resolves references only where they are arguments of their own, so a chunk arrives as its record and then the
+    conditions of its texts. They are paired here and nowhere else.
     """
 
     def address(self) -> tuple[str, int]:
@@ -78,4 +89,8 @@ class LearnerRank:
 
 
 def _paired(data: Sequence[Record | Condition]) -> list[TrainingChunk]:
-    return [TrainingChunk(*pair) for pair in zip(data[::2], data[1::2], strict=True)]
+    chunks, left = [], iter(data)
+    for record in left:
+        conditions = {text: next(left) for text in record.chunk.texts}
+        chunks.append(TrainingChunk(record, conditions))
+    return chunks

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from align_cluster.config.plan import HALF, Plan
-from align_cluster.config.run import ClusterConfig
+from align_cluster.cluster.pool import fetch
+from align_cluster.cluster.preload import Preload
+from align_cluster.config.plan import HALF, Plan, derive
+from align_cluster.config.run import ClusterConfig, RunConfig
 from align_cluster.errors import UserError
 
 FULL = ("OutOfDiskError", "ObjectStoreFullError")  # Ray's errors; their text may stand inside another error's
@@ -17,8 +19,11 @@ PATIENCE_S = 5.0  # a run that has just ended returns its resources within about
 
 
 @contextmanager
-def cluster(config: ClusterConfig) -> Iterator[None]:
-    """Connect to Ray for the length of a run: a private Ray on this machine, or the cluster at `config.address`."""
+def cluster(config: ClusterConfig, preload: Preload | None = None) -> Iterator[None]:
+    """Connect to Ray for the length of a run: a private Ray on this machine, or the cluster at `config.address`.
+
+    A private Ray forks its workers from the process of `preload`, if it is given.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     joined = ray.is_initialized()
     if not joined:
@@ -26,7 +31,8 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         address = config.address or os.environ.get("RAY_ADDRESS") or "local"
         own = {"num_cpus": os.cpu_count(), "include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address=address, **own, **quiet)
+            with preload.used_by_ray() if preload and own else nullcontext():
+                ray.init(address=address, **own, **quiet)
         except Exception as error:  # a bare one where its processes are not up within half a minute
             reason = str(error).strip().splitlines()[0]
             where = "a Ray on this machine did not start" if own else f"no Ray cluster answers at {address!r}"
@@ -50,6 +56,28 @@ def resources() -> tuple[int, int]:
     """Return (CPU cores, GPUs) of the whole cluster."""
     total = ray.cluster_resources()
     return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+
+
+def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
+    """Plan a run on the cluster's cores and GPUs; batches that it leaves open are chosen by the memory of a GPU."""
+    if ray.available_resources().get("GPU", 0) < 0.01:  # none, or none is free, which `reserve` says
+        return derive(config, cores, gpus)
+    from align_cluster.planner.batches import (
+        rows_that_fit,  # it imports networks, for which a run on CPUs need not wait
+    )
+
+    return derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gpu_memory(config.cluster.timeout_s)))
+
+
+def gpu_memory(timeout_s: float) -> float:
+    """Return the bytes of one of the cluster's GPUs, as a worker there sees it."""
+    return fetch(ray.remote(num_cpus=0, num_gpus=0.01)(_memory_here).remote(), timeout_s)
+
+
+def _memory_here() -> float:
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory)
 
 
 def reward_role(pool: str) -> str:

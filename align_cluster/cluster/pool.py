@@ -120,20 +120,24 @@ class Pool:
 
     def _feed(self) -> None:
         """Hand out calls in their order. A call avoids the slots that it was lost on while there are others."""
-        for call in list(self.waiting):
+        passed: list[Call] = []  # they wait for a worker on another slot
+        while self.waiting and any(len(worker.calls) < DEPTH for worker in self.ready_workers):
+            call = self.waiting.popleft()
             able = [w for w in self.ready_workers if w.slot.index not in call.slots] or self.ready_workers
-            worker = min(able, key=lambda w: len(w.calls), default=None)
-            if worker is None or len(worker.calls) >= DEPTH:
-                if all(len(w.calls) >= DEPTH for w in self.ready_workers):
-                    return
-                continue
-            self.waiting.remove(call)
-            worker.used = True
-            if not worker.calls:
-                worker.since = time.monotonic()
-            refs = getattr(worker.actor, call.method).options(num_returns=call.returns).remote(*call.args)
-            refs = [refs] if call.returns == 1 else refs
-            worker.calls[refs[0]] = (call, tuple(refs[1:]))
+            worker = min(able, key=lambda w: len(w.calls))
+            if len(worker.calls) >= DEPTH:
+                passed.append(call)
+            else:
+                self._hand(call, worker)
+        self.waiting.extendleft(reversed(passed))
+
+    def _hand(self, call: Call, worker: Worker) -> None:
+        worker.used = True
+        if not worker.calls:
+            worker.since = time.monotonic()
+        refs = getattr(worker.actor, call.method).options(num_returns=call.returns).remote(*call.args)
+        refs = [refs] if call.returns == 1 else refs
+        worker.calls[refs[0]] = (call, tuple(refs[1:]))
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
         """Give a state to every worker, and to all that start later before they get any work.

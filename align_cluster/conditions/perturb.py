@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch.overrides import TorchFunctionMode
 
+from align_cluster.conditions.precision import to_array
 from align_cluster.settings import Section
 from align_cluster.types import Perturbation
 
@@ -223,13 +224,13 @@ def render(
     for delta in (deltas.new_zeros(deltas.shape[1:]), *deltas):
         with perturbed(encoder, delta):
             encoded.append(forward(encoder, ids[None], config, layer))
-    hidden, pooled, embedding = (torch.cat(parts).float().cpu().numpy() for parts in zip(*encoded, strict=True))
+    hidden, pooled, embedding = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    embedding = embedding.float().cpu().numpy()
     unit = embedding / np.linalg.norm(embedding.astype(np.float64), axis=1, keepdims=True)
     cosines = unit @ unit.T
     pairs = cosines[1:, 1:][np.triu_indices(len(deltas), 1)]
-    return Perturbation(
-        key, hidden[1:], pooled[1:], cosines[0, 1:], float(pairs.mean()) if len(pairs) else float("nan")
-    )
+    variants = to_array(hidden[1:]), to_array(pooled[1:])
+    return Perturbation(key, *variants, cosines[0, 1:], float(pairs.mean()) if len(pairs) else float("nan"))
 
 
 class LinearPerPrompt(TorchFunctionMode):

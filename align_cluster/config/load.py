@@ -29,6 +29,9 @@ _MAY_CHANGE = (
     *("learner.zero_stage", "learner.gradient_checkpointing"),
 )
 
+# Settings that a run fills in where they are left open; a resumed run takes them over.
+_CHOSEN = ("rollout.chunk", "rollout.merge_lora", "learner.micro_batch", "learner.fold")
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 asks for 1.0e-4)."""
@@ -163,11 +166,21 @@ def differences(old: dict[str, Any], new: RunConfig) -> list[str]:
         if isinstance(there, dict) and isinstance(here, dict):
             for key in dict.fromkeys([*there, *here]):
                 compare(f"{path}.{key}".lstrip("."), there.get(key), here.get(key))
-        elif there != here:
+        elif there != here and not (path in _CHOSEN and here is None):
             found.append(f"{path}: {json.dumps(there)} there, {json.dumps(here)} here")
 
     compare("", old, new.model_dump(mode="json"))
     return found
+
+
+def as_before(old: dict[str, Any], new: RunConfig) -> RunConfig:
+    """Return the config of a resumed run with what the run had filled in when it began."""
+    for path in _CHOSEN:
+        section, name = path.split(".")
+        block, known = getattr(new, section), (old.get(section) or {}).get(name)
+        if getattr(block, name) is None and known is not None:
+            new = new.model_copy(update={section: block.model_copy(update={name: known})})
+    return new
 
 
 def json_schema() -> dict[str, Any]:

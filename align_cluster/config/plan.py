@@ -5,11 +5,15 @@ The user states groups and updates; this module alone turns them into worker cou
 
 import math
 import os
+from collections import Counter
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
+from align_cluster.learner.batching import Part, assign_updates
+from align_cluster.prompts.groups import even_spans
 
 # In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
 TURN = 0.45
@@ -17,6 +21,66 @@ REST = 1 - 2 * TURN
 # Of a GPU, a learner rank asks for one half; samplers and rewards that ask for less than a half share the other one.
 HALF = 0.5
 LEAST = 0.05  # what must be left of it for samplers
+# Rows in a forward pass beyond which the embedded model on a core, and large models on a GPU, hardly get faster.
+ROWS = 48
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Says how many rows a worker takes at once: a sampler in a forward pass (`draw`), a learner with its backward
+    pass (`train`)."""
+
+    draw: int = ROWS
+    train: int = ROWS
+
+
+def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> RunConfig:  # noqa: B008 - it is frozen
+    """Return the config with a value for all that it leaves open and that results depend on: a run is a function of it.
+
+    `most` is what a worker's memory holds. Rows are shared out evenly, so that no worker waits for another one's last
+    chunk; counts of workers that the config states make no difference. Where the learner must batch as the rollout did,
+    because log-probs depend on the batch in their last bits, chunks are micro-batches.
+    """
+    slots = max(0, gpus - _reward_gpus(config)) or max(1, cores // config.cluster.threads)
+    algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
+    per_update = math.ceil(config.images_per_step / config.learner.updates_per_step)
+    free, alike = not algorithm.needs_density, min(most.draw, most.train)
+    chunk, micro_batch = config.rollout.chunk, config.learner.micro_batch
+    if not chunk and free:
+        chunk = max(_even(config.images_per_step, slots, most.draw), micro_batch or 1)
+    chunk = chunk or micro_batch or _even(per_update, slots, alike)
+    micro_batch = micro_batch or (min(chunk, _even(per_update, slots, most.train)) if free else chunk)
+    passes, together = inner_passes(config), max(1, most.train // micro_batch)
+    fold = config.learner.fold or (_even(passes, 1, together) if free else 1)
+    merge = config.rollout.merge_lora
+    if (
+        merge is None
+    ):  # bf16 weights would round small updates away, and log-probs are compared with an unmerged network
+        merge = free and not (gpus and config.backbone.precision == "bf16")
+    return config.model_copy(
+        update={
+            "rollout": config.rollout.model_copy(update={"chunk": chunk, "merge_lora": merge}),
+            "learner": config.learner.model_copy(update={"micro_batch": micro_batch, "fold": fold}),
+        }
+    )
+
+
+def _even(total: int, workers: int, most: int) -> int:
+    """Return the size of equal parts of `total`, at most `most`, whose number is a multiple of `workers`."""
+    return math.ceil(total / (workers * math.ceil(total / (workers * most))))
+
+
+def inner_passes(config: RunConfig) -> int:
+    """Return how often an update visits each sample."""
+    steps, algorithm = config.rollout.steps, ALGORITHMS[config.algorithm.kind](config.algorithm)
+    return algorithm.inner_passes(steps, config.window.width(steps) if config.window else 0)
+
+
+def evaluation_pieces(config: RunConfig) -> int:
+    """Return a number that an evaluation's chunks should be a multiple of, as those of a training step are, so that it
+    keeps as many samplers busy to its end."""
+    chunks = math.ceil(config.images_per_step / config.rollout.chunk)
+    return next(pieces for pieces in (8, 4, 2, 1) if chunks % pieces == 0)
 
 
 @dataclass(frozen=True)
@@ -44,14 +108,17 @@ class RewardPool:
 class Plan:
     """Describes the pools, what each actor takes of a core and of a GPU, and how a step's work is cut.
 
-    micro_batch     images that a learner reads at once; critic_batch counts states instead
-    micro_batches   micro-batches of one learner in one update, each visited `inner_passes` times
+    config          the run's settings, with all that `settle` fills in
+    chunk           images that a sampler draws at once
+    micro_batch     images of a learner's micro-batch, each in `fold` of the `inner_passes` at once
+    micro_batches   micro-batches of one learner in one update
     rollout_calls   forward passes of the denoiser, each with a whole chunk, that a step's images take
     gpus            GPUs that samplers and learners use; `together` samplers share one
     hosts           places where samplers are, which rewards may share
     notes           sentences on settings that could not be followed, or that cost speed
     """
 
+    config: RunConfig
     samplers: int
     most_samplers: int
     learners: int
@@ -66,7 +133,7 @@ class Plan:
     hosts: int
     chunk: int
     micro_batch: int
-    critic_batch: int
+    fold: int
     images_per_step: int
     chunks_per_step: int
     updates_per_step: int
@@ -86,22 +153,21 @@ class Plan:
         return self.learner_gpus == 1
 
 
-def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
-    """Plan a run on `cores` CPU cores and `gpus` GPUs in all. Counts in `config.cluster` win over derived ones.
+def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Plan:  # noqa: B008 - it is frozen
+    """Plan a run on `cores` CPU cores and `gpus` GPUs in all. Counts in `config.cluster` win over derived ones, and
+    batches that the config leaves open are settled as `settle` does.
 
     On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does. Reward workers
     that ask for less than half a GPU share one with samplers; the others have GPUs of their own. Raises UserError where
     stated counts cannot work.
     """
+    config = settle(config, cores, gpus, most)
     rollout, cluster, notes = config.rollout, config.cluster, []
-    chunk = config.chunk
-    chunks = config.prompts_per_step * math.ceil(config.group_members / chunk)
-    micro_batch = config.micro_batch
-    updates = config.learner.updates_per_step
-    per_update = math.ceil(chunks / updates) * math.ceil(chunk / micro_batch)
+    lengths, parts = _cut(config)
+    chunks = len(lengths)
+    per_update = max(Counter(part.update for part in parts).values())
 
-    asked = [reward.pool.gpus for reward in config.rewards.values() if reward.pool for _ in range(reward.pool.workers)]
-    own = math.ceil(sum(share for share in asked if share >= HALF))
+    asked, own = _reward_shares(config), _reward_gpus(config)
     beside = [share for share in asked if 0 < share < HALF]
     if gpus <= own and any(asked):
         raise UserError(
@@ -131,11 +197,14 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
             f"{max(samplers, learners)} workers with {cluster.threads} threads share {cores} cores, which costs speed; "
             "leave cluster.samplers and cluster.learners unset"
         )
+    if config.backbone.compile and not gpus:
+        notes.append("backbone.compile takes minutes before the first step on CPUs; it pays in runs of many hours only")
     share = cluster.threads * TURN if not gpus else 1.0
     sampler_cpus = _floor(min(share, cores * TURN / samplers))
     learner_cpus = _floor(min(share, cores * TURN / learners))
     left = cores - samplers * sampler_cpus - learners * learner_cpus
     return Plan(
+        config=config,
         samplers=samplers,
         most_samplers=most,
         learners=learners,
@@ -144,19 +213,42 @@ def derive(config: RunConfig, cores: int, gpus: int) -> Plan:
         sampler_cpus=sampler_cpus,
         learner_cpus=learner_cpus,
         **_gpu_shares(beside, samplers, learners, gpus, bool(cluster.samplers or cluster.learners)),
-        chunk=chunk,
-        micro_batch=micro_batch,
-        critic_batch=config.critic_batch,
-        images_per_step=config.prompts_per_step * config.group_members,
+        chunk=max(lengths),
+        micro_batch=max(part.stop - part.start for part in parts),
+        fold=config.learner.fold,
+        images_per_step=config.images_per_step,
         chunks_per_step=chunks,
-        updates_per_step=updates,
+        updates_per_step=config.learner.updates_per_step,
         micro_batches=math.ceil(per_update / learners),
-        inner_passes=ALGORITHMS[config.algorithm.kind](config.algorithm).inner_passes(
-            rollout.steps, config.window.width(rollout.steps) if config.window else 0
-        ),
+        inner_passes=inner_passes(config),
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )
+
+
+def _reward_shares(config: RunConfig) -> list[float]:
+    """Return what each reward worker with a pool of its reward's own asks for of a GPU."""
+    pools = [reward.pool for reward in config.rewards.values() if reward.pool]
+    return [pool.gpus for pool in pools for _ in range(pool.workers)]
+
+
+def _reward_gpus(config: RunConfig) -> int:
+    """Return the number of GPUs that reward workers have to themselves, and training has not."""
+    return math.ceil(sum(share for share in _reward_shares(config) if share >= HALF))
+
+
+def chunk_bounds(config: RunConfig) -> list[int]:
+    """Return the rows of a step that no chunk may go across: those between updates, where the learner must batch as the
+    rollout did."""
+    return config.update_bounds if ALGORITHMS[config.algorithm.kind].needs_density else []
+
+
+def _cut(config: RunConfig) -> tuple[list[int], list[Part]]:
+    """Return the lengths of a step's chunks, and their parts that are micro-batches."""
+    edges = sorted({0, *chunk_bounds(config), config.images_per_step})
+    spans = [span for pair in pairwise(edges) for span in even_spans(*pair, config.rollout.chunk)]
+    lengths = [last - first for first, last in spans]
+    return lengths, assign_updates(lengths, config.update_bounds, config.learner.micro_batch)
 
 
 def _gpu_shares(beside: list[float], samplers: int, learners: int, gpus: int, stated: bool) -> dict[str, float]:
@@ -230,7 +322,8 @@ def table(plan: Plan) -> str:
         ("updates a step", f"{plan.updates_per_step}"),
         (
             "an update",
-            f"{plan.micro_batches} micro-batches of {plan.micro_batch} a learner, {plan.inner_passes} passes over each",
+            f"{plan.micro_batches} micro-batches of {plan.micro_batch} images a learner; each in {plan.inner_passes} "
+            f"passes, {plan.fold} at once",
         ),
     ]
     width = max(len(name) for name, _ in rows)

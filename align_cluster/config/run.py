@@ -12,6 +12,7 @@ from align_cluster.conditions.perturb import E2po
 from align_cluster.learner.settings import LearnerConfig, LearnerSetup, OptimizerConfig
 from align_cluster.observe.guards import GuardConfig
 from align_cluster.prompts import PROMPTS
+from align_cluster.prompts.groups import update_bounds
 from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
@@ -39,8 +40,11 @@ class RolloutConfig(Section):
     distilled_guidance: Annotated[float, Field(ge=0)] | None = None
     offline: bool = False
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    chunk: PositiveInt | None = Field(None, description="images drawn in one batch; null: group_size")
-    merge_lora: bool = Field(False, description="samplers add the LoRA into the base's weights, which draws faster")
+    chunk: PositiveInt | None = Field(None, description="images drawn in one batch, of any groups; null: chosen")
+    merge_lora: bool | None = Field(
+        None,
+        description="samplers add the LoRA into the base's weights, which draws faster; null: where nothing is lost",
+    )
 
 
 class ClusterConfig(Section):
@@ -58,6 +62,9 @@ class ClusterConfig(Section):
     reward_workers: PositiveInt = 1
     learners: PositiveInt | None = None
     threads: PositiveInt = 1
+    condition_cache_gib: PositiveFloat | None = Field(
+        None, description="GiB of the object store for encoded prompts; null: a tenth of what is free at the start"
+    )
     timeout_s: PositiveFloat = 600.0
     late_s: PositiveFloat = 60.0
 
@@ -166,19 +173,14 @@ class RunConfig(Root):
         return self.rollout.group_size * self.conditions
 
     @property
-    def chunk(self) -> int:
-        """Return the number of images that are drawn in one batch."""
-        return self.rollout.chunk or self.rollout.group_size
+    def images_per_step(self) -> int:
+        """Return the number of images that a training step draws."""
+        return self.prompts_per_step * self.group_members
 
     @property
-    def micro_batch(self) -> int:
-        """Return the number of images of a learner's micro-batch, which are members of one chunk."""
-        return min(self.learner.micro_batch or self.chunk, self.chunk)
-
-    @property
-    def critic_batch(self) -> int:
-        """Return the number of states that a critic reads at once."""
-        return getattr(self.algorithm, "critic_batch", None) or self.micro_batch
+    def update_bounds(self) -> list[int]:
+        """Return the rows of a step at which its optimiser updates begin, and the number of all rows."""
+        return update_bounds(self.prompts_per_step, self.group_members, self.learner.updates_per_step)
 
     @property
     def learner_setup(self) -> LearnerSetup:
@@ -194,5 +196,4 @@ class RunConfig(Root):
             shaping=self.advantage.shaping,
             optimizer=self.optimizer,
             learner=self.learner,
-            critic_batch=self.critic_batch,
         )

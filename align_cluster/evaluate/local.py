@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from align_cluster.backbones import BACKBONES
+from align_cluster.config.plan import evaluation_pieces, local_resources, settle
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.evaluate.lora import bind, check_fits, read_lora
@@ -63,7 +64,7 @@ class LocalModel:
         image. Raises UserError for numbers below 1, for a LoRA that does not fit the base model, and for an image size
         that the model does not have.
         """
-        self.config, self.scored = config, score
+        self.config, self.scored = settle(config, *local_resources()), score
         self.steps = (config.evaluate.steps or config.rollout.steps) if steps is None else steps
         self.guidance = config.evaluate.guidance if guidance is None else guidance
         if self.steps < 1 or self.guidance < 1:
@@ -75,10 +76,11 @@ class LocalModel:
             backbone = backbone.model_copy(update={"lora": backbone.lora.model_copy(update=sizes)})
             check_fits(BACKBONES[backbone.kind](backbone), self.lora)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.sampler = Sampler(backbone, threads=config.cluster.threads, name="local", device=device)
+        merge = self.config.rollout.merge_lora
+        self.sampler = Sampler(backbone, config.cluster.threads, "local", device, merge)
         _ = self.sampler.backbone.latent_shape  # refuses a size that cannot be divided, before any weights are read
         self.failures: dict[str, str] = {}
-        self._conditions: dict[str, Condition] = {}
+        self.conditions: dict[str, Condition] = {}  # of all texts that `draw` has encoded
 
     def bind(self) -> None:
         """Add the LoRA to the base model, if there is one."""
@@ -98,31 +100,33 @@ class LocalModel:
         `draw_chunk` draws one chunk, by default as a run's evaluation does.
         """
         _ = self.rewards  # a reward that cannot be loaded ends the command before anything is drawn
-        texts = {chunk.prompt.text: None for chunk in chunks} | ({"": None} if self.guidance > 1 else {})
-        missing = [text for text in texts if text not in self._conditions]
-        self._conditions |= zip(missing, self.sampler.encode(missing), strict=True)
+        texts = [*(text for chunk in chunks for text in chunk.texts), *([""] if self.guidance > 1 else [])]
+        missing = [text for text in dict.fromkeys(texts) if text not in self.conditions]
+        self.conditions |= zip(missing, self.sampler.encode(missing), strict=True)
         for chunk in progress(chunks, label):
             images, facts = (draw_chunk or self.draw_unsteered)(chunk)
-            scores = self.score(images, chunk.prompt)
-            yield DrawnChunk(chunk, images, facts, rows(chunk.prompt, scores) if scores else [])
+            prompts = chunk.prompts[: len(images)]  # a steered chunk has one prompt, and keeps some of its images
+            scores = self.score(images, prompts)
+            yield DrawnChunk(chunk, images, facts, rows(prompts, scores) if scores else [])
 
     def draw_unsteered(self, chunk: Chunk) -> ImagesAndFacts:
         """Draw one chunk with ODE steps, bit for bit as a run's evaluation does; the facts are the seeds."""
         request = DrawRequest(
             version=self.sampler.version, steps=self.steps, step=Euler.Config(), guidance=self.guidance
         )
-        _, images, _ = self.sampler.draw(chunk, *self.conditions(chunk.prompt), request)
+        _, images, _ = self.sampler.draw(chunk, self.conditions, self.null, request)
         return images, [{"seed": seed} for seed in chunk.seeds]
 
-    def conditions(self, prompt: Prompt) -> tuple[Condition, Condition | None]:
-        """Return the encoded prompt, and the empty prompt where guidance needs it. `draw` encodes both."""
-        return self._conditions[prompt.text], self._conditions.get("")
+    @property
+    def null(self) -> Condition | None:
+        """Return the empty prompt's condition where guidance needs it."""
+        return self.conditions[""] if self.guidance > 1 else None
 
-    def score(self, images: np.ndarray, prompt: Prompt) -> Scores | None:
-        """Score images uint8 [B, H, W, 3] of one prompt, and note failures; None without rewards."""
+    def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores | None:
+        """Score images uint8 [B, H, W, 3] with one prompt each, and note failures; None without rewards."""
         if not self.rewards:
             return None
-        scores = self.rewards.score(images, [prompt] * len(images))
+        scores = self.rewards.score(images, prompts)
         self.failures |= {name: f"{failure.kind}: {failure.message}" for name, failure in scores.failures.items()}
         return scores
 
@@ -136,11 +140,10 @@ def evaluate(config: RunConfig, lora_file: Path | None = None) -> dict[str, Any]
     """
     settings = config.evaluate
     prompts = PROMPTS[settings.prompts.kind](settings.prompts).load()
-    chunks = plan_evaluation(
-        prompts, settings.count, settings.images_per_prompt, settings.images_per_prompt, config.seed
-    )
     model = LocalModel(config, lora_file)
     model.bind()
+    chunk, pieces = model.config.rollout.chunk, evaluation_pieces(model.config)
+    chunks = plan_evaluation(prompts, settings.count, settings.images_per_prompt, chunk, config.seed, pieces)
     table = [row for drawn in model.draw(chunks, "evaluating") for row in drawn.rows]
     if model.failures and not any(value is not None for row in table for key, value in row.items() if "/" in key):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in model.failures.items())

@@ -18,10 +18,9 @@ from align_cluster.files import new_folder, write_json
 from align_cluster.observe.grids import save_grid
 from align_cluster.observe.table import KEYS, short
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, read_lines
-from align_cluster.prompts.groups import EVALUATION_STEP, member_seed
-from align_cluster.rollouts.steering import BATCH
-from align_cluster.settings import Section
-from align_cluster.types import Chunk, Prompt
+from align_cluster.prompts.groups import EVALUATION_STEP, cut, member_seed
+from align_cluster.rollouts.steering import BATCH, Steering
+from align_cluster.types import Chunk, Prompt, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class SampleRequest:
     guidance: float | None = None
     compare: bool = False
     score: bool = True
-    steer: Section | None = None
+    steer: Steering.Config | None = None
     run: Path | None = None
 
 
@@ -87,8 +86,7 @@ def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, ou
             images["base"], entries["base"] = write_images(folder, "base", drawn, ending="_base")
         model.bind()
         name = "steered" if steered else "aligned" if lora_file else "base"
-        chunks = plan(request, request.steer.tries if steered else None)
-        drawn = model.draw(chunks, f"drawing {name}", steered.draw if steered else None)
+        drawn = model.draw(plan(request, request.steer), f"drawing {name}", steered.draw if steered else None)
         images[name], entries[name] = write_images(folder, name, drawn)
         _write_overview(folder, request, images)
         facts = {
@@ -107,18 +105,18 @@ def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, ou
     return facts
 
 
-def plan(request: SampleRequest, tries: int | None = None) -> list[Chunk]:
-    """Plan the chunks of a request: batches of one prompt each, or the `tries` for one image each.
+def plan(request: SampleRequest, steer: Steering.Config | None = None) -> list[Chunk]:
+    """Plan the chunks of a request. A steered chunk has one prompt, and all the tries for one image if there are any.
 
     A member's seed depends on the request's seed, its prompt's place and its own number alone.
     """
-    members, size = request.count * (tries or 1), tries or BATCH
-    chunks = []
+    tries = steer.tries if steer else None
+    rows, members = [], request.count * (tries or 1)
     for group, prompt in enumerate(request.prompts):
-        seeds = tuple(member_seed(request.seed, EVALUATION_STEP, group, member) for member in range(members))
-        for first in range(0, members, size):
-            chunks.append(Chunk(EVALUATION_STEP, group, first, prompt, seeds[first : first + size]))
-    return chunks
+        for member in range(members):
+            seed = member_seed(request.seed, EVALUATION_STEP, group, member)
+            rows.append(Row(prompt, group, member, seed, seed))
+    return cut(EVALUATION_STEP, rows, tries or BATCH, range(0, len(rows), members) if steer else ())
 
 
 def write_images(
@@ -131,11 +129,11 @@ def write_images(
     numbers: defaultdict[int, count] = defaultdict(count)  # the next image of each prompt
     images, entries = [], []
     for one in drawn:
-        group = one.chunk.group
         for index, image in enumerate(one.images):
-            file = f"{group:03d}_{next(numbers[group]):02d}{ending}.png"
+            row = one.chunk.rows[index]
+            file = f"{row.group:03d}_{next(numbers[row.group]):02d}{ending}.png"
             Image.fromarray(image).save(folder / file)
-            entry = {"file": file, "model": model, "prompt": one.chunk.prompt.text, **one.facts[index]}
+            entry = {"file": file, "model": model, "prompt": row.prompt.text, **one.facts[index]}
             if one.rows:
                 scores = {column: score for column, score in one.rows[index].items() if column not in KEYS}
                 entry["scores"] = {short(column): score for column, score in scores.items()}

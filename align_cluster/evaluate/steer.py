@@ -166,9 +166,10 @@ class SteeredDrawing:
 
     @torch.no_grad()
     def draw(self, chunk: Chunk) -> ImagesAndFacts:
-        """Draw a chunk steered, and return the images that the mode keeps [B, H, W, 3] with facts about each."""
+        """Draw a chunk of one prompt steered; return the images [B, H, W, 3] that the mode keeps, and their facts."""
         backbone, denoiser = self.model.sampler.backbone, self.model.sampler.denoiser
-        condition, null = self.model.conditions(chunk.prompt)
+        prompt, null = chunk.rows[0].prompt, self.model.null
+        condition = self.model.conditions[prompt.text]
 
         @cache
         def text(size: int) -> TextBatch:
@@ -188,7 +189,7 @@ class SteeredDrawing:
         steering = self.mode(self.settings, step=step, value_function=values, shares=self.shares, seeds=chunk.seeds)
         x0 = denoise(velocity, step, backbone.latent_shape, chunk.seeds, device=backbone.device, steer=steering).x0
         images = np.concatenate([backbone.decode(part) for part in x0.split(BATCH)])
-        kept = steering.choose(self._rewards(images, chunk.prompt))
+        kept = steering.choose(self._rewards(images, prompt))
         self.compute["critic"] += steering.forwards
         self.compute["critic_backward"] += steering.backwards
         self.compute["images"] += len(images)
@@ -205,7 +206,7 @@ class SteeredDrawing:
     def _rewards(self, images: np.ndarray, prompt: Prompt) -> np.ndarray:
         """Return the normalised rewards [n, R] of images among which to choose; NaN where a reward has no score."""
         columns = np.full((len(images), len(self.saved.rewards)), np.nan)
-        if self.settings.tries and len(images) > 1 and (scores := self.model.score(images, prompt)):
+        if self.settings.tries and len(images) > 1 and (scores := self.model.score(images, [prompt] * len(images))):
             for index, name in enumerate(self.saved.rewards):
                 normal = self.saved.moments[name].normalise(scores.values[name])
                 columns[:, index] = np.where(scores.valid[name], normal, np.nan)

@@ -3,20 +3,22 @@
 Pure functions and records, so that neither the work nor its result depends on the number of ranks.
 """
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from align_cluster.types import Chunk, Condition, Record
+from align_cluster.prompts.groups import even_spans
+from align_cluster.rollouts.guidance import TextBatch
+from align_cluster.types import Condition, Record
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Holds members `start` to `stop` of chunk number `source`, which are part of optimiser update `update` of the
-    step.
+    """Holds rows `start` to `stop` of chunk number `source`, which are part of optimiser update `update` of the step.
 
     `advantages` fp32 [stop - start] and `weights` fp32 [stop - start] (1, or 0 where the sample is masked or the
     micro-batch is padding). With a critic, advantages are [stop - start, N], one for each denoising step, and `returns`
@@ -34,16 +36,21 @@ class MicroBatch:
 
     @property
     def rows(self) -> slice:
-        """The members' rows in their chunk."""
+        """The rows in their chunk."""
         return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class TrainingChunk:
-    """Pairs what a sampler recorded of one chunk with the condition that the policy is trained under."""
+    """Pairs what a sampler recorded of one chunk with the conditions of its texts, under which the policy trains."""
 
     record: Record
-    condition: Condition
+    conditions: Mapping[str, Condition]
+
+    def text(self, null: Condition | None, device: torch.device, rows: slice = slice(None)) -> TextBatch:
+        """Return the conditions of these rows."""
+        texts = [row.prompt.text for row in self.record.chunk.rows[rows]]
+        return TextBatch.build([self.conditions[text] for text in texts], null, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,46 +69,58 @@ class StepWork:
     train_actor: bool = True
 
     def chunk_of(self, micro_batch: MicroBatch) -> TrainingChunk:
-        """Return the chunk that a micro-batch's members belong to."""
+        """Return the chunk that a micro-batch's rows belong to."""
         return self.chunks[micro_batch.source]
 
 
-def assign_updates(chunks: int, updates: int, seed: int) -> list[tuple[int, int]]:
-    """Return (update, chunk number) for each chunk of a step: chunks are shuffled by `seed`, then dealt out evenly."""
-    order = list(range(chunks))
-    random.Random(seed).shuffle(order)
-    return [(position * updates // chunks, chunk) for position, chunk in enumerate(order)]
+class Part(NamedTuple):
+    """Rows `start` to `stop` of chunk number `source`, which are part of optimiser update `update` of the step."""
+
+    update: int
+    source: int
+    start: int
+    stop: int
+
+
+def assign_updates(lengths: Sequence[int], bounds: Sequence[int], size: int) -> list[Part]:
+    """Cut the rows of a step, which are in chunks of these lengths, into parts of one chunk and one update.
+
+    Update u takes the rows from `bounds[u]` to `bounds[u + 1]`. A part has at most `size` rows.
+    """
+    begins = np.cumsum([0, *lengths]).tolist()
+    parts = []
+    for update, (first, last) in enumerate(pairwise(bounds)):
+        for source, (begin, end) in enumerate(pairwise(begins)):
+            low, high = max(first, begin), min(last, end)
+            parts += [
+                Part(update, source, start - begin, stop - begin)
+                for start, stop in (even_spans(low, high, size) if low < high else ())
+            ]
+    return parts
 
 
 def make_micro_batches(
-    chunks: Sequence[Chunk],
     advantages: Sequence[np.ndarray],
     valid: Sequence[np.ndarray],
     *,
-    updates: int,
+    bounds: Sequence[int],
     size: int,
-    seed: int,
     targets: dict[str, list[np.ndarray]] | None = None,
 ) -> list[MicroBatch]:
-    """Cut a step into micro-batches of at most `size` samples, ordered by update.
+    """Cut a step into micro-batches of at most `size` samples, ordered by update; for `bounds` see `assign_updates`.
 
     `advantages` and `valid` have one array a chunk. `targets` give the critic's `returns` and `values` of each chunk. A
     masked sample gets weight 0 and advantage 0, even where its advantage is not a number.
     """
     found = []
-    for update, source in assign_updates(len(chunks), updates, seed):
-        members = len(chunks[source].seeds)
-        for start in range(0, members, size):
-            stop = min(start + size, members)
-            weights = valid[source][start:stop].astype(np.float32)
-            given = advantages[source][start:stop]
-            given = np.where(weights.reshape(-1, *[1] * (given.ndim - 1)) > 0, given, 0).astype(np.float32)
-            more = {name: columns[source][start:stop].astype(np.float32) for name, columns in (targets or {}).items()}
-            found.append(
-                MicroBatch(
-                    update=update, source=source, start=start, stop=stop, advantages=given, weights=weights, **more
-                )
-            )
+    for update, source, start, stop in assign_updates([len(rows) for rows in valid], bounds, size):
+        weights = valid[source][start:stop].astype(np.float32)
+        given = advantages[source][start:stop]
+        given = np.where(weights.reshape(-1, *[1] * (given.ndim - 1)) > 0, given, 0).astype(np.float32)
+        more = {name: columns[source][start:stop].astype(np.float32) for name, columns in (targets or {}).items()}
+        found.append(
+            MicroBatch(update=update, source=source, start=start, stop=stop, advantages=given, weights=weights, **more)
+        )
     return found
 
 

@@ -22,35 +22,38 @@ State = tuple[int, int, int]  # number of the micro-batch, row in it, step
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """Holds one micro-batch of the critic, on any device: the samples, their one condition, and their weights [b]."""
+    """Holds one micro-batch of the critic on the CPU: the samples, their conditions, and their weights [b]."""
 
     samples: Batch
     text: TextBatch
     weights: torch.Tensor
 
+    def length(self, row: int) -> int:
+        """Return the number of tokens of a row's text."""
+        return self.text.sequence.shape[1] if self.text.mask is None else int(self.text.mask[row].sum())
+
 
 class CriticLearner:
-    """Trains the critic's head and adapter with AdamW. They are small and whole on every rank; gradients are averaged.
+    """Trains the critic's head and adapter with AdamW. They are small, whole on every rank, with averaged gradients."""
 
-    One forward pass reads `batch` states.
-    """
-
-    def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int, batch: int) -> None:
+    def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int) -> None:
         self.critic, self.algorithm, self.world, self.max_norm = critic, algorithm, world, optimizer.max_grad_norm
-        self.batch = batch
+        self.batch = algorithm.config.critic_batch
         self.optimizer = torch.optim.AdamW(
             critic.trainable, algorithm.config.critic_lr, optimizer.betas, optimizer.eps, optimizer.weight_decay
         )
 
     @torch.no_grad()
     def values(self, record: Record, text: TextBatch) -> np.ndarray:
-        """Return values fp32 [B, N, R] of the states that a record's steps started from, under its one condition."""
+        """Return values fp32 [B, N, R] of the states that a record's steps started from, under its rows' conditions."""
         device, shape = text.sequence.device, record.indices.shape
+        owners = torch.arange(shape[0], device=device).repeat_interleave(shape[1])
         levels = torch.tensor(record.sigmas[record.indices.ravel()], dtype=torch.float32, device=device)
         states = torch.tensor(record.before, device=device).flatten(0, 1)
         found = [
-            self.critic(x, sigma, *_repeated(text, len(x)))
-            for x, sigma in zip(states.split(self.batch), levels.split(self.batch), strict=True)
+            self.critic(x, sigma, own.sequence, own.pooled, own.mask)
+            for x, sigma, rows in zip(*(column.split(self.batch) for column in (states, levels, owners)), strict=True)
+            for own in (text[rows],)
         ]
         return torch.cat(found).unflatten(0, shape).cpu().numpy()
 
@@ -101,7 +104,7 @@ class CriticLearner:
         none."""
 
         def length(state: State) -> int:
-            return batches[state[0]].text.sequence.shape[1]
+            return batches[state[0]].length(state[1])
 
         states = [
             (number, row, slot)
@@ -157,21 +160,16 @@ class CriticLearner:
 
 
 def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Tensor, ...]:
-    """Return x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]."""
+    """Return x, sigma, sequence, pooled, values before, returns and weights of states, each [len(states), ...]; their
+    texts have one length, without padding."""
 
     def parts() -> Iterator[tuple[torch.Tensor, ...]]:
         for number, own in groupby(states, itemgetter(0)):
-            samples, weights = batches[number].samples, batches[number].weights
-            recorded, critic = samples.recorded, samples.critic
-            _, row, slot = torch.tensor(list(own), device=weights.device).T
-            sigmas = torch.tensor(samples.sigmas, dtype=torch.float32, device=weights.device)
-            levels = sigmas[recorded.indices[row, slot]]
-            targets = critic.values[row, slot], critic.returns[row, slot], weights[row]
-            yield recorded.before[row, slot], levels, *_repeated(batches[number].text, len(row)), *targets
+            batch, (_, row, slot) = batches[number], torch.tensor(list(own)).T
+            recorded, critic, text = batch.samples.recorded, batch.samples.critic, batch.text[row]
+            levels = torch.tensor(batch.samples.sigmas, dtype=torch.float32)[recorded.indices[row, slot]]
+            sequence = text.sequence[:, : batch.length(int(row[0]))]
+            targets = critic.values[row, slot], critic.returns[row, slot], batch.weights[row]
+            yield recorded.before[row, slot], levels, sequence, text.pooled, *targets
 
     return tuple(torch.cat(column) for column in zip(*parts(), strict=True))
-
-
-def _repeated(text: TextBatch, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the batch's one condition `count` times."""
-    return text.sequence.expand(count, -1, -1), text.pooled.expand(count, -1)

@@ -1,6 +1,6 @@
 """Hands the learner's network to an algorithm as a policy, and the gradient of the trained rewards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from align_cluster.algorithms.base import Policy
 from align_cluster.backbones.adapters import active_adapter
+from align_cluster.backbones.attention import ShortAttention
 from align_cluster.backbones.base import Backbone
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
@@ -32,16 +33,17 @@ class RewardGradient:
         if checkpointing:
             backbone.checkpoint_decoder()
 
-    def __call__(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Return weighted sums of scores, fp32 [b, J], of latents fp32 [b, C, H, W] under J texts."""
+    def __call__(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return weighted sums of scores, fp32 [b, J], of latents fp32 [b, C, H, W] under J texts each."""
         if not self.checkpointing:
             return self._score(latents, texts)
-        rows = [checkpoint(self._score, row, texts, use_reentrant=False) for row in latents.split(1)]
-        return torch.cat(rows)
+        rows = zip(latents.split(1), texts, strict=True)
+        return torch.cat([checkpoint(self._score, row, [own], use_reentrant=False) for row, own in rows])
 
-    def _score(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def _score(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         images = ((self.backbone.pixels(latents) + 1) / 2).clamp(0, 1)
-        return sum(weight * reward.against(images, texts) for weight, reward in self.parts)
+        with ShortAttention():  # here, because a backward pass may come here again
+            return sum(weight * reward.against(images, texts) for weight, reward in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class LearnerPolicy(Policy):
 
     `network` is called; `denoiser` is the module below its engine, whose adapters are switched. `reward_gradient` is
     there for algorithms that follow the gradient of rewards. With `null_gradient`, gradients flow through the null
-    branch of a guided prediction too.
+    branch of a guided prediction too. `equal_adapters` have the default one's weights at present.
     """
 
     backbone: Backbone
@@ -61,12 +63,17 @@ class LearnerPolicy(Policy):
     guidance: float
     null_gradient: bool = False
     reward_gradient: RewardGradient | None = None
+    equal_adapters: frozenset[str] = frozenset()
+
+    def follows(self, adapter: str) -> bool:
+        """Return whether an adapter has the default one's weights."""
+        return adapter in self.equal_adapters
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
         """Predict under an adapter, or under the bare base for None. Only the default adapter carries gradient."""
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
             return guided_velocity(self.backbone, self.network, x, sigma, self.text, self.guidance, self.null_gradient)
 
-    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Return the trained rewards of latents under each of the texts, with a gradient to the latents."""
+    def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return the trained rewards of latents under each of their texts, with a gradient to the latents."""
         return self.reward_gradient(latents, texts)

@@ -31,14 +31,17 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """Configures the DeepSpeed engine, and how a step's work is cut.
 
-    `updates_per_step` optimiser updates share a step's groups; `micro_batch: null` takes the rollout's chunk, which
-    makes the learner's log-probs bitwise those of the rollout. `ratio_tolerance` bounds |log ratio| before the first
+    `updates_per_step` optimiser updates share a step's images. A forward pass reads `micro_batch` images of one chunk,
+    in `fold` inner passes (noise levels, branches) at once where no log-probs are compared; null: chosen by
+    `config.plan.settle`. Micro-batches of whole chunks make the learner's log-probs bitwise those of the rollout.
+    `ratio_tolerance` bounds |log ratio| before the first
     update. `guidance_gradient` says through which branch of a guided prediction gradients flow (the official Flow-GRPO
     code: cond_only). `gradient_checkpointing` computes activations twice instead of keeping them.
     """
 
     updates_per_step: PositiveInt = 1
     micro_batch: PositiveInt | None = None
+    fold: PositiveInt | None = None
     zero_stage: Literal[0, 1, 2, 3] = 2
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
     ratio_tolerance: PositiveFloat = 1e-5
@@ -51,8 +54,7 @@ class LearnerSetup:
     """Holds everything of a run that a learner rank must know; `RunConfig.learner_setup` makes it.
 
     `rewards` are the trained ones by name, `step` is the kind of step that training rollouts take, `guidance` their
-    classifier-free guidance, `shaping` SLAS's settings where advantages are shaped, and `critic_batch` the number of
-    states that a critic reads at once.
+    classifier-free guidance, and `shaping` SLAS's settings where advantages are shaped.
     """
 
     seed: int
@@ -65,4 +67,3 @@ class LearnerSetup:
     shaping: Slas | None
     optimizer: OptimizerConfig
     learner: LearnerConfig
-    critic_batch: int

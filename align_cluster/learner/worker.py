@@ -19,15 +19,19 @@ from align_cluster.learner.policy import LearnerPolicy, RewardGradient
 from align_cluster.learner.settings import LearnerSetup
 from align_cluster.learner.state import Snapshot, capture, restore
 from align_cluster.learner.trust_probe import PROBED, TrustProbe
-from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.rollouts.steps import STEPS
-from align_cluster.types import Condition, Manifest
+from align_cluster.types import Condition, Manifest, Record
 from align_cluster.weights import publish
 
 
 class Learner:
     """Trains the policy on one rank. It is a plain class: a test builds it in its own process, the cluster wraps it in
-    an actor."""
+    an actor.
+
+    `equal_adapters` have the default adapter's weights at present.
+    """
+
+    equal_adapters: frozenset[str] = frozenset()
 
     def __init__(
         self, setup: LearnerSetup, rank: int, world: int, address: str, port: int, threads: int = 1, device: str = "cpu"
@@ -58,7 +62,7 @@ class Learner:
         critic = Critic(self.backbone, self.denoiser, len(self.setup.rewards), self.algorithm.critic)
         if self.setup.learner.gradient_checkpointing:  # the critic may read a copy of the denoiser
             critic.network.enable_gradient_checkpointing()
-        return CriticLearner(critic, self.algorithm, self.setup.optimizer, self.world, self.setup.critic_batch)
+        return CriticLearner(critic, self.algorithm, self.setup.optimizer, self.world)
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next update: flat at first, then linear in the run's progress."""
@@ -81,6 +85,7 @@ class Learner:
         first = work.chunks[0].record
         passes = self.algorithm.inner_passes(len(first.sigmas) - 1, len(first.slots))
         skipped = empty = 0
+        self.equal_adapters = self._equal_adapters()
         for update, total in sorted(work.totals.items()):
             changed = bool(total) and work.train_actor
             empty += not total
@@ -90,6 +95,7 @@ class Learner:
                 skipped += not changed
             self.updates += 1
             if changed:
+                self.equal_adapters = frozenset()
                 self._average()
         if self.critic and (whole := sum(work.totals.values())):
             self.critic.update(self._critic_batches(work), self.world / whole, metrics, not work.train_actor)
@@ -104,12 +110,16 @@ class Learner:
     ) -> bool:
         """Make one optimiser update from `mine`; return whether it changed anything."""
         probing, sound = self._probe_update(work, mine[0], passes), True
-        for inner_pass in range(passes):
-            for number, micro_batch in enumerate(mine):
-                loss = self._loss(work, micro_batch, inner_pass, metrics)
+        fold = self.setup.learner.fold or 1
+        visits = [range(first, min(first + fold, passes)) for first in range(0, passes, fold)]
+        left = len(visits) * len(mine)
+        for numbers in visits:
+            for micro_batch in mine:
+                left -= 1
+                loss = self._loss(work, micro_batch, numbers, metrics)
                 sound = sound and bool(torch.isfinite(loss))
                 # A loss that is not finite is differentiated too: the other ranks take part in what that exchanges.
-                self.engine.backward(loss * scale, last=inner_pass == passes - 1 and number == len(mine) - 1)
+                self.engine.backward(loss * scale, last=not left)
         rate = self.learning_rate()
         norm = self.engine.step(rate, sound)
         metrics.add("lr", rate)
@@ -120,12 +130,14 @@ class Learner:
         metrics.add("grad_norm", norm)
         return True
 
-    def _loss(self, work: StepWork, micro_batch: MicroBatch, inner_pass: int, metrics: MetricSums) -> torch.Tensor:
+    def _loss(self, work: StepWork, micro_batch: MicroBatch, passes: range, metrics: MetricSums) -> torch.Tensor:
+        """Return the weighted sum of a micro-batch's losses in these inner passes, which one forward pass holds."""
         chunk, device = work.chunk_of(micro_batch), self.backbone.device
-        batch = self._batch(work.step, inner_pass, micro_batch, chunk, device)
-        loss, values_of = self.algorithm.loss(self._policy(chunk, work.null, len(micro_batch.weights)), batch)
+        batch = self._batch(work.step, passes, micro_batch, chunk.record, device)
+        policy = self._policy(chunk, work.null, micro_batch.rows, len(passes))
+        loss, values_of = self.algorithm.loss(policy, batch)
         self.algorithm.check_metrics(values_of)
-        weights = torch.from_numpy(micro_batch.weights).to(device)
+        weights = torch.from_numpy(micro_batch.weights).to(device).repeat(len(passes))
         if micro_batch.update == 0 and "log_ratio" in values_of:
             # The weights are still those of the rollout, so this must be 0.
             values_of["first_log_ratio"] = values_of["log_ratio"]
@@ -134,28 +146,31 @@ class Learner:
             metrics.add(name, float(weighted.sum()), float(weights.sum()), float(weighted.abs().max()))
         return (loss * weights).sum()
 
-    def _batch(
-        self, step: int, inner_pass: int, micro_batch: MicroBatch, chunk: TrainingChunk, device: torch.device
-    ) -> Batch:
-        rows, record = micro_batch.rows, chunk.record
+    def _batch(self, step: int, passes: range, micro_batch: MicroBatch, record: Record, device: torch.device) -> Batch:
+        """Return the micro-batch's samples once for each inner pass, all of the first pass before those of the next."""
+        times, rows = len(passes), record.chunk.rows[micro_batch.rows]
+        visits = [(row, number) for number in passes for row in rows]
 
         def tensor(array: np.ndarray | None) -> torch.Tensor | None:
-            return None if array is None else torch.tensor(array, device=device)
+            return None if array is None else torch.tensor(array, device=device).repeat(times, *[1] * (array.ndim - 1))
 
         def part(array: np.ndarray | None) -> torch.Tensor | None:
-            return None if array is None else tensor(array[rows])
+            return None if array is None else tensor(array[micro_batch.rows])
 
-        def generators(purpose: str) -> list[torch.Generator]:
+        def generators(purpose: str, *, shared: bool = False) -> list[torch.Generator]:
             # A stream is a function of the sample and the moment, never of the rank or the micro-batch.
-            names = (f"{seed} {step} {micro_batch.update} {purpose}" for seed in record.chunk.seeds[rows])
-            digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-            return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
+            found = []
+            for row, number in visits:
+                name = f"{row.seed} {step} {micro_batch.update} {purpose}" + ("" if shared else f" {number}")
+                digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+                found.append(torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1))
+            return found
 
         targets = None
         if micro_batch.returns is not None:
             targets = CriticTargets(tensor(micro_batch.returns), tensor(micro_batch.values))
         return Batch(
-            inner_pass=inner_pass,
+            passes=tuple(number for _, number in visits),
             update=self.updates,
             advantages=tensor(micro_batch.advantages),
             x0=part(record.x0),
@@ -170,8 +185,8 @@ class Learner:
             ),
             generators=generators,
             critic=targets,
-            prompt=record.chunk.prompt.text,
-            noises=record.chunk.noises[rows],
+            prompts=tuple(row.prompt.text for row, _ in visits),
+            noises=tuple(row.noise for row, _ in visits),
         )
 
     def _critic_batches(self, work: StepWork) -> list[CriticBatch]:
@@ -179,8 +194,8 @@ class Learner:
         cpu = torch.device("cpu")
         return [
             CriticBatch(
-                self._batch(work.step, 0, micro_batch, chunk, cpu),
-                TextBatch.build([chunk.condition], None, cpu),
+                self._batch(work.step, range(1), micro_batch, chunk.record, cpu),
+                chunk.text(None, cpu, micro_batch.rows),
                 torch.from_numpy(micro_batch.weights),
             )
             for micro_batch in work.micro_batches
@@ -190,10 +205,7 @@ class Learner:
     def values(self, chunks: list[TrainingChunk]) -> tuple[list[np.ndarray], np.ndarray | None]:
         """Return the critic's values [B, N, R] of every recorded state of each chunk, and the rollout's noise levels
         [N + 1]. A forward pass never mixes chunks, so results do not depend on the rank."""
-        found = [
-            self.critic.values(chunk.record, TextBatch.build([chunk.condition], None, self.backbone.device))
-            for chunk in chunks
-        ]
+        found = [self.critic.values(chunk.record, chunk.text(None, self.backbone.device)) for chunk in chunks]
         return found, chunks[0].record.sigmas if chunks else None
 
     def state(self) -> Snapshot | None:
@@ -217,7 +229,7 @@ class Learner:
             return False
         chunk = work.chunk_of(micro_batch)
         rows = slice(micro_batch.start, min(micro_batch.stop, micro_batch.start + PROBED))
-        policy = self._policy(chunk, work.null, rows.stop - rows.start, self.denoiser)
+        policy = self._policy(chunk, work.null, rows, network=self.denoiser)
         checkpointing = self.setup.learner.gradient_checkpointing
         if checkpointing:  # a checkpointed graph cannot be differentiated twice
             self.denoiser.disable_gradient_checkpointing()
@@ -227,20 +239,26 @@ class Learner:
         return True
 
     def _policy(
-        self, chunk: TrainingChunk, null: Condition | None, count: int, network: torch.nn.Module | None = None
+        self,
+        chunk: TrainingChunk,
+        null: Condition | None,
+        rows: slice,
+        times: int = 1,
+        network: torch.nn.Module | None = None,
     ) -> LearnerPolicy:
-        """Return the network, behind its engine unless one is given, under the prompt's own condition, whatever
-        condition the samples were drawn under."""
-        kind = self.setup.step
+        """Return the network, behind its engine unless one is given, under the prompts' own conditions, `times` over,
+        whatever conditions the samples were drawn under."""
+        kind, text = self.setup.step, chunk.text(null, self.backbone.device, rows)
         return LearnerPolicy(
             backbone=self.backbone,
             network=network or self.engine.deepspeed,
             denoiser=self.denoiser,
             step=STEPS[kind.kind](kind, chunk.record.sigmas, self.backbone.prediction),
-            text=TextBatch.build([chunk.condition] * count, null, self.backbone.device),
+            text=text if times == 1 else text[torch.arange(len(text.sequence)).repeat(times)],
             guidance=self.setup.guidance,
             null_gradient=self.setup.learner.guidance_gradient == "both",
             reward_gradient=self.reward_gradient,
+            equal_adapters=self.equal_adapters,
         )
 
     def _read(self, adapter: str) -> dict[str, torch.Tensor]:
@@ -255,6 +273,13 @@ class Learner:
         decay = min((1 + self.updates) / (10 + self.updates), self.setup.learner.ema)
         for name, value in self._read("default").items():
             self.ema[name].lerp_(value, 1 - decay)
+
+    def _equal_adapters(self) -> frozenset[str]:
+        """Return "old" where it has the default adapter's weights, as after a step without lag; all ranks agree."""
+        if self.algorithm.old_decay(self.updates) is None:
+            return frozenset()
+        default, old = self._read("default"), self._read("old")
+        return frozenset({"old"} if all(torch.equal(old[name], value) for name, value in default.items()) else ())
 
     def _lag(self) -> None:
         """Move the lagged adapter towards the default one, where the algorithm keeps one."""

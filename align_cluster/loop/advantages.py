@@ -8,8 +8,7 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import credit, linear
 from align_cluster.algorithms.trust import TrustRegion
 from align_cluster.config.run import RunConfig
-from align_cluster.learner.batching import Reduced, assign_updates
-from align_cluster.loop.requests import step_seed
+from align_cluster.learner.batching import Reduced
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
@@ -37,14 +36,14 @@ class AdvantageEstimator:
             return Credit(
                 np.zeros(shape, np.float32), np.ones(shape, bool), {}
             )  # the learner follows the rewards' gradient itself
-        arguments = self._arguments(step, drawn)
+        arguments = self._arguments(drawn)
         return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
 
     def observe(self, step: int, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
         """Take in what the learner measured during its update, if it did, and return metrics of it."""
         if self.trust is None or "lambda_max" not in trained:
             return {}
-        values, applies, valid, weights, settings, batches = self._arguments(step, drawn)
+        values, applies, valid, weights, settings, batches = self._arguments(drawn)
         u = linear(values, applies, valid, weights, settings, batches)
         estimates = {name: trained[name].largest for name in LARGEST} | {"step_kl": trained["step_kl"].mean}
         return self.trust.observe(estimates, u[valid])
@@ -62,12 +61,11 @@ class AdvantageEstimator:
         if self.trust:
             self.trust.restore(state["trust"])
 
-    def _arguments(self, step: int, drawn: list[DrawnChunk]) -> tuple:
+    def _arguments(self, drawn: list[DrawnChunk]) -> tuple:
         shape = (self.config.prompts_per_step, self.config.group_members)
         values, applies, valid, weights = table([item.scores for item in drawn], self.config.rewards)
-        parts = assign_updates(len(drawn), self.config.learner.updates_per_step, step_seed(self.config, step))
-        updates = {chunk: update for update, chunk in parts}
-        batches = np.concatenate([[updates[i]] * len(item.chunk.seeds) for i, item in enumerate(drawn)])
+        bounds = self.config.update_bounds
+        batches = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))  # the optimiser update of each row
         whole = ~lost([item.scores for item in drawn], self.config.rewards).reshape(shape).any(1, keepdims=True)
         return (
             values.reshape(-1, *shape),

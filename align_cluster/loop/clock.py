@@ -17,6 +17,7 @@ class Clock:
         self.number = 0
         self.doing = ("start", time.monotonic())
         self.step: dict[str, float] = {}
+        self.step_began = self.began
         self.total: dict[str, float] = {}
 
     def add(self, stage: str, seconds: float) -> None:
@@ -46,7 +47,13 @@ class Clock:
 
     def next_step(self, number: int) -> None:
         """Begin to count step `number`."""
-        self.step, self.number = {}, number
+        self.step, self.number, self.step_began = {}, number, time.perf_counter()
+
+    def end_step(self) -> float:
+        """Return the wall time of the step. What no stage has counted becomes the stage "driver"."""
+        whole = time.perf_counter() - self.step_began
+        self.add("driver", max(0.0, whole - sum(self.step.values())))
+        return whole
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

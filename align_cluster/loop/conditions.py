@@ -1,6 +1,8 @@
-"""Conditions and perturbed conditions of a run's prompts. Samplers compute them; the object store keeps them."""
+"""Conditions and perturbed conditions of a run's prompts. Samplers compute them; the object store keeps recent ones."""
 
-from collections.abc import Sequence
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,70 +10,166 @@ import numpy as np
 import ray
 
 from align_cluster.cluster.pool import Pool, stream
-from align_cluster.config.run import RunConfig
-from align_cluster.types import Chunk, Prompt
+from align_cluster.config.run import ClusterConfig, RunConfig
+from align_cluster.types import Condition, Perturbation, Prompt
 
+log = logging.getLogger(__name__)
+GIB = 2**30
+SHARE = 0.1  # of the object store's free memory: images and records of a step need the rest
 MOST_TEXTS = 32  # texts in one call of a sampler: enough to fill a text encoder's batch
 
 
 @dataclass(frozen=True)
-class Perturbed:
-    """Refers to one prompt's perturbed conditions; says how far they are from the original and from each other."""
+class Stored:
+    """Refers to a record in the object store, by its content address; `nbytes` is its size."""
 
     key: str
+    nbytes: int
     reference: Any
+
+
+@dataclass(frozen=True)
+class Perturbed(Stored):
+    """Refers to one prompt's perturbed conditions; says how far they are from the original and from each other."""
+
     cosine: float
     pairwise: float
 
 
+class Recent:
+    """Keeps what was stored for texts, each kind apart, up to `limit` bytes together. What was needed longest ago goes.
+
+    What is needed now stays, even where that alone exceeds the limit. A call takes longer for more texts, not for more
+    that is kept.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.nbytes = limit, 0
+        self.needed: dict[str, dict[str, Stored]] = {}
+        self.spare: OrderedDict[tuple[str, str], Stored] = OrderedDict()  # needed longest ago first
+
+    def need(self, kind: str, texts: Sequence[str]) -> list[str]:
+        """Keep what is stored for `texts` until the next call for this kind; return the texts that have nothing yet."""
+        before, now, missing = self.needed.get(kind, {}), {}, []
+        for text in dict.fromkeys(texts):
+            found = before.pop(text, None) or self.spare.pop((kind, text), None)
+            if found:
+                now[text] = found
+            else:
+                missing.append(text)
+        self.needed[kind] = now
+        self.spare.update({(kind, text): stored for text, stored in before.items()})
+        self._shrink()
+        return missing
+
+    def add(self, kind: str, text: str, stored: Stored) -> None:
+        """Keep what was missing, as long as the other texts of the last `need`."""
+        self.needed[kind][text] = stored
+        self.nbytes += stored.nbytes
+        self._shrink()
+
+    def find(self, kind: str, text: str) -> Any | None:
+        """Return what is stored for a text, or None."""
+        return self.needed.get(kind, {}).get(text) or self.spare.get((kind, text))
+
+    def _shrink(self) -> None:
+        while self.nbytes > self.limit and self.spare:
+            _, stored = self.spare.popitem(last=False)
+            self.nbytes -= stored.nbytes
+
+
 class ConditionStore:
-    """Has each text encoded once, by whichever sampler is free, and keeps references to the results."""
+    """Has texts encoded by whichever sampler is free, and keeps references to the results, up to a bound.
+
+    A text that went out comes back from the samplers' disk cache, or is encoded again.
+    """
 
     def __init__(self, config: RunConfig, samplers: Pool) -> None:
         self.config, self.samplers = config, samplers
-        self.references: dict[str, Any] = {}
-        self.keys: dict[str, str] = {}
-        self.perturbed: dict[str, Perturbed] = {}
+        self.recent = Recent(bound(config.cluster))
+        self.warned = False
 
     def encode(self, prompts: Sequence[Prompt]) -> None:
-        """Have every new text encoded, and the empty prompt where guidance needs it."""
+        """Have every text that is not in the store encoded, and the empty prompt where guidance needs it.
+
+        All of them stay there until the next call.
+        """
         guided = max(self.config.rollout.guidance, self.config.evaluate.guidance) > 1
-        texts = dict.fromkeys([prompt.text for prompt in prompts] + ([""] if guided else []))
-        new = [text for text in texts if text not in self.references]
-        for start in range(0, len(new), MOST_TEXTS):
-            self.samplers.submit(start, "encode", new[start : start + MOST_TEXTS])
-        for done in stream(self.samplers):
-            for text, condition in zip(new[done.key : done.key + MOST_TEXTS], done.value, strict=True):
-                self.references[text], self.keys[text] = ray.put(condition), condition.key
+        new = self.recent.need("condition", [prompt.text for prompt in prompts] + ([""] if guided else []))
+        for text, found in self._ask("encode", new):
+            self.recent.add("condition", text, Stored(found.key, found.nbytes, ray.put(found)))
+        self._warn()
 
     def explore(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Learn the perturbed conditions of every new text (phase 1 of E2PO); return the metrics of all `prompts`."""
+        """Learn the perturbed conditions of texts that have none in the store (phase 1 of E2PO).
+
+        All of them stay there until the next call. Returns the metrics of all `prompts`.
+        """
         settings = self.config.exploration
         if settings is None or settings.conditions == 1:
             return {}
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-        new = [text for text in texts if text not in self.perturbed]
-        size = min(MOST_TEXTS, -(-len(new) // self.samplers.size)) or 1
-        for start in range(0, len(new), size):
-            self.samplers.submit(start, "perturb", new[start : start + size], settings, self.config.seed)
-        for done in stream(self.samplers):
-            for text, found in zip(new[done.key : done.key + size], done.value, strict=True):
-                facts = (float(found.cosines.mean()), float(found.pairwise))
-                self.perturbed[text] = Perturbed(found.key, ray.put(found), *facts)
-        known = [self.perturbed[text] for text in texts]
+        new = self.recent.need("perturbation", texts)
+        for text, found in self._ask("perturb", new, settings, self.config.seed):
+            facts = (float(found.cosines.mean()), float(found.pairwise))
+            self.recent.add("perturbation", text, Perturbed(found.key, found.nbytes, ray.put(found), *facts))
+        self._warn()
+        known = [self.perturbed_of(text) for text in texts]
         metrics = {"explore/anchor_cosine": float(np.mean([item.cosine for item in known]))}
         if settings.conditions > 2:
             metrics["explore/pairwise_cosine"] = float(np.mean([item.pairwise for item in known]))
         return metrics
 
-    def of(self, chunk: Chunk) -> Any:
-        """Return a reference to the condition of a chunk's prompt."""
-        return self.references[chunk.prompt.text]
+    def _ask(self, method: str, texts: list[str], *args: Any) -> Iterator[tuple[str, Condition | Perturbation]]:
+        """Yield each text with what a sampler's method returns for it, as the results come."""
+        size = min(MOST_TEXTS, -(-len(texts) // self.samplers.size)) or 1
+        for start in range(0, len(texts), size):
+            self.samplers.submit(start, method, texts[start : start + size], *args)
+        for done in stream(self.samplers):
+            yield from zip(texts[done.key : done.key + size], done.value, strict=True)
+
+    def _warn(self) -> None:
+        """Say once that what is needed at one time is larger than the bound."""
+        if self.recent.nbytes > self.recent.limit and not self.warned:
+            self.warned = True
+            log.warning(
+                "the conditions of one step or evaluation take %.2g GiB of the object store, more than "
+                "cluster.condition_cache_gib, %.2g GiB: raise it, or take fewer prompts at a time",
+                self.recent.nbytes / GIB,
+                self.recent.limit / GIB,
+            )
+
+    def of(self, text: str) -> Any:
+        """Return a reference to a text's condition. Raises KeyError for a text that the last `encode` did not name and
+        that has gone out since."""
+        return self._condition(text).reference
+
+    def key(self, text: str) -> str:
+        """Return the content address of a text's condition; raises KeyError as `of` does."""
+        return self._condition(text).key
+
+    def _condition(self, text: str) -> Stored:
+        found = self.recent.find("condition", text)
+        if found is None:
+            raise KeyError(f"the condition of {text!r} is not in the store; call `encode` with its prompt first")
+        return found
 
     def null(self, guidance: float) -> Any:
         """Return a reference to the empty prompt's condition, or None where this guidance needs none."""
-        return self.references.get("") if guidance > 1 else None
+        return self.of("") if guidance > 1 else None
 
-    def perturbed_of(self, chunk: Chunk) -> Perturbed | None:
-        """Return the perturbed conditions that a chunk is drawn under, if it is."""
-        return self.perturbed[chunk.prompt.text] if any(chunk.variants) else None
+    def perturbed_of(self, text: str) -> Perturbed | None:
+        """Return a text's perturbed conditions, if the store has them."""
+        return self.recent.find("perturbation", text)
+
+
+def bound(config: ClusterConfig) -> float:
+    """Return the bytes of the object store that conditions may take.
+
+    By default they are SHARE of what is free where the driver runs, because the driver's node holds them.
+    """
+    if config.condition_cache_gib is not None:
+        return config.condition_cache_gib * GIB
+    here = ray.get_runtime_context().get_node_id()
+    own = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return SHARE * min(resources.get("object_store_memory", 0.0) for resources in (own, ray.available_resources()))

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.backbones import BACKBONES
-from align_cluster.cluster.placement import cluster, reserve, resources
+from align_cluster.cluster.placement import cluster, plan_run, reserve, resources
+from align_cluster.cluster.preload import Preload
 from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
-from align_cluster.config.plan import derive
 from align_cluster.config.run import RunConfig
 from align_cluster.files import storage, write_json, write_text
 from align_cluster.loop.advantages import AdvantageEstimator
@@ -33,11 +32,13 @@ from align_cluster.types import Prompt
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
-def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool = False) -> Path:
+def train(
+    config: RunConfig, out: Path, resume: str | None = None, alone: bool = False, preload: Preload | None = None
+) -> Path:
     """Run one alignment and return its run directory.
 
     `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For `alone` see
-    `preemptible`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
+    `preemptible`, for `preload` see `cluster`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
     """
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)
@@ -50,8 +51,9 @@ def train(config: RunConfig, out: Path, resume: str | None = None, alone: bool =
         if start.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
-        with cluster(config.cluster), preemptible(alone):
-            plan = derive(config, *resources())
+        with cluster(config.cluster, preload), preemptible(alone):
+            plan = plan_run(start.settled(config), *resources())
+            config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
                 write_text(run.config, dump(config))
                 pools = f"{plan.samplers} samplers, {plan.reward_workers} reward workers, {plan.learners} learner ranks"
@@ -89,9 +91,12 @@ def align(
         weights.publish("behaviour")
         for step in range(start.steps, config.steps):
             clock.next_step(step + 1)
-            chunks = plan_chunks(config, prompts, step, workers.plan)
+            chunks = plan_chunks(config, prompts, step)
+            drawn_for = [prompt for chunk in chunks for prompt in chunk.prompts]
+            with clock.stage("encode"):
+                workers.conditions.encode(drawn_for)
             with clock.stage("explore") if config.exploration else nullcontext():
-                explored = workers.conditions.explore([chunk.prompt for chunk in chunks])
+                explored = workers.conditions.explore(drawn_for)
             with clock.at("draw"):
                 rollout = rollouts.draw(chunks, training_request(config, step, weights.version))
             clock.add_all(rollout.seconds)
@@ -105,7 +110,7 @@ def align(
             with clock.stage("publish"):
                 sync = weights.publish("behaviour")
             row = explored | observed | rollout.metrics
-            row |= step_metrics(config, drawn, credit, trained, clock.step, sync)
+            row |= step_metrics(config, drawn, credit, trained, clock, sync)
             metrics.write(step + 1, row)
             bars.step(step + 1, row)
             if alarm := guard.rollback_wanted(step + 1, row, bars.note):
@@ -115,5 +120,5 @@ def align(
         sync, results.after = evaluation.last()
         if has_critic:
             save_critic(run, config, workers.ranks.critic_state(), estimator)
-    lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights.adapter(sync), run.lora)
+    lora = weights.save(sync, run.lora)
     return summary(config, results, workers, clock, sync, lora, checkpoints.resumed)

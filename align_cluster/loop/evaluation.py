@@ -1,5 +1,6 @@
 """Held-out evaluation and sample grids inside a run, with the run's own workers."""
 
+from align_cluster.config.plan import evaluation_pieces
 from align_cluster.config.run import RunConfig
 from align_cluster.files import write_json
 from align_cluster.loop.clock import Clock
@@ -31,12 +32,12 @@ class Evaluation:
         self.config, self.settings, self.workers, self.clock = config, config.evaluate, workers, clock
         self.run_dir, self.metrics = run, metrics
         settings, seed = config.evaluate, config.seed
-        self.chunks = plan_evaluation(
-            held_out, settings.count, settings.images_per_prompt, settings.images_per_prompt, seed
-        )
+        batches = {"chunk": config.rollout.chunk, "pieces": evaluation_pieces(config)}
+        self.chunks = plan_evaluation(held_out, settings.count, settings.images_per_prompt, seed=seed, **batches)
         shown = spread(held_out, min(settings.grid_prompts, settings.count))
-        self.grid_chunks = plan_evaluation(shown, len(shown), settings.grid_columns, settings.grid_columns, seed + 1)
-        write_json(run.grid_prompts, [chunk.prompt.text for chunk in self.grid_chunks])
+        self.grid_chunks = plan_evaluation(shown, len(shown), settings.grid_columns, seed=seed + 1, **batches)
+        self.captions = [prompt.text for prompt in shown]
+        write_json(run.grid_prompts, self.captions)
         self.headline = headline(config)
 
     def first(self) -> dict:
@@ -75,19 +76,20 @@ class Evaluation:
     def score(self, step: int) -> dict:
         """Take scores of the weights that the samplers hold, and record them in evaluations.jsonl."""
         drawn = self._draw(self.chunks)
-        scores = summarise([row for item in drawn for row in rows(item.chunk.prompt, item.scores)])
+        scores = summarise([row for item in drawn for row in rows(item.chunk.prompts, item.scores)])
         self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
         return scores
 
     def _draw(self, chunks: list[Chunk]) -> list[DrawnChunk]:
+        self.workers.conditions.encode([prompt for chunk in chunks for prompt in chunk.prompts])
         request = evaluation_request(self.config, self.workers.weights.version)
         return self.workers.rollouts.draw(chunks, request).drawn
 
     def grid(self, step: int) -> None:
         """Draw the grid's prompts with the weights that the samplers hold, and write the picture."""
         drawn = self._draw(self.grid_chunks)
-        captions = [chunk.prompt.text for chunk in self.grid_chunks]
-        save_grid(self.workers.rollouts.images(drawn), self.settings.grid_columns, self.run_dir.grid(step), captions)
+        images, columns = self.workers.rollouts.images(drawn), self.settings.grid_columns
+        save_grid(images, columns, self.run_dir.grid(step), self.captions)
 
 
 def headline(config: RunConfig) -> str:

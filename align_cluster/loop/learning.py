@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,9 +11,10 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from align_cluster.cluster.learners import LearnerGroup, RankWork
-from align_cluster.cluster.pool import Pool, fetch
+from align_cluster.cluster.pool import Pool, fetch, stream
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
+from align_cluster.files import atomic
 from align_cluster.learner.batching import (
     MicroBatch,
     RankMetric,
@@ -22,10 +24,9 @@ from align_cluster.learner.batching import (
     reduce_metrics,
 )
 from align_cluster.loop.conditions import ConditionStore
-from align_cluster.loop.requests import step_seed
 from align_cluster.loop.rollouts import DrawnChunk, RolloutCollector
 from align_cluster.types import Chunk, Credit, Manifest, Receipt
-from align_cluster.weights import check, view
+from align_cluster.weights import check
 
 
 class CriticValues(NamedTuple):
@@ -67,8 +68,8 @@ class LearnerClient:
 
     def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
         """Train on one step's samples and return the learner's metrics over all ranks."""
-        chunks, world = [item.chunk for item in drawn], self.plan.learners
-        micro_batches = step_micro_batches(self.config, step, chunks, credit, self.plan.micro_batch)
+        world = self.plan.learners
+        micro_batches = step_micro_batches(self.config, [item.chunk for item in drawn], credit)
         null = self.conditions.null(self.config.rollout.guidance)
 
         def share(rank: int) -> RankWork:
@@ -81,15 +82,13 @@ class LearnerClient:
         return reduce_metrics(self.rollouts.recover(drawn, ask, self.ranks.shutdown))
 
     def _data(self, drawn: Sequence[DrawnChunk]) -> list[Any]:
-        """Return references to records and conditions in turns, as a rank takes them."""
-        return [reference for item in drawn for reference in (item.record, self.conditions.of(item.chunk))]
+        """Return references to each record and the conditions of its texts, as a rank takes them."""
+        return [part for item in drawn for part in (item.record, *map(self.conditions.of, item.chunk.texts))]
 
 
-def step_micro_batches(
-    config: RunConfig, step: int, chunks: Sequence[Chunk], credit: Credit, size: int
-) -> list[MicroBatch]:
-    """Cut a step's chunks with their credit into micro-batches of at most `size` samples."""
-    ends = np.cumsum([len(chunk.seeds) for chunk in chunks])[:-1]
+def step_micro_batches(config: RunConfig, chunks: Sequence[Chunk], credit: Credit) -> list[MicroBatch]:
+    """Cut a step's chunks with their credit into micro-batches."""
+    ends = np.cumsum([len(chunk) for chunk in chunks])[:-1]
 
     def by_chunk(table: np.ndarray) -> list[np.ndarray]:
         return np.split(table.reshape(-1, *table.shape[2:]), ends)
@@ -98,12 +97,10 @@ def step_micro_batches(
     if credit.returns is not None:
         targets = {"returns": by_chunk(credit.returns), "values": by_chunk(credit.values)}
     return make_micro_batches(
-        chunks,
         by_chunk(credit.advantages),
         by_chunk(credit.valid),
-        updates=config.learner.updates_per_step,
-        size=size,
-        seed=step_seed(config, step),
+        bounds=config.update_bounds,
+        size=config.learner.micro_batch,
         targets=targets,
     )
 
@@ -147,7 +144,11 @@ class WeightSync:
         manifest, _ = self.samplers.broadcast_state[1]
         check(manifest, [receipt], 1)
 
-    def adapter(self, sync: Sync) -> dict[str, np.ndarray]:
-        """Return published weights by name."""
-        buffer = fetch(sync.buffer, self.timeout_s)
-        return {tensor.name: view(buffer, tensor) for tensor in sync.manifest.tensors}
+    def save(self, sync: Sync, folder: Path) -> Path:
+        """Write published weights as a LoRA file, which a sampler makes, and return its path."""
+        self.samplers.submit("lora", "lora_file", sync.manifest, sync.buffer)
+        (done,) = stream(self.samplers)
+        name, content = done.value
+        with atomic(folder / name) as file:
+            file.write_bytes(content)
+        return folder / name

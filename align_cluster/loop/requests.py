@@ -1,7 +1,7 @@
 """Decides what a step draws and how, from the settings and the step's number and nothing else."""
 
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.config.plan import Plan
+from align_cluster.config.plan import chunk_bounds
 from align_cluster.config.run import RunConfig
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.sampler import DrawRequest
@@ -10,11 +10,11 @@ from align_cluster.types import Chunk, Prompt
 
 
 def step_seed(config: RunConfig, step: int) -> int:
-    """Return the seed of one step's choices: which noise levels are trained, which groups share an update."""
+    """Return the seed of one step's choices, such as which noise levels are trained."""
     return config.seed * 1_000_003 + step
 
 
-def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int, plan: Plan) -> list[Chunk]:
+def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int) -> list[Chunk]:
     """Return the chunks that training step `step` draws."""
     return plan_step(
         prompts,
@@ -22,9 +22,10 @@ def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int, plan: Plan)
         step,
         config.prompts_per_step,
         config.rollout.group_size,
-        plan.chunk,
+        config.rollout.chunk,
         config.conditions,
         config.rollout.same_noise,
+        chunk_bounds(config),
     )
 
 

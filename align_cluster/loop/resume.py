@@ -8,7 +8,7 @@ from pathlib import Path
 
 from align_cluster.checkpoint.store import Damaged, Store
 from align_cluster.cluster.nodes import software
-from align_cluster.config.load import differences
+from align_cluster.config.load import as_before, differences
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.files import read_json, write_text
@@ -30,6 +30,10 @@ class StartingPoint:
     def steps(self) -> int:
         """Return the number of steps that are done."""
         return self.state.step if self.state else 0
+
+    def settled(self, config: RunConfig) -> RunConfig:
+        """Return the config with what the run had filled in when it began."""
+        return as_before(self.state.facts["config"], config) if self.state else config
 
     def finished(self, config: RunConfig) -> bool:
         """Tell whether nothing is left to do: the run has its summary and all the steps that are asked for."""

@@ -73,11 +73,10 @@ class RolloutCollector:
         self.images_drawn = 0
 
     def draw(self, chunks: Sequence[Chunk], request: DrawRequest) -> Rollout:
-        """Draw and scores chunks.
+        """Draw and score chunks, whose texts must be encoded.
 
         Stage "rollout" lasts until the last chunk is drawn, "reward" from there until the last score.
         """
-        self.conditions.encode([chunk.prompt for chunk in chunks])
         started = time.perf_counter()
         by_id = {chunk.id: chunk for chunk in chunks}
         progress = _Progress(by_id, request, parts={key: [] for key in by_id})
@@ -124,7 +123,7 @@ class RolloutCollector:
         metrics = {name: value for scoring in self.scoring for name, value in scoring.end().items()}
         if len(chunks) >= len(self.samplers.workers):  # fewer chunks do not tell how many samplers are needed
             self.samplers.trim()
-        self.images_drawn += sum(len(chunk.seeds) for chunk in chunks.values())
+        self.images_drawn += sum(map(len, chunks.values()))
         order = list(self.config.rewards)
         drawn = [
             DrawnChunk(*progress.drawn[chunk.id], beside(progress.parts[chunk.id], order), progress.request)
@@ -137,17 +136,10 @@ class RolloutCollector:
         return Rollout(drawn, seconds, metrics)
 
     def _submit(self, chunk: Chunk, request: DrawRequest) -> None:
-        perturbed = self.conditions.perturbed_of(chunk)
-        self.samplers.submit(
-            chunk.id,
-            "draw",
-            chunk,
-            self.conditions.of(chunk),
-            self.conditions.null(request.guidance),
-            request,
-            perturbed and perturbed.reference,
-            returns=3,
-        )
+        encodings = [self.conditions.of(text) for text in chunk.texts]
+        encodings += [self.conditions.perturbed_of(text).reference for text in chunk.perturbed_texts]
+        null = self.conditions.null(request.guidance)
+        self.samplers.submit(chunk.id, "draw_chunk", chunk, null, request, *encodings, returns=3)
 
     def _draw_again(self, missed: list[tuple[Chunk, Any]], progress: _Progress) -> None:
         """Have images drawn again that went down with their node before they were scored."""
@@ -163,9 +155,10 @@ class RolloutCollector:
                     scoring.add(chunk, known)
 
     def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
-        """Check that a chunk was drawn with exactly the levels, seeds, weights and condition that were asked for."""
-        perturbed, key = self.conditions.perturbed_of(chunk), self.conditions.keys[chunk.prompt.text]
-        if info.fingerprint != fingerprint(chunk, request, key, perturbed and perturbed.key):
+        """Check that a chunk was drawn with exactly the levels, seeds, weights and conditions that were asked for."""
+        keys = {text: self.conditions.key(text) for text in chunk.texts}
+        perturbed = {text: self.conditions.perturbed_of(text).key for text in chunk.perturbed_texts}
+        if info.fingerprint != fingerprint(chunk, request, keys, perturbed):
             raise RuntimeError(f"chunk {chunk.id} was not drawn as requested; sampler and driver versions differ")
 
     def redraw(self, drawn: list[DrawnChunk]) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,14 @@ from align_cluster.cluster.slots import GivenUp
 from align_cluster.config.plan import RewardPool
 from align_cluster.rewards.mix import unscored
 from align_cluster.types import Chunk, ChunkId, Failure, Scores
+
+
+class Drawn(NamedTuple):
+    """Holds a drawn chunk, a reference to its images, and the time when it came."""
+
+    chunk: Chunk
+    images: Any
+    since: float
 
 
 class Scoring:
@@ -26,38 +34,48 @@ class Scoring:
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
         """Get ready for the chunks of one draw."""
-        self.batch = self.settings.batch or max(len(chunk.seeds) for chunk in chunks)
-        self.drawn: dict[
-            ChunkId, tuple[Chunk, Any, float]
-        ] = {}  # with a reference to the images, and the time when they were drawn
-        self.waiting: dict[ChunkId, Chunk] = {}
-        self.planned = list(batches(chunks, self.batch)) if self.settings.ordered else []
+        self.batch = self.settings.batch or max(map(len, chunks))
+        self.drawn: dict[ChunkId, Drawn] = {}
+        self.waiting: dict[ChunkId, Chunk] = {}  # dynamic batching alone
+        planned = list(batches(chunks, self.batch)) if self.settings.ordered else []
+        self.planned = {chunk.id: batch for batch in planned for chunk in batch}
+        self.missing = {id(batch): len(batch) for batch in planned}
         self.scored: set[ChunkId] = set()
         self.latencies: list[float] = []
         self.fills: list[float] = []
-        self.images = self.deepest = 0
+        self.images = self.depth = self.deepest = 0
         self.seconds: dict[str, float] = {}
 
     def add(self, chunk: Chunk, images: Any) -> None:
         """Take a drawn chunk; `images` is a reference. A chunk that this pool has scored already, or is scoring, may
         come again because another pool lost it."""
-        if chunk.id in self.scored or (chunk.id in self.drawn and chunk.id not in self.waiting):
+        if chunk.id in self.scored:
             return
-        self.drawn[chunk.id] = (chunk, images, time.perf_counter())
-        self.waiting[chunk.id] = chunk
-        depth = sum(len(waiting.seeds) for waiting, *_ in self.drawn.values())
-        self.deepest = max(self.deepest, depth)
-        if depth > 2 * DEPTH * self.batch * len(self.pool.ready_workers):
+        if chunk.id in self.drawn:
+            if chunk.id in self.waiting or self.missing.get(id(self.planned.get(chunk.id))):
+                self.drawn[chunk.id] = self.drawn[chunk.id]._replace(images=images)
+            return
+        self.drawn[chunk.id] = Drawn(chunk, images, time.perf_counter())
+        self.depth += len(chunk)
+        self.deepest = max(self.deepest, self.depth)
+        if self.depth > 2 * DEPTH * self.batch * len(self.pool.ready_workers):
             self.pool.grow()
-        self._submit()
+        if not self.settings.ordered:
+            self.waiting[chunk.id] = chunk
+            self._submit_waiting()
+            return
+        batch = self.planned[chunk.id]
+        self.missing[id(batch)] -= 1
+        if not self.missing[id(batch)]:
+            self._submit(batch)
 
     def collect(self, done: Done) -> dict[ChunkId, Scores]:
         """Return the scores that a finished call holds, by the ids of their chunks."""
-        chunks = [self.drawn.pop(key) for key in done.key]
-        self.latencies += [time.perf_counter() - since for *_, since in chunks]
+        drawn = self._take(done)
+        self.latencies += [time.perf_counter() - one.since for one in drawn]
         if isinstance(done.value, GivenUp):
             reason, rewards = done.value, self.settings.rewards
-            found = [unscored(rewards, Failure(reason.kind, reason.message, len(c.seeds))) for c, *_ in chunks]
+            found = [unscored(rewards, Failure(reason.kind, reason.message, len(one.chunk))) for one in drawn]
         else:
             found = done.value
         for scores in found:
@@ -65,13 +83,21 @@ class Scoring:
             for name, seconds in scores.seconds.items():
                 self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.scored.update(done.key)
-        self._submit()
+        self._submit_waiting()
         return dict(zip(done.key, found, strict=True))
 
     def withdraw(self, done: Done) -> list[tuple[Chunk, Any]]:
         """Return the chunks of a call that found images missing, with the references that it had. They must be added
         again with new ones."""
-        return [self.drawn.pop(key)[:2] for key in done.key]
+        drawn = self._take(done)
+        for one in drawn if self.settings.ordered else ():
+            self.missing[id(self.planned[one.chunk.id])] += 1
+        return [(one.chunk, one.images) for one in drawn]
+
+    def _take(self, done: Done) -> list["Drawn"]:
+        drawn = [self.drawn.pop(key) for key in done.key]
+        self.depth -= sum(len(one.chunk) for one in drawn)
+        return drawn
 
     def end(self) -> dict[str, float]:
         """Return the metrics of the draw, and stop workers that were not needed."""
@@ -86,27 +112,27 @@ class Scoring:
         self.pool.trim()
         return values | {f"reward/{one}/images_per_s": self.images / spent for one, spent in self.seconds.items()}
 
-    def _submit(self) -> None:
-        while chunks := self._next():
-            for chunk in chunks:
+    def _submit_waiting(self) -> None:
+        """Hand out what waits for dynamic batches, as long as a worker has room."""
+        while self.waiting and self.pool.has_room:
+            batch = next(batches(self.waiting.values(), self.batch))
+            for chunk in batch:
                 del self.waiting[chunk.id]
-            self.fills.append(min(1.0, sum(len(chunk.seeds) for chunk in chunks) / self.batch))
-            prompts = [[chunk.prompt] * len(chunk.seeds) for chunk in chunks]
-            images = [self.drawn[chunk.id][1] for chunk in chunks]
-            self.pool.submit(tuple(chunk.id for chunk in chunks), "score_chunks", prompts, *images)
+            self._submit(batch)
 
-    def _next(self) -> list[Chunk]:
-        """Return the batch to score next, empty where there is none yet."""
-        if not self.settings.ordered:
-            return next(batches(self.waiting.values(), self.batch), []) if self.pool.has_room else []
-        return next((chunks for chunks in self.planned if all(chunk.id in self.waiting for chunk in chunks)), [])
+    def _submit(self, batch: Sequence[Chunk]) -> None:
+        self.fills.append(min(1.0, sum(map(len, batch)) / self.batch))
+        images = [self.drawn[chunk.id].images for chunk in batch]
+        self.pool.submit(
+            tuple(chunk.id for chunk in batch), "score_chunks", [chunk.prompts for chunk in batch], *images
+        )
 
 
 def batches(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:
     """Yield consecutive chunks with at most `size` images together, or one chunk that has more."""
     batch: list[Chunk] = []
     for chunk in chunks:
-        if batch and sum(len(other.seeds) for other in batch) + len(chunk.seeds) > size:
+        if batch and sum(map(len, batch)) + len(chunk) > size:
             yield batch
             batch = []
         batch.append(chunk)

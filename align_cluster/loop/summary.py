@@ -28,12 +28,13 @@ def step_metrics(
     drawn: list[DrawnChunk],
     credit: Credit,
     trained: dict[str, Reduced],
-    times: dict[str, float],
+    clock: Clock,
     sync: Sync,
 ) -> dict[str, float]:
-    """Return everything that one step reports, under the names that `observe.metrics` declares."""
+    """Return everything that one step reports, under the names that `observe.metrics` declares. It ends the step's
+    time."""
     scores = concatenate([item.scores for item in drawn])
-    tasks = np.array([item.chunk.prompt.task for item in drawn for _ in item.chunk.seeds])
+    tasks = np.array([prompt.task for item in drawn for prompt in item.chunk.prompts])
     values: dict[str, float] = dict(credit.metrics)
     for name in config.rewards:
         valid, reward = scores.valid[name], scores.values[name]
@@ -47,16 +48,17 @@ def step_metrics(
             values[key] = values.get(key, 0.0) + failure.images
     values |= correlations(scores)
     for name in ("contrast", "diversity"):
-        values[f"images/{name}"] = float(np.mean([getattr(item.info, name) for item in drawn]))
+        found, sizes = zip(*((getattr(item.info, name), len(item.chunk)) for item in drawn), strict=True)
+        values[f"images/{name}"] = float(np.average(found, weights=sizes))
     for metric in (*LEARNER, *ALGORITHMS[config.algorithm.kind].metrics):
         if metric.source in trained:
             reduced = trained[metric.source]
             values[metric.pattern] = reduced.largest if metric.reduce == "largest" else reduced.mean
-    values |= {f"time/{stage}": seconds for stage, seconds in times.items()}
-    values["time/step"] = sum(times.values())
-    values["throughput/images_per_s"] = len(tasks) / values["time/step"]
     values["weights/bytes"], values["weights/adopt_s"] = float(sync.manifest.nbytes), sync.seconds
     values["weights/version"] = float(sync.manifest.version)
+    values["time/step"] = clock.end_step()
+    values |= {f"time/{stage}": seconds for stage, seconds in clock.step.items()}
+    values["throughput/images_per_s"] = len(tasks) / values["time/step"]
     return values
 
 
@@ -90,8 +92,8 @@ class Results:
         if not np.isfinite(largest) or largest > tolerance:
             raise UserError(
                 "self-check failed: before the first update the learner's log-probs differ from the rollout's by "
-                f"{largest:.2e} (learner.ratio_tolerance is {tolerance:g}): leave learner.micro_batch unset so that "
-                "both batch alike, or set backbone.precision: fp32"
+                f"{largest:.2e} (learner.ratio_tolerance is {tolerance:g}): leave learner.micro_batch and "
+                "backbone.compile unset so that both compute alike, or set backbone.precision: fp32"
             )
         self.self_check = {"max_abs_log_ratio": largest}
 

@@ -1,5 +1,6 @@
 """Tables of held-out scores hold means per task and the overall score with its uncertainty, before and after."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,14 @@ from align_cluster.types import Prompt, Scores
 KEYS = ("task", "prompt_id")
 
 
-def rows(prompt: Prompt, scores: Scores) -> list[dict[str, Any]]:
+def rows(prompts: Sequence[Prompt], scores: Scores) -> list[dict[str, Any]]:
     """Return one row an image for `summarise`: task, prompt and every score column, None where there is no score."""
     columns = {f"reward/{name}": np.where(scores.valid[name], values, np.nan) for name, values in scores.values.items()}
     columns |= {f"reward/{name}": values for name, values in scores.details.items()}
-    count = len(next(iter(scores.valid.values())))
     return [
         {"task": prompt.task, "prompt_id": prompt.id}
         | {name: float(values[i]) if np.isfinite(values[i]) else None for name, values in columns.items()}
-        for i in range(count)
+        for i, prompt in enumerate(prompts)
     ]
 
 

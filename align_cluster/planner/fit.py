@@ -57,9 +57,8 @@ def sampler_memory(config: RunConfig, plan: Plan, sizes: Sizes) -> WorkerMemory:
 
     Activations were counted with the plan's chunk and grow in proportion to it.
     """
-    chunk = config.rollout.chunk or config.rollout.group_size
     text = sizes.text if config.backbone.text == "keep" else 0
-    activations = max(sizes.draw.bytes, sizes.decode.bytes) * chunk / plan.chunk
+    activations = max(sizes.draw.bytes, sizes.decode.bytes) * config.rollout.chunk / plan.chunk
     return WorkerMemory(sizes.denoiser + sizes.vae + text, sizes.adapter, 0, activations)
 
 
@@ -78,13 +77,13 @@ def learner_memory(config: RunConfig, plan: Plan, sizes: Sizes) -> WorkerMemory:
     gradients = (one, 2 * one, one + one / ranks, one + one / ranks)[stage]
     reward_weights, reward_activations = _reward_gradient(config, plan, sizes)
     used = sizes.learner(config)
-    update = used.update.bytes * config.micro_batch / plan.micro_batch
-    critic = used.critic.bytes * config.critic_batch / plan.critic_batch
+    rows, counted = config.learner.micro_batch * config.learner.fold, plan.micro_batch * plan.fold
+    update = used.update.bytes * rows / counted
     return WorkerMemory(
         weights + sizes.critic_weights + reward_weights,
         one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
         moments + gradients + 3 * sizes.critic_trained,
-        max(update, critic) + reward_activations,
+        max(update, used.critic.bytes) + reward_activations,
     )
 
 
@@ -93,11 +92,12 @@ def _reward_gradient(config: RunConfig, plan: Plan, sizes: Sizes) -> tuple[float
     decode = sizes.learner(config).reward_decode
     if not decode.flops:
         return 0.0, 0.0
+    rows, counted = config.learner.micro_batch * config.learner.fold, plan.micro_batch * plan.fold
     models = [model for model in reward_models(config, config.trained) if model]
     weights, one_image = sizes.vae + reward_bytes(config, config.trained), sum(m.activations or 0 for m in models)
     if config.learner.gradient_checkpointing:  # one image at a time
         return weights, decode.bytes + one_image
-    return weights, (decode.bytes + plan.micro_batch * one_image) * config.micro_batch / plan.micro_batch
+    return weights, (decode.bytes + plan.micro_batch * plan.fold * one_image) * rows / counted
 
 
 def fullest_gpu(config: RunConfig, plan: Plan, sizes: Sizes) -> float:
@@ -133,13 +133,17 @@ def options(config: RunConfig, plan: Plan) -> Iterator[tuple[str, RunConfig, Pla
     """
     if not config.learner.gradient_checkpointing:
         yield "learner.gradient_checkpointing: true", changed(config, "learner", gradient_checkpointing=True), plan
-    compares = ALGORITHMS[config.algorithm.kind].needs_density  # log-probs, which must come from equal batches
-    if (half := config.micro_batch // 2) > 0 and not compares:
-        yield f"learner.micro_batch: {half}", changed(config, "learner", micro_batch=half), plan
-    least = config.learner.micro_batch or 1  # validate refuses smaller chunks
-    chunks = [size for size in range(least, plan.chunk // 2 + 1) if config.group_members % size == 0]
-    if chunks:
-        yield f"rollout.chunk: {chunks[-1]}", changed(config, "rollout", chunk=chunks[-1]), plan
+    folds = not ALGORITHMS[config.algorithm.kind].needs_density  # else log-probs must come from equal batches
+    kept = f", learner.fold: {config.learner.fold}" if folds else ""  # an open one would grow
+    if (half := config.learner.fold // 2) > 0:
+        yield f"learner.fold: {half}", changed(config, "learner", fold=half), plan
+    if (half := config.learner.micro_batch // 2) > 0 and folds:
+        yield f"learner.micro_batch: {half}{kept}", changed(config, "learner", micro_batch=half), plan
+    if (half := config.rollout.chunk // 2) > 0:
+        other, said = changed(config, "rollout", chunk=half), f"rollout.chunk: {half}"
+        if config.learner.micro_batch > half:
+            other, said = changed(other, "learner", micro_batch=half), f"{said}, learner.micro_batch: {half}{kept}"
+        yield said, other, plan
     if config.backbone.text == "keep":
         yield "backbone.text: free", changed(config, "backbone", text="free"), plan
     if plan.learners > 1 and config.learner.zero_stage < 3:

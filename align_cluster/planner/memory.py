@@ -1,6 +1,6 @@
 """Sizes of a run's networks, and the bytes and FLOPs of what its samplers and learners compute with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,10 @@ Inputs = tuple[torch.Tensor, torch.Tensor, TextBatch]
 class LearnerUsage:
     """Holds what a learner's computations take with their backward passes, with or without gradient checkpointing.
 
-    update          the loss of one micro-batch at one noise level
+    update          the loss of one micro-batch at the noise levels that are folded into one pass
     critic          one training batch of the critic
-    reward_decode   the decoding of images that rewards send gradients to: of a micro-batch, or with checkpointing of
-                    one image
+    reward_decode   the decoding of images that rewards send gradients to: of one pass, or with checkpointing of one
+                    image
     """
 
     update: Usage
@@ -124,7 +124,7 @@ class Networks:
     def usage(self, counter: Counter, plan: Plan) -> dict[str, Any]:
         """Run the computations and return the fields of `Sizes` that describe them. Checkpointing stays on at the end.
 
-        An update is counted at one noise level: the losses go through their levels one after the other.
+        An update is counted at the noise levels of one pass: the losses go through the passes one after the other.
         """
         for module in (self.denoiser, self.vae, *([self.critic.head, self.critic.network] if self.critic else ())):
             counter.adopt(module)
@@ -135,14 +135,14 @@ class Networks:
 
         def learner(decoded: int) -> LearnerUsage:
             return LearnerUsage(
-                update=taken(self.update, plan.micro_batch),
-                critic=taken(self.train_critic, plan.critic_batch) if self.critic else NOTHING,
+                update=taken(self.update, plan.micro_batch * plan.fold),
+                critic=taken(self.train_critic, self.config.algorithm.critic_batch) if self.critic else NOTHING,
                 reward_decode=taken(self.reward_decode, decoded) if self.algorithm.reward_gradient else NOTHING,
             )
 
         draw, decode = taken(self.draw, plan.chunk), taken(self.decode, plan.chunk)
-        values = taken(self.values, plan.critic_batch) if self.critic else NOTHING
-        plain = learner(plan.micro_batch)
+        values = taken(self.values, self.config.algorithm.critic_batch) if self.critic else NOTHING
+        plain = learner(plan.micro_batch * plan.fold)
         self.enable_gradient_checkpointing()
         checkpointed = learner(1)
         return {"draw": draw, "decode": decode, "values": values, "plain": plain, "checkpointed": checkpointed}
@@ -152,7 +152,7 @@ class Networks:
         tokens, width, pooled = self.backbone.text_shape
         text = (torch.empty(size, tokens, width), torch.empty(size, pooled))
         null = [torch.empty_like(part) for part in text] if self.config.rollout.guidance > 1 else []
-        return torch.empty(size, *self.backbone.latent_shape), torch.empty(size), TextBatch(*text, *null)
+        return torch.empty(size, *self.backbone.latent_shape), torch.empty(size), TextBatch(*text, None, *null)
 
     @torch.no_grad()
     def draw(self, x: torch.Tensor, sigma: torch.Tensor, text: TextBatch) -> torch.Tensor:
@@ -230,9 +230,9 @@ class RecordingPolicy(Policy):
         self.adapters.append(adapter)
         return torch.zeros_like(x, requires_grad=adapter == "default")
 
-    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return made-up rewards [b, J] with a gradient to the latents."""
-        return latents.flatten(1).sum(1, keepdim=True).expand(-1, len(texts))
+        return latents.flatten(1).sum(1, keepdim=True).expand(-1, len(texts[0]))
 
 
 def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackbone) -> list[str | None]:
@@ -247,9 +247,9 @@ def predictions(config: RunConfig, algorithm: Algorithm, backbone: PipelineBackb
     path, advantages = one[:, None].expand(1, steps, 1, 2, 2), flat if algorithm.critic else flat[:, 0]
     indices = torch.arange(steps)[None]
     recorded = RecordedSteps(indices=indices, before=path, after=path, log_probs=flat, means=path)
-    streams = {"generators": lambda _: [torch.Generator()], "noises": (0,)}
+    streams = {"generators": lambda *_, **__: [torch.Generator()], "prompts": ("",), "noises": (0,)}
     algorithm.loss(
         policy,
-        Batch(inner_pass=0, advantages=advantages, x0=one, sigmas=sigmas, recorded=recorded, **streams),
+        Batch(passes=(0,), advantages=advantages, x0=one, sigmas=sigmas, recorded=recorded, **streams),
     )
     return policy.adapters

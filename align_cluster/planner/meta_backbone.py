@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.base import BackboneSection
 from align_cluster.backbones.pipeline import PipelineBackbone
 
@@ -42,6 +43,8 @@ def meta_backbone(config: BackboneSection, device: str) -> PipelineBackbone:
             return self._frozen(self.on_meta(self.vae, "vae"))
 
         def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:
+            if device == "cpu":
+                shorten_attention(model)
             return torch.nn.Module.to(model, self.dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
 
     # Shapes do not depend on whether blocks are compiled, nor on the attention kernel.

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from align_cluster.backbones import SD3
+from align_cluster.config.plan import ROWS
 from align_cluster.embedded import scene
 from align_cluster.observe.grids import save_grid
 from align_cluster.observe.table import rows, summarise
-from align_cluster.prompts.groups import plan_evaluation
+from align_cluster.prompts.groups import plan_evaluation, spread
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
@@ -30,22 +31,22 @@ def held_out() -> list[Prompt]:
     return [Prompt(number, record["prompt"], record) for number, record in enumerate(records)]
 
 
-def assess(sampler: Sampler, guidance: float, prompts: int, steps: int, seed: int = 1) -> tuple[dict, np.ndarray, list]:
-    """Draw images of `prompts` held-out prompts a task, and score them.
+def assess(sampler: Sampler, guidance: float, count: int, steps: int, seed: int = 1) -> tuple[dict, np.ndarray, list]:
+    """Draw images of `count` held-out prompts a task, and score them.
 
-    Returns (scores of `observe.table.summarise`, images [N, H, W, 3], one prompt for each chunk of IMAGES images).
+    Returns (scores of `observe.table.summarise`, images [N, H, W, 3], one prompt for every IMAGES images).
     """
-    chunks = plan_evaluation(held_out(), prompts * len(scene.TASKS), IMAGES, IMAGES, seed)
-    texts = [*dict.fromkeys(chunk.prompt.text for chunk in chunks), ""]
+    prompts = spread(held_out(), count * len(scene.TASKS))
+    texts = [*dict.fromkeys(prompt.text for prompt in prompts), ""]
     conditions = dict(zip(texts, sampler.encode(texts), strict=True))
     judge = RewardWorker({"geneval": REWARDS["geneval"].Config(), "ocr": REWARDS["ocr"].Config()})
     request = DrawRequest(0, steps, Euler.Config(), guidance=guidance)
     table, images = [], []
-    for chunk in chunks:
-        _, drawn, _ = sampler.draw(chunk, conditions[chunk.prompt.text], conditions[""], request)
-        table += rows(chunk.prompt, judge.score(drawn, [chunk.prompt] * IMAGES))
+    for chunk in plan_evaluation(prompts, len(prompts), IMAGES, ROWS, seed):
+        _, drawn, _ = sampler.draw(chunk, conditions, conditions[""], request)
+        table += rows(chunk.prompts, judge.score(drawn, chunk.prompts))
         images.append(drawn)
-    return summarise(table), np.concatenate(images), [chunk.prompt for chunk in chunks]
+    return summarise(table), np.concatenate(images), prompts
 
 
 def markdown(results: dict[float, dict]) -> str:

@@ -4,11 +4,13 @@ Nothing here knows the number of workers, so a laptop and a cluster plan the sam
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 from align_cluster.errors import UserError
-from align_cluster.types import Chunk, Prompt
+from align_cluster.types import Chunk, Prompt, Row
 
 EVALUATION_STEP = -1  # `Chunk.step` of evaluation images, so that their seeds differ from those of training
 
@@ -27,8 +29,11 @@ def plan_step(
     chunk: int,
     conditions: int = 1,
     same_noise: bool | Literal["step"] = False,
+    bounds: Sequence[int] = (),
 ) -> list[Chunk]:
-    """Return the chunks of one training step, group by group.
+    """Return the chunks of one training step: its rows, group by group, cut into chunks of at most `chunk` rows.
+
+    No chunk goes across one of the row numbers `bounds`.
 
     A group is the full grid of `group_size` initial noises x `conditions`, condition by condition: member m is noise m
     % group_size under condition m // group_size. With `same_noise: True` a group starts from one noise, with "step" all
@@ -37,26 +42,56 @@ def plan_step(
     The run goes through the prompts in epochs, and each epoch is a permutation of all prompts. If an epoch ends inside
     a step, the next epoch fills the step. So no prompt comes twice within an epoch, and none is left out.
     """
-    chunks: list[Chunk] = []
+    rows: list[Row] = []
     for group in range(prompts_per_step):
         epoch, place = divmod(step * prompts_per_step + group, len(prompts))
         prompt = prompts[epoch_order(len(prompts), seed, epoch)[place]]
-        chunks += _chunks(prompt, seed, step, group, group_size, chunk, conditions, same_noise)
-    return chunks
+        rows += _group(prompt, seed, step, group, group_size, conditions, same_noise)
+    return cut(step, rows, chunk, bounds)
 
 
-def plan_evaluation(prompts: list[Prompt], count: int, images_per_prompt: int, chunk: int, seed: int) -> list[Chunk]:
+def update_bounds(groups: int, members: int, updates: int) -> list[int]:
+    """Return where the rows of a step's optimiser updates begin, and the number of all rows at the end: [updates + 1].
+
+    Updates take whole groups, in their order, which is random already. Only where there are more updates than groups
+    they share groups.
+    """
+    whole = groups >= updates
+    units, size = (groups, members) if whole else (groups * members, 1)
+    return [size * (update * units // updates) for update in range(updates + 1)]
+
+
+def plan_evaluation(
+    prompts: list[Prompt], count: int, images_per_prompt: int, chunk: int, seed: int, pieces: int = 1
+) -> list[Chunk]:
     """Return the chunks of an evaluation over `count` distinct prompts, chosen by `spread`.
 
+    A chunk has at most `chunk` rows, and their number is a multiple of `pieces` where there are enough rows.
     The choice depends on the prompts' texts alone, so runs with different seeds are compared on the same prompts, and a
     larger count extends a smaller one.
     """
-    chosen = spread(prompts, count)
-    return [
-        part
-        for group, prompt in enumerate(chosen)
-        for part in _chunks(prompt, seed, EVALUATION_STEP, group, images_per_prompt, chunk)
+    rows = [
+        row
+        for group, prompt in enumerate(spread(prompts, count))
+        for row in _group(prompt, seed, EVALUATION_STEP, group, images_per_prompt)
     ]
+    wanted = -(-len(rows) // (chunk * pieces)) * pieces
+    return cut(EVALUATION_STEP, rows, chunk, [place * len(rows) // wanted for place in range(wanted)])
+
+
+def cut(step: int, rows: Sequence[Row], size: int, bounds: Sequence[int] = ()) -> list[Chunk]:
+    """Cut rows into chunks of at most `size`, and at each of the row numbers `bounds`. Between these, chunks differ by
+    one row at most."""
+    edges = sorted({0, *bounds, len(rows)})
+    spans = [span for first, last in pairwise(edges) for span in even_spans(first, last, size)]
+    return [Chunk(step, number, tuple(rows[first:last])) for number, (first, last) in enumerate(spans)]
+
+
+def even_spans(first: int, last: int, size: int) -> list[tuple[int, int]]:
+    """Cut the numbers from `first` to `last` into spans of at most `size` that differ by one in length at most."""
+    count = -(-(last - first) // size)
+    edges = [first + place * (last - first) // count for place in range(count + 1)] if count else []
+    return list(pairwise(edges))
 
 
 def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
@@ -87,24 +122,27 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(sorted(range(count), key=lambda index: (_digest(f"{seed}/epoch {epoch}/{index}"), index)))
 
 
-def _chunks(
+def _group(
     prompt: Prompt,
     seed: int,
     step: int,
     group: int,
     noises: int,
-    chunk: int,
     conditions: int = 1,
     same_noise: bool | Literal["step"] = False,
-) -> list[Chunk]:
-    chunks = []
-    for first in range(0, noises * conditions, chunk):
-        members = range(first, min(first + chunk, noises * conditions))
-        seeds = tuple(member_seed(seed, step, group, m) for m in members)
-        first_group = 0 if same_noise == "step" else group
-        starts = tuple(member_seed(seed, step, first_group, 0 if same_noise else m % noises) for m in members)
-        chunks.append(Chunk(step, group, first, prompt, seeds, starts, tuple(m // noises for m in members)))
-    return chunks
+) -> list[Row]:
+    first_group = 0 if same_noise == "step" else group
+    return [
+        Row(
+            prompt,
+            group,
+            member,
+            member_seed(seed, step, group, member),
+            member_seed(seed, step, first_group, 0 if same_noise else member % noises),
+            member // noises,
+        )
+        for member in range(noises * conditions)
+    ]
 
 
 def _digest(text: str) -> int:

@@ -1,7 +1,7 @@
 """The contract of a reward: a pure function of (image, prompt), with a validity mask."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -120,13 +120,14 @@ class Reward(ABC):
 
     `needs` says what a prompt must have to be judged ("": its text will do), as the end of a sentence; `judges` tests
     it. `headline` names the detail that a run shows first in place of the score. `remote` says that a service computes
-    the score.
+    the score. `imports` names what `load` imports, in the form of `pkgutil.resolve_name`: a worker may start with it.
     """
 
     Config: type[RewardSection]
     needs: ClassVar[str] = ""
     headline: ClassVar[str] = ""
     remote: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: RewardSection) -> None:
         self.config = config
@@ -184,10 +185,10 @@ class DifferentiableReward(Reward):
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
         """Return scores fp32 [B] of images float [B, 3, H, W] in [0, 1], with a gradient to the pixels only."""
 
-    def against(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Return scores fp32 [B, J] of every image under each of J texts, with a gradient to the pixels."""
-        rows = [self.differentiable(images, [Prompt(0, text)] * len(images)) for text in texts]
-        return torch.stack(rows, 1)
+    def against(self, images: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return scores fp32 [B, J] of every image under each of its own J texts, with a gradient to the pixels."""
+        columns = zip(*texts, strict=True)
+        return torch.stack([self.differentiable(images, [Prompt(0, text) for text in own]) for own in columns], 1)
 
 
 class EmbeddingReward(DifferentiableReward):
@@ -209,18 +210,16 @@ class EmbeddingReward(DifferentiableReward):
         """Return the embedding [D] of a text."""
 
     def differentiable(self, images: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Judge each image under its own prompt; each distinct text is read once."""
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-        scores = self.against(images, texts)
-        owner = torch.tensor([texts.index(prompt.text) for prompt in prompts], device=scores.device)
-        return scores.gather(1, owner[:, None]).squeeze(1)
+        """Judge each image under its own prompt."""
+        return self.against(images, [[prompt.text] for prompt in prompts])[:, 0]
 
-    def against(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Embed the images once and compare them with every text."""
+    def against(self, images: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Embed each image once and compare it with each of its texts; each distinct text is read once."""
         with torch.autocast(images.device.type, enabled=False):  # bf16 would change the third digit of a cosine
             seen = F.normalize(self.see(images), dim=-1)
+            read = torch.stack([torch.stack([self._read(text) for text in own]) for own in texts])
             # The bits of a matrix product would depend on the number of texts and images; those of a sum do not.
-            return self.factor * (seen[:, None] * torch.stack([self._read(text) for text in texts])).sum(-1)
+            return self.factor * (seen[:, None] * read).sum(-1)
 
     @torch.no_grad()
     def _read(self, text: str) -> torch.Tensor:

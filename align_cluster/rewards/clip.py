@@ -10,6 +10,7 @@ from align_cluster.rewards.loading import loading
 # those of the image's tower in fp32, counted by align_cluster/planner/count.py.
 CLIP_L = ModelSize(427.6e6, 162.0e9, 369e6)
 CLIP_H = ModelSize(986.1e6, 334.6e9, 435e6)
+IMPORTS = ("transformers:CLIPModel", "transformers:AutoTokenizer", "transformers:AutoImageProcessor")
 CLIPS = {
     "openai/clip-vit-large-patch14": CLIP_L,
     "yuvalkirstain/PickScore_v1": CLIP_H,

@@ -1,12 +1,12 @@
 """CLIP score (Hessel et al. 2021, arXiv 2104.08718): the cosine of the image's and the prompt's CLIP embedding."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from align_cluster.embedded import pipeline_path
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
-from align_cluster.rewards.clip import CLIPS, Clip
+from align_cluster.rewards.clip import CLIPS, IMPORTS, Clip
 from align_cluster.rewards.loading import model_size
 from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
@@ -27,6 +27,8 @@ class ClipScore(EmbeddingReward):
         kind: Literal["clip_score"] = "clip_score"
         path: str = "embedded"
         scale: Literal["cosine", "srpo"] = "cosine"
+
+    imports: ClassVar[tuple[str, ...]] = IMPORTS
 
     @property
     def _source(self) -> str:

@@ -1,11 +1,11 @@
 """PickScore (Kirstain et al. 2023, arXiv 2305.01569): CLIP ViT-H/14 tuned on choices between two images."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
-from align_cluster.rewards.clip import CLIPS, Clip
+from align_cluster.rewards.clip import CLIPS, IMPORTS, Clip
 from align_cluster.rewards.loading import model_size
 from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
@@ -28,6 +28,8 @@ class PickScore(EmbeddingReward):
         path: str = "yuvalkirstain/PickScore_v1"
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         scale: Literal["raw", "flow_grpo", "srpo", "cosine"] = "raw"
+
+    imports: ClassVar[tuple[str, ...]] = IMPORTS
 
     @property
     def usual(self) -> float:

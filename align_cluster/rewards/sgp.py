@@ -61,11 +61,9 @@ class Sgp(Reward):
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Judge each image under the prompt with the positive and with the negative text."""
         pixels = torch.from_numpy(images.astype(np.float32) / 255).permute(0, 3, 1, 2)
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         words = (self.config.positive, self.config.negative)
-        pairs = [worded(self.config.template, word, text) for text in texts for word in words]
-        cosines = self.judge.against(pixels, pairs).view(len(images), len(texts), 2) / self.judge.factor
-        owner = [texts.index(prompt.text) for prompt in prompts]
-        gaps = cosines[range(len(images)), owner].double() @ torch.tensor([1.0, -1.0]).double().to(cosines.device)
+        pairs = [[worded(self.config.template, word, prompt.text) for word in words] for prompt in prompts]
+        cosines = self.judge.against(pixels, pairs) / self.judge.factor
+        gaps = cosines.double() @ torch.tensor([1.0, -1.0]).double().to(cosines.device)
         shares = torch.sigmoid(self.config.temperature * gaps)
         return Result(gaps.cpu().numpy(), np.ones(len(prompts), dtype=bool), {"share": shares.cpu().numpy()})

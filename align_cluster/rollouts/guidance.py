@@ -1,43 +1,61 @@
 """Classifier-free guidance around a backbone's velocity. Rollout and learner call the same function."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from align_cluster.backbones.base import Backbone
+from align_cluster.conditions.precision import to_tensor
 from align_cluster.types import Condition
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Holds the conditions of a batch on the device: `sequence` [B, T, D] and `pooled` [B, P].
+    """Holds the conditions of a batch on the device, in fp32: `sequence` [B, T, D] and `pooled` [B, P].
 
+    Shorter sequences are padded with zeros; `mask` bool [B, T] is then True where a sequence has a token.
     `null_sequence` and `null_pooled` are the empty prompt's, and are present only with guidance.
     """
 
     sequence: torch.Tensor
     pooled: torch.Tensor
+    mask: torch.Tensor | None = None
     null_sequence: torch.Tensor | None = None
     null_pooled: torch.Tensor | None = None
 
     @classmethod
-    def build(cls, conditions: list[Condition], null: Condition | None, device: torch.device) -> "TextBatch":
+    def build(cls, conditions: Sequence[Condition], null: Condition | None, device: torch.device) -> "TextBatch":
         """Stack conditions, and repeat the null condition for each of them if there is one."""
+        # Each condition goes to the device once and in its own precision, however many rows share it.
+        own = {
+            id(item): [to_tensor(array).to(device).float() for array in (item.sequence, item.pooled)]
+            for item in (*conditions, *([] if null is None else [null]))
+        }
+        sequences, pooled = zip(*(own[id(item)] for item in conditions), strict=True)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        sequence = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        padded = len({len(one) for one in sequences}) > 1
+        mask = torch.arange(sequence.shape[1], device=device) < lengths[:, None] if padded else None
+        nothing = () if null is None else (part.expand(len(conditions), *part.shape) for part in own[id(null)])
+        return cls(sequence, torch.stack(pooled), mask, *nothing)
 
-        def stack(items: list[Condition]) -> tuple[torch.Tensor, torch.Tensor]:
-            # Conditions may lie in read-only shared memory, which torch warns about, so they are copied.
-            sequence = torch.stack([torch.tensor(item.sequence) for item in items])
-            return sequence.to(device), torch.stack([torch.tensor(item.pooled) for item in items]).to(device)
+    def __getitem__(self, rows: torch.Tensor) -> "TextBatch":
+        """Return the conditions of these rows, each one or more times."""
+        found = (None if tensor is None else tensor[rows] for tensor in self.tensors)
+        return TextBatch(*found)
 
-        return cls(*stack(conditions), *(stack([null] * len(conditions)) if null else ()))
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Return all parts, in the order of the fields."""
+        return self.sequence, self.pooled, self.mask, self.null_sequence, self.null_pooled
 
     def towards(self, other: "TextBatch", weight: float) -> "TextBatch":
         """Return this batch moved by `weight` in [0, 1] towards another; rows equal in both keep their bits."""
-        return TextBatch(
-            torch.lerp(self.sequence, other.sequence, weight),
-            torch.lerp(self.pooled, other.pooled, weight),
-            self.null_sequence,
-            self.null_pooled,
+        return replace(
+            self,
+            sequence=torch.lerp(self.sequence, other.sequence, weight),
+            pooled=torch.lerp(self.pooled, other.pooled, weight),
         )
 
 
@@ -58,7 +76,7 @@ def guided_velocity(
     The two branches are separate forward passes, where Flow-GRPO stacks them. So the text branch has the same batch,
     and the same bits, in a rollout without gradient and in the learner with it.
     """
-    v = backbone.velocity(denoiser, x, sigma, text.sequence, text.pooled)
+    v = backbone.velocity(denoiser, x, sigma, text.sequence, text.pooled, text.mask)
     if guidance == 1.0:
         return v
     with torch.set_grad_enabled(null_gradient and torch.is_grad_enabled()):

@@ -3,8 +3,13 @@
 import hashlib
 import random
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from pathlib import Path as FilePath
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -22,7 +27,7 @@ from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import Window
 from align_cluster.settings import Section
 from align_cluster.types import Chunk, Condition, DrawInfo, Manifest, Perturbation, Receipt, Record
-from align_cluster.weights import adopt
+from align_cluster.weights import adopt, view
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,29 @@ class Sampler:
             self._merged.merge()
         return Receipt(self.name, manifest.version, len(parameters), checksum, time.perf_counter() - started)
 
+    def lora_file(self, manifest: Manifest, buffer: np.ndarray) -> tuple[str, bytes]:
+        """Return name and content of the file that a published buffer's weights are shipped in.
+
+        It is made here because that takes peft and the pipeline's class, which a sampler has imported and the driver
+        has not.
+        """
+        state = {tensor.name: view(buffer, tensor) for tensor in manifest.tensors}
+        with TemporaryDirectory() as folder:
+            path = self.backbone.save_lora(state, FilePath(folder))
+            return path.name, path.read_bytes()
+
     def draw(
         self,
         chunk: Chunk,
-        condition: Condition,
+        conditions: Mapping[str, Condition],
         null: Condition | None,
         request: DrawRequest,
-        perturbation: Perturbation | None = None,
+        perturbations: Mapping[str, Perturbation] = MappingProxyType({}),
     ) -> tuple[DrawInfo, np.ndarray, Record]:
         """Draw one chunk: return (info for the driver, images uint8 [B, H, W, 3], record for the learner).
 
-        Raises RuntimeError if this worker holds other weights than the request names.
+        `conditions` has an entry for each of the chunk's texts, `perturbations` for each of its perturbed texts. Raises
+        RuntimeError if this worker holds other weights than the request names.
         """
         if request.version != self.version:
             raise RuntimeError(
@@ -132,12 +149,12 @@ class Sampler:
         step = STEPS[request.step.kind](request.step, self.sigmas(request), self.backbone.prediction)
         indices, slots = recorded_indices(chunk, request.window), None
         if request.path:
-            indices, slots = np.tile(np.arange(request.steps), (len(chunk.seeds), 1)), request.window.trained
+            indices, slots = np.tile(np.arange(request.steps), (len(chunk), 1)), request.window.trained
         if request.offline:
             path = Path(self._given(chunk))
         else:
             self.backbone.distilled_guidance = request.distilled_guidance
-            velocity, policy = self._velocities(chunk, condition, null, request, perturbation)
+            velocity, policy = self._velocities(chunk, conditions, null, request, perturbations)
             path = denoise(
                 velocity,
                 step,
@@ -157,19 +174,21 @@ class Sampler:
         info = DrawInfo(
             chunk,
             self.version,
-            fingerprint(chunk, request, condition.key, perturbation.key if perturbation else None),
+            fingerprint(chunk, request, keys_of(conditions), keys_of(perturbations)),
             time.perf_counter() - started,
             float(images.std((1, 2, 3)).mean()) / 255,
-            float(images.std(0).mean()) / 255,
+            diversity(images, [row.group for row in chunk.rows]),
         )
         return info, images, record
 
     def _given(self, chunk: Chunk) -> torch.Tensor:
-        """Return the latents of the prompt's own image, once for each member; members differ in their later noise."""
+        """Return the latents of each row's own image; rows with the same image differ in their later noise."""
         _, height, width = self.backbone.latent_shape
-        factor = self.backbone.vae_factor
-        image = read_image(chunk.prompt.metadata["image"], height * factor, width * factor)
-        return self.backbone.latents(image[None]).expand(len(chunk.seeds), -1, -1, -1).contiguous()
+        factor, known = self.backbone.vae_factor, {}
+        paths = [prompt.metadata["image"] for prompt in chunk.prompts]
+        for path in dict.fromkeys(paths):  # one by one, so that latents do not depend on the neighbours
+            known[path] = self.backbone.latents(read_image(path, height * factor, width * factor)[None])
+        return torch.cat([known[path] for path in paths])
 
     def sigmas(self, request: DrawRequest) -> np.ndarray:
         """Return the noise levels [N + 1] of a request."""
@@ -179,23 +198,27 @@ class Sampler:
     def _velocities(
         self,
         chunk: Chunk,
-        condition: Condition,
+        conditions: Mapping[str, Condition],
         null: Condition | None,
         request: DrawRequest,
-        perturbation: Perturbation | None,
+        perturbations: Mapping[str, Perturbation],
     ) -> tuple[Velocity, Policy | None]:
         """Return the function that a chunk is drawn with, and the policy's prediction if that is another function.
 
-        Perturbed members are drawn under gamma(sigma) C_k + (1 - gamma(sigma)) C (E2PO); the policy knows C alone.
+        Perturbed rows are drawn under gamma(sigma) C_k + (1 - gamma(sigma)) C (E2PO); the policy knows C alone.
         """
-        original = TextBatch.build([condition] * len(chunk.seeds), null, self.backbone.device)
+        texts = [prompt.text for prompt in chunk.prompts]
+        original = TextBatch.build([conditions[text] for text in texts], null, self.backbone.device)
 
         def guided(x: torch.Tensor, sigma: torch.Tensor, text: TextBatch = original) -> torch.Tensor:
             return guided_velocity(self.backbone, self.denoiser, x, sigma, text, request.guidance)
 
-        if not any(chunk.variants):
+        if not chunk.perturbed_texts:
             return guided, None
-        own = [self.backbone.insert(condition, perturbation, variant) for variant in chunk.variants]
+        own = [
+            self.backbone.insert(conditions[text], perturbations.get(text), row.variant)
+            for text, row in zip(texts, chunk.rows, strict=True)
+        ]
         perturbed = TextBatch.build(own, null, self.backbone.device)
 
         def weight(sigma: torch.Tensor) -> float:
@@ -208,22 +231,43 @@ class Sampler:
 
 
 def recorded_indices(chunk: Chunk, window: Window | None) -> np.ndarray:
-    """Return the steps [B, K] that each member of a chunk records.
+    """Return the steps [B, K] that each row of a chunk records.
 
-    They are all trained steps of the window or, if the window keeps fewer, a seeded choice for each member.
+    They are all trained steps of the window or, if the window keeps fewer, a seeded choice for each row.
     """
     if window is None:
-        return np.empty((len(chunk.seeds), 0), dtype=np.int64)
+        return np.empty((len(chunk), 0), dtype=np.int64)
     if window.keep == len(window.trained):
-        return np.tile(np.array(window.trained, dtype=np.int64), (len(chunk.seeds), 1))
+        return np.tile(np.array(window.trained, dtype=np.int64), (len(chunk), 1))
     choices = [random.Random(seed).sample(window.trained, window.keep) for seed in chunk.seeds]
     return np.array(choices, dtype=np.int64)
 
 
-def fingerprint(chunk: Chunk, request: DrawRequest, condition_key: str, perturbation_key: str | None = None) -> str:
-    """Return a hash of everything that decides a draw. The driver compares a sampler's fingerprint with its own."""
+def diversity(images: np.ndarray, groups: Sequence[int]) -> float:
+    """Return how images uint8 [B, H, W, 3] of one group differ: a pixel's standard deviation between them in [0, 1].
+
+    It is averaged over pixels and over the groups that have several images, and 0 where none has.
+    """
+    owner = np.array(groups)
+    several = [group for group, count in Counter(groups).items() if count > 1]
+    return float(np.mean([images[owner == group].std(0).mean() for group in several])) / 255 if several else 0.0
+
+
+def keys_of(encodings: Mapping[str, Condition | Perturbation]) -> dict[str, str]:
+    """Return the content address of each text's encoding."""
+    return {text: encoding.key for text, encoding in encodings.items()}
+
+
+def fingerprint(
+    chunk: Chunk, request: DrawRequest, conditions: Mapping[str, str], perturbations: Mapping[str, str]
+) -> str:
+    """Return a hash of everything that decides a draw. The driver compares a sampler's fingerprint with its own.
+
+    `conditions` and `perturbations` are content addresses by text, of the chunk's texts and of its perturbed texts.
+    """
     settings = (request.step.model_dump_json(), request.schedule.model_dump_json())
     facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means, request.rho)
     facts += (request.path, request.distilled_guidance, request.offline)
-    members = (chunk.seeds, chunk.noises, chunk.variants, condition_key, perturbation_key)
-    return hashlib.blake2b(repr((facts, members)).encode(), digest_size=8).hexdigest()
+    rows = [(row.seed, row.noise, row.variant, conditions[row.prompt.text]) for row in chunk.rows]
+    perturbed = [perturbations[text] for text in chunk.perturbed_texts]
+    return hashlib.blake2b(repr((facts, rows, perturbed)).encode(), digest_size=8).hexdigest()

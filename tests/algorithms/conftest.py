@@ -88,9 +88,9 @@ class ToyPolicy(Policy):
             v = self.base(x, sigma)
             return v if adapter is None else v + self.adapters[adapter](x, sigma)
 
-    def rewards(self, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Minus the squared distances to points of the texts' own."""
-        goals = torch.tensor([GOALS[text] for text in texts])
+    def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Minus the squared distances of each latent to points of its own texts."""
+        goals = torch.tensor([[GOALS[text] for text in own] for own in texts])
         return -((latents.flatten(1)[:, None] - goals) ** 2).sum(2)
 
     def rollout(
@@ -115,29 +115,41 @@ class ToyPolicy(Policy):
         )
         return SimpleNamespace(path=path, seeds=seeds, indices=torch.from_numpy(own))
 
-    def batch(self, rollout: SimpleNamespace, advantages: torch.Tensor, inner_pass: int = 0, moment: int = 0) -> Batch:
-        """The learner's micro-batch of a whole rollout."""
+    def batch(
+        self,
+        rollout: SimpleNamespace,
+        advantages: torch.Tensor,
+        passes: int | Sequence[int] = 0,
+        moment: int = 0,
+        prompts: Sequence[str] = (),
+    ) -> Batch:
+        """The learner's micro-batch of a whole rollout, in one inner pass or in several that are folded into one."""
+        numbers = [passes] if isinstance(passes, int) else list(passes)
+        visits = [(seed, number) for number in numbers for seed in rollout.seeds]
 
-        def generators(purpose: str) -> list[torch.Generator]:
-            names = (f"{seed} {moment} {purpose}" for seed in rollout.seeds)
+        def generators(purpose: str, *, shared: bool = False) -> list[torch.Generator]:
+            names = (f"{seed} {moment} {purpose} {'all' if shared else number}" for seed, number in visits)
             return [torch.Generator().manual_seed(random.Random(name).getrandbits(62)) for name in names]
+
+        def folded(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else torch.cat([tensor] * len(numbers))
 
         path = rollout.path
         return Batch(
-            inner_pass=inner_pass,
-            advantages=advantages,
-            x0=path.x0,
+            passes=tuple(number for _, number in visits),
+            advantages=folded(advantages),
+            x0=folded(path.x0),
             sigmas=self.sigmas,
             recorded=RecordedSteps(
-                indices=rollout.indices,
-                before=path.before,
-                after=path.after,
-                log_probs=path.log_probs,
-                means=path.means,
+                indices=folded(rollout.indices),
+                before=folded(path.before),
+                after=folded(path.after),
+                log_probs=folded(path.log_probs),
+                means=folded(path.means),
             ),
             generators=generators,
-            prompt="goal",
-            noises=tuple(rollout.seeds),
+            prompts=tuple(prompts or ["goal"] * len(rollout.seeds)) * len(numbers),
+            noises=tuple(rollout.seeds) * len(numbers),
             update=moment,
         )
 

@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import align_cluster.algorithms
@@ -38,4 +39,7 @@ def test_the_readmes_algorithm_has_fewer_than_20_lines_and_aligns_the_toy(make_p
             loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
         optimizer.step()
+    assert kind.needs_density
+    with pytest.raises(ValueError, match="too many values"):
+        algorithm.loss(policy, policy.batch(rollout, torch.zeros(64), range(2)))
     assert np.mean(scores[-5:]) > 0.5 * np.mean(scores[:5])

@@ -73,6 +73,22 @@ def test_each_sample_visits_each_rollout_level_at_most_once_in_its_own_order(pol
     assert len({tuple(row.tolist()) for row in visited}) > 1
 
 
+@pytest.mark.parametrize("passes", [range(6), (1, 4), (3,)])
+def test_folded_passes_are_the_single_ones_row_by_row(policy, passes):
+    torch.nn.init.constant_(policy.adapters["default"].out.bias, 0.5)
+    torch.nn.init.constant_(policy.adapters["old"].out.bias, 0.2)
+    rollout, algorithm = policy.rollout(SEEDS, adapter="old"), nft(kl_beta=0.2)
+    folded, metrics = algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, passes))
+    alone = [algorithm.loss(policy, policy.batch(rollout, ADVANTAGES, number)) for number in passes]
+    torch.testing.assert_close(folded, torch.cat([loss for loss, _ in alone]), rtol=0, atol=1e-5)
+    for name, values in metrics.items():
+        torch.testing.assert_close(values, torch.cat([found[name] for _, found in alone]), rtol=0, atol=1e-5)
+    assert len(set(folded.tolist())) == len(folded) == 6 * len(passes)
+    parts = [torch.autograd.grad(loss.sum(), policy.parameters) for loss, _ in alone]
+    for together, *ones in zip(torch.autograd.grad(folded.sum(), policy.parameters), *parts, strict=True):
+        torch.testing.assert_close(together, sum(ones), rtol=1e-4, atol=1e-5)
+
+
 def test_all_velocities_of_a_turn_share_noise_and_each_turn_and_moment_draws_its_own(policy):
     rollout = policy.rollout(SEEDS, adapter="old")
 
@@ -124,3 +140,16 @@ def test_training_levels_are_floats_of_the_rollouts_table(make_policy):
     policy = make_policy("dpm2", steps=7)
     (sigma, _), *_ = levels_seen(policy, policy.batch(policy.rollout(SEEDS, adapter="old"), ADVANTAGES))
     assert set(sigma.tolist()) <= set(policy.sigmas[:-1].astype(np.float32).tolist())
+
+
+def test_a_lagged_adapter_that_does_not_lag_costs_no_pass_and_changes_no_bit(policy):
+    batch, passes, velocity = policy.batch(policy.rollout(SEEDS), ADVANTAGES, 0), [], policy.velocity
+
+    def loss(follows: bool) -> torch.Tensor:
+        passes.clear()
+        policy.follows = lambda adapter: follows
+        policy.velocity = lambda x, sigma, adapter="default": passes.append(adapter) or velocity(x, sigma, "default")
+        return nft().loss(policy, batch)[0]
+
+    whole, seen = loss(False), [*passes]
+    assert torch.equal(loss(True), whole) and seen == ["old", "default"] and passes == ["default"]

@@ -7,15 +7,17 @@ from align_cluster.algorithms.draft import DRaFT
 from align_cluster.algorithms.refl import ReFL
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.sampler import recorded_indices
-from align_cluster.types import Chunk, Prompt
+
+from .chunks import chunk_of
 
 STEPS, SEEDS, STEP = 6, range(40, 48), 3e-3
+GOALS = [["goal"]] * len(SEEDS)
 KINDS = [("euler", "flow"), ("euler", "epsilon"), ("euler", "v")]
 
 
 def states(algorithm):
     """The steps that samplers record, one a member."""
-    return recorded_indices(Chunk(0, 0, 0, Prompt(0, ""), tuple(SEEDS)), algorithm.states(STEPS))
+    return recorded_indices(chunk_of(SEEDS), algorithm.states(STEPS))
 
 
 def touched(policy):
@@ -46,7 +48,7 @@ def test_refl_predicts_x0_from_the_state_in_which_the_rollout_was(make_policy, k
     x, level = rollout.path.before[:, 0], torch.tensor(policy.sigmas[indices[:, 0]]).float().view(-1, 1, 1, 1)
     output, a = policy.velocity(x, level.flatten()), torch.sqrt(1 - level**2)
     x0 = {"flow": x - level * output, "epsilon": (x - level * output) / a, "v": a * x - level * output}[prediction]
-    torch.testing.assert_close(-loss, policy.rewards(x0, ["goal"])[:, 0])
+    torch.testing.assert_close(-loss, policy.rewards(x0, GOALS)[:, 0])
     torch.testing.assert_close(metrics["reward"], -loss.detach())
     assert gradient(policy, loss).norm() > 1e-3
 
@@ -71,7 +73,7 @@ def test_draft_ends_where_the_rollout_did_and_has_its_gradient(make_policy, kind
     rollout = policy.rollout(SEEDS, states(algorithm))
     batch = policy.batch(rollout, torch.zeros(len(SEEDS)))
     loss, metrics = algorithm.loss(policy, batch)
-    torch.testing.assert_close(metrics["reward"], policy.rewards(rollout.path.x0, ["goal"])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(metrics["reward"], policy.rewards(rollout.path.x0, GOALS)[:, 0], rtol=1e-5, atol=1e-5)
     found = gradient(policy, loss)
     generator = torch.Generator().manual_seed(2)
     direction = [torch.randn(p.shape, generator=generator) for p in policy.parameters]
@@ -97,12 +99,33 @@ def test_draft_lv_noises_the_drawn_image_again_each_turn_anew(make_policy):
         batch = policy.batch(rollout, torch.zeros(len(SEEDS)), inner_pass)
         loss, _ = algorithm.loss(policy, batch)
         sigma = float(policy.sigmas[-2])
-        noise = initial_noise(batch.generators(f"noise {inner_pass}"), (2, 1, 1))
+        noise = initial_noise(batch.generators("noise"), (2, 1, 1))
         x = (1 - sigma) * rollout.path.x0 + sigma * noise
         ended = x - sigma * policy.velocity(x, torch.full((len(SEEDS),), sigma))
-        torch.testing.assert_close(-loss, policy.rewards(ended, ["goal"])[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(-loss, policy.rewards(ended, GOALS)[:, 0], rtol=1e-5, atol=1e-5)
         losses.append(loss)
     assert not torch.equal(*losses)
+
+
+@pytest.mark.parametrize("passes", [range(3), (0, 2), (1,)])
+def test_draft_lv_folded_is_its_single_passes_row_by_row_each_image_by_its_own_text(make_policy, passes):
+    policy = touched(make_policy("euler", STEPS))
+    algorithm, texts = DRaFT(DRaFT.Config(renoised=3)), ("goal", "more goal", "less goal", "goal") * 2
+    rollout = policy.rollout(SEEDS)
+
+    def losses(numbers):
+        return algorithm.loss(policy, policy.batch(rollout, torch.zeros(len(SEEDS)), numbers, prompts=texts))
+
+    folded, metrics = losses(passes)
+    alone = [losses(number) for number in passes]
+    torch.testing.assert_close(folded, torch.cat([loss for loss, _ in alone]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(metrics["reward"], torch.cat([found["reward"] for _, found in alone]), rtol=0, atol=1e-5)
+    together = gradient(policy, folded)
+    torch.testing.assert_close(together, sum(gradient(policy, loss) for loss, _ in alone) / len(alone))
+    for text in set(texts):
+        own = [place for place, other in enumerate(texts) if other == text]
+        plain = algorithm.loss(policy, policy.batch(rollout, torch.zeros(len(SEEDS)), passes[0], prompts=[text] * 8))[0]
+        torch.testing.assert_close(folded[own], plain[own], rtol=0, atol=1e-5)
 
 
 def test_states_that_a_deterministic_rollout_records_carry_no_noise_and_no_density(make_policy):
@@ -114,10 +137,7 @@ def test_states_that_a_deterministic_rollout_records_carry_no_noise_and_no_densi
 def test_every_member_draws_its_step_by_its_own_seed():
     algorithm = ReFL(ReFL.Config(steps=(0, 5)))
     whole = states(algorithm)
-    halves = [
-        recorded_indices(Chunk(0, 0, 0, Prompt(0, ""), tuple(part)), algorithm.states(STEPS))
-        for part in (SEEDS[:4], SEEDS[4:])
-    ]
+    halves = [recorded_indices(chunk_of(part), algorithm.states(STEPS)) for part in (SEEDS[:4], SEEDS[4:])]
     np.testing.assert_array_equal(whole, np.concatenate(halves))
 
 

@@ -24,13 +24,15 @@ class Linear(Policy):
         kind = STEPS["euler"]
         levels = linear_sigmas(4, 3.0) if prediction == "flow" else ddim_levels(4)
         self.step = kind(kind.Config(), levels, prediction)
-        self.leaf = torch.zeros(len(SEEDS), *SHAPE, requires_grad=True)
+        self.leaf = torch.zeros(len(SEEDS), *SHAPE, requires_grad=True)  # added to each sample's output
         generator = torch.Generator().manual_seed(5)
         self.bias = bias * torch.randn(SHAPE, generator=generator)
 
     def velocity(self, x, sigma, adapter="default"):
         self.fed.append(sigma)
-        return self.leaf + (starting_noise(SEEDS, SHAPE) - X0 if isinstance(self.output, str) else self.output)
+        times = len(x) // len(SEEDS)
+        output = starting_noise(SEEDS, SHAPE) - X0 if isinstance(self.output, str) else self.output
+        return (self.leaf + output).repeat(times, 1, 1, 1)
 
     def embedding(self, text):
         generator = torch.Generator().manual_seed(sum(map(ord, text)) % 1000)
@@ -38,26 +40,33 @@ class Linear(Policy):
 
     def rewards(self, latents, texts):
         self.asked.append(texts)
-        return torch.stack([(latents * self.embedding(text)).flatten(1).sum(1) for text in texts], 1)
+        known = torch.stack([torch.stack([self.embedding(text) for text in own]) for own in texts])
+        return (latents[:, None] * known).flatten(2).sum(2)
 
 
+FIRST = torch.zeros(len(SEEDS), dtype=torch.int64)  # each sample's first injection
 X0 = torch.randn(len(SEEDS), *SHAPE, generator=torch.Generator().manual_seed(3))
 
 
-def batch(inner_pass=0, update=0, noises=SEEDS):
-    def generators(purpose):
-        return [torch.Generator().manual_seed(seed * 1000 + len(purpose)) for seed in SEEDS]
+def batch(*passes, update=0, noises=SEEDS, prompts=("a cat",) * 3):
+    """The samples in one inner pass (the first, unless another is given), or in several that are folded into one."""
+    passes = passes or (0,)
+    visits = [(seed, number) for number in passes for seed in SEEDS]
+
+    def generators(purpose, *, shared=False):
+        numbers = (seed * 1000 + len(purpose) + (0 if shared else 100 * number) for seed, number in visits)
+        return [torch.Generator().manual_seed(number) for number in numbers]
 
     return Batch(
-        inner_pass=inner_pass,
+        passes=tuple(number for _, number in visits),
         update=update,
-        advantages=torch.zeros(len(SEEDS)),
-        x0=X0,
+        advantages=torch.zeros(len(visits)),
+        x0=X0.repeat(len(passes), 1, 1, 1),
         sigmas=linear_sigmas(4, 3.0),
-        recorded=RecordedSteps(indices=torch.empty(len(SEEDS), 0, dtype=torch.int64)),
+        recorded=RecordedSteps(indices=torch.empty(len(visits), 0, dtype=torch.int64)),
         generators=generators,
-        prompt="a cat",
-        noises=noises,
+        prompts=prompts * len(passes),
+        noises=noises * len(passes),
     )
 
 
@@ -85,7 +94,7 @@ def test_both_branches_recover_at_one_level_from_either_side_of_it():
     algorithm, policy = made(truncate_timesteps=False), Linear()
     for inner_pass in (0, 1):
         algorithm.loss(policy, batch(inner_pass))
-    target = algorithm.level(algorithm.numbers(batch(), 0))
+    target = algorithm.level(algorithm.numbers(batch(), FIRST))
     above, below = policy.fed
     assert (above > target).all() and (below < target).all()
     assert (above - target).max() < 0.0216 and (target - below).max() < 0.0216
@@ -141,7 +150,7 @@ def test_with_equal_words_the_released_form_is_the_reward_times_its_discount():
     for inner_pass, k in ((0, 0.3), (1, 0.7)):
         policy = Linear()
         _, metrics = algorithm.loss(policy, batch(inner_pass))
-        plain = policy.rewards(X0, ["x. a cat"])[:, 0]
+        plain = policy.rewards(X0, [["x. a cat"]] * 3)[:, 0]
         torch.testing.assert_close(metrics["reward"], k * plain, rtol=1e-3, atol=1e-3)
 
 
@@ -157,19 +166,20 @@ def test_the_forms_weigh_the_two_scores_as_the_paper_and_the_code_do(form):
     }[form]
     for inverts, expected in ((False, plus), (True, minus)):
         wanted = torch.stack([torch.as_tensor(np.broadcast_to(side, 3).copy()).float() for side in expected], 1)
-        torch.testing.assert_close(algorithm.weights(numbers, inverts), wanted)
+        torch.testing.assert_close(algorithm.weights(numbers, torch.full((3,), inverts)), wanted)
 
 
 def test_each_branch_reads_its_discount_where_the_official_code_does():
     """discount_pos[m] at the level that is recovered, discount_inv[m_B] at the one that was noised."""
     algorithm = made(positive=["x"], negative=["x"], discount_denoise=(0.0, 1.0), discount_inversion=(0.0, 1.0))
-    number = algorithm.numbers(batch(), 0)
+    number = algorithm.numbers(batch(), FIRST)
     gap = torch.minimum(torch.minimum(number, LEVELS - number), torch.tensor(100))
     for inner_pass, place in ((0, number), (1, (number - gap).clamp(min=1))):
         policy = Linear()
         _, metrics = algorithm.loss(policy, batch(inner_pass))
         k = torch.linspace(0, 1, LEVELS)[place]
-        torch.testing.assert_close(metrics["reward"], k * policy.rewards(X0, ["x. a cat"])[:, 0], rtol=1e-3, atol=1e-3)
+        plain = policy.rewards(X0, [["x. a cat"]] * 3)[:, 0]
+        torch.testing.assert_close(metrics["reward"], k * plain, rtol=1e-3, atol=1e-3)
 
 
 def test_gradients_stop_at_the_margin_and_nowhere_else():
@@ -193,7 +203,7 @@ def test_one_pair_of_words_an_update_each_list_in_its_own_cycle():
     assert len({tuple(pair) for pair in pairs}) == len(POSITIVE) * len(NEGATIVE)
     policy = Linear()
     algorithm.loss(policy, batch(update=6))
-    assert policy.asked == [pairs[6]]
+    assert policy.asked == [[pairs[6]] * 3]
 
 
 def test_a_template_says_where_the_words_go():
@@ -205,26 +215,25 @@ def test_a_template_says_where_the_words_go():
 def test_plain_direct_align_follows_the_prompts_own_reward():
     algorithm, policy = made(relative="none", branches="denoise"), Linear()
     loss, metrics = algorithm.loss(policy, batch())
-    assert policy.asked == [["a cat"]] and algorithm.inner_passes(25, 0) == 1 and "preference" not in metrics
-    torch.testing.assert_close(-loss, policy.rewards(X0, ["a cat"])[:, 0], rtol=1e-3, atol=1e-3)
+    assert policy.asked == [[["a cat"]] * 3] and algorithm.inner_passes(25, 0) == 1 and "preference" not in metrics
+    torch.testing.assert_close(-loss, policy.rewards(X0, [["a cat"]] * 3)[:, 0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_reward_that_reads_no_text_compares_an_image_with_itself_under_a_little_noise():
     policy = Linear()
     _, metrics = made(relative="noise", form="difference", blur=0.2).loss(policy, batch())
-    assert policy.asked == [["a cat"], ["a cat"]]
+    assert policy.asked == [[["a cat"]] * 3] * 2
     # The noised latents have .8 of the image, and noise whose reward is 0 in the mean.
-    plain = policy.rewards(X0, ["a cat"])[:, 0]
-    generators = [torch.Generator().manual_seed(seed * 1000 + len("blur 0")) for seed in SEEDS]
-    noise = torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
-    wanted = plain - policy.rewards(0.8 * X0 + 0.2 * noise, ["a cat"])[:, 0]
+    plain = policy.rewards(X0, [["a cat"]] * 3)[:, 0]
+    noise = torch.stack([torch.randn(SHAPE, generator=stream) for stream in batch().generators("blur")])
+    wanted = plain - policy.rewards(0.8 * X0 + 0.2 * noise, [["a cat"]] * 3)[:, 0]
     torch.testing.assert_close(metrics["preference"], wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_several_injections_take_consecutive_levels_and_weigh_late_ones_less():
     algorithm = made(injections=3, branches="denoise", form="difference", late=(0.1, 1.0))
     assert algorithm.inner_passes(25, 0) == 3
-    first, second, third = (algorithm.numbers(batch(), injection) for injection in range(3))
+    first, second, third = (algorithm.numbers(batch(), torch.full((3,), injection)) for injection in range(3))
     assert (first - second == 100).all() and (second - third == 100).all()
     assert (third >= 5).all() and (first <= 995).all()
     plain = made(injections=3, branches="denoise", form="difference")
@@ -238,10 +247,46 @@ def test_several_injections_take_consecutive_levels_and_weigh_late_ones_less():
         )
 
 
+FOLDED = [
+    {},
+    {"injections": 3, "gap": 200, "late": (0.1, 1.0)},
+    {"injections": 2, "form": "cfg", "strength": 2.5, "margin": 3.0},
+    {"relative": "noise", "form": "difference", "blur": 0.2},
+    {"relative": "none", "branches": "denoise", "injections": 4},
+]
+
+
+@pytest.mark.parametrize("settings", FOLDED)
+def test_folded_passes_are_the_single_ones_row_by_row_in_both_branches_and_all_injections(settings):
+    algorithm, texts = made(**settings), ("a cat", "a dog", "two birds")
+    passes = range(algorithm.inner_passes(25, 0))
+    for numbers in (passes, passes[1:], passes[::-1]):
+        policy = Linear(output=0.1)
+        folded, metrics = algorithm.loss(policy, batch(*numbers, prompts=texts))
+        slope = torch.autograd.grad(folded.sum(), policy.leaf)[0]
+        single, found, slopes = [], [], []
+        for number in numbers:
+            alone = Linear(output=0.1)
+            loss, values = algorithm.loss(alone, batch(number, prompts=texts))
+            single.append(loss), found.append(values)
+            slopes.append(torch.autograd.grad(loss.sum(), alone.leaf)[0])
+        torch.testing.assert_close(folded, torch.cat(single), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slope, sum(slopes), rtol=1e-4, atol=1e-5)
+        for name, values in metrics.items():
+            torch.testing.assert_close(values, torch.cat([one[name] for one in found]), rtol=1e-5, atol=1e-5)
+        assert folded.detach().unique().numel() > 1
+
+
+def test_each_image_is_judged_under_the_words_of_its_own_text():
+    algorithm, policy = made(), Linear()
+    algorithm.loss(policy, batch(update=6, prompts=("a cat", "a dog", "two birds")))
+    assert policy.asked == [[algorithm.pair(6, text) for text in ("a cat", "a dog", "two birds")]]
+
+
 def test_levels_are_a_function_of_the_sample_and_not_of_its_batch():
-    algorithm, whole = made(), batch()
-    numbers = algorithm.numbers(whole, 0)
-    assert len(set(numbers.tolist())) > 1 and torch.equal(numbers, algorithm.numbers(batch(inner_pass=1), 0))
+    algorithm = made()
+    numbers = algorithm.numbers(batch(), FIRST)
+    assert len(set(numbers.tolist())) > 1 and torch.equal(numbers, algorithm.numbers(batch(1), FIRST))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

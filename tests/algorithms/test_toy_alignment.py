@@ -8,7 +8,8 @@ from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
 from align_cluster.rollouts.sampler import recorded_indices
 from align_cluster.rollouts.windows import WINDOWS
-from align_cluster.types import Chunk, Prompt
+
+from .chunks import chunk_of
 
 STEPS = 6
 UPDATES, IMAGES = 50, 64
@@ -61,7 +62,7 @@ def planned(update: int, settings: dict):
     kind = WINDOWS[settings["kind"]]
     window = kind(kind.Config(**settings)).plan(STEPS, update, update)
     seeds = range(update * IMAGES, (update + 1) * IMAGES)
-    return seeds, window.noisy, recorded_indices(Chunk(update, 0, 0, Prompt(0, ""), tuple(seeds)), window)
+    return seeds, window.noisy, recorded_indices(chunk_of(seeds, update), window)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -172,13 +173,14 @@ def test_gradients_of_rewards_move_points_in_50_updates(make_policy, run, predic
     goals = ("more goal", "less goal") if "words" in run or "released" in run or "injections" in run else ("goal",)
 
     def reward(adapter) -> float:
-        scores = policy.rewards(policy.rollout(range(10**6, 10**6 + 200), adapter=adapter).path.x0, list(goals))
+        x0 = policy.rollout(range(10**6, 10**6 + 200), adapter=adapter).path.x0
+        scores = policy.rewards(x0, [goals] * len(x0))
         return (scores[:, 0] - (scores[:, 1] if len(goals) > 1 else 0)).mean().item()
 
     for update in range(UPDATES):
         seeds = range(update * IMAGES, (update + 1) * IMAGES)
         window = algorithm.states(STEPS)
-        chosen = recorded_indices(Chunk(update, 0, 0, Prompt(0, ""), tuple(seeds)), window) if window else ()
+        chosen = recorded_indices(chunk_of(seeds, update), window) if window else ()
         rollout = policy.rollout(seeds, chosen)
         optimizer.zero_grad()
         inner_passes = algorithm.inner_passes(STEPS, 1)

@@ -3,11 +3,14 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
+from align_cluster.backbones.base import CriticSection
+from align_cluster.backbones.critic import Critic
 from align_cluster.backbones.pipeline import pack
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import Sampler
 
 from .contract import TEXT, Case, noise_of, random_state, sample
+from .test_critic import shake
 
 GUIDANCE, TAIL, STEP = 4.0, 5, 0.02  # TAIL: the template's tokens after a prompt
 BLOCKS = ("transformer_blocks.0.attn.to_q.", "transformer_blocks.1.attn.add_v_proj.", "transformer_blocks.0.txt_mlp.")
@@ -163,6 +166,32 @@ def test_texts_that_the_stock_pipeline_pads_and_masks_in_a_batch_are_drawn_alike
     for seed, text in enumerate(texts):
         ours = sample(backbone, denoiser, backbone.encode([text, ""]), (seed,), GUIDANCE)
         torch.testing.assert_close(ours[0], theirs[seed], rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_texts_of_different_lengths_in_a_batch_give_each_row_what_it_has_alone(backbone):
+    """The denoiser and the critic, whose batches a mask tells where texts end."""
+    actor = add_adapters(backbone, backbone.load_denoiser(), ("default", "critic"))
+    random_state(actor, 0.1)
+    critic = Critic(backbone, actor, 2, CriticSection(width=16, heads=2))
+    shake(critic)
+    conditions = backbone.encode([TEXT, "two blue squares of " * 8 + TEXT, "red"])
+    assert len({len(one.sequence) for one in conditions}) == 3
+    x, sigma = noise_of(backbone, range(3)), torch.tensor([0.9, 0.6, 0.3])
+    text = TextBatch.build(conditions, None, x.device)
+    lengths = [len(one.sequence) for one in conditions]
+    assert text.mask.sum(1).tolist() == lengths and text.sequence.shape[1] == max(lengths)
+    with torch.no_grad():
+        together = guided_velocity(backbone, actor, x, sigma, text)
+        values = critic(x, sigma, text.sequence, text.pooled, text.mask)
+        for row, condition in enumerate(conditions):
+            one, own = slice(row, row + 1), TextBatch.build([condition], None, x.device)
+            assert own.mask is None
+            alone = guided_velocity(backbone, actor, x[one], sigma[one], own)
+            torch.testing.assert_close(together[one], alone, rtol=0, atol=1e-5)
+            value = critic(x[one], sigma[one], own.sequence, own.pooled)
+            torch.testing.assert_close(values[one], value, rtol=0, atol=1e-5)
+        unmasked = backbone.velocity(actor, x, sigma, text.sequence, text.pooled)
+    assert (unmasked - together)[0].abs().max() > 1e-4, "without the mask, padding would be read"
 
 
 def test_conditions_without_a_pooled_part_go_through_the_cache(backbone):

@@ -1,13 +1,17 @@
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.conditions.cache import Cache, cached, default_folder
+from align_cluster.conditions.cache import LOOK, SLACK, VARIABLE, Cache, Clearance, allowed, cached, default_folder
 from align_cluster.conditions.perturb import E2po
+from align_cluster.errors import UserError
 from align_cluster.types import Condition, Perturbation
 
 WRITER = """
@@ -127,6 +131,139 @@ def test_two_processes_that_write_one_key_never_show_a_mixture(tmp_path):
                 assert len(np.unique(np.concatenate(values))) == 1
     assert [writer.wait() for writer in writers] == [0, 0] and all(seen.values())
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".npz"] * 2
+
+
+def bounded(monkeypatch, files: int) -> None:
+    """Let a cache take as many files of `small`."""
+    monkeypatch.setenv(VARIABLE, str(files * 4096 / 2**30))
+
+
+def small(number: int) -> Condition:
+    return record(Condition, f"{number % 7}{number:05d}", number)
+
+
+def on_disk(folder: Path) -> set[int]:
+    """Numbers of the conditions that are there."""
+    return {int(path.stem[1:]) for path in folder.glob("conditions/*/*.npz")}
+
+
+def age(folder: Path, seconds: float) -> None:
+    """Make every file look as if it had been used that much earlier."""
+    for path in folder.rglob("*.npz"):
+        old = path.stat()
+        os.utime(path, (old.st_atime - seconds, old.st_mtime - seconds))
+
+
+def test_the_records_used_longest_ago_make_room_for_new_ones(tmp_path, monkeypatch):
+    bounded(monkeypatch, 100)
+    cache = Cache(tmp_path, Condition)
+    for number in range(100):
+        cache.put(small(number))
+    age(tmp_path, 100)
+    used = set(range(0, 100, 5))
+    for number in used:
+        assert_same(cache.get(small(number).key), small(number))
+    age(tmp_path, 100)
+    for number in range(100, 160):
+        cache.put(small(number))
+    left = on_disk(tmp_path)
+    assert used | set(range(100, 160)) <= left and len(left) <= 102  # two more are written between two looks
+    for number in left:
+        assert_same(cache.get(small(number).key), small(number))
+
+
+def test_a_cache_stays_within_its_bound_whatever_its_kinds_and_however_much_is_written(tmp_path, monkeypatch):
+    bounded(monkeypatch, 50)
+    caches = [Cache(tmp_path, kind) for kind in (Condition, Perturbation)]
+    for number in range(600):
+        caches[number % 2].put(record(caches[number % 2].kind, f"{number:06d}"))
+        assert number < 60 or 45 <= len(list(tmp_path.rglob("*.npz"))) <= 51
+
+
+def test_the_folder_is_looked_through_once_for_many_writes(tmp_path, monkeypatch):
+    looks, clear = [], Clearance.clear
+    monkeypatch.setattr(Clearance, "clear", lambda self: looks.append(0) or clear(self))
+    bounded(monkeypatch, 1000)
+    for number in range(1500):
+        Cache(tmp_path, Condition).put(small(number))  # the count is the process's, not the object's
+    assert 1 < len(looks) <= 1500 / (LOOK * 1000) + 1
+    assert (1 - SLACK) * 1000 <= len(on_disk(tmp_path)) <= (1 + LOOK) * 1000 + 1
+
+
+def test_a_file_of_somebody_else_is_never_deleted(tmp_path, monkeypatch):
+    bounded(monkeypatch, 5)
+    others = [
+        "mine.npz",
+        "conditions/notes.txt",
+        "conditions/conditions.npz",
+        "conditions/00/mine.npz",
+        "images/00/00a.npz",
+    ]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(100_000))
+    for number in range(40):
+        Cache(tmp_path, Condition).put(small(number))
+    assert all((tmp_path / name).stat().st_size == 100_000 for name in others)
+
+
+def test_what_a_killed_writer_left_goes_after_an_hour_and_what_is_being_written_stays(tmp_path, monkeypatch):
+    bounded(monkeypatch, 5)
+    folder = tmp_path / "conditions" / "00"
+    folder.mkdir(parents=True)
+    left, current = folder / ".0123.npz", folder / ".4567.npz"
+    left.write_bytes(bytes(100_000))
+    age(tmp_path, 4000)
+    current.write_bytes(bytes(100_000))
+    for number in range(3):
+        Cache(tmp_path, Condition).put(small(number))
+    assert not left.exists() and current.exists() and on_disk(tmp_path) >= {1, 2}
+
+
+def test_several_processes_share_a_bounded_folder_and_see_whole_records_only(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+import numpy as np
+from align_cluster.conditions.cache import Cache
+from align_cluster.types import Condition
+cache, seen, rng = Cache(Path(sys.argv[1]), Condition), 0, np.random.default_rng(int(sys.argv[2]))
+for number in rng.integers(0, 300, 1500):
+    found = cache.get(f"{number:06d}")
+    if found is None:
+        cache.put(Condition(f"{number:06d}", np.full((5, 8), number), np.full(3, number)))
+    else:
+        seen += 1
+        assert (found.sequence == number).all() and (found.pooled == number).all()
+print(seen)
+"""
+    command, env = [sys.executable, "-c", script, str(tmp_path)], os.environ | {VARIABLE: str(100 * 4096 / 2**30)}
+    running = [
+        subprocess.Popen([*command, seed], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for seed in "123"
+    ]
+    for process in running:
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        assert int(out) > 100  # records that were found
+    names = [path.name for path in tmp_path.rglob("*.npz")]
+    assert 80 <= len(names) <= 110 and not any(name.startswith(".") for name in names)
+
+
+def test_the_bound_is_the_users_choice_or_a_share_of_the_free_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1.5")
+    assert allowed(tmp_path, 0) == 1.5 * 2**30
+    monkeypatch.delenv(VARIABLE)
+    free = shutil.disk_usage(tmp_path).free
+    assert allowed(tmp_path, 0) == pytest.approx(min(0.1 * free, 20 * 2**30), rel=0.05)
+    assert allowed(tmp_path, 10**15) == 20 * 2**30  # what the cache holds counts as free
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "much", "nan", ""])
+def test_a_bound_that_is_no_size_is_one_sentence(tmp_path, monkeypatch, wrong):
+    monkeypatch.setenv(VARIABLE, wrong)
+    with pytest.raises(UserError, match=f"ALIGN_CLUSTER_CACHE_GIB is {wrong!r}: set it to the GiB"):
+        Cache(tmp_path, Condition).put(small(0))
 
 
 def test_only_what_is_missing_or_damaged_is_made_once_and_in_one_call(tmp_path, monkeypatch, kind):

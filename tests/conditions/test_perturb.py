@@ -10,6 +10,7 @@ from align_cluster.backbones.levels import sd3_sigmas
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.conditions import perturb
 from align_cluster.conditions.perturb import E2po, gamma, initial_noise, learn, objective, optimise, render, tokenize
+from align_cluster.conditions.precision import to_tensor
 
 TEXTS = [
     "a photo of a red circle",
@@ -315,14 +316,16 @@ def test_an_encoder_stored_in_bf16_is_learned_in_fp32_and_encodes_in_its_own_typ
     config = E2po(iterations=10)
     (coarse,) = learned((stored, clip[1]), TEXTS[:1], config)
     (fine,) = learned((copy.deepcopy(stored).float(), clip[1]), TEXTS[:1], config)
-    assert stored.dtype == torch.bfloat16 and coarse.hidden.dtype == np.float32
+    hidden, pooled = to_tensor(coarse.hidden), to_tensor(coarse.pooled)
+    assert stored.dtype == hidden.dtype == pooled.dtype == torch.bfloat16 and fine.hidden.dtype == np.float32
+    assert 2 * coarse.hidden.nbytes == fine.hidden.nbytes
     scale = np.abs(fine.pooled).max()
-    assert 0 < np.abs(coarse.pooled - fine.pooled).max() < 0.03 * scale
+    assert 0 < np.abs(pooled.float().numpy() - fine.pooled).max() < 0.03 * scale
     ids, _, noise = start(clip, TEXTS[:1], config)
     plain = stored(ids, output_hidden_states=True)
     same = render(stored, "key", ids[0], torch.zeros_like(noise[0]), config)
-    np.testing.assert_array_equal(same.hidden[0], plain.hidden_states[-2][0].float())
-    np.testing.assert_array_equal(same.pooled[0], plain.text_embeds[0].float())
+    assert torch.equal(to_tensor(same.hidden)[0], plain.hidden_states[-2][0])
+    assert torch.equal(to_tensor(same.pooled)[0], plain.text_embeds[0])
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,16 @@ GENEVAL += ["evaluate.prompts.kind=geneval", "evaluate.prompts.split=held_out", 
 UNET = ["backbone.kind=sd1", "backbone.path=a/b", "algorithm.kind=grpo"]
 
 PROBLEMS = [
-    (["rollout.chunk=5"], ["rollout.chunk is 5", "does not divide rollout.group_size 6", "3 or 6"]),
-    (["rollout.chunk=12"], ["rollout.chunk is 12", "rollout.group_size 6", "3 or 6"]),
-    (["learner.micro_batch=12"], ["learner.micro_batch is 12", "chunks of 6", "at most 6"]),
-    (["rollout.chunk=2", "learner.micro_batch=3"], ["learner.micro_batch is 3", "chunks of 2"]),
-    (["learner.updates_per_step=5"], ["learner.updates_per_step is 5", "4 chunks", "at most 4"]),
+    (["rollout.chunk=2", "learner.micro_batch=3"], ["learner.micro_batch is 3", "chunks of 2", "at most 2"]),
+    (["learner.updates_per_step=25"], ["learner.updates_per_step is 25", "24 images", "at most 24"]),
+    (
+        ["algorithm.kind=grpo", "learner.fold=2"],
+        ["learner.fold is 2", "algorithm.kind grpo", "log-probs", "leave it out"],
+    ),
+    (
+        ["algorithm.kind=grpo", "backbone.compile=true"],
+        ["backbone.compile is true", "compares log-probs", "ratio_tolerance is 1e-05", "false, or the tolerance"],
+    ),
     (["rollout.group_size=1"], ["rollout.group_size is 1", "2 or more"]),
     (["algorithm.kind=grpo", "rollout.step.kind=euler"], ["rollout.step.kind is euler", "grpo", "flow_sde"]),
     (["algorithm.kind=grpo", "rollout.steps=1"], ["rollout.steps is 1", "2 or more"]),
@@ -76,7 +81,7 @@ def test_a_folder_whose_index_names_no_pipeline_is_refused(run_config, tmp_path,
 
 def test_several_problems_are_listed_one_a_line(run_config):
     with pytest.raises(UserError) as caught:
-        check(run_config("rollout.chunk=5", "rewards.judge.role=monitor"))
+        check(run_config("learner.updates_per_step=25", "rewards.judge.role=monitor"))
     assert len(str(caught.value).splitlines()) == 2
 
 
@@ -161,16 +166,19 @@ def test_the_quickstart_runs_with_the_other_algorithm():
 E2PO, GRPO = ["exploration.kind=e2po", "exploration.conditions=4"], ["algorithm.kind=grpo"]
 SLAS = ["advantage.shaping.kind=slas", "advantage.std=batch"]
 ADAPTIVE = [*SLAS, "advantage.shaping.gamma=adaptive"]
-TWO_UPDATES = ["advantage.std=batch", "learner.updates_per_step=2"]
+FIVE_UPDATES = ["advantage.std=batch", "learner.updates_per_step=5"]
 
-GDPO = [*E2PO, "advantage.mix=gdpo", "learner.updates_per_step=2"]
+GDPO = [*E2PO, "advantage.mix=gdpo", "learner.updates_per_step=5"]
 
 REFUSED = [
-    (GDPO, ["advantage.mix is gdpo", "splits groups", "rollout.chunk to 24", "advantage.mix to normalise_then_sum"]),
-    ([*E2PO, "rollout.chunk=7"], ["rollout.chunk is 7", "group_size x exploration.conditions = 24", "6 or 8"]),
-    ([*E2PO, "rollout.chunk=48"], ["rollout.chunk is 48", "= 24", "12 or 24"]),
-    ([*E2PO, "learner.micro_batch=7"], ["learner.micro_batch is 7", "chunks of 6", "at most 6"]),
-    ([*E2PO, "learner.updates_per_step=17"], ["learner.updates_per_step is 17", "16 chunks", "at most 16"]),
+    (GDPO, ["advantage.mix is gdpo", "5 splits the 4 groups", "at most 4", "advantage.mix to normalise_then_sum"]),
+    ([*E2PO, "rollout.chunk=6", "learner.micro_batch=7"], ["learner.micro_batch is 7", "chunks of 6", "at most 6"]),
+    ([*E2PO, "learner.updates_per_step=97"], ["learner.updates_per_step is 97", "96 images", "at most 96"]),
+    (
+        ["algorithm.kind=ppo", "learner.fold=3"],
+        ["learner.fold is 3", "algorithm.kind ppo", "log-probs", "leave it out"],
+    ),
+    (["learner.fold=0"], ["learner.fold is 0", "above 0"]),
     (["exploration.conditions=1", "rollout.group_size=1"], ["rollout.group_size is 1", "2 or more"]),
     (["exploration.conditions=0"], ["exploration.conditions is 0", "above 0"]),
     (["exploration.conditions=-3"], ["exploration.conditions is -3", "above 0"]),
@@ -190,8 +198,8 @@ REFUSED = [
         ["advantage.shaping.gamma is adaptive", "updates of one size", "order to norm_then_shape"],
     ),
     ([*GRPO, *ADAPTIVE, "learner.zero_stage=3"], ["gamma is adaptive", "learner.zero_stage is 3", "set it to 2"]),
-    ([*TWO_UPDATES, "rollout.chunk=3"], ["advantage.std is batch", "updates_per_step 2 splits", "chunk to 6"]),
-    ([*TWO_UPDATES, *E2PO], ["advantage.std is batch", "updates_per_step 2 splits", "rollout.chunk to 24"]),
+    (FIVE_UPDATES, ["advantage.std is batch", "5 splits the 4 groups", "at most 4, or advantage.std to global"]),
+    ([*FIVE_UPDATES, *E2PO], ["advantage.std is batch", "updates_per_step 5 splits the 4 groups", "at most 4"]),
     ([*GRPO, "rollout.window.kind=sliding"], ["rollout.window.size is 4", "rollout of 4 steps", "at most 3"]),
     (
         [*GRPO, "rollout.window.kind=fast", "rollout.window.size=3"],
@@ -250,22 +258,27 @@ def test_what_the_new_settings_cannot_do_is_one_sentence_and_exit_code_2(text, t
 
 
 REMEDIES = [
-    [*E2PO, "rollout.chunk=8"],
-    [*E2PO, "rollout.chunk=24"],
+    [*E2PO, "rollout.chunk=7"],  # a chunk takes rows of any groups
+    [*E2PO, "rollout.chunk=48"],
+    ["learner.updates_per_step=24"],
+    [*GRPO, "learner.fold=1"],
+    ["learner.fold=3", "learner.micro_batch=12"],
     [*E2PO, "rollout.group_size=1"],  # conditions alone are compared, too
     [*E2PO, "exploration.rho=1"],
     [*SLAS, "advantage.shaping.gamma=0"],
     [*SLAS, "advantage.std=global"],
     [*GRPO, *ADAPTIVE],
-    [*TWO_UPDATES, "rollout.chunk=6"],
-    [*TWO_UPDATES, *E2PO, "rollout.chunk=24"],
+    [*FIVE_UPDATES, "learner.updates_per_step=4", "rollout.chunk=5"],  # updates take whole groups all the same
+    [*FIVE_UPDATES, *E2PO, "learner.updates_per_step=3"],
+    [*FIVE_UPDATES, "advantage.std=global"],
     ["advantage.std=batch", *E2PO],  # one update holds all groups
     [*GRPO, "rollout.window.kind=sliding", "rollout.window.size=3"],
     [*GRPO, "rollout.window.kind=fast", "rollout.window.range=[1, 3]"],
     [*GRPO, "rollout.window.kind=fraction", "rollout.window.choice=per_sample"],
     [*GRPO, "algorithm.ratio=guard", "rollout.step.kind=dance_sde"],
     [*GRPO, "rollout.same_noise=true"],
-    [*GDPO, "rollout.chunk=24"],
+    [*GDPO, "learner.updates_per_step=4"],
+    [*GDPO, "advantage.mix=normalise_then_sum"],
     [*GRPO, "rollout.step.kind=flow_ddim", "rollout.schedule.kind=linear"],
     [*GRPO, "rollout.step.kind=flow_ddim", "algorithm.ratio=guard"],
     [*GRPO, *E2PO, "rollout.schedule.kind=flux"],

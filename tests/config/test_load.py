@@ -5,8 +5,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from align_cluster.config.load import config_hash, dump, json_schema, load, loads
+from align_cluster.config.load import as_before, config_hash, differences, dump, json_schema, load, loads
 from align_cluster.config.messages import explain
+from align_cluster.config.plan import settle
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 
@@ -285,6 +286,17 @@ def test_the_hash_follows_what_the_result_depends_on(run_config):
     same = {config_hash(run_config(*o)) for o in ((), ("name=other",), ("out=/x",), ("cluster.samplers=7",))}
     other = {config_hash(run_config(*o)) for o in (("seed=1",), ("optimizer.lr=2e-4",), ("rollout.chunk=3",))}
     assert len(same) == 1 and len(other) == 3 and not same & other
+
+
+def test_a_resumed_run_goes_on_with_the_batches_that_were_chosen_when_it_began(run_config):
+    began = settle(run_config(), 2, 0)
+    old = began.model_dump(mode="json")
+    assert differences(old, run_config()) == [] and as_before(old, run_config()) == began
+    assert settle(as_before(old, run_config("rollout.chunk=12")), 64, 8) == began
+    (odd,) = differences(old, run_config("rollout.chunk=3"))
+    assert odd == "rollout.chunk: 12 there, 3 here"
+    open_run = run_config("learner.updates_per_step=2")
+    assert as_before(open_run.model_dump(mode="json"), open_run) == open_run, "an older run has none"
 
 
 def test_the_schema_describes_every_block():

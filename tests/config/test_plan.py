@@ -1,14 +1,18 @@
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from align_cluster.config.load import load
-from align_cluster.config.plan import derive, table
+from align_cluster.config.plan import ROWS, Rows, chunk_bounds, derive, evaluation_pieces, settle, table
 from align_cluster.errors import UserError
+from align_cluster.learner.batching import assign_updates
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import Prompt
+
+from ..cases import each
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -57,7 +61,7 @@ def test_two_samplers_on_one_gpu_share_its_half(run_config):
 
 def test_more_learners_than_gpus_are_refused(run_config):
     with pytest.raises(UserError, match="cluster.learners is 2 with 1 GPUs.*set it to 1"):
-        derive(run_config("cluster.learners=2"), 8, 1)
+        derive(run_config("cluster.learners=2", "learner.micro_batch=12"), 8, 1)
 
 
 def test_stated_counts_win_and_oversubscription_is_noted(run_config):
@@ -67,10 +71,11 @@ def test_stated_counts_win_and_oversubscription_is_noted(run_config):
 
 
 def test_no_more_workers_start_than_there_is_work(run_config):
-    plan = derive(run_config("prompts_per_step=3"), 16, 0)
-    assert (plan.samplers, plan.learners) == (3, 3)
-    plan = derive(run_config("cluster.learners=9", "prompts_per_step=3", "learner.updates_per_step=3"), 16, 0)
-    assert plan.learners == 1 and "cluster.learners is 9" in plan.notes[0]
+    batches = ("prompts_per_step=3", "rollout.chunk=6", "learner.micro_batch=3")
+    plan = derive(run_config(*batches), 16, 0)
+    assert (plan.samplers, plan.learners) == (3, 6)
+    plan = derive(run_config(*batches, "cluster.learners=9", "learner.updates_per_step=3"), 16, 0)
+    assert plan.learners == 2 and "cluster.learners is 9" in plan.notes[0]
 
 
 def test_the_work_of_a_step_adds_up(run_config):
@@ -82,36 +87,125 @@ def test_the_work_of_a_step_adds_up(run_config):
     assert plan.rollout_calls == 8 * 4 * 2, "chunks x steps x two branches of guidance"
 
 
-def test_cutting_does_not_depend_on_the_machine(run_config):
-    small, large = (derive(run_config(), cores, gpus) for cores, gpus in ((1, 0), (256, 32)))
-    for field in ("chunk", "micro_batch", "images_per_step", "chunks_per_step", "updates_per_step", "inner_passes"):
-        assert getattr(small, field) == getattr(large, field)
+def test_a_settled_run_is_cut_alike_on_every_machine(run_config):
+    small = derive(run_config(), 1, 0)
+    large = derive(small.config, 256, 32)
+    assert large.config == small.config
+    cut = ("chunk", "micro_batch", "fold", "images_per_step", "chunks_per_step", "updates_per_step", "inner_passes")
+    assert all(getattr(small, field) == getattr(large, field) for field in cut)
 
 
 def test_the_table_says_everything_that_was_decided(run_config):
     plan = replace(derive(run_config(), 2, 0), notes=("something to know",))
     text = table(plan)
-    for part in ("2 x 0.45 CPU", "24, in 4 chunks of 6", "note: something to know"):
+    for part in ("2 x 0.45 CPU", "24, in 2 chunks of 12", "note: something to know", "each in 3 passes, 3 at once"):
         assert part in text
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4, 8, 24])
-def test_the_plan_of_an_exploring_run_counts_the_chunks_that_are_drawn(run_config, chunk):
+def drawn_chunks(config):
+    """The chunks of the first step of a settled run."""
+    prompts, rollout = [Prompt(i, f"p{i}") for i in range(99)], config.rollout
+    size = (config.prompts_per_step, rollout.group_size, rollout.chunk, config.conditions)
+    return plan_step(prompts, 0, 0, *size, bounds=chunk_bounds(config))
+
+
+@each("algorithm", ["nft", "grpo"])
+@each("chunk", [None, 1, 4, 7, 24, 200])
+def test_the_plan_of_an_exploring_run_counts_the_chunks_that_are_drawn(run_config, algorithm, chunk):
     cut = [] if chunk is None else [f"rollout.chunk={chunk}"]
-    config = run_config("exploration.conditions=4", *cut)
-    plan = derive(config, 2, 0)
-    prompts = [Prompt(i, f"p{i}") for i in range(9)]
-    size = plan.chunk
-    drawn = plan_step(prompts, 0, 0, config.prompts_per_step, config.rollout.group_size, size, config.conditions)
-    assert size == (chunk or 6) and plan.chunks_per_step == len(drawn) == 4 * 24 / size
-    assert plan.images_per_step == sum(len(part.seeds) for part in drawn) == 4 * 6 * 4
-    assert all(len(part.seeds) == size for part in drawn)
+    plan = derive(run_config("exploration.conditions=4", f"algorithm.kind={algorithm}", *cut), 2, 0)
+    drawn = drawn_chunks(plan.config)
+    assert plan.config.rollout.chunk == (chunk or 48) and plan.chunk == max(map(len, drawn)) == min(chunk or 48, 96)
+    assert plan.chunks_per_step == len(drawn) == math.ceil(96 / plan.chunk)
+    assert plan.images_per_step == sum(map(len, drawn)) == 4 * 6 * 4
     assert plan.rollout_calls == len(drawn) * 4 and plan.micro_batches * plan.learners >= len(drawn)
 
 
 def test_one_condition_plans_like_no_exploration(run_config):
-    assert derive(run_config("exploration.conditions=1"), 4, 0) == derive(run_config(), 4, 0)
-    assert derive(run_config("exploration.conditions=3"), 4, 0) != derive(run_config(), 4, 0)
+    changes = ([], ["exploration.conditions=1"], ["exploration.conditions=3"])
+    plain, one, three = (derive(run_config(*change), 4, 0) for change in changes)
+    assert replace(one, config=plain.config) == plain != replace(three, config=plain.config)
+
+
+# ------------------------------------------------------------------------------------------- batches that are left open
+
+
+def batches(config):
+    return config.rollout.chunk, config.learner.micro_batch, config.learner.fold
+
+
+SETTLED = [
+    # 24 images and three noise levels each. Two cores take a half each, with all levels at once: 36 of 48 rows.
+    ([], 2, 0, {}, (12, 12, 3)),
+    # One core takes them in one batch, and two noise levels at once.
+    ([], 1, 0, {}, (24, 24, 2)),
+    (["learner.updates_per_step=2"], 1, 0, {}, (24, 12, 3)),
+    (["cluster.threads=2"], 2, 0, {}, (24, 24, 2)),
+    # 1152 images on 8 GPUs: three chunks of 48 each. Two updates of 576: two micro-batches of 36 each.
+    (["prompts_per_step=48", "rollout.group_size=24", "learner.updates_per_step=2"], 64, 8, {}, (48, 36, 1)),
+    # On 7 of them, where rewards have one to themselves: 1152 / 7 / 4.
+    (["prompts_per_step=48", "rollout.group_size=24", "rewards.judge.pool.gpus=1"], 64, 8, {}, (42, 42, 1)),
+    # Memory for 10 rows and for 4 with a backward pass: 24 / 2 / 2, and 24 / 2 / 3.
+    ([], 2, 0, {"draw": 10, "train": 4}, (6, 4, 1)),
+    ([], 2, 0, {"draw": 10, "train": 9}, (6, 6, 1)),
+    # Log-probs: chunks are micro-batches, of one update and of what both workers can hold.
+    (["algorithm.kind=grpo"], 2, 0, {}, (12, 12, 1)),
+    (["algorithm.kind=grpo", "learner.updates_per_step=2"], 2, 0, {}, (6, 6, 1)),
+    (["algorithm.kind=grpo", "learner.updates_per_step=2"], 2, 0, {"draw": 48, "train": 5}, (3, 3, 1)),
+    (["algorithm.kind=grpo"], 2, 0, {"draw": 5, "train": 48}, (4, 4, 1)),
+    (["algorithm.kind=ppo", "rollout.chunk=9"], 2, 0, {}, (9, 9, 1)),
+]
+
+
+@each(("overrides", "cores", "gpus", "most", "expected"), SETTLED)
+def test_open_batches_share_a_step_out_evenly_within_memory(run_config, overrides, cores, gpus, most, expected):
+    assert batches(settle(run_config(*overrides), cores, gpus, Rows(**most))) == expected
+
+
+@each("algorithm", ["nft", "grpo"])
+@each(("cores", "gpus"), [(1, 0), (2, 0), (7, 0), (64, 8)])
+def test_settling_fills_what_is_open_and_only_that_and_never_looks_at_stated_workers(
+    run_config, algorithm, cores, gpus
+):
+    stated = {"rollout.chunk": 10, "learner.micro_batch": 5, "learner.fold": 1}
+    for given in product((False, True), repeat=3):
+        named = [name for name, known in zip(stated, given, strict=True) if known]
+        config = run_config(f"algorithm.kind={algorithm}", *(f"{name}={stated[name]}" for name in named))
+        settled = settle(config, cores, gpus)
+        for name, value, known in zip(stated, batches(settled), given, strict=True):
+            assert value <= (stated[name] if known else ROWS), (name, named)
+            if known and not (name == "learner.micro_batch" and settled.rollout.chunk < 5):
+                assert value == stated[name], (name, named)
+        opened = settled.model_copy(update={"rollout": config.rollout, "learner": config.learner})
+        assert opened == config, "nothing else changed"
+        assert settle(settled, 3, 0) == settle(settled, 64, 8) == settled, "settled once and for all"
+        for workers in ("cluster.samplers=5", "cluster.learners=1", "cluster.max_samplers=9"):
+            other = run_config(f"algorithm.kind={algorithm}", *(f"{name}={stated[name]}" for name in named), workers)
+            assert batches(settle(other, cores, gpus)) == batches(settled)
+
+
+@each(("prompts", "members", "updates", "cores"), product((1, 3, 8), (2, 5, 24), (1, 2, 3), (1, 2, 5)))
+@each("most", [Rows(), Rows(7, 48), Rows(48, 7)])
+def test_where_log_probs_are_compared_every_micro_batch_is_a_whole_chunk_of_one_update(
+    run_config, prompts, members, updates, cores, most
+):
+    if updates > prompts * members:
+        return
+    sizes = (f"prompts_per_step={prompts}", f"rollout.group_size={members}", f"learner.updates_per_step={updates}")
+    config = settle(run_config("algorithm.kind=grpo", *sizes), cores, 0, most)
+    lengths = [len(chunk) for chunk in drawn_chunks(config)]
+    parts = assign_updates(lengths, config.update_bounds, config.learner.micro_batch)
+    assert [(part.source, part.start, part.stop) for part in parts] == [(i, 0, n) for i, n in enumerate(lengths)]
+    assert max(lengths) <= min(most.draw, most.train)
+    for update in range(updates):
+        own = [part.stop for part in parts if part.update == update]
+        assert sum(own) == config.update_bounds[update + 1] - config.update_bounds[update]
+        assert max(own) - min(own) <= 1
+
+
+@each(("chunk", "pieces"), [(1, 8), (2, 4), (3, 8), (4, 2), (5, 1), (6, 4), (12, 2), (24, 1), (99, 1)])
+def test_an_evaluation_comes_in_pieces_as_a_step_does(run_config, chunk, pieces):
+    assert evaluation_pieces(settle(run_config(f"rollout.chunk={chunk}"), 2, 0)) == pieces
 
 
 @pytest.mark.parametrize(
@@ -130,7 +224,7 @@ def test_one_condition_plans_like_no_exploration(run_config):
 )
 def test_an_update_passes_over_a_sample_once_for_each_step_of_its_window(run_config, window, passes):
     changes = [f"rollout.window.{setting}" for setting in window]
-    config = run_config("algorithm.kind=grpo", "rollout.steps=6", "rollout.guidance=2", *changes)
+    config = run_config("algorithm.kind=grpo", "rollout.steps=6", "rollout.guidance=2", "rollout.chunk=6", *changes)
     plan = derive(config, 2, 0)
     assert plan.inner_passes == passes == max(config.window.plan(6, step, step).keep for step in range(200))
     assert plan.rollout_calls == 4 * 6 * 2, "a window changes what is trained, not how much is drawn"

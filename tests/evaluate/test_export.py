@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.attention import shorten_attention
 from align_cluster.cli import main
 from align_cluster.config.load import load
 from align_cluster.errors import UserError
@@ -64,6 +65,7 @@ def tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def test_a_lora_in_the_stock_pipeline_draws_exactly_the_runs_network(run, exported, images):
     pipe, (base, expected) = run.case.pipe(), images
+    shorten_attention(getattr(pipe, run.backbone.part))  # as the run's network has it on a CPU; its rounding differs
     pipe.load_lora_weights(exported / "lora")
     assert np.array_equal(drawn(run, pipe), expected)
     assert np.abs(expected - base).max() > 1e-3

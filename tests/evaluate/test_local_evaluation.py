@@ -86,12 +86,15 @@ def test_evaluation_scores_every_task_and_repeats_exactly(lora):
     assert {"reward/geneval", "reward/geneval/accuracy", "reward/clip"} <= set(scores["overall"])
     assert evaluate(config) == scores
     assert evaluate(config, lora[0])["overall"]["reward/clip"] != scores["overall"]["reward/clip"]
+    apart = evaluate(load(QUICKSTART, [*small, "rollout.chunk=2"]))  # images of one prompt at once, not of six
+    for column, value in scores["overall"].items():
+        assert apart["overall"][column] == pytest.approx(value, abs=0.01), column
 
 
 def test_rows_leave_out_what_failed():
     values = {"a": np.array([0.5, 0.25]), "b": np.array([1.0, np.nan])}
     valid = {"a": np.array([True, False]), "b": np.array([True, True])}
     scores = Scores(values, valid, details={"a/part": np.array([np.nan, 2.0])})
-    first, second = rows(Prompt(7, "x", {"tag": "colors"}), scores)
+    first, second = rows([Prompt(7, "x", {"tag": "colors"}), Prompt(8, "y", {"tag": "ocr"})], scores)
     assert first == {"task": "colors", "prompt_id": 7, "reward/a": 0.5, "reward/b": 1.0, "reward/a/part": None}
-    assert second == {"task": "colors", "prompt_id": 7, "reward/a": None, "reward/b": None, "reward/a/part": 2.0}
+    assert second == {"task": "ocr", "prompt_id": 8, "reward/a": None, "reward/b": None, "reward/a/part": 2.0}

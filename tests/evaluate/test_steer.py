@@ -87,6 +87,17 @@ def test_guidance_of_scale_zero_draws_the_images_of_plain_sampling_and_says_what
     assert np.array_equal(other[:3], images[:3]) and not np.array_equal(other[3:], images[3:])
 
 
+def test_several_prompts_are_steered_each_under_its_own_text(draw):
+    two = ("--prompt", TEXT, "--prompt", "a photo of two blue squares")
+    plain = draw("plain", "--count", "3", "--no-score", source=two)[1]
+    zero, same, _ = draw(
+        "zero", "--count", "3", "--no-score", "--steer", "guidance", "--set", "steer.scale=0", source=two
+    )
+    assert [image["prompt"] for image in zero["images"]] == [two[1]] * 3 + [two[3]] * 3
+    assert np.abs(same.astype(int) - plain).max() <= 2  # in a batch of one prompt's, not of all six
+    assert np.abs(plain[:3].astype(int) - plain[3:]).max() > 50
+
+
 def test_best_of_n_keeps_the_best_of_the_images_that_plain_sampling_draws(draw):
     plain, images, _ = draw("plain", "--count", "8", "--guidance", "3")
     best, kept, _ = draw("best", "--count", "2", "--guidance", "3", "--steer", "best_of_n", "--set", "steer.n=4")

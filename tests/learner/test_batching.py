@@ -2,8 +2,7 @@ from collections import Counter
 
 import numpy as np
 
-from align_cluster.learner.batching import make_micro_batches, rank_share, total_weights
-from align_cluster.types import Chunk, Prompt
+from align_cluster.learner.batching import assign_updates, make_micro_batches, rank_share, total_weights
 
 from ..cases import each
 
@@ -11,11 +10,15 @@ SIZES = (3, 1, 4, 2, 5, 3, 3)
 
 
 def step(sizes=SIZES, masked: float = 0.2):
-    """Chunks of a step, with advantages that name their sample and some samples masked."""
-    chunks = [Chunk(0, g, 0, Prompt(g, f"p{g}"), tuple(range(size))) for g, size in enumerate(sizes)]
+    """Advantages of a step's chunks that name their sample, with some samples masked."""
     advantages = [np.array([100 * g + m + 1 for m in range(size)], dtype=np.float32) for g, size in enumerate(sizes)]
     rng = np.random.default_rng(0)
-    return chunks, advantages, [rng.uniform(size=size) >= masked for size in sizes]
+    return advantages, [rng.uniform(size=size) >= masked for size in sizes]
+
+
+def bounds(updates: int) -> list[int]:
+    """Where the rows of each update begin; chunks lie across."""
+    return [update * sum(SIZES) // updates for update in range(updates + 1)]
 
 
 def all_shares(micro_batches, world):
@@ -28,8 +31,8 @@ def all_shares(micro_batches, world):
 @each("micro_batch", [1, 2, 3, 5, 9])
 @each("updates", [1, 2, 3, 7])
 def test_every_sample_is_in_exactly_one_micro_batch(micro_batch, updates):
-    chunks, advantages, valid = step()
-    micro_batches = make_micro_batches(chunks, advantages, valid, updates=updates, size=micro_batch, seed=4)
+    advantages, valid = step()
+    micro_batches = make_micro_batches(advantages, valid, bounds=bounds(updates), size=micro_batch)
     members = Counter((p.source, m) for p in micro_batches for m in range(p.start, p.stop))
     assert members == {(g, m): 1 for g, size in enumerate(SIZES) for m in range(size)}
     for item in micro_batches:
@@ -45,8 +48,8 @@ def test_every_sample_is_in_exactly_one_micro_batch(micro_batch, updates):
 @each("updates", [1, 2, 3, 7])
 @each("world", [1, 2, 3, 4, 5])
 def test_every_sample_counts_exactly_once_in_any_world(micro_batch, updates, world):
-    chunks, advantages, valid = step()
-    micro_batches = make_micro_batches(chunks, advantages, valid, updates=updates, size=micro_batch, seed=4)
+    advantages, valid = step()
+    micro_batches = make_micro_batches(advantages, valid, bounds=bounds(updates), size=micro_batch)
     counted, rounds = Counter(), []
     for mine in all_shares(micro_batches, world):
         rounds.append([item.update for item, _ in mine])
@@ -63,8 +66,8 @@ def test_every_sample_counts_exactly_once_in_any_world(micro_batch, updates, wor
 
 
 def test_padding_is_a_weightless_copy_of_a_micro_batch_of_the_same_update():
-    chunks, advantages, valid = step(masked=0)
-    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=9, seed=0)
+    advantages, valid = step(masked=0)
+    micro_batches = make_micro_batches(advantages, valid, bounds=bounds(1), size=9)
     padded = [
         (rank, item)
         for rank, mine in enumerate(all_shares(micro_batches, 4))
@@ -76,8 +79,8 @@ def test_padding_is_a_weightless_copy_of_a_micro_batch_of_the_same_update():
 
 
 def test_the_total_weight_of_an_update_does_not_depend_on_the_world():
-    chunks, advantages, valid = step()
-    micro_batches = make_micro_batches(chunks, advantages, valid, updates=3, size=2, seed=4)
+    advantages, valid = step()
+    micro_batches = make_micro_batches(advantages, valid, bounds=bounds(3), size=2)
     totals = total_weights(micro_batches)
     assert set(totals) == {0, 1, 2} and sum(totals.values()) == sum(v.sum() for v in valid)
     for world in range(1, 6):
@@ -86,34 +89,35 @@ def test_the_total_weight_of_an_update_does_not_depend_on_the_world():
 
 
 def test_a_rank_asks_only_for_the_chunks_that_it_works_on():
-    chunks, advantages, valid = step()
-    micro_batches = make_micro_batches(chunks, advantages, valid, updates=1, size=2, seed=4)
+    advantages, valid = step()
+    micro_batches = make_micro_batches(advantages, valid, bounds=bounds(1), size=2)
     for world in (2, 3):
         for rank in range(world):
             mine, sources = rank_share(micro_batches, rank, world)
             assert sources == sorted(set(sources)) and {item.source for item in mine} == set(range(len(sources)))
-            assert len(sources) < len(chunks) or world == 1
+            assert len(sources) < len(SIZES) or world == 1
 
 
-@each(("chunks", "updates"), [(7, 1), (7, 2), (7, 3), (8, 4), (5, 5)])
-def test_updates_share_chunks_as_evenly_as_possible(chunks, updates):
-    micro_batches = make_micro_batches(*step((3,) * chunks), updates=updates, size=3, seed=1)
-    counts = Counter(item.update for item in micro_batches)
-    assert set(counts) == set(range(updates)) and max(counts.values()) - min(counts.values()) <= 1
-    assert [item.update for item in micro_batches] == sorted(item.update for item in micro_batches)
-
-
-def test_which_chunks_an_update_gets_is_a_function_of_the_seed():
-    def sources(seed):
-        return [item.source for item in make_micro_batches(*step(), updates=2, size=9, seed=seed)]
-
-    assert sources(3) == sources(3)
-    assert len({tuple(sources(seed)) for seed in range(20)}) > 10
+@each("size", [1, 2, 4, 30])
+@each("updates", [1, 2, 3, 7])
+def test_a_part_is_of_one_chunk_and_one_update_and_updates_take_the_rows_in_their_order(updates, size):
+    edges, parts = bounds(updates), assign_updates(SIZES, bounds(updates), size)
+    begins = np.cumsum([0, *SIZES])
+    rows = [begins[part.source] + row for part in parts for row in range(part.start, part.stop)]
+    assert rows == list(range(sum(SIZES)))
+    for part in parts:
+        assert edges[part.update] <= begins[part.source] + part.start < begins[part.source] + part.stop
+        assert begins[part.source] + part.stop <= edges[part.update + 1] and part.stop - part.start <= size
+    sizes = [Counter() for _ in range(updates)]
+    for part in parts:
+        sizes[part.update][part.source] = max(sizes[part.update][part.source], part.stop - part.start)
+    for part in parts:
+        assert part.stop - part.start >= sizes[part.update][part.source] - 1  # even parts
 
 
 def test_a_masked_sample_has_neither_weight_nor_advantage_even_if_it_is_not_a_number():
-    chunks, advantages, valid = step((3,), masked=0)
+    advantages, valid = step((3,), masked=0)
     advantages[0][1], valid[0][1] = np.nan, False
-    (item,) = make_micro_batches(chunks, advantages, valid, updates=1, size=3, seed=0)
+    (item,) = make_micro_batches(advantages, valid, bounds=[0, 3], size=3)
     np.testing.assert_array_equal(item.advantages, [1, 0, 3])
     np.testing.assert_array_equal(item.weights, [1, 0, 1])

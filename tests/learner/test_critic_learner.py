@@ -18,7 +18,9 @@ from align_cluster.learner.batching import MetricSums
 from align_cluster.learner.critic import CriticBatch, CriticLearner
 from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
-from align_cluster.types import Chunk, Prompt, Record
+from align_cluster.types import Prompt, Record
+
+from ..drawing import chunk_of
 
 SIGMAS = np.array([1.0, 0.7, 0.3, 0.1, 0.0])
 
@@ -28,7 +30,7 @@ def learner(sd35):
     torch.manual_seed(0)
     actor = add_adapters(sd35, sd35.load_denoiser(), ("default", "critic"))
     algorithm = PPO(PPO.Config(critic_lr=3e-3, value_clip=100))
-    return CriticLearner(Critic(sd35, actor, 1, CriticSection(width=32, heads=4)), algorithm, OptimizerConfig(), 1, 16)
+    return CriticLearner(Critic(sd35, actor, 1, CriticSection(width=32, heads=4)), algorithm, OptimizerConfig(), 1)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,8 @@ def rollouts(condition, count: int, seed: int) -> tuple[Record, TextBatch, np.nd
     noise = rng.normal(size=x0.shape).astype(np.float32)
     path = np.stack([(1 - s) * x0 + s * noise for s in SIGMAS[:-1]], 1).astype(np.float32)
     indices = np.tile(np.arange(4), (count, 1))
-    chunk = Chunk(0, 0, 0, Prompt(0, "p"), tuple(range(count)))
-    text = TextBatch.build([condition], None, torch.device("cpu"))
+    chunk = chunk_of(Prompt(0, "p"), range(count))
+    text = TextBatch.build([condition] * count, None, torch.device("cpu"))
     rewards = x0[:, 0].mean((1, 2))
     return Record(chunk, 1, x0, SIGMAS, indices, before=path), text, (rewards - rewards.mean()) / rewards.std()
 
@@ -57,12 +59,12 @@ def rollouts(condition, count: int, seed: int) -> tuple[Record, TextBatch, np.nd
 def batch(record: Record, rewards: np.ndarray, values: np.ndarray) -> Batch:
     returns = torch.tensor(rewards, dtype=torch.float32)[:, None, None].expand(-1, 4, 1)
     return Batch(
-        inner_pass=0,
+        passes=(0,) * len(rewards),
         advantages=torch.zeros(len(rewards), 4),
         x0=torch.tensor(record.x0),
         sigmas=record.sigmas,
         recorded=RecordedSteps(indices=torch.tensor(record.indices), before=torch.tensor(record.before), slots=()),
-        generators=lambda purpose: [],
+        generators=lambda purpose, shared=False: [],
         critic=CriticTargets(returns, torch.tensor(values)),
     )
 
@@ -115,7 +117,7 @@ def test_cut_into_micro_batches_the_update_is_the_same(sd35, condition, learner)
     parts = []
     for rows in (slice(0, 2), slice(2, 6)):
         piece = Record(record.chunk, 1, record.x0[rows], SIGMAS, record.indices[rows], before=record.before[rows])
-        own = TextBatch.build([condition], None, torch.device("cpu"))
+        own = TextBatch.build([condition] * (rows.stop - rows.start), None, torch.device("cpu"))
         parts.append(CriticBatch(batch(piece, rewards[rows], values[rows]), own, torch.ones(rows.stop - rows.start)))
     learner.update(parts, 1 / 6, MetricSums())
     for name, value in learner.critic.state().items():
@@ -144,7 +146,7 @@ def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(
     record, text, rewards = rollouts(condition, 4, 5)
     values = learner.values(record, text)
 
-    def streams(purpose: str) -> list[torch.Generator]:
+    def streams(purpose: str, *, shared: bool = False) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(crc32(f"{row} {purpose}".encode())) for row in range(4)]
 
     given = replace(batch(record, rewards, values), generators=streams)

@@ -108,7 +108,9 @@ def perturbation(sampler):
 @pytest.fixture(scope="module")
 def records(sampler, condition, perturbation) -> dict[str, Record]:
     """What samplers send of an explored group, by algorithm."""
-    ode, sde = (sampler.draw(CHUNK, condition, None, request, perturbation)[2] for request in (ODE, SDE))
+    ode, sde = (
+        sampler.draw(CHUNK, {TEXT: condition}, None, request, {TEXT: perturbation})[2] for request in (ODE, SDE)
+    )
     return {"nft": ode, "grpo": replace(sde, means=None), "guard": sde}
 
 
@@ -121,8 +123,8 @@ def update(learner: Learner, record: Record, condition: Condition) -> tuple[dict
                 parameter.copy_(torch.from_numpy(state[name]))
     parameters = adapter_parameters(learner.denoiser, "default")
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    cut = make_micro_batches([record.chunk], [ADVANTAGES], [np.ones(SIZE, bool)], updates=1, size=SIZE, seed=0)
-    metrics = learner.update(rank_work(0, cut, [TrainingChunk(record, condition)]))
+    cut = make_micro_batches([ADVANTAGES], [np.ones(SIZE, bool)], bounds=[0, SIZE], size=SIZE)
+    metrics = learner.update(rank_work(0, cut, [TrainingChunk(record, {TEXT: condition})]))
     return {name: before[name] - parameter.detach() for name, parameter in parameters.items()}, metrics
 
 
@@ -140,7 +142,7 @@ def test_a_record_carries_nothing_of_the_conditions_that_it_was_drawn_under(reco
         sent = pickle.dumps(record)
         for secret in own + original:
             assert (secret.encode() if isinstance(secret, str) else secret) not in sent
-        assert record.chunk.variants == (0, 0, 1, 1, 2, 2)
+        assert record.chunk.variants == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("kind", sorted(ALGORITHMS))
@@ -148,7 +150,7 @@ def test_the_update_depends_on_a_condition_only_through_what_was_drawn(make_lear
     learner, record = make_learner(kind), records[kind]
     gradient, metrics = update(learner, record, condition)
     assert max(float(values.abs().max()) for values in gradient.values()) > 1e-3
-    plain = replace(record, chunk=replace(record.chunk, variants=(0,) * SIZE))
+    plain = replace(record, chunk=replace(CHUNK, rows=tuple(replace(row, variant=0) for row in CHUNK.rows)))
     same, same_metrics = update(learner, plain, condition)
     assert all(torch.equal(gradient[name], same[name]) for name in gradient)
     timed = ("seconds",)

@@ -13,7 +13,9 @@ from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import TrainingChunk
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
-from align_cluster.types import Chunk, Condition, Prompt, Record
+from align_cluster.types import Condition, Prompt, Record
+
+from ..drawing import chunk_of
 
 GUIDANCE, COUNT, STEP = 4.5, 2, 0.05
 BLOCKS = ("transformer_blocks.0.attn.to_q.", "transformer_blocks.2.attn.add_v_proj.", "transformer_blocks.4.attn.to_v.")
@@ -66,7 +68,7 @@ def learner(network, settings, branches: str) -> Learner:
 
 
 def record() -> Record:
-    chunk = Chunk(0, 0, 0, Prompt(0, ""), tuple(range(COUNT)))
+    chunk = chunk_of(Prompt(0, ""), range(COUNT))
     return Record(chunk, 0, np.empty(0), sd3_sigmas(6, 3.0), np.empty((COUNT, 0), dtype=np.int64))
 
 
@@ -140,7 +142,9 @@ def test_only_the_gradient_of_both_branches_is_that_of_finite_differences(networ
 
 @pytest.mark.parametrize("branches", ["cond_only", "both"])
 def test_the_setting_reaches_the_gradient_of_the_learners_policy(network, inputs, settings, branches):
-    policy = learner(network, settings, branches)._policy(TrainingChunk(record(), inputs[3]), inputs[4], COUNT)
+    policy = learner(network, settings, branches)._policy(
+        TrainingChunk(record(), {"": inputs[3]}), inputs[4], slice(0, COUNT)
+    )
     found = policy.velocity(*inputs[:2])
     expected = predict(network, inputs, branches == "both")
     assert torch.equal(found, expected)

@@ -9,7 +9,9 @@ from align_cluster.algorithms.ppo import PPO
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import MicroBatch, TrainingChunk, rank_work, reduce_metrics
 from align_cluster.learner.worker import Learner
-from align_cluster.types import Chunk, Prompt, Record
+from align_cluster.types import Prompt, Record
+
+from ..drawing import chunk_of
 
 STEPS = 10
 
@@ -92,8 +94,8 @@ def test_a_critic_learns_once_a_step_from_the_pieces_of_all_updates(monkeypatch,
         MicroBatch(update=update, source=0, start=0, stop=2, advantages=np.zeros(2), weights=np.ones(2))
         for update in (0, 0, 1)
     ]
-    record = Record(Chunk(0, 0, 0, Prompt(0, "p"), (1, 2)), 0, np.zeros(1), np.ones(4), np.zeros((2, 3), int))
-    work = rank_work(3, pieces, [TrainingChunk(record, None)], train_actor=actor)
+    record = Record(chunk_of(Prompt(0, "p"), (1, 2)), 0, np.zeros(1), np.ones(4), np.zeros((2, 3), int))
+    work = rank_work(3, pieces, [TrainingChunk(record, {})], train_actor=actor)
     made.update(replace(work, totals={0: 4.0, 1: 1.0}))
     assert seen == [(pieces, 2 / 5)] and made.updates == 2
     assert updated == ([(pieces[:2], 0), (pieces[2:], 0)] if actor else [])

@@ -14,7 +14,8 @@ from align_cluster.types import Prompt
 
 from ..backbones.contract import Case
 
-TEXTS = ["a photo of a red circle", "a photo of a red circle on a light background", "a drawing of four stars"]
+JUDGED = ["a photo of a red circle", "a photo of a red circle on a light background", "a drawing of four stars"]
+TEXTS = [JUDGED] * 3  # of each image
 
 
 def made(frugal=False, precision="fp32", **rewards):
@@ -37,7 +38,7 @@ def test_scores_are_those_of_the_images_that_a_sampler_would_decode(latents):
     images = rewards.backbone.decode(latents)
     found = rewards(latents, TEXTS)
     assert found.shape == (3, 3) and found.dtype == torch.float32
-    for column, text in enumerate(TEXTS):
+    for column, text in enumerate(JUDGED):
         scores = reward.score(images, [Prompt(0, text)] * 3).values
         np.testing.assert_allclose(found[:, column], scores, rtol=0, atol=3e-3)  # there the image is rounded to bytes
 
@@ -83,7 +84,7 @@ def test_computing_activations_twice_keeps_few_of_them(latents):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            held = rewards(many.clone().requires_grad_(), TEXTS)
+            held = rewards(many.clone().requires_grad_(), TEXTS * 4)
         assert held.requires_grad
         return sum(sizes.values())
 
@@ -108,10 +109,18 @@ def test_every_backbone_sends_gradients_through_its_decoder_and_reads_images(kin
         backbone = case.backbone()
         rewards = RewardGradient(backbone, {"clip": ClipScore.Config()}, 1, frugal)
         x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        rewards(x, TEXTS).sum().backward()
+        rewards(x, TEXTS[:2]).sum().backward()
         grads.append(x.grad)
     assert grads[0].abs().max() > 0
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3 * grads[0].abs().max().item())
     images = (backbone.pixels(x.detach()) / 2 + 0.5).clamp(0, 1)
     again = backbone.latents(images)
     assert again.shape == x.shape and again.dtype == torch.float32 and not again.requires_grad
+
+
+def test_every_image_is_judged_under_its_own_texts(latents):
+    own = [[JUDGED[0]], [JUDGED[2]], [JUDGED[1]]]
+    table = made()(latents, TEXTS)
+    torch.testing.assert_close(made()(latents, own)[:, 0], torch.stack([table[0, 0], table[1, 2], table[2, 1]]))
+    frugal = made(frugal=True)(latents, own)
+    torch.testing.assert_close(frugal, made()(latents, own), rtol=0, atol=1e-5)

@@ -7,7 +7,6 @@ from align_cluster.algorithms.trust import bound, largest_gamma
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Reduced, make_micro_batches
 from align_cluster.loop.advantages import AdvantageEstimator
-from align_cluster.loop.requests import step_seed
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import DrawInfo, Prompt, Scores
@@ -50,9 +49,9 @@ def drawn(
     )
     items = []
     for chunk in chunks:
-        members = range(chunk.first, chunk.first + len(chunk.seeds))
-        ok = np.array([(chunk.group, member) not in failing for member in members])
-        scores = Scores({"clip": rewards[chunk.group, members]}, {"clip": ok}, {} if ok.all() else {"clip": "failed"})
+        ok = np.array([(row.group, row.member) not in failing for row in chunk.rows])
+        own = np.array([rewards[row.group, row.member] for row in chunk.rows])
+        scores = Scores({"clip": own}, {"clip": ok}, {} if ok.all() else {"clip": "failed"})
         items.append(DrawnChunk(DrawInfo(chunk, 1, "", 0.0), None, None, scores, None))
     return items, rewards
 
@@ -63,7 +62,7 @@ def measured(step_kl: float = 1e-4) -> dict[str, Reduced]:
     return lengths | {"step_kl": Reduced(step_kl, 3 * step_kl), "loss": Reduced(0.1, 0.2)}
 
 
-@pytest.mark.parametrize("chunk", [1, 2, SIZE])
+@pytest.mark.parametrize("chunk", [1, 2, SIZE, 7, 4 * SIZE])
 def test_advantages_of_a_group_sum_to_zero_over_all_noises_and_conditions(chunk):
     config = settings(chunk)
     items, rewards = drawn(config)
@@ -99,18 +98,17 @@ def test_metrics_split_a_group_into_noises_and_conditions():
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
-@pytest.mark.parametrize(("chunk", "updates"), [(SIZE, 1), (SIZE, 2), (SIZE, 4), (SIZE, 3), (3, 2), (2, 5)])
+@pytest.mark.parametrize(("chunk", "updates"), [(SIZE, 1), (SIZE, 2), (20, 4), (SIZE, 3), (3, 2), (24, 2)])
 def test_a_batch_is_the_update_that_the_learner_trains_a_sample_in(chunk, updates, step):
     config = settings(chunk, updates, std="batch")
     items, rewards = drawn(config, step)
     chunks = [item.info.chunk for item in items]
-    numbers = [np.arange(len(c.seeds), dtype=np.float32) for c in chunks]
-    cut = {"updates": updates, "size": 2, "seed": step_seed(config, step)}
-    pieces = make_micro_batches(chunks, numbers, [n >= 0 for n in numbers], **cut)
+    numbers = [np.arange(len(chunk), dtype=np.float32) for chunk in chunks]
+    pieces = make_micro_batches(numbers, [n >= 0 for n in numbers], bounds=config.update_bounds, size=2)
     update = np.full((PROMPTS, SIZE), -1)
     for piece in pieces:
-        own = chunks[piece.source]
-        update[own.group, own.first + piece.start : own.first + piece.stop] = piece.update
+        for row in chunks[piece.source].rows[piece.rows]:
+            update[row.group, row.member] = piece.update
     assert set(update.ravel()) == set(range(updates))
     expected = rewards - rewards.mean(1, keepdims=True)
     for number in range(updates):

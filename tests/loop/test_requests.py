@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from align_cluster.config.plan import derive
+from align_cluster.config.plan import settle
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.requests import evaluation_request, plan_chunks, training_request
 from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint
@@ -14,6 +14,7 @@ from align_cluster.types import Chunk, Prompt
 
 TEXTS = ("a photo of a red circle", "a photo of two blue squares", "a photo of a green star")
 PROMPTS = [Prompt(i, text) for i, text in enumerate(TEXTS)]
+KEYS = dict.fromkeys(TEXTS, "key")
 
 
 def settings(algorithm: dict | None = None, rollout: dict | None = None, **more) -> RunConfig:
@@ -39,7 +40,7 @@ def request(config: RunConfig, step: int | None) -> DrawRequest:
 
 
 def chunks(config: RunConfig, step: int) -> list[Chunk]:
-    return plan_chunks(config, PROMPTS, step, derive(config, 2, 0))
+    return plan_chunks(settle(config, 2, 0), PROMPTS, step)
 
 
 RICH = settings(
@@ -97,26 +98,39 @@ def test_one_condition_is_no_exploration_down_to_the_fingerprint(algorithm):
         assert chunks(single, step) == chunks(plain, step)
         assert request(single, step) == request(plain, step)
         for chunk in chunks(plain, step):
-            ours, theirs = (fingerprint(chunk, request(config, step), "key") for config in (single, plain))
+            ours, theirs = (fingerprint(chunk, request(config, step), KEYS, {}) for config in (single, plain))
             assert ours == theirs
 
 
 def test_one_condition_draws_the_images_of_no_exploration():
     sampler, drawn = Sampler(settings().backbone), []
     sampler.version = 3
-    condition = sampler.encode([TEXTS[0]])[0]
+    conditions = dict(zip(TEXTS, sampler.encode(TEXTS), strict=True))
     for exploration in (None, {"conditions": 1}):
         config = settings(exploration=exploration)
-        drawn.append(sampler.draw(chunks(config, 1)[0], condition, None, request(config, 1)))
+        drawn.append(sampler.draw(chunks(config, 1)[0], conditions, None, request(config, 1)))
     (info, images, record), (other_info, other_images, other) = drawn
     np.testing.assert_array_equal(images, other_images)
     np.testing.assert_array_equal(record.x0, other.x0)
     assert info.fingerprint == other_info.fingerprint and info.chunk == other_info.chunk
 
 
-def test_exploration_and_shared_noise_reach_the_chunks_of_a_step():
-    explored = chunks(settings(exploration={"conditions": 3}), 1)
-    assert [chunk.variants for chunk in explored] == [(0,) * 4, (1,) * 4, (2,) * 4] * 2
-    assert len({chunk.noises for chunk in explored}) == 2
-    shared = chunks(settings({"kind": "grpo"}, {"same_noise": True}), 1)
-    assert all(len(set(chunk.noises)) == 1 and len(set(chunk.seeds)) == 4 for chunk in shared)
+def test_exploration_and_shared_noise_reach_the_rows_of_a_step():
+    def rows(config):
+        return [row for chunk in chunks(config, 1) for row in chunk.rows]
+
+    explored = rows(settings(exploration={"conditions": 3}))
+    assert [row.variant for row in explored] == [*[0] * 4, *[1] * 4, *[2] * 4] * 2
+    assert all(len({row.noise for row in explored if row.group == group}) == 4 for group in (0, 1))
+    shared = rows(settings({"kind": "grpo"}, {"same_noise": True}))
+    assert all(len({row.noise for row in shared if row.group == group}) == 1 for group in (0, 1))
+    assert len({row.seed for row in shared}) == 8
+
+
+def test_chunks_hold_rows_of_several_groups_but_of_one_update_where_log_probs_are_compared():
+    def groups(**more):
+        return [{row.group for row in chunk.rows} for chunk in chunks(settings(prompts_per_step=6, **more), 1)]
+
+    assert groups() == [{0, 1, 2}, {3, 4, 5}]
+    assert groups(algorithm={"kind": "grpo"}, learner={"updates_per_step": 3}) == [{0}, {1}, {2}, {3}, {4}, {5}]
+    assert groups(learner={"updates_per_step": 3}) == [{0, 1, 2}, {3, 4, 5}]

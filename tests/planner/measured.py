@@ -19,7 +19,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
 from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
-from align_cluster.types import Chunk, Condition, Prompt, Record
+from align_cluster.types import Chunk, Condition, Prompt, Record, Row
 
 
 def storages() -> int:
@@ -51,12 +51,18 @@ def condition(key: str, shape: tuple[int, int, int]) -> Condition:
     return Condition(key, *(rng.standard_normal(size, dtype=np.float32) for size in ((tokens, width), pooled)))
 
 
+def chunk_of(number: int, size: int) -> Chunk:
+    """A chunk of the images of one prompt."""
+    seeds = range(size * number, size * (number + 1))
+    return Chunk(0, number, tuple(Row(Prompt(number, "p"), number, m, seed, seed) for m, seed in enumerate(seeds)))
+
+
 def learner(config: RunConfig, rank: int, world: int, port: int, device: str) -> int:
     before = storages()
     made = Learner(config.learner_setup, rank, world, "127.0.0.1", port, device=device)
     shape, size, steps = made.backbone.latent_shape, config.rollout.group_size, config.rollout.steps
     rng = np.random.default_rng(0)
-    chunks = [Chunk(0, g, 0, Prompt(g, "p"), tuple(range(size * g, size * (g + 1)))) for g in range(2 * world)]
+    chunks = [chunk_of(g, size) for g in range(2 * world)]
     noise = rng.standard_normal((size, *shape), dtype=np.float32)
     path = {"indices": np.empty((size, 0), np.int64)}
     if made.algorithm.needs_density:
@@ -72,9 +78,10 @@ def learner(config: RunConfig, rank: int, world: int, port: int, device: str) ->
     advantages = [rng.standard_normal(each).astype(np.float32) for _ in chunks]
     valid = [np.ones(size, bool)] * len(chunks)
     micro_batches = make_micro_batches(
-        chunks, advantages, valid, updates=1, size=config.learner.micro_batch or size, seed=0, targets=targets
+        advantages, valid, bounds=[0, size * len(chunks)], size=config.learner.micro_batch, targets=targets
     )
-    pairs, null = [TrainingChunk(record, text) for record in records], null if config.rollout.guidance > 1 else None
+    pairs = [TrainingChunk(record, {"p": text}) for record in records]
+    null = null if config.rollout.guidance > 1 else None
     work = rank_work(0, micro_batches, pairs, rank=rank, world=world, null=null)
 
     def update() -> None:
@@ -89,11 +96,11 @@ def sampler(config: RunConfig, device: str) -> int:
     made = Sampler(config.backbone, device=device)
     text = condition("text", made.backbone.text_shape)
     null = condition("null", made.backbone.text_shape) if config.rollout.guidance > 1 else None
-    chunk = Chunk(0, 0, 0, Prompt(0, "p"), tuple(range(config.rollout.group_size)))
+    chunk = chunk_of(0, config.rollout.group_size)
     request = DrawRequest(0, config.rollout.steps, config.step_kind, guidance=config.rollout.guidance)
 
     def draw() -> None:
-        made.draw(chunk, text, null, request)
+        made.draw(chunk, {"p": text}, null, request)
 
     draw()  # loads the network and the VAE
     return most(draw, device) - (before if device == "cpu" else 0)

@@ -7,6 +7,7 @@ import pytest
 
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive
+from align_cluster.config.rules import work_can_be_cut
 from align_cluster.planner.count import Usage
 from align_cluster.planner.fit import (
     CONTEXT,
@@ -21,6 +22,8 @@ from align_cluster.planner.fit import (
 )
 from align_cluster.planner.memory import LearnerUsage, Sizes
 from align_cluster.planner.report import image_flops, roles, step_seconds
+
+from ..cases import each
 
 GB = 10**9
 SIZES = Sizes(
@@ -42,8 +45,8 @@ RUN = Path(__file__).parents[2] / "configs" / "sd35_medium_nft.yaml"
 
 
 def planned(gpus=1, *overrides):
-    config = load(RUN, overrides)
-    return config, derive(config, 64, gpus)
+    plan = derive(load(RUN, overrides), 64, gpus)
+    return plan.config, plan
 
 
 def test_a_gpu_holds_its_sampler_its_learner_and_the_rewards_that_share_it():
@@ -87,26 +90,38 @@ def test_what_fits_leaves_a_twentieth_free():
 
 
 def test_hints_are_the_settings_that_save_most():
-    found = hints(*planned(1, "rewards.geneval.pool.gpus=0"), SIZES)
-    assert [(hint.setting, hint.saves / GB) for hint in found] == [
+    config, plan = planned(1, "rewards.geneval.pool.gpus=0")
+    assert (plan.chunk, plan.micro_batch, plan.fold) == (12, 12, 3)
+    assert [(hint.setting, hint.saves / GB) for hint in hints(config, plan, SIZES)] == [
         ("learner.gradient_checkpointing: true", 20 - 4),
-        ("rollout.chunk: 6", 20 / 2 + 6 / 2),  # and with the chunk the micro-batch
-        ("learner.micro_batch: 6", 20 / 2),
+        ("learner.fold: 1", pytest.approx(20 * 2 / 3)),
+        ("rollout.chunk: 6, learner.micro_batch: 6, learner.fold: 3", 6 / 2 + 20 / 2),
     ]
     found = hints(*planned(2, "rewards.geneval.pool.gpus=0", "learner.gradient_checkpointing=true"), SIZES)
     apart = "cluster.samplers: 1, cluster.learners: 1"
-    assert [hint.setting for hint in found] == [apart, "backbone.text: free", "rollout.chunk: 6"]
+    chunk = "rollout.chunk: 6, learner.micro_batch: 6, learner.fold: 3"
+    assert [hint.setting for hint in found] == [apart, "backbone.text: free", chunk]
 
 
-def test_options_are_settings_that_a_run_file_takes():
+@each(
+    ("stated", "count"),
+    [
+        (("learner.micro_batch=3",), 7),  # fold: 15 rows at most
+        (("learner.micro_batch=3", "learner.fold=1"), 6),
+        ((), 7),
+        (("rollout.chunk=24", "algorithm.kind=grpo", "rollout.step=null", "advantage.std=group"), 5),
+    ],
+)
+def test_options_are_settings_that_a_run_file_takes(stated, count):
     """Planned anew with an option, a run holds what the option promises."""
-    stated = ("rewards.geneval.pool.gpus=0", "learner.micro_batch=3")
+    stated = ("rewards.geneval.pool.gpus=0", *stated)
     config, plan = planned(2, *stated)
     found = list(options(config, plan))
-    assert len(found) == 6
+    assert len(found) == count
     for text, changed_config, changed_plan in found:
         again, replanned = planned(2, *stated, *(setting.replace(": ", "=") for setting in text.split(", ")))
-        same_sizes = replace(replanned, chunk=plan.chunk, micro_batch=plan.micro_batch)
+        assert not list(work_can_be_cut(again)), text
+        same_sizes = replace(replanned, chunk=plan.chunk, micro_batch=plan.micro_batch, fold=plan.fold)
         mine = fullest_gpu(changed_config, changed_plan, SIZES)
         assert mine == pytest.approx(fullest_gpu(again, same_sizes, SIZES)), text
 
@@ -114,7 +129,8 @@ def test_options_are_settings_that_a_run_file_takes():
 def test_flops_and_seconds_follow_the_plan():
     config, plan = planned(2, "rollout.guidance=1")
     flops = image_flops(config, plan, SIZES)
-    assert flops["rollout"] == (10 * 12 + 24) * 10**12 / 12 and flops["update"] == 9 * 48 * 10**12 / 12
+    assert flops["rollout"] == (10 * 12 + 24) * 10**12 / 12
+    assert flops["update"] == 9 * 48 * 10**12 / (12 * 3), "an update is counted with three noise levels at once"
     assert flops["reward"] == pytest.approx(448.7e9 + 162e9)
     seconds = step_seconds(config, plan, flops, "H100")
     images, rate = 48 * 24, 0.4 * 989e12
@@ -122,7 +138,7 @@ def test_flops_and_seconds_follow_the_plan():
     assert seconds["update"] == pytest.approx(images * flops["update"] / rate / 2)
     assert seconds["reward"] == pytest.approx(images * flops["reward"] / (0.4 * 67e12) / 2)
     checkpointed = changed(config, "learner", gradient_checkpointing=True)
-    assert image_flops(checkpointed, plan, SIZES)["update"] == 9 * 60 * 10**12 / 12
+    assert image_flops(checkpointed, plan, SIZES)["update"] == 9 * 60 * 10**12 / (12 * 3)
 
 
 def test_roles_name_what_the_run_has_and_what_the_learner_could_have():

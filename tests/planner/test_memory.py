@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align_cluster.config.plan import Plan, derive
+from align_cluster.config.plan import Plan, derive, settle
 from align_cluster.config.run import RunConfig
 from align_cluster.planner.fit import learner_memory, sampler_memory
 from align_cluster.planner.memory import measure
@@ -39,24 +39,25 @@ def pipeline(tiny: Path, folder: Path, sizes: dict[str, int]) -> Path:
 def run(
     path: Path, stage: int, guidance: float = 1.0, precision: str = "fp32", size: int = 8, **settings: object
 ) -> RunConfig:
-    """DiffusionNFT in groups of `size`, with other settings of the learner; or another `algorithm`."""
+    """DiffusionNFT in groups and chunks of `size`, with other settings of the learner; or another `algorithm`."""
     algorithm = settings.pop("algorithm", {"kind": "nft", "timesteps": 2})
     backbone = {"kind": "sd3", "path": str(path), "text": "free", "lora": {"rank": 64}, "precision": precision}
     changes = {"zero_stage": stage} | settings
-    return RunConfig.model_validate(
+    config = RunConfig.model_validate(
         {
             "name": "memory",
             "steps": 1,
             "prompts_per_step": 2,
             "backbone": backbone,
             "prompts": {"kind": "embedded"},
-            "rollout": {"group_size": size, "steps": 2, "guidance": guidance},
+            "rollout": {"group_size": size, "steps": 2, "guidance": guidance, "chunk": size},
             "rewards": {"geneval": {"kind": "geneval"}},
             "algorithm": algorithm,
             "learner": changes,
             "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}},
         }
     )
+    return settle(config, 1, 0)
 
 
 def held(configs: list[RunConfig], world: int, out: Path, device: str = "cpu") -> list[dict[str, int]]:
@@ -95,18 +96,20 @@ def folder(tiny_pipeline, tmp_path_factory):
 @pytest.mark.exhaustive
 def test_real_workers_hold_what_was_predicted(folder, tmp_path):
     configs = [
-        run(folder, 0, precision="fp32", micro_batch=4),
+        run(folder, 0, precision="fp32", micro_batch=4, fold=1),
         run(folder, 2, 3.0, precision="fp32", gradient_checkpointing=True),
         run(folder, 1, 3.0, precision="bf16", guidance_gradient="both", ema=0.0),
     ]
     found = held(configs, 1, tmp_path / "held.json")
+    assert [config.learner.fold for config in configs] == [1, 2, 2]
     for config, real in zip(configs, found, strict=True):
         assert predicted(config, 1) == pytest.approx(real, rel=0.05), config.learner
 
 
 @pytest.mark.exhaustive
 def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
-    kinds = [{"kind": "ppo", "critic": {"features": name, "width": 64, "heads": 4}} for name in ("lora", "copy")]
+    critics = [{"features": name, "width": 64, "heads": 4} for name in ("lora", "copy")]
+    kinds = [{"kind": "ppo", "critic": critic, "critic_batch": 8} for critic in critics]
     kinds.append(kinds[0] | {"critic_batch": 24})  # three micro-batches, more than the actor's update takes
     configs = [run(folder, 2, algorithm=kind) for kind in ({"kind": "grpo"}, *kinds)]
     actor, *critics = (one["learner"] for one in held(configs, 1, tmp_path / "held.json"))

@@ -5,7 +5,7 @@ import pytest
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
 from align_cluster.config.load import loads
-from align_cluster.config.plan import derive
+from align_cluster.config.plan import derive, settle
 from align_cluster.config.run import RunConfig
 from align_cluster.planner.fit import changed, learner_memory
 from align_cluster.planner.memory import measure, predictions
@@ -29,13 +29,13 @@ evaluate: {prompts: {kind: embedded, split: held_out}}
 
 @pytest.fixture
 def job(tiny_pipeline):
-    """Function (backbone, algorithm, *overrides) -> a run on that backbone's tiny pipeline."""
+    """Function (backbone, algorithm, *overrides) -> a run on that backbone's tiny pipeline, with its batches chosen."""
 
     def make(kind: str, algorithm: str, *overrides: str) -> RunConfig:
         case = Case(kind, tiny_pipeline(kind))
         given = [f"backbone.{name}={value}" for name, value in getattr(case.tiny, "SETTINGS", {}).items()]
         run = TEXT.replace("KIND", kind).replace("FOLDER", str(case.folder)).replace("ALGORITHM", algorithm)
-        return loads(run, "run.yaml", [*given, *overrides])
+        return settle(loads(run, "run.yaml", [*given, *overrides]), 1, 0)
 
     return make
 
@@ -100,7 +100,9 @@ def test_a_learner_that_follows_gradients_of_rewards_holds_the_vae_and_the_rewar
     held, plain = learner_memory(config, plan, sizes), learner_memory(config, plan, other)
     clip = CLIPS["openai/clip-vit-large-patch14"]
     assert held.weights == plain.weights + sizes.vae + 4 * clip.parameters
-    assert held.activations == plain.activations + decode.bytes + 2 * clip.activations  # a micro-batch of two
+    assert plan.fold == 2, "both branches at once"
+    in_a_pass = 2 * plan.micro_batch
+    assert held.activations == plain.activations + decode.bytes + in_a_pass * clip.activations
     frugal = learner_memory(changed(config, "learner", gradient_checkpointing=True), plan, sizes)
     assert frugal.activations == sizes.checkpointed.update.bytes + checkpointed.bytes + clip.activations
     assert image_flops(config, plan, sizes)["update"] > image_flops(config, plan, other)["update"] + 2 * clip.flops

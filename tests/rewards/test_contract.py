@@ -212,6 +212,20 @@ def test_the_gradient_to_the_pixels_is_that_of_finite_differences(loaded, images
         torch.testing.assert_close((ahead - behind) / 2, slopes, rtol=0, atol=0.02 * slopes.abs().max().item())
 
 
+@each("case", SMOOTH)
+def test_each_image_is_judged_under_texts_of_its_own_as_each_pair_alone_is(loaded, images, case):
+    reward, pixels = loaded(case), floats(images).requires_grad_()
+    texts = [[TEXTS[row], TEXTS[row - 1]] for row in range(3)]
+    scores = reward.against(pixels, texts)
+    assert scores.shape == (3, 2)
+    for row, own in enumerate(texts):
+        for place, text in enumerate(own):
+            alone = reward.differentiable(pixels[row : row + 1], prompts([text]))
+            torch.testing.assert_close(scores[row : row + 1, place], alone, rtol=1e-5, atol=1e-5)
+    (slope,) = torch.autograd.grad(scores[0].sum(), pixels)
+    assert slope[0].abs().max() > 0 and not slope[1:].any()
+
+
 def parameters(reward: Reward) -> list[torch.nn.Parameter]:
     """Those of all networks that a reward holds, itself or in a Clip."""
     parts = [*vars(reward).values()]

@@ -34,7 +34,7 @@ def grid(chunk: int = SIZE) -> list[Chunk]:
 
 def originals(chunk: Chunk) -> Chunk:
     """The same members, all under the prompt's own condition."""
-    return replace(chunk, variants=(0,) * len(chunk.seeds))
+    return replace(chunk, rows=tuple(replace(row, variant=0) for row in chunk.rows))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def perturbation(sampler):
 @pytest.fixture(scope="module")
 def explored(sampler, conditions, perturbation):
     """(images, record) of a group with noise at every step, its densities recorded."""
-    return sampler.draw(grid()[0], conditions[0], None, SDE, perturbation)[1:]
+    return sampler.draw(grid()[0], {TEXT: conditions[0]}, None, SDE, {TEXT: perturbation})[1:]
 
 
 def own_conditions(condition, perturbation):
@@ -121,7 +121,9 @@ def seen(request, sampler, conditions, perturbation):
         with_kwargs=True,
     )
     guided = replace(ODE, guidance=request.param)
-    sampler.draw(grid()[0], conditions[0], conditions[1] if request.param > 1 else None, guided, perturbation)
+    sampler.draw(
+        grid()[0], {TEXT: conditions[0]}, conditions[1] if request.param > 1 else None, guided, {TEXT: perturbation}
+    )
     handle.remove()
     if request.param > 1:  # every second call is the empty prompt's, which nothing perturbs
         for call in calls[1::2]:
@@ -160,7 +162,7 @@ def test_the_ends_of_the_blend_are_exact(seen, conditions, perturbation):
 
 def test_an_explored_ode_draw_is_eulers_under_the_blended_conditions(sampler, conditions, perturbation):
     chunk, sigmas = grid()[0], sd3_sigmas(STEPS, 3.0)
-    _, _, record = sampler.draw(chunk, conditions[0], None, ODE, perturbation)
+    _, _, record = sampler.draw(chunk, {TEXT: conditions[0]}, None, ODE, {TEXT: perturbation})
     x = initial_noise([torch.Generator().manual_seed(n) for n in chunk.noises], sampler.backbone.latent_shape)
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         texts = [blended(conditions[0], perturbation, variant, sigma) for variant in chunk.variants]
@@ -173,8 +175,8 @@ def test_originals_keep_their_bits_in_a_mixed_chunk_and_perturbed_ones_change(
     sampler, conditions, perturbation, request_
 ):
     chunk = grid()[0]
-    _, images, mixed = sampler.draw(chunk, conditions[0], None, request_, perturbation)
-    _, plain_images, plain = sampler.draw(originals(chunk), conditions[0], None, request_)
+    _, images, mixed = sampler.draw(chunk, {TEXT: conditions[0]}, None, request_, {TEXT: perturbation})
+    _, plain_images, plain = sampler.draw(originals(chunk), {TEXT: conditions[0]}, None, request_)
     np.testing.assert_array_equal(images[:NOISES], plain_images[:NOISES])
     for name in ("x0", "before", "after", "log_probs", "means"):
         ours, theirs = getattr(mixed, name), getattr(plain, name)
@@ -195,17 +197,19 @@ def test_members_of_one_noise_start_together_and_part_by_condition(explored):
 
 
 def test_how_a_group_is_cut_changes_rounding_at_most(sampler, conditions, perturbation):
-    whole = sampler.draw(grid()[0], conditions[0], None, ODE, perturbation)[2].x0
+    whole = sampler.draw(grid()[0], {TEXT: conditions[0]}, None, ODE, {TEXT: perturbation})[2].x0
     for size in (2, 3):
-        parts = [sampler.draw(part, conditions[0], None, ODE, perturbation)[2].x0 for part in grid(size)]
+        parts = [
+            sampler.draw(part, {TEXT: conditions[0]}, None, ODE, {TEXT: perturbation})[2].x0 for part in grid(size)
+        ]
         np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=1e-4)
 
 
 def test_rho_says_how_long_a_perturbation_lasts(sampler, conditions, perturbation):
-    plain = sampler.draw(originals(grid()[0]), conditions[0], None, ODE)[2].x0
+    plain = sampler.draw(originals(grid()[0]), {TEXT: conditions[0]}, None, ODE)[2].x0
     gaps = []
     for rho in (0.01, 0.2, 0.4, 1.0):  # at .01 only the first step, sigma = 1, is perturbed
-        x0 = sampler.draw(grid()[0], conditions[0], None, replace(ODE, rho=rho), perturbation)[2].x0
+        x0 = sampler.draw(grid()[0], {TEXT: conditions[0]}, None, replace(ODE, rho=rho), {TEXT: perturbation})[2].x0
         gaps.append(np.abs(x0 - plain)[NOISES:].mean())
     assert 0 < gaps[0] < gaps[1] < gaps[2] < gaps[3]
 
@@ -223,17 +227,18 @@ def test_a_perturbation_equal_to_the_original_draws_the_originals_bits(sampler, 
         np.ones(CONDITIONS - 1),
         1.0,
     )
-    _, images, record = sampler.draw(grid()[0], conditions[0], None, request_, same)
-    _, plain_images, plain = sampler.draw(originals(grid()[0]), conditions[0], None, request_)
+    _, images, record = sampler.draw(grid()[0], {TEXT: conditions[0]}, None, request_, {TEXT: same})
+    _, plain_images, plain = sampler.draw(originals(grid()[0]), {TEXT: conditions[0]}, None, request_)
     np.testing.assert_array_equal(images, plain_images)
     assert_records_equal(record, plain)
 
 
 def test_a_prompt_without_content_is_explored_without_effect(sampler, conditions):
     (found,) = sampler.perturb([""], E2po(conditions=CONDITIONS, iterations=5), 0)
-    chunk = replace(grid()[0], prompt=Prompt(0, ""))
-    _, images, record = sampler.draw(chunk, conditions[1], None, ODE, found)
-    _, plain_images, plain = sampler.draw(originals(chunk), conditions[1], None, ODE)
+    rows = tuple(replace(row, prompt=Prompt(0, "")) for row in grid()[0].rows)
+    chunk = replace(grid()[0], rows=rows)
+    _, images, record = sampler.draw(chunk, {"": conditions[1]}, None, ODE, {"": found})
+    _, plain_images, plain = sampler.draw(originals(chunk), {"": conditions[1]}, None, ODE)
     np.testing.assert_array_equal(images, plain_images)
     np.testing.assert_array_equal(record.x0, plain.x0)
 
@@ -256,7 +261,9 @@ def test_what_was_drawn_is_a_sample_of_the_blended_condition(sampler, conditions
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_recorded_densities_are_those_under_the_original_condition(sampler, conditions, perturbation, guidance):
     chunk, null = grid()[0], conditions[1] if guidance > 1 else None
-    _, _, record = sampler.draw(chunk, conditions[0], null, replace(SDE, guidance=guidance), perturbation)
+    _, _, record = sampler.draw(
+        chunk, {TEXT: conditions[0]}, null, replace(SDE, guidance=guidance), {TEXT: perturbation}
+    )
 
     def predicted(x, sigma, texts):
         v = velocity(sampler, x, sigma, texts)
@@ -269,11 +276,11 @@ def test_recorded_densities_are_those_under_the_original_condition(sampler, cond
         sigma, sigma_next = record.sigmas[k : k + 2]
         x, x_next = torch.from_numpy(record.before[:, k]), torch.from_numpy(record.after[:, k]).double()
         log_probs = []
-        for variants in ((0,) * SIZE, chunk.variants):
+        for variants in ([0] * SIZE, chunk.variants):
             texts = [blended(conditions[0], perturbation, variant, sigma) for variant in variants]
             mean, std = sde_step(x, predicted(x, sigma, texts), sigma, sigma_next, record.sigmas)
             log_probs.append(torch.distributions.Normal(mean, std).log_prob(x_next).flatten(1).mean(1).numpy())
-            if variants is not chunk.variants:
+            if variants != chunk.variants:
                 np.testing.assert_allclose(record.means[:, k], mean, rtol=0, atol=1e-5)
         original, explorers = log_probs
         np.testing.assert_allclose(record.log_probs[:, k], original, rtol=0, atol=2e-5)
@@ -283,13 +290,13 @@ def test_recorded_densities_are_those_under_the_original_condition(sampler, cond
 
 def test_recording_densities_changes_nothing_that_is_drawn(sampler, conditions, perturbation, explored):
     bare = replace(SDE, window=Window(ALL, (), 0))
-    _, images, record = sampler.draw(grid()[0], conditions[0], None, bare, perturbation)
+    _, images, record = sampler.draw(grid()[0], {TEXT: conditions[0]}, None, bare, {TEXT: perturbation})
     np.testing.assert_array_equal(images, explored[0])
     np.testing.assert_array_equal(record.x0, explored[1].x0)
     assert record.before is None and record.log_probs is None
 
 
 def test_an_ode_draw_of_explorers_records_final_latents_only(sampler, conditions, perturbation):
-    _, _, record = sampler.draw(grid()[0], conditions[0], None, ODE, perturbation)
+    _, _, record = sampler.draw(grid()[0], {TEXT: conditions[0]}, None, ODE, {TEXT: perturbation})
     assert record.indices.shape == (SIZE, 0)
     assert [record.before, record.after, record.log_probs, record.means] == [None] * 4

@@ -17,12 +17,14 @@ from align_cluster.rollouts.windows import FractionWindow, Window
 from align_cluster.types import Chunk, Prompt
 from align_cluster.weights import check, publish
 
+from ..drawing import chunk_of
+
 TEXT = "a photo of a red circle"
 STEPS = 4
 
 
 def chunk(*seeds: int) -> Chunk:
-    return Chunk(0, 0, 0, Prompt(0, TEXT), seeds)
+    return chunk_of(Prompt(0, TEXT), seeds)
 
 
 def noisy(*trained: int) -> Window:
@@ -59,8 +61,8 @@ def tuned(settings):
 
 def test_a_sample_depends_on_its_seed_only_and_not_on_its_neighbours(base, conditions):
     request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 2))
-    _, images, record = base[0].draw(chunk(11, 12, 13), conditions[0], None, request)
-    _, others, other = base[0].draw(chunk(77, 12, 99), conditions[0], None, request)
+    _, images, record = base[0].draw(chunk(11, 12, 13), {TEXT: conditions[0]}, None, request)
+    _, others, other = base[0].draw(chunk(77, 12, 99), {TEXT: conditions[0]}, None, request)
     np.testing.assert_array_equal(images[1], others[1])
     for name in ("x0", "before", "after", "log_probs"):
         np.testing.assert_array_equal(getattr(record, name)[1], getattr(other, name)[1])
@@ -70,7 +72,7 @@ def test_a_sample_depends_on_its_seed_only_and_not_on_its_neighbours(base, condi
 def test_two_samplers_draw_a_chunk_bitwise_alike(base, conditions):
     for step, window in [(FlowSde.Config(), noisy(0, 2)), (Dpm2.Config(), None)]:
         request = DrawRequest(0, STEPS, step, guidance=3.0, window=window)
-        draws = [sampler.draw(chunk(1, 2, 3), conditions[0], conditions[1], request) for sampler in base]
+        draws = [sampler.draw(chunk(1, 2, 3), {TEXT: conditions[0]}, conditions[1], request) for sampler in base]
         (info, images, record), (info2, images2, record2) = draws
         assert info.fingerprint == info2.fingerprint and info.version == info2.version == 0
         np.testing.assert_array_equal(images, images2)
@@ -80,7 +82,7 @@ def test_two_samplers_draw_a_chunk_bitwise_alike(base, conditions):
 
 def test_a_record_holds_what_was_asked_for_in_the_documented_shapes(base, conditions):
     request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 2))
-    info, images, record = base[0].draw(chunk(1, 2, 3), conditions[0], None, request)
+    info, images, record = base[0].draw(chunk(1, 2, 3), {TEXT: conditions[0]}, None, request)
     shape = base[0].backbone.latent_shape
     assert images.shape == (3, 48, 48, 3) and images.dtype == np.uint8
     assert record.x0.shape == (3, *shape) and record.x0.dtype == np.float32
@@ -94,18 +96,18 @@ def test_a_record_holds_what_was_asked_for_in_the_documented_shapes(base, condit
 def test_drawing_with_other_weights_than_asked_for_is_refused(tuned, conditions):
     for version in (0, 4, 6):
         with pytest.raises(RuntimeError, match=f"tuned holds weights 5, but was asked to draw with {version}"):
-            tuned[0].draw(chunk(1), conditions[0], None, DrawRequest(version, STEPS, Euler.Config()))
+            tuned[0].draw(chunk(1), {TEXT: conditions[0]}, None, DrawRequest(version, STEPS, Euler.Config()))
 
 
 def test_adopting_changes_images_and_the_receipt_proves_it(base, conditions, settings):
     sampler = Sampler(settings, name="c")
     manifest, buffer = publish(trained(sampler), 3)
     buffer.flags.writeable = False  # as it comes out of the object store
-    _, before, _ = sampler.draw(chunk(1, 2), conditions[0], None, DrawRequest(0, STEPS, Euler.Config()))
+    _, before, _ = sampler.draw(chunk(1, 2), {TEXT: conditions[0]}, None, DrawRequest(0, STEPS, Euler.Config()))
     receipt = sampler.adopt(manifest, buffer)
     check(manifest, [receipt], 1)
     assert receipt.checksum == manifest.checksum and receipt.bound == len(manifest.tensors) and receipt.version == 3
-    _, after, _ = sampler.draw(chunk(1, 2), conditions[0], None, DrawRequest(3, STEPS, Euler.Config()))
+    _, after, _ = sampler.draw(chunk(1, 2), {TEXT: conditions[0]}, None, DrawRequest(3, STEPS, Euler.Config()))
     assert (before != after).any()
 
 
@@ -130,7 +132,7 @@ def test_guidance_one_is_no_guidance_and_costs_no_second_call(base, conditions):
     for null, guidance in ((None, 1.0), (conditions[1], 1.0), (conditions[1], 3.0)):
         calls.clear()
         request = DrawRequest(0, STEPS, Euler.Config(), guidance=guidance)
-        images.append(base[0].draw(chunk(1, 2), conditions[0], null, request)[1])
+        images.append(base[0].draw(chunk(1, 2), {TEXT: conditions[0]}, null, request)[1])
         counts.append(len(calls))
     watch.remove()
     np.testing.assert_array_equal(images[0], images[1])
@@ -160,7 +162,7 @@ def test_our_ode_sample_is_the_stock_pipelines_image(base, conditions, stock, gu
     seeds = (3, 4)
     noise = initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], base[0].backbone.latent_shape)
     request = DrawRequest(0, 6, Euler.Config(), guidance=guidance)
-    _, images, record = base[0].draw(chunk(*seeds), conditions[0], conditions[1], request)
+    _, images, record = base[0].draw(chunk(*seeds), {TEXT: conditions[0]}, conditions[1], request)
     arguments = {"num_inference_steps": 6, "guidance_scale": guidance, "max_sequence_length": 0}
     latents = stock([TEXT] * 2, latents=noise.clone(), output_type="latent", **arguments).images
     np.testing.assert_allclose(record.x0, latents.numpy(), rtol=0, atol=2e-5)
@@ -206,12 +208,15 @@ def test_the_fingerprint_changes_with_everything_that_decides_a_draw():
         {"rho": 0.4},
     ]
     request, two = DrawRequest(**settings), chunk(1, 2)
-    prints = [fingerprint(two, DrawRequest(**(settings | change)), "key") for change in ({}, *changes)]
-    others = [chunk(2, 1), replace(two, noises=(1, 1)), replace(two, variants=(0, 1))]
-    prints += [fingerprint(other, request, "key") for other in others]
-    prints += [fingerprint(two, request, "other"), fingerprint(two, request, "key", "perturbation")]
+    others = [chunk(2, 1), chunk_of(Prompt(0, TEXT), (1, 2), noises=(1, 1))]
+    variants = chunk_of(Prompt(0, TEXT), (1, 2), variants=(0, 1))
+    key, perturbed = {TEXT: "key"}, {TEXT: "perturbation"}
+    prints = [fingerprint(two, DrawRequest(**(settings | change)), key, {}) for change in ({}, *changes)]
+    prints += [fingerprint(other, request, key, {}) for other in others]
+    prints += [fingerprint(two, request, {TEXT: "other"}, {})]
+    prints += [fingerprint(variants, request, key, one) for one in (perturbed, {TEXT: "other"})]
     assert len(set(prints)) == len(prints)
-    assert fingerprint(chunk(1, 2), DrawRequest(**settings), "key") == prints[0]
+    assert fingerprint(chunk(1, 2), DrawRequest(**settings), key, {}) == prints[0]
 
 
 # ----------------------------------------------------------------------------------- windows, schedules, shared noises
@@ -229,7 +234,7 @@ def predicted(sampler, condition, x, sigma):
 @pytest.mark.parametrize("kind", NOISY, ids=lambda config: config.kind)
 def test_steps_outside_the_window_are_eulers_bit_by_bit_and_only_those(tuned, conditions, kind):
     sampler, window = tuned[0], Window((1,), tuple(range(STEPS)), STEPS)  # every step is recorded, one is noisy
-    _, _, record = sampler.draw(chunk(1, 2, 3), conditions[0], None, DrawRequest(5, STEPS, kind, window=window))
+    _, _, record = sampler.draw(chunk(1, 2, 3), {TEXT: conditions[0]}, None, DrawRequest(5, STEPS, kind, window=window))
     np.testing.assert_array_equal(record.after[:, :-1], record.before[:, 1:])
     np.testing.assert_array_equal(record.after[:, -1], record.x0)
     for k in range(STEPS):
@@ -247,15 +252,15 @@ def test_steps_outside_the_window_are_eulers_bit_by_bit_and_only_those(tuned, co
 @pytest.mark.parametrize("kind", NOISY, ids=lambda config: config.kind)
 def test_a_draw_without_noisy_steps_is_eulers(base, conditions, kind):
     nothing = DrawRequest(0, STEPS, kind, window=Window((), (), 0))
-    first = base[0].draw(chunk(1, 2), conditions[0], None, nothing)
-    second = base[0].draw(chunk(1, 2), conditions[0], None, DrawRequest(0, STEPS, Euler.Config()))
+    first = base[0].draw(chunk(1, 2), {TEXT: conditions[0]}, None, nothing)
+    second = base[0].draw(chunk(1, 2), {TEXT: conditions[0]}, None, DrawRequest(0, STEPS, Euler.Config()))
     np.testing.assert_array_equal(first[1], second[1])
     np.testing.assert_array_equal(first[2].x0, second[2].x0)
 
 
 def test_recorded_densities_are_recomputed_bitwise_and_those_of_the_window_only(tuned, conditions):
     request = DrawRequest(5, STEPS, FlowSde.Config(), window=Window((1, 2), (1, 2), 2), means=True)
-    _, _, record = tuned[0].draw(chunk(1, 2, 3), conditions[0], None, request)
+    _, _, record = tuned[0].draw(chunk(1, 2, 3), {TEXT: conditions[0]}, None, request)
     np.testing.assert_array_equal(record.indices, [[1, 2]] * 3)
     step = FlowSde(FlowSde.Config(), record.sigmas)
     for slot, k in enumerate((1, 2)):
@@ -270,8 +275,8 @@ def test_recorded_densities_are_recomputed_bitwise_and_those_of_the_window_only(
 
 def test_means_are_recorded_only_where_they_are_asked_for_and_change_nothing_else(base, conditions):
     request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 2))
-    plain = base[0].draw(chunk(1, 2), conditions[0], None, request)[2]
-    asked = base[0].draw(chunk(1, 2), conditions[0], None, replace(request, means=True))[2]
+    plain = base[0].draw(chunk(1, 2), {TEXT: conditions[0]}, None, request)[2]
+    asked = base[0].draw(chunk(1, 2), {TEXT: conditions[0]}, None, replace(request, means=True))[2]
     assert plain.means is None and asked.means.shape == asked.before.shape
     for name in ("x0", "before", "after", "log_probs"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(asked, name))
@@ -285,11 +290,11 @@ def test_a_members_own_steps_are_a_function_of_its_seed(base, conditions):
     alone = np.concatenate([recorded_indices(chunk(seed), window) for seed in seeds])
     np.testing.assert_array_equal(recorded_indices(chunk(*seeds), window), alone)
     np.testing.assert_array_equal(recorded_indices(chunk(*seeds[::-1]), window), alone[::-1])
-    shared = replace(chunk(*seeds), noises=(1,) * 16, variants=(0, 1) * 8)
+    shared = chunk_of(Prompt(0, TEXT), seeds, noises=(1,) * 16, variants=(0, 1) * 8)
     np.testing.assert_array_equal(recorded_indices(shared, window), alone)
     assert len({tuple(row) for row in alone.tolist()}) > 3 and all(len(set(row)) == 2 for row in alone.tolist())
-    record = base[0].draw(chunk(*seeds[:4]), conditions[0], None, request)[2]
-    full = base[0].draw(chunk(*seeds[:4]), conditions[0], None, replace(request, window=noisy(0, 1, 2)))[2]
+    record = base[0].draw(chunk(*seeds[:4]), {TEXT: conditions[0]}, None, request)[2]
+    full = base[0].draw(chunk(*seeds[:4]), {TEXT: conditions[0]}, None, replace(request, window=noisy(0, 1, 2)))[2]
     np.testing.assert_array_equal(record.indices, alone[:4])
     np.testing.assert_array_equal(record.x0, full.x0)
     rows = np.arange(4)[:, None]
@@ -301,10 +306,10 @@ def test_members_that_share_a_noise_start_from_one_latent_and_still_differ(base,
     (shared,) = plan_step([Prompt(0, TEXT)], 0, 0, 1, 4, 4, same_noise=True)
     (own,) = plan_step([Prompt(0, TEXT)], 0, 0, 1, 4, 4)
     request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 1))
-    _, images, record = base[0].draw(shared, conditions[0], None, request)
+    _, images, record = base[0].draw(shared, {TEXT: conditions[0]}, None, request)
     np.testing.assert_array_equal(record.before[:, 0], np.stack([record.before[0, 0]] * 4))
     assert len({part.tobytes() for part in record.after[:, 0]}) == len({image.tobytes() for image in images}) == 4
-    _, others, other = base[0].draw(own, conditions[0], None, request)
+    _, others, other = base[0].draw(own, {TEXT: conditions[0]}, None, request)
     assert len({part.tobytes() for part in other.before[:, 0]}) == 4
     np.testing.assert_array_equal(images[0], others[0])  # member 0's noise is the shared one, and its seed its own
     assert (images[1] != others[1]).any()
@@ -325,7 +330,7 @@ def test_a_draw_has_the_levels_of_its_schedule(base, conditions, kind):
     for schedule, sigmas in expected:
         request = DrawRequest(0, STEPS, KINDS[kind].Config(), window=noisy(0, 1) if kind == "flow_sde" else None)
         request = replace(request, schedule=schedule) if schedule else request
-        _, images, record = base[0].draw(chunk(1, 2), conditions[0], None, request)
+        _, images, record = base[0].draw(chunk(1, 2), {TEXT: conditions[0]}, None, request)
         np.testing.assert_allclose(record.sigmas, sigmas, rtol=0, atol=1e-12)
         np.testing.assert_array_equal(base[0].sigmas(request), record.sigmas)
         drawn.add(images.tobytes())
@@ -334,9 +339,9 @@ def test_a_draw_has_the_levels_of_its_schedule(base, conditions, kind):
 
 def test_a_deterministic_rollout_records_the_states_that_are_asked_for_and_nothing_else(base, conditions):
     plain = DrawRequest(0, STEPS, Euler.Config())
-    _, images, record = base[0].draw(chunk(1, 2, 3), conditions[0], None, plain)
+    _, images, record = base[0].draw(chunk(1, 2, 3), {TEXT: conditions[0]}, None, plain)
     _, same, kept = base[0].draw(
-        chunk(1, 2, 3), conditions[0], None, replace(plain, window=Window((), (0, STEPS - 1), 1))
+        chunk(1, 2, 3), {TEXT: conditions[0]}, None, replace(plain, window=Window((), (0, STEPS - 1), 1))
     )
     np.testing.assert_array_equal(images, same)
     np.testing.assert_array_equal(record.x0, kept.x0)
@@ -354,10 +359,10 @@ def test_offline_a_chunk_is_its_prompts_own_image_whatever_the_weights(base, con
 
     picture = render([scene.prompts("colors", "train")[0]], 0)[0].permute(1, 2, 0).numpy()
     Image.fromarray(picture).save(tmp_path / "real.png")
-    given = Chunk(0, 0, 0, Prompt(0, TEXT, {"image": str(tmp_path / "real.png")}), (1, 2))
+    given = chunk_of(Prompt(0, TEXT, {"image": str(tmp_path / "real.png")}), (1, 2))
     request = DrawRequest(0, STEPS, Euler.Config(), offline=True)
-    info, images, record = base[0].draw(given, conditions[0], None, request)
+    info, images, record = base[0].draw(given, {TEXT: conditions[0]}, None, request)
     assert np.abs(images.astype(int) - picture).mean() < 4, "what the VAE makes of it"
     np.testing.assert_array_equal(record.x0[0], record.x0[1])
-    assert record.indices.shape == (2, 0) and record.chunk.noises == (1, 2)
-    assert info.fingerprint != fingerprint(given, replace(request, offline=False), conditions[0].key)
+    assert record.indices.shape == (2, 0) and record.chunk.noises == [1, 2]
+    assert info.fingerprint != fingerprint(given, replace(request, offline=False), {TEXT: conditions[0].key}, {})

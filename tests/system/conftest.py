@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
+from align_cluster.cluster.preload import Preload, imports
 from align_cluster.config.load import config_hash, load
 from align_cluster.config.run import RunConfig
 
 from .. import inprocess
 from ..inprocess import Finished
-from .warm import python as warm_python
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -43,15 +42,16 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def warm(short_folder: Path) -> Iterator[Path]:
-    """A Python whose workers start warm, see warm.py."""
-    with warm_python(short_folder) as python:
-        yield python
+def preload() -> Iterator[Preload]:
+    """What the session's workers are forks of."""
+    with Preload() as ready:
+        ready.load(imports(load(TINY)))
+        yield ready
 
 
 @pytest.fixture(scope="session")
-def local_ray(short_folder: Path, warm: Path) -> Iterator[Any]:
-    """The session's Ray with two cores. Its workers start warm."""
+def local_ray(short_folder: Path, preload: Preload) -> Iterator[Any]:
+    """The session's Ray with two cores."""
     import ray
 
     import align_cluster.cluster  # noqa: F401 - before ray, see there
@@ -59,7 +59,7 @@ def local_ray(short_folder: Path, warm: Path) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in ("ALIGN_CLUSTER_CACHE", "RAY_ADDRESS")}
     os.environ["ALIGN_CLUSTER_CACHE"] = str(short_folder / "cache")
     os.environ.pop("RAY_ADDRESS", None)
-    with mock.patch.object(sys, "executable", str(warm)):
+    with preload.used_by_ray():
         ray.init(
             address="local",
             num_cpus=2,

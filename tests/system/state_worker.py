@@ -37,19 +37,17 @@ class Job:
 
     def step(self, step: int) -> dict:
         pieces = self.cut(step)
-        chunks = [TrainingChunk(*pair) for pair in zip(self.drawn, self.texts, strict=True)]
+        chunks = [TrainingChunk(record, ZERO["texts_of"](self.texts)) for record in self.drawn]
         return self.learner.update(rank_work(step, pieces, chunks, rank=self.rank, world=self.world))
 
     def cut(self, step: int) -> list:
         if not self.learner.critic:
-            return ZERO["cut_step"](self.config, self.drawn, step)
+            return ZERO["cut_step"](step)
         advantages, valid = ZERO["credit"]()
         advantages = [np.stack([column, -column], 1) for column in advantages]
         targets = {name: [array[..., None] for array in advantages] for name in ("returns", "values")}
-        chunks = [record.chunk for record in self.drawn]
-        return make_micro_batches(
-            chunks, advantages, valid, updates=2, size=ZERO["MICRO_BATCH"], seed=ZERO["SEED"] + step, targets=targets
-        )
+        cut = {"bounds": ZERO["bounds"](step), "size": ZERO["MICRO_BATCH"]}
+        return make_micro_batches(advantages, valid, targets=targets, **cut)
 
 
 def main() -> None:

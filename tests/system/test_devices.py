@@ -26,11 +26,11 @@ STAGES = [("cpu", 2), *(pytest.param("cuda", stage, marks=pytest.mark.gpu) for s
 
 @pytest.mark.parametrize(("device", "stage"), STAGES)
 def test_a_nan_in_one_image_costs_one_update_and_no_more(tiny, device, stage):
-    config = tiny("grpo", f"learner.zero_stage={stage}")
     with own_environment():
-        workers = Workers(config, device)
+        workers = Workers(tiny("grpo", f"learner.zero_stage={stage}"), device)
+        config = workers.config
         prompts = PROMPTS[config.prompts.kind](config.prompts).load()
-        drawn = workers.draw(plan_chunks(config, prompts, 0, workers.plan), training_request(config, 0, 0))
+        drawn = workers.draw(plan_chunks(config, prompts, 0), training_request(config, 0, 0))
         credit = AdvantageEstimator(config).assign(0, drawn, None)
         backend = torch.distributed.get_backend()
         assert backend == {"cpu": "gloo", "cuda": "nccl"}[device]
@@ -60,12 +60,10 @@ def test_every_zero_stage_ends_in_the_same_lora(tiny, in_process, device):
 
 @pytest.mark.parametrize("device", SLOW_DEVICES)
 def test_two_samplers_on_one_device_draw_a_chunk_bit_by_bit_alike(tiny, device):
-    config = tiny("grpo", "backbone.precision=bf16")
-    workers = [Workers(config, device) for _ in range(2)]
+    workers = [Workers(tiny("grpo", "backbone.precision=bf16"), device) for _ in range(2)]
+    config = workers[0].config
     prompts = PROMPTS[config.prompts.kind](config.prompts).load()
-    first, second = (
-        one.draw(plan_chunks(config, prompts, 0, one.plan), training_request(config, 0, 0)) for one in workers
-    )
+    first, second = (one.draw(plan_chunks(config, prompts, 0), training_request(config, 0, 0)) for one in workers)
     for ours, theirs in zip(first, second, strict=True):
         assert np.array_equal(ours.images, theirs.images)
         for name in ("x0", "before", "after", "log_probs"):

@@ -16,10 +16,13 @@ CASES = [f"{stage}:{kind}" for stage in STAGES for kind in ("plain", "probe")]
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory, warm) -> dict[int, list[dict[str, list[dict]]]]:
+def left(tmp_path_factory, preload) -> dict[int, list[dict[str, list[dict]]]]:
     """World -> for each rank: case -> what each update left behind."""
     folder = tmp_path_factory.mktemp("fisher")
-    with ranks(warm, SCRIPT, 1, folder / "1", *CASES) as alone, ranks(warm, SCRIPT, 2, folder / "2", *CASES) as both:
+    with (
+        ranks(preload, SCRIPT, 1, folder / "1", *CASES) as alone,
+        ranks(preload, SCRIPT, 2, folder / "2", *CASES) as both,
+    ):
         assert [process.wait(timeout=300) for process in alone + both] == [0, 0, 0]
     return {
         world: [pickle.loads((folder / f"{world}.{rank}").read_bytes()) for rank in range(world)] for world in (1, 2)

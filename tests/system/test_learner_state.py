@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from align_cluster.cluster.preload import Preload
 from align_cluster.learner.state import Snapshot
 
 from ..cases import each
@@ -27,27 +28,27 @@ def label(saved: str, stage: int, world: int) -> str:
     return f"{stage}-{world}-{saved[4:]}-from-{saved}"
 
 
-def run(python: Path, folder: Path, jobs: dict[int, list[str]]) -> None:
+def run(preload: Preload, folder: Path, jobs: dict[int, list[str]]) -> None:
     """Run the jobs of each number of ranks, all at once."""
     with ExitStack() as stack:
         started = [
             process
             for world, names in jobs.items()
-            for process in stack.enter_context(ranks(python, SCRIPT, world, folder, *names))
+            for process in stack.enter_context(ranks(preload, SCRIPT, world, folder, *names))
         ]
         assert not any(process.wait(timeout=600) for process in started)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, warm) -> Path:
+def folder(tmp_path_factory, preload) -> Path:
     """Where the states of all cases are."""
     folder = tmp_path_factory.mktemp("states")
-    run(warm, folder, {1: ["save:2:ppo", "save:0:nft"], 2: ["save:2:nft", "save:3:nft"]})
+    run(preload, folder, {1: ["save:2:ppo", "save:0:nft"], 2: ["save:2:nft", "save:3:nft"]})
     jobs: dict[int, list[str]] = {}
     for saved, stage, world in MOVES:
         jobs.setdefault(world, []).append(f"load:{stage}:{saved[4:]}:{saved}")
     for world, names in jobs.items():
-        run(warm, folder, {world: names})
+        run(preload, folder, {world: names})
     return folder
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from align_cluster.cluster.preload import Preload
+
 # How soon Ray takes a node for lost that refuses connections: about 3 s. One that is only slow has more time.
 SOON = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -17,19 +19,19 @@ SOON = {
 }
 
 
-def nodes(python: Path, what: str) -> dict:
-    """What node_loss.py found, with workers that start by `python`."""
+def nodes(preload: Preload, what: str) -> dict:
+    """What node_loss.py found, in a fork and with forks as workers."""
     with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | SOON
-        command = [python, Path(__file__).parent / "node_loss.py", what, folder, python]
+        command = [*preload.command, Path(__file__).parent / "node_loss.py", what, folder, preload.python]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow  # two runs, on nodes that come and go
-def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records(warm):
-    found = nodes(warm, "loss")
+def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records(preload):
+    found = nodes(preload, "loss")
     quiet, stormy = found["quiet"], found["stormy"]
     assert stormy["workers_lost"] >= 2 and quiet["workers_lost"] == 0
     assert stormy["lost_images"] + stormy["redrawn"] > 0
@@ -38,9 +40,9 @@ def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records(warm):
 
 
 @pytest.mark.exhaustive  # a run, and a weight sync to two nodes
-def test_a_node_that_joins_is_used_and_the_doctor_knows_the_nodes(warm):
+def test_a_node_that_joins_is_used_and_the_doctor_knows_the_nodes(preload):
     """A spare sampler stays only if it has work: it waits for room in step 1, comes, and is there after step 4."""
-    found = nodes(warm, "join")
+    found = nodes(preload, "join")
     assert found["elastic"]["samplers"][3:6] == [2, 2, 2] and found["elastic"]["samplers"][0] == 1
     by_name = {check["name"].split(" (")[0]: check for check in reversed(found["doctor"])}
     assert by_name["node 0"]["state"] == by_name["node 1"]["state"] == "ok"

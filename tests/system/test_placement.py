@@ -101,7 +101,7 @@ def test_a_run_on_a_busy_cluster_fails_within_seconds(tiny, plan, local_ray, tmp
 
 
 def test_samplers_that_may_come_later_are_not_asked_for_at_the_start(plan, local_ray):
-    made = plan(2, 0, "prompts_per_step=8", "cluster.samplers=1", "cluster.max_samplers=6")
+    made = plan(2, 0, "prompts_per_step=8", "rollout.chunk=4", "cluster.samplers=1", "cluster.max_samplers=6")
     assert (made.samplers, made.most_samplers) == (1, 6)
     with reserve(made) as places:
         assert len(places["sampler"]) == 1

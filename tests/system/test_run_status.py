@@ -101,7 +101,7 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     (state,) = seen
     assert (state["step"], state["phase"], state["pid"]) == (2, "draw", os.getpid()) and state["seconds"] > 4
     (worker,) = [worker for worker in state["workers"] if worker["name"] == "sampler-0"]
-    assert worker["phase"].split()[0] in ("encode", "draw") and worker["waiting"] and worker["seconds"] > 4
+    assert worker["phase"].split()[0] in ("encode", "draw_chunk") and worker["waiting"] and worker["seconds"] > 4
     said = [record.getMessage() for record in caplog.records]
     assert any(f"waits for sampler-0 ({worker['location']}): {worker['phase']} since" in line for line in said)
     found = {check.name: check for check in examine_run(done.path)}

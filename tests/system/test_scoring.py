@@ -16,11 +16,13 @@ from align_cluster.loop.scoring import Scoring, batches
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.sinks import read_jsonl
 from align_cluster.rewards.worker import RewardWorker
-from align_cluster.types import Chunk, Failure, Prompt, Scores
+from align_cluster.types import Failure, Prompt, Scores
+
+from ..drawing import chunk_of
 
 RECORDS = scene.prompts("colors", "held_out")[:6]
 IMAGES = render(RECORDS, 1).permute(0, 2, 3, 1).numpy()
-CHUNKS = [Chunk(0, i, 0, Prompt(i, record["prompt"], record), (i, i + 100)) for i, record in enumerate(RECORDS)]
+CHUNKS = [chunk_of(Prompt(i, r["prompt"], r), (i, i + 100), number=i) for i, r in enumerate(RECORDS)]
 
 
 class Moody:
@@ -60,7 +62,7 @@ def test_chunks_come_back_with_the_scores_that_they_get_alone(local_ray, pool, o
     found = score(scoring, [4, 1, 0, 5, 2, 3], local_ray)
     assert found.keys() == {chunk.id for chunk in CHUNKS}
     for index, chunk in enumerate(CHUNKS):
-        here = alone.score(np.stack([IMAGES[index]] * 2), [chunk.prompt] * 2)
+        here = alone.score(np.stack([IMAGES[index]] * 2), chunk.prompts)
         np.testing.assert_allclose(found[chunk.id].values["clip"], here.values["clip"], atol=1e-5)
     facts = scoring.end()
     assert all(describe(name) and np.isfinite(value) for name, value in facts.items())
@@ -89,15 +91,15 @@ def test_a_batch_waits_for_all_of_its_chunks_and_only_for_them(local_ray, pool):
 
 
 def test_chunks_are_never_cut_and_never_over_the_size_together():
-    assert [[c.group for c in batch] for batch in batches(CHUNKS, 5)] == [[0, 1], [2, 3], [4, 5]]
-    assert [[c.group for c in batch] for batch in batches(CHUNKS, 1)] == [[0], [1], [2], [3], [4], [5]]
-    assert [[c.group for c in batch] for batch in batches(CHUNKS, 8)] == [[0, 1, 2, 3], [4, 5]]
+    assert [[c.number for c in batch] for batch in batches(CHUNKS, 5)] == [[0, 1], [2, 3], [4, 5]]
+    assert [[c.number for c in batch] for batch in batches(CHUNKS, 1)] == [[0], [1], [2], [3], [4], [5]]
+    assert [[c.number for c in batch] for batch in batches(CHUNKS, 8)] == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_a_worker_scores_large_chunks_in_parts(pool):
     _, _, alone = pool
     small = RewardWorker({"clip": alone.rewards["clip"].config}, batch=2)
-    prompts = [chunk.prompt for chunk in CHUNKS[:5]]
+    prompts = [chunk.prompts[0] for chunk in CHUNKS[:5]]
     parts, whole = small.score(IMAGES[:5], prompts), alone.score(IMAGES[:5], prompts)
     np.testing.assert_allclose(parts.values["clip"], whole.values["clip"], atol=1e-5)
     assert parts.valid["clip"].all() and small.score(IMAGES[:0], []).valid["clip"].shape == (0,)
@@ -109,12 +111,12 @@ def test_a_scorer_that_hangs_costs_its_chunk_a_typed_failure_and_the_others_noth
     scoring = Scoring(pool, RewardPool("a", ("a",), workers=1, most=2, cpus=0.0))
     found = score(scoring, range(6), local_ray)
     for chunk in CHUNKS:
-        if chunk.group == 3:
+        if chunk.number == 3:
             message = found[chunk.id].failures["a"].message
             assert found[chunk.id].failures == {"a": Failure("timeout", message, 2)} and "in 1.5 s" in message
             assert np.isnan(found[chunk.id].values["a"]).all() and not found[chunk.id].valid["a"].any()
         else:
-            assert found[chunk.id].failures == {} and (found[chunk.id].values["a"] == chunk.group).all()
+            assert found[chunk.id].failures == {} and (found[chunk.id].values["a"] == chunk.number).all()
     assert pool.lost == 2
     pool.shutdown()
 
@@ -144,7 +146,7 @@ def test_a_backlog_calls_more_workers(local_ray, by_value):
     pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, RetryPolicy(60, 2))
     scoring = Scoring(pool, RewardPool("a", ("a",), workers=1, most=2, cpus=0.0))
     pool.wait_until(lambda: len(pool.ready_workers) == pool.size)
-    quick = [replace(chunk, prompt=replace(chunk.prompt, id=0)) for chunk in CHUNKS]
+    quick = [chunk_of(Prompt(0, "quick"), (1, 2), number=number) for number in range(6)]
     scoring.begin(quick)
     for chunk, workers in zip(quick, (1, 1, 1, 1, 2, 2), strict=True):
         scoring.add(chunk, IMAGES[:2])

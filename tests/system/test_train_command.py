@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def folder() -> Iterator[Path]:
 
 def start(folder: Path, steps: int) -> subprocess.Popen:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {"RAY_TMPDIR": str(folder), "ALIGN_CLUSTER_CACHE": str(folder / "cache")}
+    (folder / "tmp").mkdir()
+    env |= {"RAY_TMPDIR": str(folder), "ALIGN_CLUSTER_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
     command = [sys.executable, "-m", "align_cluster.cli", "train", "tests/system/tiny.yaml"]
     command += ["--name", "one", "--out", str(folder / "runs"), "--set", f"steps={steps}"]
     with (folder / "stderr").open("w") as errors:
@@ -45,20 +47,24 @@ def start(folder: Path, steps: int) -> subprocess.Popen:
 def left_behind(folder: Path, patience_s: float = 15.0) -> list[str]:
     """Commands of processes that still run with the folder in their environment."""
     deadline = time.monotonic() + patience_s
-    while found := [" ".join(command) for command in _commands(str(folder).encode())]:
+    while found := [text for process in _processes(str(folder).encode()) if (text := _command(process))]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
     return found
 
 
-def _commands(mark: bytes) -> Iterator[list[str]]:
+def _processes(mark: bytes) -> Iterator[Path]:
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # gone in the meantime, or another user's
             if mark in (process / "environ").read_bytes():
-                yield (process / "cmdline").read_text().split("\0")
-        except OSError:  # gone in the meantime, or another user's
-            continue
+                yield process
+
+
+def _command(process: Path) -> str:
+    with suppress(OSError):
+        return (process / "cmdline").read_text().replace("\0", " ").strip()
+    return ""
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
@@ -76,7 +82,7 @@ def test_the_command_succeeds_prints_its_table_and_leaves_no_process(folder):
         assert text in printed
     assert f"{folder}/runs/one/report.html" in printed
     assert (folder / "runs" / "one" / "report.html").exists()
-    assert not left_behind(folder)
+    assert not left_behind(folder) and not list((folder / "tmp").glob("ac-*"))
 
 
 @needs_proc
@@ -94,5 +100,20 @@ def test_ctrl_c_ends_the_run_with_130_and_leaves_no_process(folder):
         process.kill()
     *late, last = (folder / "stderr").read_text().splitlines()
     assert last == "interrupted" and all("waits for" in line for line in late)  # a busy machine starts workers late
-    assert not left_behind(folder)
+    assert not left_behind(folder) and not list((folder / "tmp").glob("ac-*"))
     assert (folder / "runs" / "one" / "metrics.jsonl").read_text().startswith('{"step": 1,')
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_command_that_is_killed_leaves_no_worker_and_nothing_that_workers_were_forked_from(folder):
+    process = start(folder, steps=1000)
+    try:
+        assert any(" samplers" in line for line in process.stdout)  # workers are starting
+    finally:
+        process.kill()
+    process.wait()
+    assert set(left_behind(folder)) <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}, "Ray leaves these behind"
+    assert not list((folder / "tmp").glob("ac-*"))
+    for agent in _processes(str(folder).encode()):
+        os.kill(int(agent.name), signal.SIGKILL)

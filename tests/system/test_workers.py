@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from align_cluster.backbones.adapters import adapter_parameters
+from align_cluster.cluster.actors import RemoteSampler
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
@@ -26,7 +27,7 @@ ODE = DrawRequest(1, 4, Dpm2.Config())
 def pool(local_ray, tiny):
     """Two samplers that hold version 1: a LoRA with random numbers."""
     backbone = tiny("grpo").backbone
-    actor = local_ray.remote(Sampler).options(num_cpus=0.5)
+    actor = local_ray.remote(RemoteSampler).options(num_cpus=0.5)
     pool = Pool("sampler", lambda name, index: actor.remote(backbone, 1, name), 2, timeout_s=120)
     rng = np.random.default_rng(0)
     shapes = {name: p.shape for name, p in adapter_parameters(Sampler(backbone).denoiser, "default").items()}
@@ -44,7 +45,7 @@ def conditions(local_ray, pool) -> list[Condition]:
 
 
 def draw(ray, pool: Pool, worker: int, group: int, conditions: list[Condition], request: DrawRequest) -> tuple:
-    return ray.get(pool.workers[worker].actor.draw.remote(CHUNKS[group], conditions[group], None, request))
+    return ray.get(pool.workers[worker].actor.draw_chunk.remote(CHUNKS[group], None, request, conditions[group]))
 
 
 @pytest.mark.parametrize("request_", [SDE, ODE], ids=["flow_sde", "dpm2"])
@@ -66,7 +67,7 @@ def test_two_workers_draw_the_same_chunk_bit_by_bit(local_ray, pool, conditions,
 def test_stale_weights_are_refused_at_once_with_the_samplers_own_error(pool, conditions):
     stale = DrawRequest(7, 4, Dpm2.Config())
     began = time.monotonic()
-    pool.submit(0, "draw", CHUNKS[0], conditions[0], None, stale, returns=3)
+    pool.submit(0, "draw_chunk", CHUNKS[0], None, stale, conditions[0], returns=3)
     with pytest.raises(RuntimeError, match=r"sampler-0 holds weights 1, but was asked to draw with 7"):
         list(stream(pool))
     assert time.monotonic() - began < 30
@@ -86,7 +87,7 @@ def test_the_successor_of_a_killed_sampler_draws_with_the_current_weights(local_
     victim = pool.workers[0]
     os.kill(pid_of(victim.actor), signal.SIGKILL)
     for number in range(4):
-        pool.submit(number, "draw", CHUNKS[0], conditions[0], None, ODE, returns=3)
+        pool.submit(number, "draw_chunk", CHUNKS[0], None, ODE, conditions[0], returns=3)
     done = list(stream(pool))
     assert sorted(item.key for item in done) == [0, 1, 2, 3]
     assert victim not in pool.workers and pool.lost == 1

@@ -33,12 +33,12 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory, reference, warm) -> dict[tuple[str, int], list[list[dict]]]:
+def left(tmp_path_factory, reference, preload) -> dict[tuple[str, int], list[list[dict]]]:
     """(case, world) -> for each rank, what each step left behind; after `reference`, which encodes the prompts."""
     folder = tmp_path_factory.mktemp("zero")
     with (
-        ranks(warm, SCRIPT, 1, folder / "one", *ONE_RANK) as alone,
-        ranks(warm, SCRIPT, 2, folder / "two", *TWO_RANKS) as both,
+        ranks(preload, SCRIPT, 1, folder / "one", *ONE_RANK) as alone,
+        ranks(preload, SCRIPT, 2, folder / "two", *TWO_RANKS) as both,
     ):
         assert [process.wait(timeout=900) for process in alone + both] == [0, 0, 0]
     files = {1: [folder / "one.0"], 2: [folder / "two.0", folder / "two.1"]}
@@ -60,16 +60,19 @@ class PlainPolicy(Policy):
 
     def rewards(self, latents, texts):
         images = (self.backbone.pixels(latents) / 2 + 0.5).clamp(0, 1)
-        columns = [self.reward.differentiable(images, [Prompt(0, text)] * len(images)) for text in texts]
+        columns = [
+            self.reward.differentiable(images, [Prompt(0, text) for text in own]) for own in zip(*texts, strict=True)
+        ]
         return 10 * torch.stack(columns, 1)
 
 
-def streams(record, step: int, update: int):
+def streams(record, step: int, update: int, inner_pass: int):
     """The documented random streams of a sample: a function of its seed and the moment."""
 
-    def generators(purpose):
+    def generators(purpose, shared=False):
+        ends = purpose if shared else f"{purpose} {inner_pass}"
         digests = [
-            hashlib.blake2b(f"{seed} {step} {update} {purpose}".encode(), digest_size=8).digest()
+            hashlib.blake2b(f"{seed} {step} {update} {ends}".encode(), digest_size=8).digest()
             for seed in record.chunk.seeds
         ]
         return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
@@ -96,7 +99,7 @@ def plain_run(config) -> list[dict]:
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     count, left = 0, []
     for step in range(config.steps):
-        pieces, norms = WORKER["cut_step"](config, drawn, step), []
+        pieces, norms = WORKER["cut_step"](step), []
         inner_passes = algorithm.inner_passes(4, 2)
         for update in range(config.learner.updates_per_step):
             sources = sorted({piece.source for piece in pieces if piece.update == update})
@@ -111,13 +114,13 @@ def plain_run(config) -> list[dict]:
                         backbone, denoiser, FlowSde(FlowSde.Config(), record.sigmas), texts[source], len(keep), reward
                     )
                     batch = Batch(
-                        inner_pass=inner_pass,
+                        passes=(inner_pass,) * len(keep),
                         advantages=torch.from_numpy(advantages[source]),
                         x0=torch.tensor(record.x0),
                         sigmas=record.sigmas,
                         recorded=RecordedSteps(indices=torch.from_numpy(record.indices), **arrays),
-                        generators=streams(record, step, update),
-                        prompt=record.chunk.prompt.text,
+                        generators=streams(record, step, update, inner_pass),
+                        prompts=tuple(prompt.text for prompt in record.chunk.prompts),
                         noises=record.chunk.noises,
                         update=count,
                     )

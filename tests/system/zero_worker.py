@@ -19,11 +19,10 @@ from align_cluster.learner.batching import TrainingChunk, make_micro_batches, ra
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import FlowSde
 from align_cluster.rollouts.windows import Window
-from align_cluster.types import Chunk, Condition, Prompt, Record
+from align_cluster.types import Chunk, Condition, Prompt, Record, Row
 
 SIZES = (3, 1, 2)  # members of each chunk: uneven, so that pieces are uneven and ranks need padding
 STEPS, MICRO_BATCH = 2, 2
-SEED = 5
 DIRECT = ("srpo", "draft")
 SPOILED = ("x0", "before")
 
@@ -85,16 +84,20 @@ def records(algorithm: str) -> list[Record]:
         request = DrawRequest(0, 4, config.step_kind, window=ALGORITHMS[kind.kind](kind).states(4))
     else:
         request = DrawRequest(0, 4, FlowSde.Config(), window=Window((0, 1, 2, 3), (0, 1), 2))
-    chunks = [
-        Chunk(0, g, 0, Prompt(g, f"p{g}"), tuple(range(10 * g + 1, 10 * g + 1 + size))) for g, size in enumerate(SIZES)
-    ]
-    return [
-        sampler.draw(chunk, condition, None, request)[2] for chunk, condition in zip(chunks, conditions(), strict=True)
-    ]
+    texts, found = texts_of(conditions()), []
+    for g, size in enumerate(SIZES):
+        rows = tuple(Row(Prompt(g, f"p{g}"), g, m, 10 * g + 1 + m, 10 * g + 1 + m) for m in range(size))
+        found.append(sampler.draw(Chunk(0, g, rows), texts, None, request)[2])
+    return found
+
+
+def texts_of(conditions: list[Condition]) -> dict[str, Condition]:
+    """The conditions by the texts of the chunks."""
+    return {f"p{g}": condition for g, condition in enumerate(conditions)}
 
 
 def credit() -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Advantages of both signs and validity of each chunk's members; two samples are masked."""
+    """Advantages of both signs and validity of each chunk's rows; two samples are masked."""
     rng = np.random.default_rng(1)
     advantages = [rng.standard_normal(size).astype(np.float32) for size in SIZES]
     valid = [np.ones(size, bool) for size in SIZES]
@@ -102,11 +105,13 @@ def credit() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return advantages, valid
 
 
-def cut_step(config: RunConfig, drawn: list[Record], step: int) -> list:
-    chunks = [record.chunk for record in drawn]
-    return make_micro_batches(
-        chunks, *credit(), updates=config.learner.updates_per_step, size=MICRO_BATCH, seed=SEED + step
-    )
+def cut_step(step: int) -> list:
+    return make_micro_batches(*credit(), bounds=bounds(step), size=MICRO_BATCH)
+
+
+def bounds(step: int) -> list[int]:
+    """The rows at which the two updates of a step begin: they share the chunks in another way each step."""
+    return [0, sum(SIZES[: 1 + step % 2]), sum(SIZES)]
 
 
 def with_states(record: Record) -> Record:
@@ -139,10 +144,10 @@ def run(case: str, rank: int, world: int, port: int) -> list[dict]:
         return {source: learner.publish(source, version) for source in ("behaviour", "evaluation")}
 
     def chunks(records: list[Record]) -> list[TrainingChunk]:
-        return [TrainingChunk(*pair) for pair in zip(records, texts, strict=True)]
+        return [TrainingChunk(record, texts_of(texts)) for record in records]
 
     for step in range(STEPS):
-        pieces = cut_step(config, drawn, step)
+        pieces = cut_step(step)
         work = rank_work(step, pieces, chunks(drawn), rank=rank, world=world)
         metrics = learner.update(work)
         left.append({"metrics": metrics, "default": state("default"), "published": publish(step + 1)})

@@ -98,7 +98,8 @@ def test_plan_says_whether_a_run_fits_and_what_to_change(quickstart, capsys):
     assert main(["plan", quickstart, "--gpu-memory", "80"]) == 0
     out = capsys.readouterr().out
     assert "seconds a step" in out and "of 80 GiB with 0.5 for each process's CUDA: it fits" in out
-    assert main(["plan", quickstart, "--gpu-memory", "1.1"]) == 0
+    large = ["rollout.chunk=48", "learner.micro_batch=24", "learner.fold=2"]
+    assert main(["plan", quickstart, "--gpu-memory", "1.1", "--set", *large]) == 0
     out = capsys.readouterr().out
     assert "it does not fit" in out
     assert "these settings save most, each alone: learner.gradient_checkpointing: true (55.9 MiB), " in out

@@ -10,6 +10,7 @@ TIME_OF_DAY = {
     "cluster/pool.py": "when a trouble was",
     "cluster/nodes.py": "clocks of other machines",
     "cluster/run_status.py": "the age of what another process wrote",
+    "conditions/cache.py": "the age of files that other processes write",
     "loop/heartbeat.py": "the beat that is looked at from other machines",
 }
 

@@ -203,6 +203,7 @@ class Pool:
         if all(slot.quarantined for slot in self.empty_slots) and not self.workers:
             raise RuntimeError(f"{self.name}: no worker lives long enough to do anything, the last with: {slot.error}")
         self._restart_due()
+        self._feed()  # those that are left may have nothing to do, and nobody may come
         return given_up
 
     def _restart_due(self) -> None:

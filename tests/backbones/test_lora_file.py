@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import add_adapters
+from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.rollouts.denoise import initial_noise
 
@@ -24,6 +25,7 @@ def test_the_stock_pipeline_loads_our_lora_file_and_draws_exactly_our_network(tm
     ours = add_adapters(backbone, backbone.load_denoiser(), ("default",))
     path = backbone.save_lora(random_state(ours), tmp_path)
     pipe = pipeline(backbone)
+    shorten_attention(pipe.transformer)  # as ours has it on a CPU; its rounding differs
     arguments = {"num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 0, "output_type": "np"}
     noise = initial_noise([torch.Generator().manual_seed(1)], backbone.latent_shape)
     base = pipe(TEXT, latents=noise.clone(), **arguments).images

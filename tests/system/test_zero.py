@@ -163,7 +163,7 @@ def assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) ->
 
 def test_the_job_exercises_padding_masks_clipping_and_both_signs(reference):
     config = WORKER["settings"](2, "nft")
-    pieces = WORKER["cut_step"](config, WORKER["records"]("nft"), 0)
+    pieces = WORKER["cut_step"](0)
     shares = [rank_share(pieces, rank, 2)[0] for rank in range(2)]
     assert sum(len(mine) for mine in shares) > len(pieces)
     advantages, valid = WORKER["credit"]()

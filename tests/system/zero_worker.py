@@ -111,7 +111,7 @@ def cut_step(step: int) -> list:
 
 def bounds(step: int) -> list[int]:
     """The rows at which the two updates of a step begin: they share the chunks in another way each step."""
-    return [0, sum(SIZES[: 1 + step % 2]), sum(SIZES)]
+    return [0, sum(SIZES[: 2 - step % 2]), sum(SIZES)]
 
 
 def with_states(record: Record) -> Record:

@@ -117,7 +117,7 @@ def train(config: RunConfig) -> Iterator[dict]:
         drawn = draw(
             chunks, DrawRequest(version, rollout.steps, config.step_kind, guidance=rollout.guidance, window=kept)
         )
-        credit = estimator.assign(step, drawn)
+        credit = estimator.assign(drawn)
         micro_batches = make_micro_batches(
             list(credit.advantages), list(credit.valid), bounds=config.update_bounds, size=rollout.group_size
         )

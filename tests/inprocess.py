@@ -81,9 +81,9 @@ def train(config: RunConfig, folder: Path, device: str = "cpu") -> Finished:
             chunks = plan_chunks(config, prompts, step)
             explored = workers.explore([text for chunk in chunks for text in chunk.texts]) if config.exploration else {}
             drawn = workers.draw(chunks, training_request(config, step, workers.version))
-            credit = estimator.assign(step, drawn, workers.values(drawn) if workers.algorithm.critic else None)
+            credit = estimator.assign(drawn, workers.values(drawn) if workers.algorithm.critic else None)
             trained = workers.update(step, drawn, credit)
-            explored |= estimator.observe(step, drawn, trained)
+            explored |= estimator.observe(drawn, trained)
             results.check_ratio(trained, config.learner.ratio_tolerance)
             sync = workers.publish("behaviour")
             rows.append({"step": step + 1} | explored | step_metrics(config, drawn, credit, trained, clock, sync))

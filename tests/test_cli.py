@@ -111,6 +111,8 @@ def test_plan_needs_no_model_to_plan_pools(quickstart, capsys):
     captured = capsys.readouterr()
     assert "samplers" in captured.out and "MiB" not in captured.out
     assert "note: memory and FLOPs are not known: backbone.path: 'nobody/nothing'" in captured.err
+    assert main(["plan", quickstart, "--gpu-memory", "80", "--set", "backbone.path=nobody/nothing"]) == 0
+    assert "note: memory and FLOPs are not known: backbone.path: 'nobody/nothing'" in capsys.readouterr().err
 
 
 def test_schema_is_json(capsys):

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,7 +104,11 @@ def plan(args: argparse.Namespace) -> int:
     if args.gpu_memory:
         gpus, memory = max(gpus, 1), args.gpu_memory * GIB
     cores, gpus = args.cores or cores, gpus if args.gpus is None else args.gpus
-    plan = derive(config, cores, gpus, rows_that_fit(config, cores, gpus, memory) if gpus and memory else Rows())
+    rows = Rows()
+    if gpus and memory:
+        with suppress(UserError):  # the estimate below meets the same error, and says it
+            rows = rows_that_fit(config, cores, gpus, memory)
+    plan = derive(config, cores, gpus, rows)
     if not args.json:
         print(table(plan), flush=True)  # what comes next takes a while
     try:

@@ -62,9 +62,8 @@ def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
     """Plan a run on the cluster's cores and GPUs; batches that it leaves open are chosen by the memory of a GPU."""
     if ray.available_resources().get("GPU", 0) < 0.01:  # none, or none is free, which `reserve` says
         return derive(config, cores, gpus)
-    from align_cluster.planner.batches import (
-        rows_that_fit,  # it imports networks, for which a run on CPUs need not wait
-    )
+    # Here, because it imports networks, for which a run on CPUs need not wait.
+    from align_cluster.planner.batches import rows_that_fit
 
     return derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gpu_memory(config.cluster.timeout_s)))
 

@@ -7,13 +7,12 @@ import math
 import os
 from collections import Counter
 from dataclasses import KW_ONLY, dataclass
-from itertools import pairwise
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.learner.batching import Part, assign_updates
-from align_cluster.prompts.groups import even_spans
+from align_cluster.prompts.groups import chunk_spans
 
 # In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
 TURN = 0.45
@@ -53,9 +52,8 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     passes, together = inner_passes(config), max(1, most.train // micro_batch)
     fold = config.learner.fold or (_even(passes, 1, together) if free else 1)
     merge = config.rollout.merge_lora
-    if (
-        merge is None
-    ):  # bf16 weights would round small updates away, and log-probs are compared with an unmerged network
+    if merge is None:
+        # Weights in bf16 would round small updates away, and log-probs are compared with those of a plain network.
         merge = free and not (gpus and config.backbone.precision == "bf16")
     return config.model_copy(
         update={
@@ -146,6 +144,11 @@ class Plan:
     def reward_workers(self) -> int:
         """Return the number of reward workers in all pools."""
         return sum(pool.workers for pool in self.reward_pools)
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Return the rows that a learner reads in one forward pass."""
+        return self.micro_batch * self.fold
 
     @property
     def apart(self) -> bool:
@@ -245,8 +248,7 @@ def chunk_bounds(config: RunConfig) -> list[int]:
 
 def _cut(config: RunConfig) -> tuple[list[int], list[Part]]:
     """Return the lengths of a step's chunks, and their parts that are micro-batches."""
-    edges = sorted({0, *chunk_bounds(config), config.images_per_step})
-    spans = [span for pair in pairwise(edges) for span in even_spans(*pair, config.rollout.chunk)]
+    spans = chunk_spans(config.images_per_step, config.rollout.chunk, chunk_bounds(config))
     lengths = [last - first for first, last in spans]
     return lengths, assign_updates(lengths, config.update_bounds, config.learner.micro_batch)
 

@@ -34,9 +34,9 @@ class LearnerConfig(Section):
     `updates_per_step` optimiser updates share a step's images. A forward pass reads `micro_batch` images of one chunk,
     in `fold` inner passes (noise levels, branches) at once where no log-probs are compared; null: chosen by
     `config.plan.settle`. Micro-batches of whole chunks make the learner's log-probs bitwise those of the rollout.
-    `ratio_tolerance` bounds |log ratio| before the first
-    update. `guidance_gradient` says through which branch of a guided prediction gradients flow (the official Flow-GRPO
-    code: cond_only). `gradient_checkpointing` computes activations twice instead of keeping them.
+    `ratio_tolerance` bounds |log ratio| before the first update. `guidance_gradient` says through which branch of a
+    guided prediction gradients flow (the official Flow-GRPO code: cond_only). `gradient_checkpointing` computes
+    activations twice instead of keeping them.
     """
 
     updates_per_step: PositiveInt = 1

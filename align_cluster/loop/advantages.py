@@ -29,7 +29,7 @@ class AdvantageEstimator:
         shaping = config.advantage.shaping
         self.trust = TrustRegion(shaping) if shaping and shaping.gamma == "adaptive" else None
 
-    def assign(self, step: int, drawn: list[DrawnChunk], values: None = None) -> Credit:
+    def assign(self, drawn: list[DrawnChunk], values: None = None) -> Credit:
         """Return advantages [P, M] of a step from all its scores; groups are the rows. `values` belong to a critic."""
         if ALGORITHMS[self.config.algorithm.kind].reward_gradient:
             shape = (self.config.prompts_per_step, self.config.group_members)
@@ -39,7 +39,7 @@ class AdvantageEstimator:
         arguments = self._arguments(drawn)
         return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
 
-    def observe(self, step: int, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
+    def observe(self, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
         """Take in what the learner measured during its update, if it did, and return metrics of it."""
         if self.trust is None or "lambda_max" not in trained:
             return {}

@@ -31,7 +31,7 @@ class CriticAdvantageEstimator:
         self.updates, self.warm = 0, config.algorithm.warm_up.updates == 0
         self.recent: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=SHOWN)
 
-    def assign(self, step: int, drawn: list[DrawnChunk], found: CriticValues) -> Credit:
+    def assign(self, drawn: list[DrawnChunk], found: CriticValues) -> Credit:
         """Return advantages [P, G, N] of a step from its scores and the critic's values."""
         values, sigmas = found.values.astype(np.float64), found.sigmas
         settings, scores = self.config.algorithm, [item.scores for item in drawn]
@@ -66,7 +66,7 @@ class CriticAdvantageEstimator:
             self.warm,
         )
 
-    def observe(self, step: int, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
+    def observe(self, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
         """Count updates; there is nothing to log of them."""
         self.updates += self.config.learner.updates_per_step
         return {}

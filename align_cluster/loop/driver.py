@@ -102,10 +102,10 @@ def align(
             clock.add_all(rollout.seconds)
             drawn = rollout.drawn
             with clock.stage("credit"):
-                credit = estimator.assign(step, drawn, learner.values(drawn) if has_critic else None)
+                credit = estimator.assign(drawn, learner.values(drawn) if has_critic else None)
             with clock.stage("update"):
                 trained = learner.update(step, drawn, credit)
-                observed = estimator.observe(step, drawn, trained)
+                observed = estimator.observe(drawn, trained)
             results.check_ratio(trained, config.learner.ratio_tolerance)
             with clock.stage("publish"):
                 sync = weights.publish("behaviour")

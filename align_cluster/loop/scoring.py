@@ -39,7 +39,6 @@ class Scoring:
         self.waiting: dict[ChunkId, Chunk] = {}  # dynamic batching alone
         planned = list(batches(chunks, self.batch)) if self.settings.ordered else []
         self.planned = {chunk.id: batch for batch in planned for chunk in batch}
-        self.missing = {id(batch): len(batch) for batch in planned}
         self.scored: set[ChunkId] = set()
         self.latencies: list[float] = []
         self.fills: list[float] = []
@@ -52,7 +51,7 @@ class Scoring:
         if chunk.id in self.scored:
             return
         if chunk.id in self.drawn:
-            if chunk.id in self.waiting or self.missing.get(id(self.planned.get(chunk.id))):
+            if chunk.id in self.waiting or not self._complete(chunk):  # it is not with a worker yet
                 self.drawn[chunk.id] = self.drawn[chunk.id]._replace(images=images)
             return
         self.drawn[chunk.id] = Drawn(chunk, images, time.perf_counter())
@@ -64,10 +63,8 @@ class Scoring:
             self.waiting[chunk.id] = chunk
             self._submit_waiting()
             return
-        batch = self.planned[chunk.id]
-        self.missing[id(batch)] -= 1
-        if not self.missing[id(batch)]:
-            self._submit(batch)
+        if self._complete(chunk):
+            self._submit(self.planned[chunk.id])
 
     def collect(self, done: Done) -> dict[ChunkId, Scores]:
         """Return the scores that a finished call holds, by the ids of their chunks."""
@@ -89,10 +86,11 @@ class Scoring:
     def withdraw(self, done: Done) -> list[tuple[Chunk, Any]]:
         """Return the chunks of a call that found images missing, with the references that it had. They must be added
         again with new ones."""
-        drawn = self._take(done)
-        for one in drawn if self.settings.ordered else ():
-            self.missing[id(self.planned[one.chunk.id])] += 1
-        return [(one.chunk, one.images) for one in drawn]
+        return [(one.chunk, one.images) for one in self._take(done)]
+
+    def _complete(self, chunk: Chunk) -> bool:
+        """Tell whether all chunks of this one's planned batch are drawn, and so with a worker."""
+        return all(other.id in self.drawn for other in self.planned.get(chunk.id, ()))
 
     def _take(self, done: Done) -> list["Drawn"]:
         drawn = [self.drawn.pop(key) for key in done.key]

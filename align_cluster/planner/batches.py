@@ -19,5 +19,5 @@ def rows_that_fit(config: RunConfig, cores: int, gpus: int, memory: float) -> Ro
     left = (1 - SPARE) * memory - fullest_gpu(plan.config, plan, sizes)
     share = max(0.0, left if plan.apart else left / 2)
     drawing = plan.together * sampler_memory(plan.config, plan, sizes).activations / plan.chunk
-    training = learner_memory(plan.config, plan, sizes).activations / (plan.micro_batch * plan.fold)
+    training = learner_memory(plan.config, plan, sizes).activations / plan.rows_per_pass
     return Rows(*(min(ROWS, 1 + int(share / one_row)) for one_row in (drawing, training)))

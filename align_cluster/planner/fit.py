@@ -77,8 +77,7 @@ def learner_memory(config: RunConfig, plan: Plan, sizes: Sizes) -> WorkerMemory:
     gradients = (one, 2 * one, one + one / ranks, one + one / ranks)[stage]
     reward_weights, reward_activations = _reward_gradient(config, plan, sizes)
     used = sizes.learner(config)
-    rows, counted = config.learner.micro_batch * config.learner.fold, plan.micro_batch * plan.fold
-    update = used.update.bytes * rows / counted
+    update = used.update.bytes * _growth(config, plan)
     return WorkerMemory(
         weights + sizes.critic_weights + reward_weights,
         one * (sizes.adapters * share + (1 if config.learner.ema else 0)),
@@ -87,17 +86,21 @@ def learner_memory(config: RunConfig, plan: Plan, sizes: Sizes) -> WorkerMemory:
     )
 
 
+def _growth(config: RunConfig, plan: Plan) -> float:
+    """Return the rows that a learner reads at once with the settings of `config`, over those of `plan`."""
+    return config.learner.micro_batch * config.learner.fold / plan.rows_per_pass
+
+
 def _reward_gradient(config: RunConfig, plan: Plan, sizes: Sizes) -> tuple[float, float]:
     """Return the bytes of weights and of activations that a learner keeps to follow the gradients of rewards."""
     decode = sizes.learner(config).reward_decode
     if not decode.flops:
         return 0.0, 0.0
-    rows, counted = config.learner.micro_batch * config.learner.fold, plan.micro_batch * plan.fold
     models = [model for model in reward_models(config, config.trained) if model]
     weights, one_image = sizes.vae + reward_bytes(config, config.trained), sum(m.activations or 0 for m in models)
     if config.learner.gradient_checkpointing:  # one image at a time
         return weights, decode.bytes + one_image
-    return weights, (decode.bytes + plan.micro_batch * plan.fold * one_image) * rows / counted
+    return weights, (decode.bytes + plan.rows_per_pass * one_image) * _growth(config, plan)
 
 
 def fullest_gpu(config: RunConfig, plan: Plan, sizes: Sizes) -> float:

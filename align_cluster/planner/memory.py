@@ -135,14 +135,14 @@ class Networks:
 
         def learner(decoded: int) -> LearnerUsage:
             return LearnerUsage(
-                update=taken(self.update, plan.micro_batch * plan.fold),
+                update=taken(self.update, plan.rows_per_pass),
                 critic=taken(self.train_critic, self.config.algorithm.critic_batch) if self.critic else NOTHING,
                 reward_decode=taken(self.reward_decode, decoded) if self.algorithm.reward_gradient else NOTHING,
             )
 
         draw, decode = taken(self.draw, plan.chunk), taken(self.decode, plan.chunk)
         values = taken(self.values, self.config.algorithm.critic_batch) if self.critic else NOTHING
-        plain = learner(plan.micro_batch * plan.fold)
+        plain = learner(plan.rows_per_pass)
         self.enable_gradient_checkpointing()
         checkpointed = learner(1)
         return {"draw": draw, "decode": decode, "values": values, "plain": plain, "checkpointed": checkpointed}

@@ -114,7 +114,7 @@ def roles(config: RunConfig, plan: Plan, sizes: Sizes) -> dict[str, WorkerMemory
 def image_flops(config: RunConfig, plan: Plan, sizes: Sizes) -> dict[str, float]:
     """Return the FLOPs of one image in each stage. Its text's encoding is left out, because encodings are kept."""
     used = sizes.learner(config)
-    update = used.update.flops / (plan.micro_batch * plan.fold) + reward_gradient_flops(config, plan, sizes)
+    update = used.update.flops / plan.rows_per_pass + reward_gradient_flops(config, plan, sizes)
     return {
         "rollout": (config.rollout.steps * sizes.draw.flops + sizes.decode.flops) / plan.chunk,
         "reward": sum(pool_flops(config, pool) for pool in plan.reward_pools),
@@ -142,7 +142,7 @@ def reward_gradient_flops(config: RunConfig, plan: Plan, sizes: Sizes) -> float:
     model = sum(model.flops or 0.0 for model in reward_models(config, config.trained) if model)
     if config.learner.gradient_checkpointing:
         return decode.flops + sizes.decode.flops / plan.chunk + 3 * model
-    return decode.flops / (plan.micro_batch * plan.fold) + 2 * model
+    return decode.flops / plan.rows_per_pass + 2 * model
 
 
 def pool_flops(config: RunConfig, pool: RewardPool) -> float:

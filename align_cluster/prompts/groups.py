@@ -82,9 +82,14 @@ def plan_evaluation(
 def cut(step: int, rows: Sequence[Row], size: int, bounds: Sequence[int] = ()) -> list[Chunk]:
     """Cut rows into chunks of at most `size`, and at each of the row numbers `bounds`. Between these, chunks differ by
     one row at most."""
-    edges = sorted({0, *bounds, len(rows)})
-    spans = [span for first, last in pairwise(edges) for span in even_spans(first, last, size)]
+    spans = chunk_spans(len(rows), size, bounds)
     return [Chunk(step, number, tuple(rows[first:last])) for number, (first, last) in enumerate(spans)]
+
+
+def chunk_spans(count: int, size: int, bounds: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """Return the first row and the end of each chunk that `cut` makes of `count` rows."""
+    edges = sorted({0, *bounds, count})
+    return [span for first, last in pairwise(edges) for span in even_spans(first, last, size)]
 
 
 def even_spans(first: int, last: int, size: int) -> list[tuple[int, int]]:

@@ -42,13 +42,7 @@ class TextBatch:
 
     def __getitem__(self, rows: torch.Tensor) -> "TextBatch":
         """Return the conditions of these rows, each one or more times."""
-        found = (None if tensor is None else tensor[rows] for tensor in self.tensors)
-        return TextBatch(*found)
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Return all parts, in the order of the fields."""
-        return self.sequence, self.pooled, self.mask, self.null_sequence, self.null_pooled
+        return TextBatch(**{name: None if part is None else part[rows] for name, part in vars(self).items()})
 
     def towards(self, other: "TextBatch", weight: float) -> "TextBatch":
         """Return this batch moved by `weight` in [0, 1] towards another; rows equal in both keep their bits."""

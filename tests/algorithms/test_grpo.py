@@ -5,9 +5,10 @@ import torch
 from align_cluster.algorithms.grpo import GRPO
 from align_cluster.rollouts.sampler import recorded_indices
 from align_cluster.rollouts.windows import FractionWindow
+from align_cluster.types import Prompt
 
 from ..cases import each
-from .chunks import chunk_of
+from ..drawing import chunk_of
 
 SEEDS = range(8)
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.0, -2.0, 7.0])
@@ -52,7 +53,7 @@ def drawn(make_policy):
 def own_steps() -> np.ndarray:
     """Four of the five steps that can be trained, in an order of its own for each sample, as a sampler chooses them."""
     window = FractionWindow(FractionWindow.Config(choice="per_sample", fraction=0.8)).plan(6, 0, 0)
-    indices = recorded_indices(chunk_of(SEEDS), window)
+    indices = recorded_indices(chunk_of(Prompt(0, ""), SEEDS), window)
     assert indices.shape == (len(SEEDS), TURNS) and len(np.unique(indices, axis=0)) == len(SEEDS)
     return indices
 

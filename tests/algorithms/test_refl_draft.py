@@ -7,8 +7,9 @@ from align_cluster.algorithms.draft import DRaFT
 from align_cluster.algorithms.refl import ReFL
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.sampler import recorded_indices
+from align_cluster.types import Prompt
 
-from .chunks import chunk_of
+from ..drawing import chunk_of
 
 STEPS, SEEDS, STEP = 6, range(40, 48), 3e-3
 GOALS = [["goal"]] * len(SEEDS)
@@ -17,7 +18,7 @@ KINDS = [("euler", "flow"), ("euler", "epsilon"), ("euler", "v")]
 
 def states(algorithm):
     """The steps that samplers record, one a member."""
-    return recorded_indices(chunk_of(SEEDS), algorithm.states(STEPS))
+    return recorded_indices(chunk_of(Prompt(0, ""), SEEDS), algorithm.states(STEPS))
 
 
 def touched(policy):
@@ -137,7 +138,9 @@ def test_states_that_a_deterministic_rollout_records_carry_no_noise_and_no_densi
 def test_every_member_draws_its_step_by_its_own_seed():
     algorithm = ReFL(ReFL.Config(steps=(0, 5)))
     whole = states(algorithm)
-    halves = [recorded_indices(chunk_of(part), algorithm.states(STEPS)) for part in (SEEDS[:4], SEEDS[4:])]
+    halves = [
+        recorded_indices(chunk_of(Prompt(0, ""), part), algorithm.states(STEPS)) for part in (SEEDS[:4], SEEDS[4:])
+    ]
     np.testing.assert_array_equal(whole, np.concatenate(halves))
 
 

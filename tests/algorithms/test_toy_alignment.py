@@ -8,8 +8,9 @@ from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
 from align_cluster.rollouts.sampler import recorded_indices
 from align_cluster.rollouts.windows import WINDOWS
+from align_cluster.types import Prompt
 
-from .chunks import chunk_of
+from ..drawing import chunk_of
 
 STEPS = 6
 UPDATES, IMAGES = 50, 64
@@ -62,7 +63,7 @@ def planned(update: int, settings: dict):
     kind = WINDOWS[settings["kind"]]
     window = kind(kind.Config(**settings)).plan(STEPS, update, update)
     seeds = range(update * IMAGES, (update + 1) * IMAGES)
-    return seeds, window.noisy, recorded_indices(chunk_of(seeds, update), window)
+    return seeds, window.noisy, recorded_indices(chunk_of(Prompt(0, ""), seeds, step=update), window)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -180,7 +181,7 @@ def test_gradients_of_rewards_move_points_in_50_updates(make_policy, run, predic
     for update in range(UPDATES):
         seeds = range(update * IMAGES, (update + 1) * IMAGES)
         window = algorithm.states(STEPS)
-        chosen = recorded_indices(chunk_of(seeds, update), window) if window else ()
+        chosen = recorded_indices(chunk_of(Prompt(0, ""), seeds, step=update), window) if window else ()
         rollout = policy.rollout(seeds, chosen)
         optimizer.zero_grad()
         inner_passes = algorithm.inner_passes(STEPS, 1)

@@ -66,7 +66,7 @@ def measured(step_kl: float = 1e-4) -> dict[str, Reduced]:
 def test_advantages_of_a_group_sum_to_zero_over_all_noises_and_conditions(chunk):
     config = settings(chunk)
     items, rewards = drawn(config)
-    credit = AdvantageEstimator(config).assign(2, items)
+    credit = AdvantageEstimator(config).assign(items)
     expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std() + 1e-4)
     np.testing.assert_allclose(credit.advantages, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(credit.advantages.sum(1), 0, atol=1e-5)
@@ -76,7 +76,7 @@ def test_advantages_of_a_group_sum_to_zero_over_all_noises_and_conditions(chunk)
 def test_a_group_with_a_failed_score_still_sums_to_zero_over_the_rest():
     config = settings(2)
     items, _ = drawn(config, failing=((1, 4), (3, 0)))
-    credit = AdvantageEstimator(config).assign(2, items)
+    credit = AdvantageEstimator(config).assign(items)
     assert [tuple(place) for place in np.argwhere(~credit.valid)] == [(1, 4), (3, 0)]
     assert (credit.advantages[~credit.valid] == 0).all()
     np.testing.assert_allclose(credit.advantages.sum(1), 0, atol=1e-5)
@@ -85,7 +85,7 @@ def test_a_group_with_a_failed_score_still_sums_to_zero_over_the_rest():
 def test_metrics_split_a_group_into_noises_and_conditions():
     config = settings(2)
     items, rewards = drawn(config)
-    metrics = AdvantageEstimator(config).assign(2, items).metrics
+    metrics = AdvantageEstimator(config).assign(items).metrics
     grid = rewards.reshape(PROMPTS, CONDITIONS, NOISES)  # condition by condition
     assert metrics["group/std_across_noises"] == pytest.approx(grid.std(2).mean())
     assert metrics["group/std_across_conditions"] == pytest.approx(grid.std(1).mean())
@@ -93,7 +93,7 @@ def test_metrics_split_a_group_into_noises_and_conditions():
     assert metrics["group/perturbed_mean"] == pytest.approx(grid[:, 1:].mean())
     plain = settings(2, conditions=1)
     assert not any(
-        "conditions" in name or "perturbed" in name for name in AdvantageEstimator(plain).assign(2, items).metrics
+        "conditions" in name or "perturbed" in name for name in AdvantageEstimator(plain).assign(items).metrics
     )
 
 
@@ -113,18 +113,16 @@ def test_a_batch_is_the_update_that_the_learner_trains_a_sample_in(chunk, update
     expected = rewards - rewards.mean(1, keepdims=True)
     for number in range(updates):
         expected[update == number] /= rewards[update == number].std() + 1e-4
-    np.testing.assert_allclose(
-        AdvantageEstimator(config).assign(step, items).advantages, expected, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(AdvantageEstimator(config).assign(items).advantages, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_an_adaptive_gamma_there_is_nothing_to_observe():
     for shaping in ({}, {"shaping": {"gamma": 0.5}}):
         estimator = AdvantageEstimator(settings(**shaping))
         items, _ = drawn(estimator.config)
-        before = estimator.assign(2, items)
-        assert estimator.observe(2, items, measured()) == {}
-        np.testing.assert_array_equal(estimator.assign(2, items).advantages, before.advantages)
+        before = estimator.assign(items)
+        assert estimator.observe(items, measured()) == {}
+        np.testing.assert_array_equal(estimator.assign(items).advantages, before.advantages)
     assert before.metrics["advantage/gamma"] == 0.5
 
 
@@ -137,18 +135,18 @@ def test_an_adaptive_gamma_is_what_the_last_update_allows_and_shapes_the_next_st
     config = settings(shaping={"gamma": "adaptive", "bound": kind, "delta": 2e-4, "gamma_max": 5.0})
     estimator, plain = AdvantageEstimator(config), AdvantageEstimator(settings())
     items, _ = drawn(config)
-    linear = plain.assign(2, items).advantages
-    first = estimator.assign(2, items)
+    linear = plain.assign(items).advantages
+    first = estimator.assign(items)
     np.testing.assert_array_equal(first.advantages, linear)  # nothing is known yet: as without shaping
     assert first.metrics["advantage/gamma"] == 0
 
-    logged = estimator.observe(2, items, measured())
+    logged = estimator.observe(items, measured())
     gamma = largest_gamma(linear.astype(np.float64), limit, 5.0)
     assert 0.1 < gamma < 5 and logged["slas/gamma"] == pytest.approx(gamma, abs=1e-4)
     assert logged["slas/bound"] == pytest.approx(limit)
 
     items, _ = drawn(config, step=3)
-    second, linear = estimator.assign(3, items), plain.assign(3, items).advantages
+    second, linear = estimator.assign(items), plain.assign(items).advantages
     np.testing.assert_allclose(
         second.advantages, np.sign(linear) * np.abs(linear) ** (1 + logged["slas/gamma"]), rtol=1e-4, atol=1e-6
     )
@@ -159,11 +157,11 @@ def test_an_adaptive_gamma_is_what_the_last_update_allows_and_shapes_the_next_st
 def test_an_update_that_was_not_measured_leaves_gamma_and_a_dangerous_one_lowers_it():
     estimator = AdvantageEstimator(settings(shaping={"gamma": "adaptive", "delta": 2e-4}))
     items, _ = drawn(estimator.config)
-    before = estimator.observe(2, items, measured())["slas/gamma"]
-    assert before > 0 and estimator.observe(2, items, {"loss": (0.1, 0.2)}) == {}
-    assert estimator.assign(2, items).metrics["advantage/gamma"] == before
-    estimator.observe(2, items, measured(step_kl=1.0))  # allows no shaping at all
-    assert estimator.assign(2, items).metrics["advantage/gamma"] == pytest.approx(before * 0.9 / (0.9 + 1))
+    before = estimator.observe(items, measured())["slas/gamma"]
+    assert before > 0 and estimator.observe(items, {"loss": (0.1, 0.2)}) == {}
+    assert estimator.assign(items).metrics["advantage/gamma"] == before
+    estimator.observe(items, measured(step_kl=1.0))  # allows no shaping at all
+    assert estimator.assign(items).metrics["advantage/gamma"] == pytest.approx(before * 0.9 / (0.9 + 1))
 
 
 def test_samples_without_a_score_do_not_count_in_the_trust_region():
@@ -171,8 +169,8 @@ def test_samples_without_a_score_do_not_count_in_the_trust_region():
     failing = ((0, 0), (2, 5))
     items, _ = drawn(config, failing=failing)
     estimator = AdvantageEstimator(config)
-    logged = estimator.observe(2, items, measured())
-    credit = AdvantageEstimator(settings()).assign(2, items)
+    logged = estimator.observe(items, measured())
+    credit = AdvantageEstimator(settings()).assign(items)
     u = credit.advantages[credit.valid].astype(np.float64)
     assert len(u) == PROMPTS * SIZE - 2
     moment = np.mean((u**2 / np.mean(u**2)) ** (1 + logged["slas/gamma"]))

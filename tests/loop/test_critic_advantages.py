@@ -59,7 +59,7 @@ def normal(rewards: np.ndarray) -> np.ndarray:
 
 def test_a_steps_advantages_are_whitened_weighted_means_of_each_heads_gae():
     estimator, (items, rewards), values = CriticAdvantageEstimator(settings()), drawn(settings()), said()
-    credit = estimator.assign(0, items, CriticValues(values, SIGMAS))
+    credit = estimator.assign(items, CriticValues(values, SIGMAS))
     heads = [gae(values[..., r].astype(np.float64), normal(rewards)[r], 1.0, 0.95) for r in range(2)]
     total = (3 * heads[0] - heads[1]) / 4
     expected = np.clip((total - total.mean()) / total.std(), -5, 5).reshape(PROMPTS, SIZE, STEPS)
@@ -73,8 +73,8 @@ def test_while_the_actor_waits_values_regress_on_the_rewards_themselves():
     config = settings(warm_up={"updates": 3, "explained_variance": 1.0})
     estimator, (items, rewards), values = CriticAdvantageEstimator(config), drawn(config), said()
     for step in range(3):
-        credit = estimator.assign(step, items, CriticValues(values, SIGMAS))
-        estimator.observe(step, items, {})
+        credit = estimator.assign(items, CriticValues(values, SIGMAS))
+        estimator.observe(items, {})
         assert credit.actor == (step == 2)  # 2 updates a step
         paid = np.repeat(normal(rewards).T[:, None], STEPS, 1).reshape(PROMPTS, SIZE, STEPS, 2)
         close = np.allclose(credit.returns, paid, rtol=1e-5, atol=1e-5)
@@ -89,7 +89,7 @@ def test_the_actor_begins_when_every_head_explains_enough_of_its_reward_at_low_n
         values = np.zeros((SAMPLES, STEPS, 2), np.float32)
         for head in r:
             values[:, levels, head] = knows[:, levels, head]
-        assert CriticAdvantageEstimator(config).assign(0, items, CriticValues(values, SIGMAS)).actor == warm
+        assert CriticAdvantageEstimator(config).assign(items, CriticValues(values, SIGMAS)).actor == warm
 
 
 def test_a_reward_that_failed_costs_its_image_and_nothing_else():
@@ -97,7 +97,7 @@ def test_a_reward_that_failed_costs_its_image_and_nothing_else():
     items, _ = drawn(config, failing=1)
     items[0].scores.failures["geneval"] = "failed"
     estimator = CriticAdvantageEstimator(config)
-    credit = estimator.assign(0, items, CriticValues(values, SIGMAS))
+    credit = estimator.assign(items, CriticValues(values, SIGMAS))
     assert credit.valid.tolist() == [[True, False], [True, True], [True, True]]
     assert not credit.advantages[0, 1].any() and np.isnan(credit.returns[0, 1]).all()
     assert credit.advantages[credit.valid].std() == pytest.approx(1, rel=1e-5)
@@ -108,15 +108,13 @@ def test_a_reward_that_failed_costs_its_image_and_nothing_else():
 def test_a_restored_creditor_goes_on_as_if_nothing_had_happened():
     config = settings(updates=3)
     one, values = CriticAdvantageEstimator(config), said()
-    one.assign(0, drawn(config, 0)[0], CriticValues(values, SIGMAS))
-    one.observe(0, [], {})
+    one.assign(drawn(config, 0)[0], CriticValues(values, SIGMAS))
+    one.observe([], {})
     other = CriticAdvantageEstimator(config)
     other.restore(json.loads(json.dumps(one.state())), one.arrays())
     for estimator in (one, other):
-        estimator.observe(1, [], {})
-    ours, theirs = (
-        estimator.assign(2, drawn(config, 2)[0], CriticValues(said(3), SIGMAS)) for estimator in (one, other)
-    )
+        estimator.observe([], {})
+    ours, theirs = (estimator.assign(drawn(config, 2)[0], CriticValues(said(3), SIGMAS)) for estimator in (one, other))
     assert np.array_equal(ours.advantages, theirs.advantages) and np.array_equal(ours.returns, theirs.returns)
     assert ours.metrics == theirs.metrics and ours.actor and theirs.actor
     assert [len(estimator.recent) for estimator in (one, other)] == [2, 2]
@@ -129,7 +127,7 @@ def test_without_noise_in_the_rewards_there_is_nothing_to_learn():
     for item in items:
         item.scores.values["clip"][:] = item.scores.values["geneval"][:] = 0.5
     credit = CriticAdvantageEstimator(config).assign(
-        0, items, CriticValues(np.zeros((SAMPLES, STEPS, 2), np.float32), SIGMAS)
+        items, CriticValues(np.zeros((SAMPLES, STEPS, 2), np.float32), SIGMAS)
     )
     assert not credit.advantages.any() and not credit.returns.any()
     assert credit.metrics["value/actor"] == 0  # nothing explains what does not vary

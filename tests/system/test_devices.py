@@ -31,7 +31,7 @@ def test_a_nan_in_one_image_costs_one_update_and_no_more(tiny, device, stage):
         config = workers.config
         prompts = PROMPTS[config.prompts.kind](config.prompts).load()
         drawn = workers.draw(plan_chunks(config, prompts, 0), training_request(config, 0, 0))
-        credit = AdvantageEstimator(config).assign(0, drawn, None)
+        credit = AdvantageEstimator(config).assign(drawn, None)
         backend = torch.distributed.get_backend()
         assert backend == {"cpu": "gloo", "cuda": "nccl"}[device]
         assert workers.update(0, drawn, credit)["skipped"].mean == 0

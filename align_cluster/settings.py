@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Union
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 from pydantic_core import core_schema
 
+GIB = 2**30  # bytes: what settings of memory are in
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _CREDENTIALS = re.compile(r"(?<=://)(?!git@)[^/\s@]+(?=@)")
 

@@ -8,13 +8,13 @@ Results are added to benchmarks/results/alignment.json under the label; the tabl
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from datetime import date
 from pathlib import Path
+
+from common import commit, machine
 
 RESULTS = Path(__file__).parent / "results" / "alignment.json"
 
@@ -43,7 +43,7 @@ def entry(config: Path, overrides: list[str], summaries: list[dict]) -> dict:
         "column": column,
         "date": date.today().isoformat(),
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "seeds": {
             str(summary["seed"]): {
                 "before": {task: scores[column] for task, scores in summary["before"]["tasks"].items()},
@@ -61,14 +61,6 @@ def entry(config: Path, overrides: list[str], summaries: list[dict]) -> dict:
         "mean_change": sum(change(summary, column) for summary in summaries) / len(summaries),
         "mean_accuracy_change": sum(change(summary, accuracy) for summary in summaries) / len(summaries),
     }
-
-
-def commit() -> str:
-    """Short hash of the checked-out commit, with a + where files differ from it."""
-    here = Path(__file__).parent
-    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
-    found, changed = (subprocess.run(c, cwd=here, capture_output=True, text=True).stdout.strip() for c in commands)
-    return found + ("+" if changed else "")
 
 
 def markdown(results: dict) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from alignment import commit
+from common import commit
 from hooked import HookedWorkers
 
 from align_cluster.config.load import load

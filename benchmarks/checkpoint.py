@@ -8,13 +8,13 @@ reading it back with every checksum.
 
 import argparse
 import json
-import socket
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import free_port
 
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import Store
@@ -49,9 +49,7 @@ class Adapters(torch.nn.Module):
 
 def gather(repeat: int) -> list[float]:
     """Seconds from the end of an update to its state in one buffer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     join(0, 1, "127.0.0.1", port, "cpu")
     engine, seconds = Engine(Adapters(), OptimizerConfig(), 2), []
     for _ in range(repeat):

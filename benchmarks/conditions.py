@@ -11,7 +11,6 @@ tenth of the prompts. Results go to benchmarks/results/conditions.json, the tabl
 
 import argparse
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from typing import Any
 import psutil
 import ray
 import torch
-from alignment import commit
+from common import commit, machine
 
 from align_cluster.cluster.pool import Pool
 from align_cluster.conditions.cache import VARIABLE
@@ -135,7 +134,7 @@ def main() -> None:
     found = {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "prompts": count,
         "fit": fit,
         "store_bound_mib": round(fit * IN_STORE / MIB, 2),

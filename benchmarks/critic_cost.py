@@ -1,13 +1,13 @@
 """What the critic costs: its values computed by a learner's rank after a rollout or by a sampler in it, on the embedded
 model, and the bytes that it adds to a learner of SD3.5-M. Run by critic.py."""
 
-import socket
 import time
 from collections.abc import Callable
 from statistics import median
 
 import numpy as np
 import torch
+from common import free_port
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
@@ -41,7 +41,7 @@ def cost() -> dict:
 def values(config: RunConfig) -> dict:
     """Medians of paired rounds, one thread: seconds of a rollout, of its values by a learner and by a sampler, and of
     sending the critic to a sampler, which the second way takes at every step."""
-    sampler, learner = Sampler(config.backbone), Learner(config.learner_setup, 0, 1, "127.0.0.1", _free_port())
+    sampler, learner = Sampler(config.backbone), Learner(config.learner_setup, 0, 1, "127.0.0.1", free_port())
     with active_adapter(sampler.denoiser, "default"):
         add_adapters(sampler.backbone, sampler.denoiser, (CRITIC,))
     critic = Critic(sampler.backbone, sampler.denoiser, 1, config.algorithm.critic)
@@ -159,9 +159,3 @@ def _seconds(work: Callable[[], None]) -> float:
 
 def _path_bytes(records: list) -> int:
     return sum(np.asarray(record.before).nbytes for record in records)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

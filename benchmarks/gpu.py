@@ -153,7 +153,7 @@ def card() -> tuple[str, float]:
 
 def about() -> dict[str, Any]:
     """Return what figures depend on besides the card."""
-    from alignment import commit
+    from common import commit
 
     from align_cluster.cluster.nodes import software
 

@@ -1,12 +1,12 @@
 """Stages of gpu.py that train: updates of the real learner, a whole step, a weight sync, and whether SRPO fits."""
 
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import gpu_networks as networks
 import torch
+from common import free_port
 from gpu_bench import Bench
 from gpu_plan import LEVELS, Variant, batches, case, learner_case, srpo_case
 
@@ -23,9 +23,7 @@ SYNC_MB = 38  # a rank-32 LoRA of SD3.5-M in bf16, of which the goal speaks; ada
 
 def make_learner(config: RunConfig, device: str) -> Learner:
     """Build a learner of one rank, in this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return Learner(config.learner_setup, 0, 1, "127.0.0.1", port, THREADS, device)
 
 

@@ -12,8 +12,6 @@ row of benchmarks/results/learning.jsonl is one training run.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import rows
-from alignment import commit
+from common import commit, machine
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "learning.jsonl"
@@ -70,7 +68,7 @@ def train(config: str, settings: list[str], folder: Path) -> dict:
         "overrides": settings,
         "date": date.today().isoformat(),
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "wall_seconds": round(summary["wall_seconds"]),
         "images": [row["step"] * PROMPTS * GROUP for row in evaluations],
         "held_out": {name: [row["overall"][column] for row in evaluations] for name, column in COLUMNS.items()},

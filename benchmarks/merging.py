@@ -8,13 +8,11 @@ the embedded model's fp32 weights, and once with weights that are bf16 numbers, 
 """
 
 import json
-import os
-import platform
 from datetime import date
 from pathlib import Path
 
 import torch
-from alignment import commit
+from common import commit, machine
 
 from align_cluster.backbones import SD3
 from align_cluster.backbones.adapters import Merged, active_adapter, adapter_parameters, add_adapters
@@ -87,7 +85,7 @@ def main() -> None:
     kept = {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "fp32 weights": measure(False),
         "bf16 weights": measure(True),
     }

@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from alignment import commit
+from common import commit, free_port, machine
 from reward_load import (
     BATCH,
     IMAGES,
@@ -126,9 +125,7 @@ class Watched(service.Scorer):
 @contextmanager
 def serving(path: str, replicas: int) -> Iterator[tuple[str, DeploymentHandle]]:
     """A service of the model on a Ray of its own: its URL, and its replicas."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     config = ServiceConfig(
         rewards={"clip": ClipScore.Config(path=path)},
         deployments={"clip": DeploymentConfig(min_replicas=replicas, batch=BATCH, cpus=0.5)},
@@ -287,7 +284,7 @@ def main() -> None:
                 kept[name] = {
                     "date": date.today().isoformat(),
                     "commit": commit(),
-                    "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+                    "machine": machine(),
                     "versions": {"python": platform.python_version(), **software()},
                     "load_before": os.getloadavg()[0],
                 } | PARTS[name](path, scale)

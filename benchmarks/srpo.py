@@ -13,9 +13,6 @@ All draw the same number of images with the same prompts; each row of benchmarks
 
 import argparse
 import json
-import os
-import platform
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import rows
 import torch
-from alignment import commit
+from common import commit, free_port, machine
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.load import load
@@ -128,12 +125,6 @@ def train(config: RunConfig) -> Iterator[dict]:
         yield row | ({"held_out": evaluate(version + 1)} if (step + 1) % held.every == 0 else {})
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def one(method: str, seed: int) -> dict:
     """Train once, in this process; returns the row."""
     torch.set_num_threads(1)
@@ -150,7 +141,7 @@ def one(method: str, seed: int) -> dict:
         "overrides": settings,
         "date": date.today().isoformat(),
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "wall_seconds": round(time.perf_counter() - started),
         "cpu_seconds": round(time.process_time()),
         "steps_at": [place for place, row in enumerate(steps) if "held_out" in row],

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from alignment import commit
+from common import commit, free_port, machine
 
 from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
 from align_cluster.cluster.actors import RemoteSampler
@@ -142,9 +141,7 @@ def _rollout(kind: str, precision: str, rounds: int, compiled: bool) -> dict[str
 
 
 def learner_of(config: RunConfig) -> Learner:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return Learner(config.learner_setup, 0, 1, "127.0.0.1", port, config.cluster.threads)
 
 
@@ -424,7 +421,7 @@ def main() -> None:
     kept: dict[str, Any] = {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "versions": {"python": platform.python_version(), **software()},
         "load_before": os.getloadavg()[0],
     }

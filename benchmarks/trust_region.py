@@ -6,7 +6,6 @@ One rank, one thread, configs/embedded_slas.yaml: an update of four groups with 
 measured at every tenth update (`advantage.shaping.refresh`). Prints the share of the whole.
 """
 
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import free_port
 
 from align_cluster.config.load import load
 from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
@@ -51,9 +51,7 @@ def main() -> None:
         records[:] = [sampler.draw(chunk, conditions, None, request)[2] for chunk in chunks]
 
     drawing = statistics.median(seconds(draw) for _ in range(5))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     learner = Learner(config.learner_setup, 0, 1, "127.0.0.1", port)
     advantages = [np.linspace(-1, 1, size, dtype=np.float32)] * GROUPS
     valid = [np.ones(size, bool)] * GROUPS

@@ -10,8 +10,8 @@ from align_cluster.config.run import RunConfig
 from align_cluster.planner.memory import Sizes
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import ModelSize
+from align_cluster.settings import GIB
 
-GIB = 2**30
 CONTEXT = GIB / 2  # bytes of a GPU that CUDA and its libraries take for each process
 SPARE = 0.05  # part of a GPU's memory that the allocator cannot use
 HINTS = 3  # settings that a run which does not fit is told about

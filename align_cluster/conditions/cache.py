@@ -13,6 +13,7 @@ import numpy as np
 
 from align_cluster.errors import UserError
 from align_cluster.files import atomic
+from align_cluster.settings import GIB
 from align_cluster.types import Condition, Perturbation
 
 Record = TypeVar("Record", Condition, Perturbation)
@@ -130,10 +131,10 @@ def allowed(folder: Path, used: int) -> float:
     """
     told = os.environ.get(VARIABLE)
     if told is None:
-        return min(MOST_GIB * 2**30, SHARE * (shutil.disk_usage(folder).free + used))
+        return min(MOST_GIB * GIB, SHARE * (shutil.disk_usage(folder).free + used))
     with suppress(ValueError):
         if float(told) > 0:
-            return float(told) * 2**30
+            return float(told) * GIB
     raise UserError(f"{VARIABLE} is {told!r}: set it to the GiB that encoded prompts may take on disk, or unset it")
 
 

@@ -11,10 +11,10 @@ import ray
 
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.run import ClusterConfig, RunConfig
+from align_cluster.settings import GIB
 from align_cluster.types import Condition, Perturbation, Prompt
 
 log = logging.getLogger(__name__)
-GIB = 2**30
 SHARE = 0.1  # of the object store's free memory: images and records of a step need the rest
 MOST_TEXTS = 32  # texts in one call of a sampler: enough to fill a text encoder's batch
 

@@ -1,4 +1,4 @@
-"""Errors that end a command with one sentence instead of a stack trace, and the exit code for a retry."""
+"""Errors that end a command with one sentence instead of a stack trace, and the exit codes of interrupted ones."""
 
 
 class UserError(Exception):
@@ -6,6 +6,7 @@ class UserError(Exception):
 
 
 RETRY = 75  # exit code EX_TEMPFAIL of sysexits.h: run the same command again
+INTERRUPTED = 130  # exit code of shells for what Ctrl-C has ended
 
 
 class Preempted(Exception):

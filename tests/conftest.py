@@ -23,19 +23,19 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # so that it begins before xdist reads the groups, which a plain hook does not
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Let two processes share the tests: one begins with all that need the session's Ray, so that there is only one of
     it, and the rest goes file by file to whichever process is free."""
     items.sort(key=lambda item: "local_ray" not in item.fixturenames)
     for item in items:
         group = "ray" if "local_ray" in item.fixturenames else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+    yield
+    if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in items):
+        raise pytest.UsageError("this pytest-xdist cannot group the tests of this pytest; install the extra dev anew")
 
 
 def pytest_unconfigure() -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from align_cluster.cli import build_parser, main
+from align_cluster.machine import cores
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = "train validate plan sample evaluate export submit serve-rewards score doctor report schema".split()
@@ -172,7 +172,7 @@ def test_other_errors_keep_their_trace(quickstart, monkeypatch):
 def test_doctor_reports_what_is_there(capsys):
     assert main(["doctor", "--quick", "--json"]) == 0
     findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert findings["torch"]["state"] == "ok" and findings["cores"]["value"] == str(os.cpu_count())
+    assert findings["torch"]["state"] == "ok" and findings["cores"]["value"] == str(cores())
     assert findings["embedded model"]["state"] == "ok"
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.checkpoint.store import Store
-
-THREAD = "checkpoint of step"  # prefix of the names of the threads that write
+from align_cluster.interrupts import SAVING
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Writer:
     def save(self, job: Job) -> None:
         """Start to write a checkpoint, after the one before is written."""
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(job,), name=f"{THREAD} {job.step}")
+        self.thread = threading.Thread(target=self._write, args=(job,), name=f"{SAVING} {job.step}")
         self.thread.start()
 
     def wait(self) -> None:

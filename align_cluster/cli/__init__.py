@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so `align-cluster --help` answe
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from align_cluster import __version__
 from align_cluster.cli import commands
+from align_cluster.errors import INTERRUPTED, RETRY, Preempted, UserError
 
 DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
 EPILOG = """\
@@ -42,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.command(args)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one would end the ending in a traceback
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
-        from align_cluster.errors import RETRY, Preempted, UserError
         from align_cluster.settings import masked
 
         if isinstance(error, Preempted):

@@ -57,17 +57,20 @@ def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
 
 def train(args: argparse.Namespace) -> int:
     """Run an alignment job. What its workers import is being imported while this process finds out what the job is."""
-    from align_cluster.cluster.preload import imports, preload
+    from align_cluster.interrupts import interruptible
 
-    with preload() as ready:
-        config = _config(args)
-        if ready and config.cluster.address:
-            ready.close()
-        elif ready:
-            ready.load(imports(config))
-        from align_cluster.loop.driver import train
+    with interruptible(alone=True):
+        from align_cluster.cluster.preload import imports, preload
 
-        train(config, Path(config.out).expanduser(), args.resume, alone=True, preload=ready)
+        with preload() as ready:
+            config = _config(args)
+            if ready and config.cluster.address:
+                ready.close()
+            elif ready:
+                ready.load(imports(config))
+            from align_cluster.loop.driver import train
+
+            train(config, Path(config.out).expanduser(), args.resume, preload=ready)
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from align_cluster.machine import cores, memory
+
 GIB = 2**30
+BUSY = 4  # load for each core from which on Ray may not start within the half minute that it gives itself
 REQUIRED = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "pydantic", "safetensors")
 OPTIONAL = {  # package: the extra that brings it, and what needs it
     "rapidocr": ("rewards", "the reward ocr"),
@@ -83,15 +87,16 @@ def package_version(name: str) -> str | None:
 
 
 def hardware() -> Iterator[Check]:
-    """Check cores, memory, GPUs, the disk under the working directory, and shared memory."""
+    """Check cores and their load, memory, GPUs, the disk under the working directory, and shared memory."""
     import torch
 
     def size(name: str, count: float, least: float, remedy: str) -> Check:
         return Check.of(count >= least * GIB, name, f"{count / GIB:.1f} GiB", remedy)
 
-    yield Check("ok", "cores", str(os.cpu_count()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield size("memory", memory, 4, "samplers and learners of the embedded model need about 1 GiB each")
+    load, remedy = os.getloadavg()[0], "Ray and workers start late, or not at all: wait until other jobs have ended"
+    yield Check("ok", "cores", str(cores()))
+    yield Check.of(load < BUSY * cores(), "load", f"{load:.1f}", remedy)
+    yield size("memory", memory(), 4, "samplers and learners of the embedded model need about 1 GiB each")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Check("ok", "GPUs", ", ".join(names) or "none, everything runs on the CPU")
     yield size("free disk", shutil.disk_usage(Path.cwd()).free, 2, "runs and Ray's logs need room")
@@ -106,9 +111,11 @@ def ray_settings() -> Check:
     if mode == "disabled":
         remedy = "whoever reaches a Ray's ports can run code in it: use token, or keep it on 127.0.0.1"
         return Check("warn", "RAY_AUTH_MODE", mode, remedy)
-    token = "there" if (Path.home() / ".ray" / "auth_token").exists() else "not there yet"
-    value = f"{mode or 'not set (a private Ray uses tokens)'}, ~/.ray/auth_token is {token}"
-    return Check("ok", "RAY_AUTH_MODE", value)
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    there = file.exists()
+    value = f"{mode or 'not set (a private Ray uses tokens)'}, {file} is {'there' if there else 'not there yet'}"
+    closed = not there or not stat.S_IMODE(file.stat().st_mode) & 0o077
+    return Check.of(closed, "RAY_AUTH_MODE", value, f"others can read it: chmod 600 {file}, as the next run does")
 
 
 def torchvision() -> Check:

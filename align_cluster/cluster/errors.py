@@ -16,6 +16,10 @@ from align_cluster.errors import UserError
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, RuntimeEnvSetupError)
 
 
+class WorkersLost(UserError, RuntimeError):
+    """Workers end again and again. The message says which, and why the last one did."""
+
+
 def cause_of(error: RayTaskError) -> BaseException:
     """Return the exception that the remote code raised, with its own type where Ray kept it."""
     return getattr(error, "cause", None) or error

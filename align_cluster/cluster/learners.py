@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from align_cluster.cluster.actors import make_learner_rank
-from align_cluster.cluster.errors import LOST, cause_of, reason
+from align_cluster.cluster.errors import LOST, WorkersLost, cause_of, reason
 from align_cluster.cluster.pool import location_of
 from align_cluster.cluster.slots import WorkerStatus
 from align_cluster.config.plan import Plan
@@ -52,7 +52,8 @@ class LearnerGroup:
     """
 
     def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
-        self.config, self.plan, self.places, self.timeout_s = config, plan, places, config.cluster.timeout_s
+        self.config, self.plan, self.places = config, plan, places
+        self.timeout_s, self.start_timeout_s = config.cluster.timeout_s, config.cluster.start_timeout_s
         self.ranks: list[Any] = []
         self.locations: list[str] = []
         self.asked: list[Any] = []  # references of the call in work; `pending` are those that have not come, since when
@@ -69,7 +70,7 @@ class LearnerGroup:
         self.shutdown()
         plan = self.plan
         self.ranks = [make_learner_rank(plan, place) for place in self.places]
-        self.locations = self._wait([rank.__ray_call__.remote(location_of) for rank in self.ranks])
+        self.locations = self._wait([rank.__ray_call__.remote(location_of) for rank in self.ranks], "start_timeout_s")
         address, port = self._wait([self.ranks[0].address.remote()])[0]
         device = "cuda" if plan.learner_gpus else "cpu"
         setup = self.config.learner_setup
@@ -92,28 +93,34 @@ class LearnerGroup:
                 self.shutdown()
                 self.lost, self.lost_in_a_row = self.lost + 1, self.lost_in_a_row + 1
                 if self.lost_in_a_row >= MAX_LOSSES:
-                    raise RuntimeError(
-                        f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}"
-                    ) from error
+                    raise WorkersLost(f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}") from error
                 since = "as it began" if self.snapshot is None else f"from update {self.snapshot.counts['updates']}"
                 self.events.append((time.time(), f"{error}; the learner starts again {since}"))
                 log.warning("%s", self.events[-1][1])
                 time.sleep(2.0 ** (self.lost_in_a_row - 1) - 1)
 
     def _call(self, ask: Callable[[], list[Any]]) -> list[Any]:
-        return self._survive(lambda: (self._wait(self.built), self._wait(ask()))[1])
+        def call() -> list[Any]:
+            self._wait(self.built, "start_timeout_s")
+            return self._wait(ask())
 
-    def _wait(self, refs: list) -> list[Any]:
-        """Return the results of one call on every rank. Raises RankLost where a rank is lost or late."""
-        pending = list(refs)
+        return self._survive(call)
+
+    def _wait(self, refs: list, setting: str = "timeout_s") -> list[Any]:
+        """Return the results of one call on every rank. Raises RankLost where one is lost, or later than a setting."""
+        pending, limit_s = list(refs), getattr(self, setting)
         self.asked, self.pending, self.since = refs, pending, time.monotonic()
         try:
             while pending:
                 # Any rank's error must surface at once: the others would wait for that rank in a collective.
-                ready, pending = ray.wait(pending, num_returns=1, timeout=self.timeout_s)
+                ready, pending = ray.wait(pending, num_returns=1, timeout=limit_s)
                 self.pending = pending
                 if not ready:
-                    raise RankLost(f"learner ranks did not finish within {self.timeout_s:g} s: {len(pending)} are late")
+                    doing = "finish" if setting == "timeout_s" else "load their model"
+                    raise RankLost(
+                        f"{len(pending)} of {len(refs)} learner ranks did not {doing} within the {limit_s:g} s of "
+                        f"cluster.{setting}"
+                    )
                 ray.get(ready, timeout=self.timeout_s)
             return ray.get(refs, timeout=self.timeout_s)
         except RayTaskError as error:

@@ -1,13 +1,19 @@
 """Joins Ray, and refuses at once what the cluster cannot hold."""
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from align_cluster.cluster import private
 from align_cluster.cluster.pool import fetch
 from align_cluster.cluster.preload import Preload
 from align_cluster.config.plan import HALF, Plan, derive
@@ -25,20 +31,15 @@ def cluster(config: ClusterConfig, preload: Preload | None = None) -> Iterator[N
     A private Ray forks its workers from the process of `preload`, if it is given.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    joined = ray.is_initialized()
+    joined, started = ray.is_initialized(), False
     if not joined:
-        quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-        address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-        own = {"num_cpus": os.cpu_count(), "include_dashboard": False} if address == "local" else {}
-        try:
-            with preload.used_by_ray() if preload and own else nullcontext():
-                ray.init(address=address, **own, **quiet)
-        except Exception as error:  # a bare one where its processes are not up within half a minute
-            reason = str(error).strip().splitlines()[0]
-            where = "a Ray on this machine did not start" if own else f"no Ray cluster answers at {address!r}"
-            raise UserError(f"cluster.address: {where} ({reason}); `align-cluster doctor` shows more") from error
+        handler = signal.getsignal(signal.SIGTERM)
+        started = connect(config.address or os.environ.get("RAY_ADDRESS") or "local", preload)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own, which exits on the spot
     try:
-        yield
+        with private.watched() if started else nullcontext():
+            yield
     except Exception as error:
         if any(name in f"{type(error).__name__} {error}" for name in FULL):
             raise UserError(
@@ -46,10 +47,43 @@ def cluster(config: ClusterConfig, preload: Preload | None = None) -> Iterator[N
                 "folder is (/tmp/ray unless set), start the nodes with more --object-store-memory, or draw less at a "
                 "time (prompts_per_step, rollout.group_size)"
             ) from error
+        if isinstance(error, TimeoutError):
+            raise UserError(f"{error}; `align-cluster doctor RUN` shows more") from error
         raise
     finally:
         if not joined:
             ray.shutdown()
+
+
+def connect(address: str, preload: Preload | None = None) -> bool:
+    """Start a private Ray for the address "local", or join the cluster at `address`, and tell whether it is private.
+
+    Raises UserError where that fails.
+    """
+    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    ray._private.worker.print_to_stdstream = _first_lines
+    if address == "local":
+        private.start(preload.used_by_ray if preload else nullcontext, **quiet)
+        return True
+    try:
+        ray.init(address=address, **quiet)
+        return False
+    except Exception as error:  # Ray has many for this, bare ones among them
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cluster.address: no Ray cluster answers at {address!r} ({reason}); `align-cluster doctor` shows more"
+        ) from error
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(f"ray: {text}", file=sys.stderr, flush=True)
+
+
+def _first_lines(data: dict[str, Any], **_: Any) -> None:
+    """Print the first line of each message that Ray has for this process; what follows is its nodes' state and logs."""
+    for text in data["lines"]:
+        _say_once(text.strip().partition("\n")[0])
 
 
 def resources() -> tuple[int, int]:

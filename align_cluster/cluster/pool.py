@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError, RuntimeEnvSetupError
 
-from align_cluster.cluster.errors import LOST, cause_of, reason, start_error
+from align_cluster.cluster.errors import LOST, WorkersLost, cause_of, reason, start_error
 from align_cluster.cluster.slots import Call, GivenUp, InputLost, RetryPolicy, Slot, Worker, WorkerStatus
 
 DEPTH = 2  # calls queued on a worker, so that the next one is there when the first ends
@@ -201,7 +201,7 @@ class Pool:
             if other.spare and other.starting is not None and not worker.spare:
                 self._stop_worker(other)  # it might take the room that the new worker needs
         if all(slot.quarantined for slot in self.empty_slots) and not self.workers:
-            raise RuntimeError(f"{self.name}: no worker lives long enough to do anything, the last with: {slot.error}")
+            raise WorkersLost(f"{self.name}: no worker lives long enough to do anything, the last with: {slot.error}")
         self._restart_due()
         self._feed()  # those that are left may have nothing to do, and nobody may come
         return given_up
@@ -240,7 +240,7 @@ class Pool:
         if not self.retry_policy and late:
             raise error
         if not self.retry_policy:
-            raise RuntimeError(
+            raise WorkersLost(
                 f"{self.name}: {call.method}({call.key}) lost its worker {call.losses} times: {slot.error}"
             ) from error
         message = f"{self.name} lost {call.losses} workers: {slot.error}"

@@ -4,7 +4,6 @@ The user states groups and updates; this module alone turns them into worker cou
 """
 
 import math
-import os
 from collections import Counter
 from dataclasses import KW_ONLY, dataclass
 
@@ -12,6 +11,7 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.learner.batching import Part, assign_updates
+from align_cluster.machine import cores
 from align_cluster.prompts.groups import chunk_spans
 
 # In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
@@ -303,10 +303,10 @@ def _floor(share: float) -> float:
 
 
 def local_resources() -> tuple[int, int]:
-    """Return the numbers of CPU cores and of GPUs of this machine."""
+    """Return the numbers of CPU cores and of GPUs that this process may use."""
     import torch
 
-    return os.cpu_count() or 1, torch.cuda.device_count()
+    return cores(), torch.cuda.device_count()
 
 
 def table(plan: Plan) -> str:

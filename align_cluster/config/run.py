@@ -53,7 +53,7 @@ class ClusterConfig(Section):
     `address: null` starts a Ray of its own on this machine; "auto" joins the running one. A run begins with `samplers`;
     while chunks wait, up to `max_samplers` draw, where the cluster has room or gets it later. After `late_s`
     without an answer the log says who is waited for, after `timeout_s` the worker is replaced, and where nothing helps
-    the run ends.
+    the run ends. A learner rank has `start_timeout_s` to start and to load its model.
     """
 
     address: str | None = None
@@ -66,6 +66,7 @@ class ClusterConfig(Section):
         None, description="GiB of the object store for encoded prompts; null: a tenth of what is free at the start"
     )
     timeout_s: PositiveFloat = 600.0
+    start_timeout_s: PositiveFloat = 1800.0
     late_s: PositiveFloat = 60.0
 
     @field_validator("max_samplers")

@@ -1,6 +1,5 @@
 """A run's result for other tools: a LoRA file, a merged denoiser or a whole pipeline folder, each with a model card."""
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from align_cluster.evaluate.card import write_card
 from align_cluster.evaluate.lora import Lora, bind
 from align_cluster.evaluate.result import Result, read_result
 from align_cluster.files import new_folder, write_text
+from align_cluster.machine import cores
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
 
@@ -68,7 +68,7 @@ def for_comfyui(lora: Lora) -> dict[str, np.ndarray]:
 
 def merge(result: Result, dtype: torch.dtype) -> Any:
     """Return the base's denoiser with the LoRA added into its weights in fp32, and only then rounded to `dtype`."""
-    sampler = Sampler(result.backbone.config, threads=os.cpu_count() or 1, name="export", device="cpu")
+    sampler = Sampler(result.backbone.config, threads=cores(), name="export", device="cpu")
     bind(sampler, result.lora)
     denoiser = sampler.denoiser
     denoiser.fuse_lora()

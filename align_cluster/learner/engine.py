@@ -1,9 +1,13 @@
 """Wraps DeepSpeed: ZeRO 0-3 over trainable adapters, with any number of micro-batches per update, on CPU or GPU."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from ipaddress import ip_address
 
+import psutil
 import torch
 
 from align_cluster.learner.settings import OptimizerConfig
@@ -12,17 +16,44 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of the two tensors that AdamW k
 
 
 def join(rank: int, world: int, address: str, port: int, device: str) -> None:
-    """Join the learner's process group. Call it once per process, before an Engine is built."""
+    """Join the learner's process group before an Engine is built; later calls in the same process change nothing.
+
+    Ranks meet at `address` and `port` of rank 0, which listens there and on no other address.
+    """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
+    from deepspeed.constants import default_pg_timeout as timeout
 
     if device == "cpu":
         # DeepSpeed would compile a shared-memory collective at run time, which takes a compiler and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
+    if ip_address(address).is_loopback:  # all ranks are on this machine
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", _interface(address))
+    backend = "gloo" if device == "cpu" else "nccl"
+    if not torch.distributed.is_initialized():
+        store = _store(rank, world, address, port, timeout)
+        torch.distributed.init_process_group(backend, timeout=timeout, rank=rank, world_size=world, store=store)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _store(rank: int, world: int, address: str, port: int, timeout: timedelta) -> torch.distributed.TCPStore:
+    """Make the store that ranks meet in. PyTorch's own server would listen on all addresses, and it asks nobody."""
+    listening = None
+    if rank == 0:
+        listening = socket.create_server((address, port)).detach()
+    return torch.distributed.TCPStore(
+        address, port, world, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
+    )
+
+
+def _interface(address: str) -> str:
+    """Return the name of this machine's network interface that has `address`."""
+    found = psutil.net_if_addrs().items()
+    return next(name for name, addresses in found if any(one.address == address for one in addresses))
 
 
 def agree(sound: bool, device: torch.device) -> bool:

@@ -44,6 +44,11 @@ class State:
     credit: dict[str, np.ndarray] = field(default_factory=dict)
     texts: Callable[[], dict[str, bytes]] = dict
 
+    @property
+    def evaluated(self) -> bool:
+        """Return whether the evaluation after this step is done or was not due."""
+        return self.facts.get("evaluated", True)  # older checkpoints lack it, and were written after it
+
     def files(self) -> dict[str, bytes]:
         """Return the files of a checkpoint by name."""
         from safetensors.numpy import save
@@ -124,7 +129,18 @@ class CheckpointManager:
         self.rollbacks += 1
 
     def step(self, step: int, metrics: MetricWriter, score: float | None, results: Results) -> None:
-        """Take note that `step` steps are done, and save them if that is due."""
+        """Take note that `step` steps are done and what is due after them, and save them if that is due."""
+        self.finished(step, metrics, results, evaluated=True)
+        settings = self.config.checkpoint
+        best = settings.keep_best and score is not None
+        if best or step == self.config.steps or (settings.every and step % settings.every == 0):
+            self._save(score)
+
+    def finished(self, step: int, metrics: MetricWriter, results: Results, evaluated: bool = False) -> None:
+        """Take note that `step` steps are done: this is what is kept where the run is interrupted from now on.
+
+        `evaluated` says that the evaluation after this step is done or not due; else a resumed run makes up for it.
+        """
         facts = {
             "config": self.config.model_dump(mode="json"),
             "versions": software(),
@@ -138,13 +154,10 @@ class CheckpointManager:
             "resumed": self.resumed,
             "before": results.before,
             "self_check": results.self_check,
+            "evaluated": evaluated,
         }
         facts = json.loads(json.dumps(facts))  # what is saved later must not change with the run
         self.latest = State(step, facts, self.workers.ranks.snapshot, self.estimator.arrays(), metrics.mark())
-        settings = self.config.checkpoint
-        best = settings.keep_best and score is not None
-        if best or step == self.config.steps or (settings.every and step % settings.every == 0):
-            self._save(score)
 
     def _save(self, score: float | None = None) -> None:
         self.writer.save(Job(self.latest.step, self.latest.files, {"score": score, "good": self.guard.good}))

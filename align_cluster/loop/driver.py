@@ -11,13 +11,13 @@ from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
 from align_cluster.files import storage, write_json, write_text
+from align_cluster.interrupts import interruptible, uninterrupted
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.checkpoints import CheckpointManager
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.critic_advantages import CriticAdvantageEstimator, save_critic
 from align_cluster.loop.evaluation import Evaluation
 from align_cluster.loop.heartbeat import Heartbeat
-from align_cluster.loop.preempt import preemptible
 from align_cluster.loop.requests import plan_chunks, training_request
 from align_cluster.loop.resume import StartingPoint, starting_point
 from align_cluster.loop.summary import Results, step_metrics, summary
@@ -32,17 +32,16 @@ from align_cluster.types import Prompt
 STAGES = ["rollout", "reward", "update", "evaluate"]
 
 
-def train(
-    config: RunConfig, out: Path, resume: str | None = None, alone: bool = False, preload: Preload | None = None
-) -> Path:
+def train(config: RunConfig, out: Path, resume: str | None = None, preload: Preload | None = None) -> Path:
     """Run one alignment and return its run directory.
 
-    `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For `alone` see
-    `preemptible`, for `preload` see `cluster`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
+    `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For
+    `preload` see `cluster`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
     """
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)
     with (
+        interruptible(),
         Progress(config.steps, STAGES) as bars,
         starting_point(config, out, resume, bars.note) as start,
         storage(start.run.path),
@@ -51,7 +50,7 @@ def train(
         if start.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
-        with cluster(config.cluster, preload), preemptible(alone):
+        with cluster(config.cluster, preload):
             plan = plan_run(start.settled(config), *resources())
             config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
@@ -89,6 +88,8 @@ def align(
             results.before = evaluation.first()
             workers.ranks.ready()
         weights.publish("behaviour")
+        if start.state and not start.state.evaluated:
+            checkpoints.step(start.steps, metrics, evaluation.between(start.steps), results)
         for step in range(start.steps, config.steps):
             clock.next_step(step + 1)
             chunks = plan_chunks(config, prompts, step)
@@ -111,9 +112,12 @@ def align(
                 sync = weights.publish("behaviour")
             row = explored | observed | rollout.metrics
             row |= step_metrics(config, drawn, credit, trained, clock, sync)
-            metrics.write(step + 1, row)
+            with uninterrupted():  # a step's row and the state after it belong together
+                metrics.write(step + 1, row)
+                alarm = guard.rollback_wanted(step + 1, row, bars.note)
+                checkpoints.finished(step + 1, metrics, results)
             bars.step(step + 1, row)
-            if alarm := guard.rollback_wanted(step + 1, row, bars.note):
+            if alarm:
                 checkpoints.roll_back(alarm)
                 weights.publish("behaviour")
             checkpoints.step(step + 1, metrics, evaluation.between(step + 1), results)

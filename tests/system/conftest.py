@@ -52,23 +52,21 @@ def preload() -> Iterator[Preload]:
 @pytest.fixture(scope="session")
 def local_ray(short_folder: Path, preload: Preload) -> Iterator[Any]:
     """The session's Ray with two cores."""
-    import ray
+    from align_cluster.cluster import private  # before ray, see there
 
-    import align_cluster.cluster  # noqa: F401 - before ray, see there
+    ray = private.ray
 
     before = {name: os.environ.get(name) for name in ("ALIGN_CLUSTER_CACHE", "RAY_ADDRESS")}
     os.environ["ALIGN_CLUSTER_CACHE"] = str(short_folder / "cache")
     os.environ.pop("RAY_ADDRESS", None)
-    with preload.used_by_ray():
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=400_000_000,
-            _temp_dir=str(short_folder / "ray"),
-        )
+    private.start(
+        preload.used_by_ray,
+        num_cpus=2,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=400_000_000,
+        _temp_dir=str(short_folder / "ray"),
+    )
     yield ray
     ray.shutdown()
     for name, value in before.items():

@@ -291,12 +291,14 @@ def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of, monkeypatch):
     quick, late = (worker.actor for worker in make_pool(2).workers)
     pid_of(quick), pid_of(late)
     ranks = learners.LearnerGroup.__new__(learners.LearnerGroup)  # its waiting alone, without a learner
-    ranks.timeout_s = 2.0
+    ranks.timeout_s = ranks.start_timeout_s = 2.0
     assert ranks._wait([actor.add.remote(1) for actor in (quick, late)]) == [1, 1]
     with pytest.raises(
         learners.RankLost, match=r"1 of 2 learner ranks did not finish within the 2 s of cluster.timeout_s"
     ):
         ranks._wait([quick.add.remote(1), late.add.remote(1, 30.0)])
+    with pytest.raises(learners.RankLost, match=r"did not load their model within the 2 s of cluster.start_timeout_s"):
+        ranks._wait([late.add.remote(1, 30.0)], "start_timeout_s")
     with pytest.raises(ValueError, match="three is not a prompt"):  # although the other rank is busy
         ranks._wait([late.add.remote(1, 30.0), quick.refuse.remote()])
 

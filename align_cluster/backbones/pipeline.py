@@ -30,7 +30,7 @@ JOINT_ATTENTION = tuple(
 
 # Version of the code that makes and stores conditions and perturbations. Raise it where a change of `embed`, of `learn`
 # or of the stored form gives other bytes for the same text, so that nobody reads records of the code before.
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 class PipelineBackbone(Backbone):

@@ -40,7 +40,6 @@ def enough_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt
     asked = (
         ("prompts_per_step", config.prompts_per_step, "prompts", train),
         ("evaluate.count", config.evaluate.count, "evaluate.prompts", held_out),
-        ("evaluate.grid_prompts", config.evaluate.grid_prompts, "evaluate.prompts", held_out),
     )
     for key, count, source, prompts in asked:
         there = len({prompt.text for prompt in prompts})

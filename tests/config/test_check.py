@@ -49,7 +49,6 @@ PROBLEMS = [
     ([*UNET, "algorithm.kind=nft"], ["algorithm.kind is nft", "sd1 predicts epsilon or v", "backbone.kind to sd3"]),
     (["prompts.kind=geneval"], ["prompts.kind is geneval", "embedded model never saw", "set it to embedded"]),
     (["evaluate.count=1000"], ["evaluate.count is 1000", "evaluate.prompts has", "at most"]),
-    (["evaluate.grid_prompts=1000"], ["evaluate.grid_prompts is 1000", "at most"]),
     (
         ["prompts_per_step=5000", "rollout.group_size=2"],
         ["prompts_per_step is 5000", "prompts has 1167", "at most 1167"],

@@ -58,6 +58,7 @@ class BackboneSection(Section):
     compile         compile the network's repeated blocks at their first use, in samplers and learners
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("path",)
     path: str = Field(description='"embedded", a local diffusers folder, or a hub id')
     precision: Literal["fp32", "bf16"] = "bf16"
     height: Annotated[int, Field(gt=0, multiple_of=16)] | None = None

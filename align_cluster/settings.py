@@ -20,6 +20,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    reads: ClassVar[tuple[str, ...]] = ()  # settings that name models: files or folders that results depend on
 
     @field_validator("*")
     @classmethod

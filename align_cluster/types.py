@@ -70,7 +70,8 @@ ChunkId = tuple[int, int]  # step, number within the step
 class Row:
     """Describes one image to draw: member number `member` of prompt group number `group` of a step.
 
-    seed      a 63-bit integer that depends on (run seed, step, group, member) only, so all workers draw the same image
+    seed      63 bits that depend on (run seed, step, group, member) only; all of them decide the stream of the row's
+              noise (`streams.py`), so all workers draw the same image
     noise     seed of the initial noise; rows that share it start from the same noise
     variant   the condition: 0 is the prompt's own, k its k-th perturbation
     """

@@ -1,7 +1,7 @@
 """The contract of a backbone: load parts alone, encode, predict, decode. Rollout and learner share this code."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -52,12 +52,13 @@ class BackboneSection(Section):
 
     precision       `bf16` runs the network under autocast (weights are bf16 on a GPU, fp32 on a CPU); the LoRA is
                     always fp32
-    height, width   image size in pixels (null: the model's own)
+    height, width   image size in pixels, within what the model has positions for (null: the model's own)
     text            where the text encoders live: `keep` on the device, `cpu`, or `free`: on the CPU, freed after use
     attention       an attention backend of diffusers (null: torch's own)
     compile         compile the network's repeated blocks at their first use, in samplers and learners
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("path",)
     path: str = Field(description='"embedded", a local diffusers folder, or a hub id')
     precision: Literal["fp32", "bf16"] = "bf16"
     height: Annotated[int, Field(gt=0, multiple_of=16)] | None = None
@@ -127,6 +128,17 @@ class Backbone(ABC):
     @abstractmethod
     def sigmas(self, steps: int) -> np.ndarray:
         """Return the noise levels of an N-step rollout, fp64 [N + 1], falling; a flow's go from 1 to 0."""
+
+    def problems(self, steps: Iterable[int]) -> Iterator[str]:
+        """Yield a sentence for each setting with which the model cannot draw, among them these numbers of steps.
+
+        No weights are loaded and nothing is downloaded: what is not on this machine is not judged.
+        """
+        yield from ()
+
+    def text_notes(self, texts: Sequence[str]) -> Iterator[str]:
+        """Yield a sentence where prompts are longer than the text encoders read, as far as tokenizers are here."""
+        yield from ()
 
     @abstractmethod
     def load_denoiser(self) -> torch.nn.Module:

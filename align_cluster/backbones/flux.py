@@ -61,6 +61,10 @@ class Flux(ClipExploration, PipelineBackbone):
         arguments = super().call(self.config.distilled_guidance) | {"max_sequence_length": self._sequence_length}
         return arguments | ({"true_cfg_scale": guidance, "negative_prompt": ""} if guidance > 1 else {})
 
+    def readers(self) -> dict[str, int]:
+        """CLIP's part is one vector, and T5 reads as far as the settings say."""
+        return {"tokenizer": self.clip_tokens, "tokenizer_2": self._sequence_length}
+
     @property
     def text_tokens(self) -> int:
         """Return the configured sequence length, because T5's sequence is padded to it."""

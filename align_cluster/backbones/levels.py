@@ -76,7 +76,7 @@ def pipeline_sigmas(scheduler: Mapping[str, Any], steps: int, tokens: int, equal
         mu = base + (most - base) * (tokens - low) / (high - low)
         shift = mu if scheduler.get("time_shift_type") == "linear" else np.exp(mu)
     levels = shift_map(levels, shift)
-    if terminal := scheduler.get("shift_terminal"):
+    if (terminal := scheduler.get("shift_terminal")) and steps > 1:  # one level is 1 anyway
         levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
     return _closed(levels)
 

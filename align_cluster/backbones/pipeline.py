@@ -1,11 +1,10 @@
 """Shared code of all backbones that come from a diffusers pipeline folder or hub id. Each part is read alone."""
 
-import hashlib
-import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +14,8 @@ import torch
 from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.base import Backbone
 from align_cluster.backbones.levels import pipeline_sigmas
+from align_cluster.backbones.parts import cut, settings_of
+from align_cluster.conditions.address import address
 from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.conditions.precision import to_array
 from align_cluster.embedded import pipeline_path
@@ -27,10 +28,6 @@ JOINT_ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
-
-# Version of the code that makes and stores conditions and perturbations. Raise it where a change of `embed`, of `learn`
-# or of the stored form gives other bytes for the same text, so that nobody reads records of the code before.
-CODE_VERSION = 2
 
 
 class PipelineBackbone(Backbone):
@@ -104,7 +101,8 @@ class PipelineBackbone(Backbone):
     def read_config(self, cls: str, part: str | None = None) -> dict[str, Any]:
         """Return the settings of a part, or the pipeline's index, from the file where diffusers' `cls` keeps them."""
         with self.reading(part or "model_index.json"):
-            return self.stock(cls).load_config(self.source, subfolder=part)
+            found = settings_of(self.source, part)
+            return self.stock(cls).load_config(self.source, subfolder=part) if found is None else found
 
     def part_config(self, cls: str, part: str) -> dict[str, Any]:
         """Return the settings of a part, after a check that the pipeline is of this family."""
@@ -146,9 +144,14 @@ class PipelineBackbone(Backbone):
         """Return the height and width of a latent if the settings name no image size."""
         return self.network_config["sample_size"]
 
+    @property
+    def largest_side(self) -> int | None:
+        """Return the largest height and width of a latent that the network has positions for, None for any."""
+        return None
+
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Return (C, H, W). Raises UserError if the image size does not divide into patches."""
+        """Return (C, H, W). Raises UserError if the image size does not divide into patches, or is too large."""
         size = [self._side(name) for name in ("height", "width")]
         return self.channels, *size
 
@@ -162,7 +165,28 @@ class PipelineBackbone(Backbone):
                 f"backbone.{name} is {pixels}, which the model of {self.config.path!r} cannot divide into patches of "
                 f"{unit} pixels; set it to {near}"
             )
+        if self.largest_side and pixels > self.largest_side * self.vae_factor:
+            raise UserError(
+                f"backbone.{name} is {pixels}, and the model of {self.config.path!r} has positions for "
+                f"{self.largest_side * self.vae_factor} pixels; set it to at most that"
+            )
         return pixels // self.vae_factor
+
+    def problems(self, steps: Iterable[int]) -> Iterator[str]:
+        """Ask for the latent's shape and the noise levels, which the parts' settings decide."""
+        parts = (None, self.part, "vae", "scheduler")
+        if not (Path(self.source).is_dir() or all(settings_of(self.source, part) for part in parts)):
+            return
+        for ask in (lambda: self.latent_shape, *(partial(self.sigmas, count) for count in steps)):
+            try:
+                ask()
+            except UserError as error:
+                yield str(error)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                yield (
+                    f"backbone.path is {self.config.path}, whose settings cannot be used ({type(error).__name__}: "
+                    f"{error}); give the model as diffusers wrote it"
+                )
 
     def call(self, guidance: float) -> dict[str, Any]:
         """Return the arguments, besides prompt and steps, with which the stock pipeline draws the same images."""
@@ -199,9 +223,33 @@ class PipelineBackbone(Backbone):
             ) from error
 
     @property
+    def clip_tokens(self) -> int:
+        """Return the number of tokens that the first text encoder, a CLIP, reads."""
+        return self.part_config(self.network, "text_encoder")["max_position_embeddings"]
+
+    def readers(self) -> dict[str, int]:
+        """Return the tokens of a prompt, with their marks, that are read through each tokenizer, by its part's name."""
+        return {"tokenizer": self.clip_tokens}
+
+    def text_notes(self, texts: Sequence[str]) -> Iterator[str]:
+        """Count the texts that every text encoder cuts, and those that are the same to all of them."""
+        if settings_of(self.source, "text_encoder") is None:
+            return
+        readers, texts = self.readers(), list(dict.fromkeys(texts))
+        left = cut(self.source, readers, texts)
+        if left:
+            heads = Counter(left.values())
+            same = sum(heads[head] > 1 for head in left.values())
+            yield (
+                f"{len(left)} of {len(texts)} prompts have more than the {max(readers.values())} tokens that the text "
+                f"encoders read, such as {next(iter(left))[:60]!r}...: the rest is not drawn"
+                + (f", and {same} of them draw the same as another" if same else "")
+            )
+
+    @property
     def text_tokens(self) -> int:
         """Return the rows of the longest prompt's encoding: a CLIP's, unless the family says otherwise."""
-        return self.part_config(self.network, "text_encoder")["max_position_embeddings"]
+        return self.clip_tokens
 
     @property
     def text_shape(self) -> tuple[int, int, int]:
@@ -263,8 +311,8 @@ class PipelineBackbone(Backbone):
         return []
 
     def condition_key(self, text: str) -> str:
-        """The key covers the text encoders' files, their settings and type, the text, and the code's version."""
-        return address(self._text_identity, *self.text_settings(), str(self.dtype), text)
+        """The key covers the text encoders' files, their settings and type, the text, and the code."""
+        return address(type(self).embed, self._text_identity, *self.text_settings(), str(self.dtype), text)
 
     @cached_property
     def _vae(self) -> torch.nn.Module:
@@ -340,7 +388,7 @@ class ClipExploration:
     def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
         """Return the content address of a prompt's perturbations: a hash of everything that they depend on."""
         # rho only weighs the perturbations in a rollout, so the learned perturbations do not depend on it.
-        return address(self._clip_identity, str(self.dtype), config.model_dump(exclude={"rho"}), seed, text)
+        return address(learn, self._clip_identity, str(self.dtype), config.model_dump(exclude={"rho"}), seed, text)
 
     @cached_property
     def _clip_identity(self) -> list:
@@ -368,8 +416,3 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return the latents [B, C, height, width] from which `pack` made the tokens."""
     return torch.nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
-
-
-def address(*facts: object) -> str:
-    """Return a hash of CODE_VERSION and all facts that a record depends on."""
-    return hashlib.blake2b(json.dumps((CODE_VERSION, *facts)).encode(), digest_size=16).hexdigest()

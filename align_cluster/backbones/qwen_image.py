@@ -8,6 +8,8 @@ from pydantic import Field
 from align_cluster.backbones.base import BackboneSection
 from align_cluster.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone, pack, unpack
 
+POSITIONS = 4096  # of diffusers' QwenEmbedRope
+
 
 class QwenImage(PipelineBackbone):
     """Predicts velocity by joint attention over image tokens and the hidden states of Qwen2.5-VL.
@@ -51,6 +53,15 @@ class QwenImage(PipelineBackbone):
         arguments = super().call(guidance) | {"max_sequence_length": self.config.max_sequence_length}
         arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
         return arguments | ({"negative_prompt": " "} if guidance > 1 else {})
+
+    @property
+    def largest_side(self) -> int:
+        """The network has POSITIONS on each side of an image's middle, and the prompt's tokens follow its edge."""
+        return 2 * self.patch * (POSITIONS - self.text_tokens)
+
+    def readers(self) -> dict[str, int]:
+        """The limit of an encoding counts from the prompt's first token."""
+        return {"tokenizer": self.config.max_sequence_length}
 
     @property
     def text_tokens(self) -> int:

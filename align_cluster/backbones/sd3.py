@@ -59,9 +59,19 @@ class SD3(ClipExploration, PipelineBackbone):
         return super().call(guidance) | {"max_sequence_length": self._sequence_length}
 
     @property
+    def largest_side(self) -> int | None:
+        """The network crops a table of positions, of which a patch takes one."""
+        return self.network_config["pos_embed_max_size"] * self.patch
+
+    def readers(self) -> dict[str, int]:
+        """Both CLIPs read as far as the first, and T5 as far as the settings say."""
+        clips = dict.fromkeys(("tokenizer", "tokenizer_2"), self.clip_tokens)
+        return clips | ({"tokenizer_3": self._sequence_length} if self._has_t5 else {})
+
+    @property
     def text_tokens(self) -> int:
         """T5's sequence follows CLIP's."""
-        return super().text_tokens + self._sequence_length
+        return self.clip_tokens + self._sequence_length
 
     def text_settings(self) -> list:
         """T5's presence and the sequence length change an encoding."""

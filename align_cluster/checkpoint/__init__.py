@@ -13,6 +13,7 @@ class CheckpointConfig(Section):
     every       steps between checkpoints; 0 saves only when the run ends or is interrupted (SIGTERM, Ctrl-C, an error)
     keep        number of newest checkpoints to keep, besides the newest one in which no `guard` rule was broken
     keep_best   also keep the checkpoint with the best held-out headline score; a save then follows every evaluation
+    inputs_may_change   go on, with a note, where prompts, images or models differ from those that the run began with
     path        any folder that fsspec knows, such as s3://bucket/runs, with a folder for each run; null is checkpoints/
                 in the run directory
     """
@@ -20,4 +21,5 @@ class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 10
     keep: PositiveInt = 2
     keep_best: bool = True
+    inputs_may_change: bool = False
     path: str | None = None

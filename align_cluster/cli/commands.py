@@ -132,6 +132,7 @@ def plan(args: argparse.Namespace) -> int:
 
 def sample(args: argparse.Namespace) -> int:
     """Draw images into a new folder, and print where they are and what they scored."""
+    from align_cluster.backbones import BACKBONES
     from align_cluster.errors import UserError
     from align_cluster.evaluate.sample import SampleRequest, read_prompts, sample
     from align_cluster.evaluate.steer import describe_compute, read_settings
@@ -153,6 +154,9 @@ def sample(args: argparse.Namespace) -> int:
         steer=steer,
         run=folder,
     )
+    backbone = BACKBONES[config.backbone.kind](config.backbone)
+    for note in backbone.text_notes([prompt.text for prompt in prompts]):
+        print(f"note: {note}", file=sys.stderr)
     names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
     out = args.out.expanduser() if args.out else next(path for path in names if not path.exists())
     drawn = sample(config, lora_file, request, out)

@@ -5,7 +5,6 @@ second phase, the rollouts under these perturbations.
 """
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from align_cluster.conditions.precision import to_array
 from align_cluster.settings import Section
+from align_cluster.streams import hashed, stream
 from align_cluster.types import Perturbation
 
 BATCH = 32  # prompts that one optimisation learns together
@@ -109,8 +109,7 @@ def initial_noise(text: str, seed: int, count: int, content: torch.Tensor, width
 
     The seed is a hash of (seed, text).
     """
-    digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = stream(hashed(f"{seed}/{text}"))
     noise = torch.zeros(count, len(content), width)
     noise[:, content] = scale * torch.randn(count, int(content.sum()), width, generator=generator)
     return noise

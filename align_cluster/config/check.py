@@ -7,6 +7,7 @@ its name in PROMPT_RULES, or in NOTES, which never refuses.
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
+from align_cluster.backbones import BACKBONES
 from align_cluster.config.rules import RULES, Problems
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
@@ -40,7 +41,6 @@ def enough_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt
     asked = (
         ("prompts_per_step", config.prompts_per_step, "prompts", train),
         ("evaluate.count", config.evaluate.count, "evaluate.prompts", held_out),
-        ("evaluate.grid_prompts", config.evaluate.grid_prompts, "evaluate.prompts", held_out),
     )
     for key, count, source, prompts in asked:
         there = len({prompt.text for prompt in prompts})
@@ -119,5 +119,18 @@ def prompts_without_reward(config: RunConfig, train: list[Prompt], held_out: lis
             yield f"rewards.{name} judges none of the held-out prompts: {kind.needs}"
 
 
+def prompts_longer_than_read(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
+    """Note prompts that no text encoder reads to their end."""
+    backbone = BACKBONES[config.backbone.kind](config.backbone)
+    yield from backbone.text_notes([prompt.text for prompt in (*train, *held_out)])
+
+
 PROMPT_RULES = (enough_prompts, held_out_is_held_out, rewards_can_judge)
-NOTES = (settings_note, density_without_use, settings_without_effect, merging_rounds, prompts_without_reward)
+NOTES = (
+    settings_note,
+    density_without_use,
+    settings_without_effect,
+    merging_rounds,
+    prompts_without_reward,
+    prompts_longer_than_read,
+)

@@ -250,6 +250,16 @@ def backbone_is_there(config: RunConfig) -> Problems:
             yield f"backbone.path is {path}, a {name}, and backbone.kind {kind} takes a {' or '.join(taken)}; {remedy}"
 
 
+def model_can_draw(config: RunConfig) -> Problems:
+    """Refuse image sizes and numbers of steps that the model does not have, where its settings are on this machine."""
+    if any(True for _ in backbone_is_there(config)):
+        return
+    steps = {config.evaluate.steps or config.rollout.steps}
+    if SCHEDULES[config.rollout.schedule.kind].native:
+        steps.add(config.rollout.steps)
+    yield from dict.fromkeys(BACKBONES[config.backbone.kind](config.backbone).problems(sorted(steps)))
+
+
 RULES = (
     settings_refuse,
     work_can_be_cut,
@@ -266,4 +276,5 @@ RULES = (
     window_fits,
     something_is_trained_on,
     backbone_is_there,
+    model_can_draw,
 )

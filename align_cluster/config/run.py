@@ -81,7 +81,8 @@ class ClusterConfig(Section):
 class EvaluateConfig(Section):
     """Configures held-out evaluation, by ODE sampling with fixed seeds.
 
-    `every: 0` evaluates before and after the run.
+    `every: 0` evaluates before and after the run. Grids show the first `grid_prompts` of the `count` prompts that are
+    scored, or all of them where there are fewer.
     """
 
     prompts: one_of(PROMPTS)

@@ -20,6 +20,7 @@ from align_cluster.observe.table import KEYS, short
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, read_lines
 from align_cluster.prompts.groups import EVALUATION_STEP, cut, member_seed
 from align_cluster.rollouts.steering import BATCH, Steering
+from align_cluster.texts import fault
 from align_cluster.types import Chunk, Prompt, Row
 
 
@@ -49,6 +50,9 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
     Raises UserError where there is no prompt, and for an empty line, which would shift the numbers of all images after
     it.
     """
+    for text in texts:
+        if problem := fault(text):
+            raise UserError(f"--prompt {text!r} {problem}; write what to draw")
     prompts = [Prompt(index, text) for index, text in enumerate(texts)]
     if file:
         numbers = [number for number, _ in read_lines(file)]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from align_cluster.streams import stream
+
 
 @dataclass(frozen=True)
 class FisherEstimate:
@@ -68,7 +70,7 @@ class FisherProbe:
     def __init__(self, parameters: Sequence[torch.nn.Parameter], seed: int) -> None:
         self.parameters = list(parameters)
         count = sum(parameter.numel() for parameter in self.parameters)
-        vector = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+        vector = torch.randn(count, generator=stream(seed))
         self.vector = (vector / vector.norm()).to(self.parameters[0].device)
 
     def estimate(

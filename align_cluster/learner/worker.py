@@ -1,6 +1,5 @@
 """One rank of the learner: it runs an algorithm's loss over its share of a step and publishes adapters."""
 
-import hashlib
 import time
 from typing import Literal
 
@@ -20,6 +19,7 @@ from align_cluster.learner.settings import LearnerSetup
 from align_cluster.learner.state import Snapshot, capture, restore
 from align_cluster.learner.trust_probe import PROBED, TrustProbe
 from align_cluster.rollouts.steps import STEPS
+from align_cluster.streams import hashed, stream
 from align_cluster.types import Condition, Manifest, Record
 from align_cluster.weights import publish
 
@@ -162,8 +162,7 @@ class Learner:
             found = []
             for row, number in visits:
                 name = f"{row.seed} {step} {micro_batch.update} {purpose}" + ("" if shared else f" {number}")
-                digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-                found.append(torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1))
+                found.append(stream(hashed(name)))
             return found
 
         targets = None

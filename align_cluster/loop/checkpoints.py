@@ -26,6 +26,7 @@ from align_cluster.loop.summary import Results
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.guards import Alarm, Guard
 from align_cluster.observe.sinks import MetricWriter
+from align_cluster.streams import VERSION
 
 STATE, FACTS = "state.safetensors", "run.json"
 
@@ -85,6 +86,7 @@ class CheckpointManager:
         self,
         config: RunConfig,
         store: Store,
+        inputs: dict[str, str],
         workers: WorkerGroup,
         estimator: AdvantageEstimator | CriticAdvantageEstimator,
         clock: Clock,
@@ -92,7 +94,7 @@ class CheckpointManager:
         note: Callable[[str], None],
     ) -> None:
         self.config, self.store, self.workers, self.estimator = config, store, workers, estimator
-        self.clock, self.guard, self.note = clock, guard, note
+        self.inputs, self.clock, self.guard, self.note = inputs, clock, guard, note
         self.rollbacks = self.resumed = 0
         self.writer = Writer(store, config.checkpoint, note)
         self.latest: State | None = None
@@ -144,6 +146,8 @@ class CheckpointManager:
         facts = {
             "config": self.config.model_dump(mode="json"),
             "versions": software(),
+            "streams": VERSION,
+            "inputs": self.inputs,
             "version": self.workers.weights.version,
             "images_drawn": self.workers.rollouts.images_drawn,
             "workers_lost": self.workers.lost,

@@ -21,6 +21,7 @@ from align_cluster.loop.clock import Clock
 from align_cluster.loop.critic_advantages import CriticAdvantageEstimator, save_critic
 from align_cluster.loop.evaluation import Evaluation
 from align_cluster.loop.heartbeat import Heartbeat
+from align_cluster.loop.inputs import inputs
 from align_cluster.loop.requests import plan_chunks, training_request
 from align_cluster.loop.resume import StartingPoint, starting_point
 from align_cluster.loop.summary import Results, step_metrics, summary
@@ -54,7 +55,7 @@ def train(
     with (
         interruptible(),
         Progress(config.steps, STAGES, began=began) as bars,
-        starting_point(config, out, resume, bars.note) as start,
+        starting_point(config, out, resume, bars.note, inputs(config, prompts, held_out)) as start,
         storage(start.run.path),
     ):
         run = start.run
@@ -94,7 +95,7 @@ def align(
     rollouts, learner, weights = workers.rollouts, workers.learner, workers.weights
     has_critic = ALGORITHMS[config.algorithm.kind](config.algorithm).critic is not None
     estimator = (CriticAdvantageEstimator if has_critic else AdvantageEstimator)(config)
-    checkpoints = CheckpointManager(config, start.store, workers, estimator, clock, guard, bars.note)
+    checkpoints = CheckpointManager(config, start.store, start.inputs, workers, estimator, clock, guard, bars.note)
     heartbeat = Heartbeat(run.path, config, clock, workers)
     with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
         evaluation = Evaluation(config, held_out, workers, run, metrics, clock)

@@ -14,16 +14,19 @@ from align_cluster.errors import UserError
 from align_cluster.files import read_json, write_text
 from align_cluster.loop.checkpoints import State
 from align_cluster.observe.rundir import RunDir
+from align_cluster.streams import VERSION
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Holds a locked run directory, the store of its checkpoints, and the state to go on from (None for a new run)."""
+    """Holds a locked run directory, the store of its checkpoints, hashes of what the run reads (see `inputs.py`), and
+    the state to go on from (None for a new run)."""
 
     run: RunDir
     store: Store
+    inputs: dict[str, str]
     state: State | None = None
 
     @property
@@ -41,12 +44,14 @@ class StartingPoint:
 
 
 @contextmanager
-def starting_point(config: RunConfig, out: Path, resume: str | None, note: Note) -> Iterator[StartingPoint]:
+def starting_point(
+    config: RunConfig, out: Path, resume: str | None, note: Note, inputs: dict[str, str]
+) -> Iterator[StartingPoint]:
     """Yield the run's directory, locked.
 
     `resume` is None for a new run, "auto" for the newest run of that name that has a checkpoint (or a new one), a run
     directory, or the folder of one checkpoint, from which a new directory branches off. Raises UserError where another
-    process works there, or the checkpoint belongs to a run of other settings.
+    process works there, or the checkpoint belongs to a run of other settings or `inputs`.
     """
     run = _newest(config, out) if resume == "auto" else None
     branch = None
@@ -68,12 +73,12 @@ def starting_point(config: RunConfig, out: Path, resume: str | None, note: Note)
             found = store.newest(note)
             if found is None:
                 raise UserError(f"{store.path} holds no checkpoint that can be read; start again without --resume")
-            state = _fitting(config, State.of(*found), note)
+            state = _fitting(config, State.of(*found), note, inputs)
             store.clean()
             _write_back(run, state)
-            yield StartingPoint(run, store, state)
+            yield StartingPoint(run, store, inputs, state)
         return
-    state = _branch(config, resume, int(branch[1]), note) if branch else None
+    state = _branch(config, resume, int(branch[1]), note, inputs) if branch else None
     run = RunDir.create(out, config.name)
     with run.lock():
         try:
@@ -85,7 +90,7 @@ def starting_point(config: RunConfig, out: Path, resume: str | None, note: Note)
                 )
             if state:
                 _write_back(run, state)
-            yield StartingPoint(run, store, state)
+            yield StartingPoint(run, store, inputs, state)
         except BaseException:
             run.discard_unused()
             raise
@@ -109,16 +114,21 @@ def _newest(config: RunConfig, out: Path) -> RunDir | None:
     return None
 
 
-def _branch(config: RunConfig, folder: str, step: int, note: Note) -> State:
+def _branch(config: RunConfig, folder: str, step: int, note: Note, inputs: dict[str, str]) -> State:
     store = Store(str(Path(folder).expanduser().parent))
     try:
         state = State.of(step, store.read(step)[0])
     except Damaged as error:
         raise UserError(f"--resume {folder} cannot be used: {error}; give another checkpoint") from None
-    return _fitting(config, state, note)
+    return _fitting(config, state, note, inputs)
 
 
-def _fitting(config: RunConfig, state: State, note: Note) -> State:
+def _fitting(config: RunConfig, state: State, note: Note, inputs: dict[str, str]) -> State:
+    if state.facts.get("streams") != VERSION:
+        raise UserError(
+            "--resume: the run was begun by another version of align_cluster, whose seeds draw other noise; go on with "
+            "that version, or start a new run without --resume"
+        )
     odd = differences(state.facts["config"], config)
     if odd:
         raise UserError(
@@ -127,6 +137,12 @@ def _fitting(config: RunConfig, state: State, note: Note) -> State:
         )
     if state.step > config.steps:
         raise UserError(f"--resume: {state.step} steps are done, and steps is {config.steps}; set steps to more")
+    known = state.facts["inputs"]
+    if other := [name for name, digest in inputs.items() if known.get(name, digest) != digest]:
+        changed = f"what these settings name has changed since the run began: {', '.join(other)}"
+        if not config.checkpoint.inputs_may_change:
+            raise UserError(f"--resume: {changed}; put it back, or set checkpoint.inputs_may_change to true")
+        note(f"resumed although {changed}")
     there, here = state.facts["versions"], software()
     changed = [f"{name} {there.get(name)} -> {here.get(name)}" for name in here if there.get(name) != here[name]]
     if changed:

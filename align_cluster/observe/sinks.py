@@ -10,6 +10,7 @@ from typing import Any
 from align_cluster.files import STORAGE
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
+from align_cluster.texts import lines
 
 
 class MetricWriter:
@@ -139,8 +140,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, _torn = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1].decode()
+    return [json.loads(line) for _, line in lines(whole)]
 
 
 def _start_of(path: Path, size: int) -> bytes:

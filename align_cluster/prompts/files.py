@@ -1,19 +1,29 @@
 """Prompts from files: one prompt a line (txt), or one JSON object a line with GenEval or OCR metadata (jsonl)."""
 
-import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic_core import PydanticCustomError
 
 from align_cluster.errors import UserError
 from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Section
+from align_cluster.texts import fault, lines, read_text, strict_json
 from align_cluster.types import Prompt
 
 RELATIONS = ("left of", "right of", "above", "below")
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+
+
+def _words(text: str) -> str:
+    if problem := fault(text):
+        raise PydanticCustomError("words", "This text {problem}", {"problem": problem})
+    return text
+
+
+Words = Annotated[str, AfterValidator(_words)]  # text that says something, and that files and encoders can hold
+Count = Annotated[StrictInt, Field(ge=1, le=10_000)]  # objects of one class; no detector finds more
 
 
 class TextPrompts(PromptSource):
@@ -30,6 +40,8 @@ class TextPrompts(PromptSource):
         """Read the prompts. Raises UserError if the file cannot be read, or an OCR prompt quotes nothing."""
         prompts = []
         for number, line in read_lines(self.config.path):
+            if problem := fault(line):
+                raise UserError(f"{self.config.path}, line {number}: this prompt {problem}; delete it there")
             metadata: dict[str, Any] = {}
             if self.config.ocr:
                 target = quoted(line)
@@ -46,17 +58,17 @@ class TextPrompts(PromptSource):
 class Include(Section):
     """The image must show `count` objects of this class. `position` is (relation, index of another clause)."""
 
-    name: Annotated[str, Field(alias="class", min_length=1)]
-    count: Annotated[StrictInt, Field(ge=1)]
-    color: str | None = None
+    name: Annotated[Words, Field(alias="class")]
+    count: Count
+    color: Words | None = None
     position: tuple[Literal[RELATIONS], Annotated[StrictInt, Field(ge=0)]] | None = None
 
 
 class Exclude(Section):
     """The image must show fewer than `count` objects of this class."""
 
-    name: Annotated[str, Field(alias="class", min_length=1)]
-    count: PositiveInt
+    name: Annotated[Words, Field(alias="class")]
+    count: Count
 
 
 class Line(BaseModel):
@@ -64,11 +76,11 @@ class Line(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    prompt: Annotated[str, Field(min_length=1)]
-    tag: Annotated[str, Field(min_length=1)] = "all"
+    prompt: Words
+    tag: Words = "all"
     include: list[Include] = []
     exclude: list[Exclude] = []
-    text: Annotated[str, Field(min_length=1)] | None = None
+    text: Words | None = None
 
 
 class JsonlPrompts(PromptSource):
@@ -97,11 +109,9 @@ def parse(line: str, where: str) -> dict[str, Any]:
     Raises UserError that begins with `where` and says what is wrong.
     """
     try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: this is not JSON ({error.msg} at column {error.colno}); write one object a line"
-        ) from None
+        raw = strict_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: this is not JSON ({error}); write one object a line") from None
     if not isinstance(raw, dict):
         raise UserError(f'{where}: a line must be a JSON object such as {{"prompt": "..."}}, not {type(raw).__name__}')
     try:
@@ -110,7 +120,7 @@ def parse(line: str, where: str) -> dict[str, Any]:
         first = error.errors()[0]
         spot = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"{where}: {spot}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+            f"{where}: {spot}: {first['msg'][0].lower()}{first['msg'][1:]}, got {repr(first['input'])[:200]}"
         ) from None
     for index, clause in enumerate(checked.include):
         target = clause.position[1] if clause.position else None
@@ -132,20 +142,11 @@ def quoted(prompt: str) -> str:
 
 
 def read_lines(path: str) -> list[tuple[int, str]]:
-    """Return the non-blank lines with their numbers, counted from 1.
+    """Return the non-blank lines of a prompt file with their numbers, counted from 1.
 
     Raises UserError if the file is missing, empty or not UTF-8.
     """
-    file = Path(path).expanduser()
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"prompt file {path} does not exist; give a path relative to {Path.cwd()} or an absolute one"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read ({error}); it must be UTF-8 text") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
+    found = lines(read_text(path, "prompt file"))
+    if not found:
         raise UserError(f"prompt file {path} has no prompts; write one a line")
-    return lines
+    return found

@@ -3,21 +3,21 @@
 Nothing here knows the number of workers, so a laptop and a cluster plan the same groups.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
 from align_cluster.errors import UserError
+from align_cluster.streams import hashed
 from align_cluster.types import Chunk, Prompt, Row
 
 EVALUATION_STEP = -1  # `Chunk.step` of evaluation images, so that their seeds differ from those of training
 
 
 def member_seed(seed: int, step: int, group: int, member: int) -> int:
-    """Return the seed of one image: 63 bits of blake2b over (run seed, step, group, member)."""
-    return _digest(f"{seed}/{step}/{group}/{member}") >> 1
+    """Return the seed of one image: 63 bits of blake2b over (run seed, step, group, member), for `streams.stream`."""
+    return hashed(f"{seed}/{step}/{group}/{member}") >> 1
 
 
 def plan_step(
@@ -106,7 +106,7 @@ def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
     """
     distinct = {prompt.text: prompt for prompt in reversed(prompts)}
     by_task: dict[str, list[Prompt]] = {prompt.task: [] for prompt in prompts}
-    for prompt in sorted(distinct.values(), key=lambda prompt: (_digest(prompt.text), prompt.text)):
+    for prompt in sorted(distinct.values(), key=lambda prompt: (hashed(prompt.text), prompt.text)):
         by_task[prompt.task].append(prompt)
     if count > len(distinct):
         raise UserError(
@@ -124,7 +124,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 
     The stream of a random generator may change between versions; a hash does not.
     """
-    return tuple(sorted(range(count), key=lambda index: (_digest(f"{seed}/epoch {epoch}/{index}"), index)))
+    return tuple(sorted(range(count), key=lambda index: (hashed(f"{seed}/epoch {epoch}/{index}"), index)))
 
 
 def _group(
@@ -148,7 +148,3 @@ def _group(
         )
         for member in range(noises * conditions)
     ]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

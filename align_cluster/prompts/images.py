@@ -1,6 +1,6 @@
 """Prompts that each come with a real image: a folder of captioned pictures."""
 
-import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pydantic import Field
 from align_cluster.errors import UserError
 from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Root, Section
+from align_cluster.texts import fault, lines, read_text, strict_json
 from align_cluster.types import Prompt
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -85,10 +86,12 @@ def survey(folder: str) -> Survey:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"prompts.folder is {folder}, which is no folder here; give one with images and captions")
-    captions = dict(_captions(root))
-    images = sorted(path for path in root.iterdir() if path.suffix.lower() in ENDINGS)
-    images += sorted(root / name for name in captions if not (root / name).exists())
-    texts = [captions.get(path.name) or _beside(path) for path in images]
+    captions = _captions(root)
+    listed = sorted(path for path in root.iterdir() if path.suffix.lower() in ENDINGS)
+    images = listed + sorted({root / name for name in captions} - set(listed))
+    for path in images:
+        _inside(root, path)
+    texts = [captions.get(str(path.relative_to(root))) or _beside(root, path) for path in images]
     captioned = [path for path, text in zip(images, texts, strict=True) if text]
     with ThreadPoolExecutor() as pool:
         whole = dict(zip(captioned, pool.map(_readable, captioned), strict=True))
@@ -99,27 +102,53 @@ def survey(folder: str) -> Survey:
     )
 
 
-def _captions(root: Path) -> Iterator[tuple[str, str]]:
-    file = root / CAPTIONS
-    lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def _captions(root: Path) -> dict[str, str]:
+    """Return the captions of metadata.jsonl by the image's path in the folder."""
+    file, captions = root / CAPTIONS, {}
+    if not file.exists():
+        return captions
+    _inside(root, file)
+    for number, line in lines(read_text(file, "the captions")):
+        where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
-            yield str(row["file_name"]), str(row["text"]).strip()
+            row = strict_json(line)
+            name, text = row["file_name"], row["text"]
         except (ValueError, LookupError, TypeError):
-            raise UserError(
-                f'{file}, line {number}: write one object a line, such as {{"file_name": "cat.jpg", "text": "a cat"}}'
-            ) from None
+            name = text = None
+        if not (isinstance(name, str) and isinstance(text, str) and Path(name).name):
+            raise UserError(f'{where}: write one object a line, such as {{"file_name": "cat.jpg", "text": "a cat"}}')
+        if (problem := fault(name)) or (text.strip() and (problem := fault(text))):
+            raise UserError(f"{where}: the text or the file_name {problem}; delete it there")
+        name = str(Path(name))  # ./cat.jpg is cat.jpg
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{where}: file_name {name} leads out of the folder; name a file in it")
+        if name in captions:
+            raise UserError(f"{where}: {name} has a caption above already; delete one of the two")
+        captions[name] = text.strip()
+    return captions
 
 
-def _beside(path: Path) -> str:
+def _beside(root: Path, path: Path) -> str:
     file = path.with_suffix(".txt")
-    return " ".join(file.read_text(encoding="utf-8-sig", errors="replace").split()) if file.is_file() else ""
+    if not os.path.isfile(file):
+        return ""
+    text = " ".join(read_text(_inside(root, file), "the caption").split())
+    if text and (problem := fault(text)):
+        raise UserError(f"the caption {file} {problem}; delete it there")
+    return text
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """Return the path of something in the folder. Raises UserError where a link leads out of it."""
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(root)):
+        raise UserError(f"{path} leads to {target}, out of the folder; put the file itself there")
+    return path
 
 
 def _readable(path: Path) -> bool:
+    if not os.path.isfile(path):  # a pipe would wait for a writer
+        return False
     try:
         with Image.open(path) as image:
             image.load()

@@ -6,7 +6,7 @@ v2.5  github.com/discus0434/aesthetic-predictor-v2-5, on SigLIP so400m-patch14-3
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
@@ -66,6 +66,7 @@ class Aesthetic(DifferentiableReward):
         published .pth: a file, an address, or owner/repository/file at the hub.
         """
 
+        reads: ClassVar[tuple[str, ...]] = ("encoder", "head")
         kind: Literal["aesthetic"] = "aesthetic"
         version: Literal["v1", "v2.5"] = "v2.5"
         encoder: str | None = None

@@ -24,6 +24,7 @@ class ClipScore(EmbeddingReward):
         multiplies by a twentieth of the model's learned temperature, as SRPO's official code does.
         """
 
+        reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["clip_score"] = "clip_score"
         path: str = "embedded"
         scale: Literal["cosine", "srpo"] = "cosine"

@@ -176,6 +176,7 @@ class Masks(Photographs):
     class Config(Section):
         """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
 
+        reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["mask2former"] = "mask2former"
         path: str = "facebook/mask2former-swin-small-coco-instance"
 
@@ -223,6 +224,7 @@ class Boxes(Photographs):
     class Config(Section):
         """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
 
+        reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["detr"] = "detr"
         path: str = "PekingU/rtdetr_r50vd_coco_o365"
 

@@ -6,7 +6,7 @@ The rules are those of GenEval's evaluate_images.py. The graded score is the tra
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -126,6 +126,7 @@ class GenEval(Reward):
         server does.
         """
 
+        reads: ClassVar[tuple[str, ...]] = ("color_clip",)
         kind: Literal["geneval"] = "geneval"
         detector: one_of(DETECTORS) = Embedded.Config()
         threshold: Annotated[float, Field(ge=0, lt=1)] | None = None

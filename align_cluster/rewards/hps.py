@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
@@ -42,6 +42,7 @@ class Hps(EmbeddingReward):
         `model` is an architecture of open_clip, by name or as the path of a model-config json.
         """
 
+        reads: ClassVar[tuple[str, ...]] = ("path", "model")
         kind: Literal["hps"] = "hps"
         path: str = "xswu/HPSv2"
         version: Literal["v2", "v2.1"] = "v2.1"

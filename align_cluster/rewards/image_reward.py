@@ -5,7 +5,7 @@ The text encoder attends to the image.
 
 import json
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -102,6 +102,7 @@ class ImageReward(DifferentiableReward):
         `path` is a hub id or a folder with ImageReward.pt and med_config.json; `tokenizer` is one of uncased BERT.
         """
 
+        reads: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
         kind: Literal["image_reward"] = "image_reward"
         path: str = "THUDM/ImageReward"
         tokenizer: str = "bert-base-uncased"

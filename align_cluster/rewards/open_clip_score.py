@@ -1,6 +1,6 @@
 """CLIP score with any model of open_clip, such as DFN (Fang et al. 2023, arXiv 2309.17425)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ class OpenClipScore(EmbeddingReward):
         `path` is a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or .safetensors).
         """
 
+        reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["open_clip_score"] = "open_clip_score"
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
 

@@ -24,6 +24,7 @@ class PickScore(EmbeddingReward):
         temperature, about .2).
         """
 
+        reads: ClassVar[tuple[str, ...]] = ("path", "processor")
         kind: Literal["pickscore"] = "pickscore"
         path: str = "yuvalkirstain/PickScore_v1"
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from align_cluster.rollouts.steps import Step
+from align_cluster.streams import stream
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [B, C, H, W], sigma [B]) -> output like x
 Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]  # the same; None if it equals the velocity
@@ -48,7 +49,7 @@ def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor
 
     It never travels, because any worker can make it again from the seeds.
     """
-    return initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], shape)
+    return initial_noise([stream(seed) for seed in seeds], shape)
 
 
 def path_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -56,7 +57,7 @@ def path_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
     They differ from the streams of the initial noises, which may be shared or have the same seeds.
     """
-    return [torch.Generator().manual_seed(seed ^ 1) for seed in seeds]
+    return [stream(seed ^ 1) for seed in seeds]
 
 
 @torch.no_grad()

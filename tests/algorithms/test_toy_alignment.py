@@ -8,6 +8,7 @@ from align_cluster.algorithms.grpo import GRPO
 from align_cluster.algorithms.nft import NFT
 from align_cluster.rollouts.sampler import recorded_indices
 from align_cluster.rollouts.windows import WINDOWS
+from align_cluster.streams import stream
 from align_cluster.types import Prompt
 
 from ..drawing import chunk_of
@@ -110,7 +111,7 @@ def test_outside_its_window_a_rollout_takes_ode_steps(make_policy):
 def test_the_untrained_toys_follow_the_exact_flow_of_their_data_law(make_policy, kind, prediction):
     policy, seeds = make_policy(kind, steps=400, prediction=prediction), range(16)
     x0 = policy.rollout(seeds, noisy=()).path.x0
-    noise = torch.stack([torch.randn(2, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.stack([torch.randn(2, 1, 1, generator=stream(seed)) for seed in seeds])
     mean, width = policy.law
     laws = []
     for s in policy.sigmas[[0, -1]]:  # x is normal at each level, and keeps its quantile

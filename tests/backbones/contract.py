@@ -25,6 +25,7 @@ from align_cluster.backbones.base import Backbone
 from align_cluster.rollouts.denoise import denoise, initial_noise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import Euler
+from align_cluster.streams import stream
 
 TEXT = "a photo of a red circle"
 
@@ -63,7 +64,7 @@ class Case:
 
 def noise_of(backbone: Backbone, seeds: tuple[int, ...]) -> torch.Tensor:
     """Initial noise [B, C, H, W], as `sample` begins with."""
-    return initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], backbone.latent_shape)
+    return initial_noise([stream(seed) for seed in seeds], backbone.latent_shape)
 
 
 def sample(

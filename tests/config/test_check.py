@@ -9,6 +9,7 @@ from align_cluster.backbones.sd3 import SD3
 from align_cluster.cli import main
 from align_cluster.config.check import check
 from align_cluster.config.load import dump, load, loads
+from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,6 @@ PROBLEMS = [
     ([*UNET, "algorithm.kind=nft"], ["algorithm.kind is nft", "sd1 predicts epsilon or v", "backbone.kind to sd3"]),
     (["prompts.kind=geneval"], ["prompts.kind is geneval", "embedded model never saw", "set it to embedded"]),
     (["evaluate.count=1000"], ["evaluate.count is 1000", "evaluate.prompts has", "at most"]),
-    (["evaluate.grid_prompts=1000"], ["evaluate.grid_prompts is 1000", "at most"]),
     (
         ["prompts_per_step=5000", "rollout.group_size=2"],
         ["prompts_per_step is 5000", "prompts has 1167", "at most 1167"],
@@ -77,6 +77,21 @@ def test_a_folder_whose_index_names_no_pipeline_is_refused(run_config, tmp_path,
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(UserError, match=f"^backbone.path is {tmp_path}, whose model_index.json names no pipeline; "):
         check(run_config(f"backbone.path={tmp_path}"))
+
+
+def test_validate_refuses_the_size_and_notes_the_prompts(tmp_path, run_config):
+    with pytest.raises(UserError, match="^backbone.width is 64, and the model of 'embedded' has positions for 48 pix"):
+        check(run_config("backbone.width=64"))
+    words = "a photo of a red circle and a blue square and a green triangle and"
+    (tmp_path / "long.txt").write_text(f"{words} a star\n{words} a circle\na photo of a star\n")
+    limit = json.loads((pipeline_path() / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    notes = check(
+        run_config(
+            *("prompts.kind=txt", f"prompts.path={tmp_path / 'long.txt'}"),
+            *("rewards.judge.kind=clip_score", "prompts_per_step=2"),
+        )
+    )
+    assert any(f"have more than the {limit} tokens" in note and "2 of them draw the same" in note for note in notes)
 
 
 def test_several_problems_are_listed_one_a_line(run_config):

@@ -21,6 +21,7 @@ from align_cluster.evaluate.export import export
 from align_cluster.evaluate.sample import SampleRequest, sample
 from align_cluster.observe.charts import PALETTE
 from align_cluster.observe.rundir import RunDir
+from align_cluster.streams import stream
 from align_cluster.types import Prompt
 
 from ..backbones.contract import TEXT, noise_of
@@ -152,10 +153,10 @@ def test_the_cards_code_draws_what_sample_draws(run, tmp_path, monkeypatch):
         export(run.path, form, tmp_path / form, overrides=guided)
         code = re.search(r"```python\n(.*?)```", (tmp_path / form / "README.md").read_text(), re.DOTALL)[1]
         seed = facts["images"][0]["seed"]
-        code = code.replace("bfloat16", "float32").replace("manual_seed(0)", f"manual_seed({seed})")
+        code = code.replace("bfloat16", "float32").replace("torch.Generator().manual_seed(0)", f"stream({seed})")
         if run.case.kind == "sd1":  # its safety checker blacks random images out
             code = re.sub(r"(pipe = .*)\)", r"\1, safety_checker=None)", code)
-        scope: dict = {}
+        scope: dict = {"stream": stream}
         exec(code, scope)
         assert np.abs(ours - np.asarray(scope["image"], dtype=int)).max() <= 1 and ours.std() > 5
 

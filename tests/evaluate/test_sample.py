@@ -106,6 +106,8 @@ def test_prompts_of_the_command_line_come_before_those_of_a_file(tmp_path):
 REFUSED = [
     (["--prompts", "empty-line.txt"], "prompt file empty-line.txt, line 2 is empty"),
     (["--prompts", "latin.txt"], "latin.txt cannot be read"),
+    (["--prompt", " "], "--prompt ' ' is blank; write what to draw"),
+    (["--prompt", "a\udcff"], "holds half of a character"),
     (["--set", "backbone.path=/nowhere"], "'/nowhere' has no readable 'model_index.json' part"),
     (["--set", "backbone.height=40"], "backbone.height"),
     (

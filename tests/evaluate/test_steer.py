@@ -19,6 +19,7 @@ from align_cluster.loop.critic_advantages import CriticAdvantageEstimator, save_
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.guidance import TextBatch
+from align_cluster.streams import stream
 
 from ..backbones.contract import random_state
 from ..backbones.test_critic import shake
@@ -119,7 +120,7 @@ def test_pruning_on_the_first_noise_keeps_what_the_critic_expects_most_of_and_sa
     plain, _, _ = draw("plain", "--count", "5", "--no-score", "--steps", "1")
     seeds, critic = [one["seed"] for one in plain["images"]], made[1]
     text = TextBatch.build(critic.backbone.encode([TEXT]) * 5, None, torch.device("cpu"))
-    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], critic.backbone.latent_shape)
+    noise = initial_noise([stream(seed) for seed in seeds], critic.backbone.latent_shape)
     with torch.no_grad():
         heads = critic(noise, torch.ones(5), text.sequence, text.pooled).numpy()
     chosen = int((2 * heads[:, 0] - heads[:, 1]).argmax())

@@ -61,11 +61,69 @@ def test_a_folder_in_which_nothing_can_be_used_is_refused(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("line", ["nothing", '{"text": "a cat"}', '["a.png", "a cat"]'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("nothing", '{"text": "a cat"}', '["a.png", "a cat"]', "[" * 9000, '{"file_name": "a.png", "text": null}'),
+        *(
+            '{"file_name": 5, "text": "a"}',
+            '{"file_name": "", "text": "a"}',
+            '{"file_name": "a.png", "file_name": "b"}',
+        ),
+    ],
+)
 def test_a_line_of_captions_that_is_none_says_where(folder, line):
     (folder / "metadata.jsonl").write_text(f'{{"file_name": "c.webp", "text": "a fish"}}\n{line}\n')
     with pytest.raises(UserError, match=r"metadata.jsonl, line 2: write one object a line, such as"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"file_name": "../a.png", "text": "a cat"}, "leads out of the folder"),
+        ({"file_name": "x/../../a.png", "text": "a cat"}, "leads out of the folder"),
+        ({"file_name": "/etc/a.png", "text": "a cat"}, "leads out of the folder"),
+        ({"file_name": "c.webp", "text": "a shark"}, "has a caption above already"),
+        ({"file_name": "./c.webp", "text": "a shark"}, "has a caption above already"),
+        ({"file_name": "a\0.png", "text": "a cat"}, "holds a NUL"),
+        ({"file_name": "a.png", "text": "a\0cat"}, "holds a NUL"),
+    ],
+)
+def test_a_line_of_captions_that_names_no_file_of_its_own_is_refused(folder, row, said):
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    with pytest.raises(UserError, match=f"metadata.jsonl, line 3: .*{said}"):
+        load(folder)
+
+
+def test_captions_that_are_no_utf8_are_refused_and_not_altered(folder):
+    (folder / "a.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(UserError, match="the caption .*a.txt.* must be UTF-8"):
+        load(folder)
+    (folder / "metadata.jsonl").write_bytes('{"file_name": "c.webp", "text": "a café"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="the captions .*metadata.jsonl.* must be UTF-8"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.txt", "metadata.jsonl"])
+def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_followed(folder, tmp_path_factory, name):
+    outside = tmp_path_factory.mktemp("outside") / name
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UserError, match=f"{name} leads to .*, out of the folder"):
+        load(folder)
+    (folder / name).unlink()
+    outside.rename(folder / "kept")
+    (folder / name).symlink_to("kept")
+    assert len(load(folder)) == 3
+
+
+def test_an_image_in_a_folder_below_is_used_where_captions_name_it(folder):
+    (folder / "below").mkdir()
+    (folder / "c.webp").rename(folder / "below" / "c.webp")
+    (folder / "metadata.jsonl").write_text('{"file_name": "below/c.webp", "text": "a fish"}')
+    assert load(folder)[-1].metadata["image"] == str(folder / "below" / "c.webp")
 
 
 def test_what_is_no_folder_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from align_cluster.errors import UserError
 from align_cluster.prompts.files import JsonlPrompts, TextPrompts, parse, quoted
@@ -22,6 +24,51 @@ def test_one_prompt_a_line_and_blank_lines_are_skipped(tmp_path):
     prompts = text_prompts(tmp_path, "\ufeffa cat\n\n  a dog  \n\n")
     assert [(prompt.id, prompt.text) for prompt in prompts] == [(0, "a cat"), (1, "a dog")]
     assert prompts[0].task == "all" and prompts[0].metadata == {}
+
+
+def test_only_newlines_divide_prompts(tmp_path):
+    texts = ["a\u2028b", "c\u2029d\x85e", "f\vg\fh"]
+    assert [prompt.text for prompt in text_prompts(tmp_path, "\r\n".join(texts))] == texts
+    records = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    assert [prompt.text for prompt in json_prompts(tmp_path, *records)] == texts
+
+
+def test_a_prompt_with_a_nul_is_refused_with_its_line(tmp_path):
+    with pytest.raises(UserError, match="line 2: this prompt holds a NUL"):
+        text_prompts(tmp_path, "a cat\na \0dog\n")
+
+
+PIECES = st.sampled_from(
+    [
+        *'{}[]":,\\\n\r \0',
+        "\u2028",
+        "\x85",
+        "prompt",
+        "include",
+        "class",
+        "count",
+        "-1",
+        "1e999",
+        "NaN",
+        "\\ud800",
+        "position",
+        "ocr",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.binary(max_size=200), st.lists(PIECES | st.text(max_size=5), max_size=40).map("".join)))
+def test_whatever_a_prompt_file_holds_is_prompts_or_one_sentence(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzzed"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    for kind in (TextPrompts, JsonlPrompts):
+        try:
+            prompts = kind(kind.Config(path=str(path))).load()
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert prompts and all(prompt.text.strip() and "\0" not in prompt.text for prompt in prompts)
 
 
 def test_ocr_lines_carry_their_quoted_text(tmp_path):
@@ -78,7 +125,17 @@ def test_ocr_records_take_their_target_from_text_or_quotes(tmp_path):
         ("{", "not JSON"),
         ("[1]", "must be a JSON object"),
         ("{}", "prompt: field required"),
-        ('{"prompt": ""}', "prompt: .*at least 1 character"),
+        ('{"prompt": ""}', "prompt: this text is blank"),
+        ('{"prompt": " \\u2028 "}', "prompt: this text is blank"),
+        ('{"prompt": "a\\u0000"}', "prompt: this text holds a NUL"),
+        ('{"prompt": "a \\ud800"}', "not JSON .*hex escape"),
+        ('{"prompt": "a", "tag": " "}', "tag: this text is blank"),
+        ('{"prompt": "a", "prompt": "b"}', "'prompt' is there twice"),
+        ('{"prompt": "a", "": 1}', "a key is blank"),
+        ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", "not JSON .*out of range"),
+        ('{"prompt": ' + "[" * 9000, "not JSON .*recursion"),
+        ('{"prompt": "a", "include": [{"class": "cat", "count": 1000000}]}', "include.0.count: .*less than or equal"),
+        ('{"prompt": "a", "exclude": [{"class": "cat", "count": true}]}', "exclude.0.count: .*valid integer"),
         ('{"prompt": 3}', "prompt: .*valid string"),
         ('{"prompt": "a", "include": [{"count": 1}]}', "include.0.class: field required"),
         ('{"prompt": "a", "include": [{"class": "cat", "count": 0}]}', "include.0.count: .*greater than or equal to 1"),
@@ -89,6 +146,7 @@ def test_ocr_records_take_their_target_from_text_or_quotes(tmp_path):
         ('{"prompt": "a", "include": [{"class": "c", "count": 1, "position": ["above", 5]}]}', "another clause"),
         ('{"prompt": "a sign", "tag": "ocr"}', "OCR prompt needs"),
     ],
+    ids=lambda text: text[:60],
 )
 def test_a_bad_line_gives_one_sentence_with_file_and_line(line, complaint):
     with pytest.raises(UserError, match=complaint) as caught:

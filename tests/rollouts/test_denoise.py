@@ -5,6 +5,7 @@ import torch
 from align_cluster.backbones.levels import ddim_levels, sd3_sigmas
 from align_cluster.rollouts.denoise import Path, denoise, initial_noise
 from align_cluster.rollouts.steps import STEPS
+from align_cluster.streams import stream
 
 SHAPE = (4, 3, 5)
 
@@ -53,7 +54,7 @@ def test_recording_some_steps_gives_the_rows_of_a_full_record():
 
 def test_a_full_record_is_one_unbroken_path_from_noise_to_the_final_latents():
     path = draw("flow_sde", (1, 2), indices=tuple(range(8)))
-    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in (1, 2)], SHAPE)
+    noise = initial_noise([stream(seed) for seed in (1, 2)], SHAPE)
     assert torch.equal(path.before[:, 0], noise) and torch.equal(path.after[:, -1], path.x0)
     assert torch.equal(path.after[:, :-1], path.before[:, 1:])
 

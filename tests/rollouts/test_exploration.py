@@ -15,6 +15,7 @@ from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.schedule import Sd3Schedule
 from align_cluster.rollouts.steps import Dpm2, Euler, FlowSde
 from align_cluster.rollouts.windows import Window
+from align_cluster.streams import stream
 from align_cluster.types import Chunk, Perturbation, Prompt
 from align_cluster.weights import publish
 
@@ -163,7 +164,7 @@ def test_the_ends_of_the_blend_are_exact(seen, conditions, perturbation):
 def test_an_explored_ode_draw_is_eulers_under_the_blended_conditions(sampler, conditions, perturbation):
     chunk, sigmas = grid()[0], sd3_sigmas(STEPS, 3.0)
     _, _, record = sampler.draw(chunk, {TEXT: conditions[0]}, None, ODE, {TEXT: perturbation})
-    x = initial_noise([torch.Generator().manual_seed(n) for n in chunk.noises], sampler.backbone.latent_shape)
+    x = initial_noise([stream(n) for n in chunk.noises], sampler.backbone.latent_shape)
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         texts = [blended(conditions[0], perturbation, variant, sigma) for variant in chunk.variants]
         x = x + velocity(sampler, x, sigma, texts) * float(sigma_next - sigma)
@@ -248,7 +249,7 @@ def test_a_prompt_without_content_is_explored_without_effect(sampler, conditions
 
 def test_what_was_drawn_is_a_sample_of_the_blended_condition(sampler, conditions, perturbation, explored):
     record, chunk = explored[1], grid()[0]
-    generators = [torch.Generator().manual_seed(seed ^ 1) for seed in chunk.seeds]
+    generators = [stream(seed ^ 1) for seed in chunk.seeds]
     for k in range(STEPS - 1):
         sigma, sigma_next = record.sigmas[k : k + 2]
         x = torch.from_numpy(record.before[:, k])

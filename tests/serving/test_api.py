@@ -46,7 +46,7 @@ class Backend:
             return Scores(
                 {reward: np.full(count, np.nan)},
                 {reward: np.zeros(count, bool)},
-                {reward: Failure("bad_input", "RewardError: not an image", count)},
+                {reward: Failure("bad_input", "RewardError: not an image", tuple(range(count)))},
             )
         values = images[:, 0, 0, 0] * (1.0 if reward == "bright" else np.nan)
         return Scores({reward: values}, {reward: np.isfinite(values)})
@@ -87,9 +87,9 @@ def test_failures_of_rewards_are_typed_and_leave_the_others_alone(service):
     client = RewardClient(service[0], TOKEN)
     scores = client.score(["late", "gone", "broken", "bright", "nan"], IMAGES, PROMPTS)
     assert scores.failures == {
-        "late": Failure("timeout", "no score in 0.5 s", 3),
-        "gone": Failure("unavailable", "lost the worker", 3),
-        "broken": Failure("bad_input", "RewardError: not an image", 3),
+        "late": Failure("timeout", "no score in 0.5 s", (0, 1, 2)),
+        "gone": Failure("unavailable", "lost the worker", (0, 1, 2)),
+        "broken": Failure("bad_input", "RewardError: not an image", (0, 1, 2)),
     }
     np.testing.assert_array_equal(scores.values["bright"], [0, 1, 2])
     assert scores.valid["bright"].all() and not any(scores.valid[name].any() for name in ("late", "gone", "nan"))

@@ -27,6 +27,7 @@ from align_cluster.observe.progress import Progress, table
 from align_cluster.observe.report import write_report
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.prompts import PROMPTS
+from align_cluster.rewards.mix import silent
 from align_cluster.types import Prompt
 
 STAGES = ["rollout", "reward", "update", "evaluate"]
@@ -113,6 +114,7 @@ def align(
             row |= step_metrics(config, drawn, credit, trained, clock, sync)
             metrics.write(step + 1, row)
             bars.step(step + 1, row)
+            guard.require_scores(step + 1, silent([item.scores for item in drawn], config.rewards), config.rewards)
             if alarm := guard.rollback_wanted(step + 1, row, bars.note):
                 checkpoints.roll_back(alarm)
                 weights.publish("behaviour")

@@ -226,7 +226,7 @@ class Http(Reward):
         name = self.config.reward
         scores = self.client.score([name], images, prompts)
         failure = scores.failures.get(name)
-        if failure and failure.images == len(images):
-            raise RewardError(failure.kind, failure.message)
+        if failure and (failure.kind != "bad_input" or failure.images == len(images)):
+            raise RewardError(failure.kind, failure.message)  # the service tries once, the run as its policy says
         details = {detail.removeprefix(f"{name}/"): column for detail, column in scores.details.items()}
         return Result(scores.values[name], scores.valid[name], details, failure)

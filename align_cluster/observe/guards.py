@@ -91,8 +91,9 @@ class GuardConfig(Section):
 
 def no_score(name: str, failure: Failure, when: str) -> str:
     """Say in a sentence that a trained reward has failed on all images, and what to do."""
+    said = " ".join(failure.message.split())[:500]
     return (
-        f"rewards.{name} has no score for any image {when} ({failure.kind}: {failure.message}); mend what it says, or "
+        f"rewards.{name} has no score for any image {when} ({failure.kind}: {said}); mend what it says, or "
         f"set rewards.{name}.on_failure.stop_after to null to go on without these scores"
     )
 

@@ -144,6 +144,8 @@ class DrawInfo:
     contrast      standard deviation of an image's pixels in [0, 1], averaged over images
     diversity     standard deviation of a pixel between images of one group, averaged over pixels and groups; 0 where no
                   group has two images in the chunk
+    non_finite    rows whose latents or pixels became NaN or infinite: their images are black, their records 0, and they
+                  count neither in these numbers nor anywhere else
     """
 
     chunk: Chunk
@@ -152,6 +154,7 @@ class DrawInfo:
     seconds: float
     contrast: float = 0.0
     diversity: float = 0.0
+    non_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,11 +192,16 @@ FailureKind = Literal["timeout", "oom", "bad_input", "model_error", "unavailable
 
 @dataclass(frozen=True)
 class Failure:
-    """Says why a reward has no score for `images` images of a batch."""
+    """Says why a reward has no score for the images at places `rows` of a batch, which are in order."""
 
     kind: FailureKind
     message: str
-    images: int
+    rows: tuple[int, ...]
+
+    @property
+    def images(self) -> int:
+        """Return the number of images without a score."""
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,8 @@ class Scores:
 
     values     fp64 [B] by reward name, without NaN where `valid` holds
     valid      bool [B] by reward name
-    failures   the failure by reward name, for prompts that the reward applies to but could not score
+    failures   the failure by reward name, with the rows that the reward applies to but could not score; where several
+               things went wrong, it tells the first
     details    more columns for reports, [B] by name, such as the accuracy or the text that was read
     seconds    computing time by reward name
     """

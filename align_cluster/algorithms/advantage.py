@@ -1,8 +1,9 @@
 """Advantages: pure functions of all rewards of a step, in fp64.
 
 Letters: R trained rewards, P prompt groups, M members a group. `valid` [P, M] is False if a trained reward failed: that
-sample counts in no statistic and gets 0. `applies` [R, P, M] is False if a reward does not judge that prompt. `batches`
-int [P, M], from 0 up, is the number of the optimiser update that a sample belongs to.
+sample counts in no statistic and gets 0. So does a sample with a score that is not finite, or above MOST. `applies` [R,
+P, M] is False if a reward does not judge that prompt. `batches` int [P, M], from 0 up, is the number of the optimiser
+update that a sample belongs to.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from align_cluster.rewards.base import MOST, sound
 from align_cluster.settings import Root, Section
 from align_cluster.types import Credit
 
@@ -107,6 +109,7 @@ def normalise(rewards: np.ndarray, valid: np.ndarray, config: AdvantageConfig, b
 
     Groups that are flat (max - min < 1e-6) or have fewer than two valid rewards get exactly 0, whatever `mean` is.
     """
+    valid = valid & sound(rewards)
     r = np.where(valid, rewards, 0.0).astype(np.float64)
     mean, count = _mean(r, valid, _pool("global" if config.mean == "global" else "group", batches))
     centred = np.where(valid, r - mean, 0.0)
@@ -126,7 +129,7 @@ def linear(
     batches: np.ndarray,
 ) -> np.ndarray:
     """Return advantages [P, M] of rewards [R, P, M] with weights [R], before shaping and clip."""
-    scored = applies & valid
+    scored = applies & usable(values, applies, valid, weights)
     if config.mix == "sum_then_normalise":
         return normalise(_weighted_sum(values, scored, weights), scored.any(0), config, batches)
     each = np.stack([normalise(r, ok, config, batches) for r, ok in zip(values, scored, strict=True)])
@@ -169,7 +172,7 @@ def credit(
     Members are laid out by `conditions` K: m = k * G + g, and condition k = 0 is the original prompt. `gamma` replaces
     the settings' value; an adaptive gamma needs it.
     """
-    valid = valid & applies.any(0)
+    valid = usable(values, applies, valid, weights) & applies.any(0)
     advantages = linear(values, applies, valid, weights, config, batches)
     total = _weighted_sum(values, applies & valid, weights)
     metrics = _spreads(total, valid, conditions) | {
@@ -186,6 +189,12 @@ def credit(
         metrics["advantage/sum"] = float(np.abs(advantages.sum(1)).mean())
     metrics["advantage/abs_mean"] = _average(np.abs(advantages), valid)
     return Credit(advantages.astype(np.float32), valid, metrics)
+
+
+def usable(values: np.ndarray, applies: np.ndarray, valid: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return which valid samples [...] have sound scores [R, ...] by all rewards that judge them."""
+    largest = np.maximum(np.abs(weights), 1.0).reshape(-1, *[1] * valid.ndim)
+    return valid & (~applies | (np.abs(values) <= MOST / largest)).all(0)
 
 
 def _weighted_sum(values: np.ndarray, scored: np.ndarray, weights: np.ndarray) -> np.ndarray:

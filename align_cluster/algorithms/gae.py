@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from align_cluster.rewards.base import sound
+
 
 def gae(values: np.ndarray, rewards: np.ndarray, discount: float = 1.0, decay: float = 0.95) -> np.ndarray:
     """Return generalised advantages (Schulman et al. 2015, arXiv 1506.02438, eq. 16) of rollouts with a final reward.
@@ -22,8 +24,13 @@ def gae(values: np.ndarray, rewards: np.ndarray, discount: float = 1.0, decay: f
 def whiten(advantages: np.ndarray, valid: np.ndarray, clip: float) -> np.ndarray:
     """Return advantages [...] with mean 0 and deviation 1 over the valid ones, clipped to +- clip.
 
-    `valid` is bool of the same shape. Invalid entries are 0, and all are 0 if the valid ones do not vary.
+    `valid` is bool of the same shape. Invalid entries are 0, as are those that are not finite, and all are 0 if the
+    valid ones do not vary. Where no valid entry is finite all are NaN, so that the update is skipped and counted.
     """
+    finite = valid & sound(advantages)
+    if valid.any() and not finite.any():
+        return np.full_like(advantages, np.nan)
+    valid, advantages = finite, np.where(finite, advantages, 0.0)
     chosen = advantages[valid]
     if not chosen.size or (spread := chosen.std()) < 1e-8:
         return np.zeros_like(advantages)
@@ -46,7 +53,8 @@ class RunningMoments:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def observe(self, values: np.ndarray) -> None:
-        """Add values [n]."""
+        """Add values [n], but for those that are not finite: one of them would spoil all that come later."""
+        values = values[sound(values)]
         if not len(values):
             return
         total, gap = self.count + len(values), values.mean() - self.mean

@@ -2,6 +2,8 @@
 
 import torch
 
+MOST_LOG = 20.0  # ratios end at e^20: no clip range comes near it, and squares of gradients stay finite in fp32
+
 
 def clipped_surrogate(
     log_ratio: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float
@@ -9,10 +11,12 @@ def clipped_surrogate(
     """Return PPO's pessimistic surrogate (Schulman et al. 2017, eq. 7) as a loss, and the ratio; all [B].
 
     Log-probs are means over latent dimensions, so the ratio is the true one to the power 1/D, and clip ranges are tiny.
+    A sample with advantage 0, as a masked one has, adds exactly 0 to the loss and its gradient, whatever its ratio is.
     """
-    ratio = torch.exp(log_ratio)
+    counted = torch.where(advantage == 0, 0.0, log_ratio)
+    ratio = torch.exp(counted.clamp(max=MOST_LOG))
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+    return torch.maximum(-advantage * ratio, -advantage * clipped), torch.exp(log_ratio)
 
 
 def clipped_value_loss(values: torch.Tensor, before: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:

@@ -197,9 +197,21 @@ class Backbone(ABC):
         return output[1] if isinstance(output, tuple) else output
 
     @abstractmethod
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return images fp32 [B, 3, H, W] of final latents, about -1 to 1, with a gradient to the latents. The VAE
+        loads at the first call."""
+
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Return the images of final latents. The VAE loads at the first call."""
+        """Return uint8 images [B, H, W, 3] of final latents."""
+        return rounded(self.pixels(latents.to(self.device)))
 
     @abstractmethod
     def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
         """Write adapter weights as a safetensors file that the stock `load_lora_weights` reads, and return its path."""
+
+
+def rounded(pixels: torch.Tensor) -> np.ndarray:
+    """Return pixels fp32 [B, 3, H, W], -1 to 1, as images uint8 [B, H, W, 3], rounded as stock pipelines round them."""
+    images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()

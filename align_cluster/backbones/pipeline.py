@@ -323,15 +323,8 @@ class PipelineBackbone(Backbone):
             shorten_attention(vae)
         return vae.to(self.device, memory_format=self.vae_layout).eval().requires_grad_(False)
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Return uint8 images of final latents, rounded as the stock pipeline rounds them."""
-        pixels = self.pixels(latents.to(self.device))
-        images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return images fp32 [B, 3, H, W] of final latents, about -1 to 1, with a gradient to the latents."""
+        """Decode with the VAE."""
         config = self._vae.config
         z = latents / config.scaling_factor + (config.shift_factor or 0.0)
         with self.autocast():

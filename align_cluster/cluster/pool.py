@@ -113,9 +113,10 @@ class Pool:
         ray.kill(worker.actor)
         self.workers.remove(worker)
 
-    def submit(self, key: Hashable, method: str, *args: Any, returns: int = 1) -> None:
-        """Queue one call; `stream` yields its result."""
-        self.waiting.append(Call(key, method, args, returns))
+    def submit(self, key: Hashable, method: str, *args: Any, returns: int = 1, tries: int | None = None) -> None:
+        """Queue one call; `stream` yields its result. With `tries` it may lose as many workers before it is given up,
+        where the pool gives calls up at all."""
+        self.waiting.append(Call(key, method, args, returns, tries))
         self._feed()
 
     def _feed(self) -> None:
@@ -234,7 +235,8 @@ class Pool:
         call, late = calls[0], isinstance(error, TimeoutError)
         call.losses += 1
         call.slots.add(slot.index)
-        if call.losses < (self.retry_policy.tries if self.retry_policy else MAX_LATE_TRIES if late else MAX_TRIES):
+        tries = (call.tries or self.retry_policy.tries) if self.retry_policy else MAX_LATE_TRIES if late else MAX_TRIES
+        if call.losses < tries:
             return []
         del calls[0]
         if not self.retry_policy and late:

@@ -14,14 +14,15 @@ MAX_FAILURES = 5  # workers lost in a row on one slot before it is quarantined: 
 class Call:
     """Describes one unit of work: which method to call, and with what.
 
-    `returns` splits the result into that many objects. `losses` counts the workers that were lost with it, and `slots`
-    are the slots where that happened.
+    `returns` splits the result into that many objects. `tries` is how many workers it may lose (None: as the pool's
+    policy says). `losses` counts the workers that were lost with it, and `slots` are the slots where that happened.
     """
 
     key: Hashable
     method: str
     args: tuple
     returns: int = 1
+    tries: int | None = None
     losses: int = 0
     slots: set[int] = field(default_factory=set)
 

@@ -149,6 +149,7 @@ def config_hash(config: RunConfig) -> str:
         del data[key]
     for reward in data["rewards"].values():
         reward["pool"] = reward["pool"] and reward["pool"]["batch"]  # what is scored together may matter in a last bit
+        del reward["on_failure"]["stop_after"]  # says when a run ends, and nothing of what it does until then
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -159,7 +160,7 @@ def differences(old: dict[str, Any], new: RunConfig) -> list[str]:
     found = []
 
     def compare(path: str, there: Any, here: Any) -> None:
-        if path in _MAY_CHANGE:
+        if path in _MAY_CHANGE or re.fullmatch(r"rewards\.[^.]+\.on_failure\.stop_after", path):
             return
         if re.fullmatch(r"rewards\.[^.]+\.pool", path):  # where and how many, but for what is scored together
             path, there, here = f"{path}.batch", (there or {}).get("batch"), (here or {}).get("batch")

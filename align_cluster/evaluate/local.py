@@ -19,6 +19,7 @@ from align_cluster.evaluate.lora import bind, check_fits, read_lora
 from align_cluster.observe.table import rows, summarise
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation
+from align_cluster.rewards.mix import without
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import Euler
@@ -107,6 +108,8 @@ class LocalModel:
             images, facts = (draw_chunk or self.draw_unsteered)(chunk)
             prompts = chunk.prompts[: len(images)]  # a steered chunk has one prompt, and keeps some of its images
             scores = self.score(images, prompts)
+            if scores:
+                scores = without(scores, [row for row, fact in enumerate(facts) if fact.get("non_finite")])
             yield DrawnChunk(chunk, images, facts, rows(prompts, scores) if scores else [])
 
     def draw_unsteered(self, chunk: Chunk) -> ImagesAndFacts:
@@ -114,8 +117,9 @@ class LocalModel:
         request = DrawRequest(
             version=self.sampler.version, steps=self.steps, step=Euler.Config(), guidance=self.guidance
         )
-        _, images, _ = self.sampler.draw(chunk, self.conditions, self.null, request)
-        return images, [{"seed": seed} for seed in chunk.seeds]
+        info, images, _ = self.sampler.draw(chunk, self.conditions, self.null, request)
+        broken = {row: {"non_finite": True} for row in info.non_finite}
+        return images, [{"seed": seed} | broken.get(row, {}) for row, seed in enumerate(chunk.seeds)]
 
     @property
     def null(self) -> Condition | None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from align_cluster.algorithms import ALGORITHMS
-from align_cluster.algorithms.advantage import credit, linear
+from align_cluster.algorithms.advantage import credit, linear, usable
 from align_cluster.algorithms.trust import TrustRegion
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Reduced
@@ -33,9 +33,8 @@ class AdvantageEstimator:
         """Return advantages [P, M] of a step from all its scores; groups are the rows. `values` belong to a critic."""
         if ALGORITHMS[self.config.algorithm.kind].reward_gradient:
             shape = (self.config.prompts_per_step, self.config.group_members)
-            return Credit(
-                np.zeros(shape, np.float32), np.ones(shape, bool), {}
-            )  # the learner follows the rewards' gradient itself
+            finite = np.concatenate([item.finite for item in drawn]).reshape(shape)
+            return Credit(np.zeros(shape, np.float32), finite, {})  # the learner follows the rewards' gradient itself
         arguments = self._arguments(drawn)
         return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
 
@@ -46,7 +45,7 @@ class AdvantageEstimator:
         values, applies, valid, weights, settings, batches = self._arguments(drawn)
         u = linear(values, applies, valid, weights, settings, batches)
         estimates = {name: trained[name].largest for name in LARGEST} | {"step_kl": trained["step_kl"].mean}
-        return self.trust.observe(estimates, u[valid])
+        return self.trust.observe(estimates, u[usable(values, applies, valid, weights)])
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

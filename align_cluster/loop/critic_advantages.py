@@ -5,6 +5,7 @@ from collections import deque
 
 import numpy as np
 
+from align_cluster.algorithms.advantage import usable
 from align_cluster.algorithms.gae import RunningMoments, explained_variance, gae, whiten
 from align_cluster.config.run import RunConfig
 from align_cluster.files import atomic, write_text
@@ -13,6 +14,7 @@ from align_cluster.loop.learning import CriticValues
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.observe.charts import Series, scatter_chart
 from align_cluster.observe.rundir import RunDir
+from align_cluster.rewards.base import sound
 from align_cluster.rewards.mix import lost, table
 from align_cluster.types import Credit
 
@@ -37,6 +39,7 @@ class CriticAdvantageEstimator:
         settings, scores = self.config.algorithm, [item.scores for item in drawn]
         rewards, applies, valid, weights = table(scores, self.config.rewards)
         shape = (self.config.prompts_per_step, self.config.group_members)
+        valid = usable(rewards, applies, valid, weights)
         valid &= np.repeat(~lost(scores, self.config.rewards).reshape(shape).any(1), shape[1])
         normal = self._normalised(rewards, applies & valid)
         self._warm_up(values, normal, applies & valid, sigmas)
@@ -45,6 +48,8 @@ class CriticAdvantageEstimator:
         judged = (applies & valid)[:, :, None]
         shares = np.abs(weights)[:, None, None] * judged
         total = (np.sign(weights)[:, None, None] * shares * raw).sum(0) / np.maximum(shares.sum(0), 1e-12)
+        finite = valid & sound(total).all(1)  # the critic, too, may say what is no number
+        valid = finite if finite.any() else valid
         steps = np.repeat(valid[:, None], total.shape[1], 1)
         advantages = whiten(total, steps, settings.advantage_clip)
         metrics = self._metrics(values, normal, applies & valid, sigmas) | {

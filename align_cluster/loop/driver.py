@@ -31,6 +31,7 @@ from align_cluster.observe.progress import Progress, table
 from align_cluster.observe.report import write_report
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.prompts import PROMPTS
+from align_cluster.rewards.mix import silent
 from align_cluster.types import Prompt
 
 STAGES = {"rollout": "chunks", "reward": "chunks", "update": "", "evaluate": "chunks"}  # and what each counts in
@@ -139,6 +140,7 @@ def align(
                 alarm = guard.rollback_wanted(step + 1, row, bars.note)
                 checkpoints.finished(step + 1, metrics, results)
             bars.step(step + 1, row)
+            guard.require_scores(step + 1, silent([item.scores for item in drawn], config.rewards), config.rewards)
             if alarm:
                 checkpoints.roll_back(alarm)
                 weights.publish("behaviour")

@@ -2,6 +2,7 @@
 
 from align_cluster.config.plan import evaluation_pieces
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
 from align_cluster.files import write_json
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.learning import Sync
@@ -9,11 +10,13 @@ from align_cluster.loop.requests import evaluation_request
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.grids import save_grid
+from align_cluster.observe.guards import no_score
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.observe.table import headline_column, rows, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
 from align_cluster.rewards import REWARDS
+from align_cluster.rewards.mix import silent
 from align_cluster.types import Chunk, Prompt
 
 
@@ -46,9 +49,16 @@ class Evaluation:
         return sum(map(len, self.chunks))
 
     def first(self) -> dict:
-        """Take scores and grid of the base model, which the samplers hold from the start."""
+        """Take scores and grid of the base model, which the samplers hold from the start.
+
+        Raises UserError with the error of a trained reward that fails on every image.
+        """
         with self.clock.stage("evaluate"):
-            scores = self.score(0)
+            drawn = self._draw(self.chunks)
+            for name, failure in silent([item.scores for item in drawn], self.config.rewards).items():
+                if self.config.rewards[name].on_failure.stop_after:
+                    raise UserError(no_score(name, failure, "of the first evaluation"))
+            scores = self._summarise(0, drawn)
             self.grid(0)
             return scores
 
@@ -78,7 +88,9 @@ class Evaluation:
 
     def score(self, step: int) -> dict:
         """Take scores of the weights that the samplers hold, and record them in evaluations.jsonl."""
-        drawn = self._draw(self.chunks)
+        return self._summarise(step, self._draw(self.chunks))
+
+    def _summarise(self, step: int, drawn: list[DrawnChunk]) -> dict:
         scores = summarise([row for item in drawn for row in rows(item.chunk.prompts, item.scores)])
         self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
         return scores

@@ -15,7 +15,7 @@ from align_cluster.cluster.slots import InputLost
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.conditions import ConditionStore
 from align_cluster.loop.scoring import Scoring
-from align_cluster.rewards.mix import beside
+from align_cluster.rewards.mix import beside, without
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
 from align_cluster.types import Chunk, ChunkId, DrawInfo, Scores
 
@@ -26,13 +26,24 @@ Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 @dataclass(frozen=True)
 class DrawnChunk:
-    """Holds one chunk that was drawn as `request` asks and then scored; `images` and `record` are references."""
+    """Holds one chunk that was drawn as `request` asks and then scored; `images` and `record` are references.
+
+    Rows that are not finite have no scores, whatever a reward says of their black images.
+    """
 
     info: DrawInfo
     images: Any
     record: Any
     scores: Scores
     request: DrawRequest
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", without(self.scores, self.info.non_finite))
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Return which rows are finite, as bool [B]."""
+        return ~np.isin(np.arange(len(self.chunk)), self.info.non_finite)
 
     @property
     def chunk(self) -> Chunk:

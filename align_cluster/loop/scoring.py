@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,8 +10,8 @@ import numpy as np
 from align_cluster.cluster.pool import DEPTH, Done, Pool
 from align_cluster.cluster.slots import GivenUp
 from align_cluster.config.plan import RewardPool
-from align_cluster.rewards.mix import unscored
-from align_cluster.types import Chunk, ChunkId, Failure, Scores
+from align_cluster.rewards.mix import concatenate, unscored
+from align_cluster.types import Chunk, ChunkId, Scores
 
 
 class Drawn(NamedTuple):
@@ -21,12 +22,42 @@ class Drawn(NamedTuple):
     since: float
 
 
+class Rows(NamedTuple):
+    """Names rows `start` to `stop` of a chunk, whose images `images` refers to."""
+
+    chunk: Chunk
+    images: Any
+    start: int
+    stop: int
+
+
+Family = list[tuple[Sequence[Rows], GivenUp | None]]
+
+
+@dataclass(eq=False)
+class Batch:
+    """Holds rows that a worker scores together, as the key of the call that does it.
+
+    `family` collects how the call ended; the two halves of a batch that was given up share one.
+    """
+
+    parts: Sequence[Rows]
+    family: Family = field(default_factory=list)
+    half: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part.chunk.id}[{part.start}:{part.stop}]" for part in self.parts)
+
+
 class Scoring:
     """Hands chunks to the pool as they are drawn.
 
     Ordered batches are consecutive chunks of the step, whichever is drawn first. The last bits of a score may depend on
     what else is in its batch, and are then the same in every run. Dynamic batches are whatever waits when a worker has
     room. A chunk with more images than a batch goes alone.
+
+    The pool gives up a batch that its workers die of or hang on. Its halves are then scored apart, and so on, until the
+    rows that are to blame are alone. Where both halves are given up, no row is to blame, and none has a score.
     """
 
     def __init__(self, pool: Pool, settings: RewardPool) -> None:
@@ -39,6 +70,8 @@ class Scoring:
         self.waiting: dict[ChunkId, Chunk] = {}  # dynamic batching alone
         planned = list(batches(chunks, self.batch)) if self.settings.ordered else []
         self.planned = {chunk.id: batch for batch in planned for chunk in batch}
+        self.working: set[ChunkId] = set()  # those of `drawn` that are with a worker
+        self.found: dict[ChunkId, dict[int, Scores]] = {}  # by first row, of chunks of which rows are missing
         self.scored: set[ChunkId] = set()
         self.latencies: list[float] = []
         self.fills: list[float] = []
@@ -51,7 +84,7 @@ class Scoring:
         if chunk.id in self.scored:
             return
         if chunk.id in self.drawn:
-            if chunk.id in self.waiting or not self._complete(chunk):  # it is not with a worker yet
+            if chunk.id not in self.working:
                 self.drawn[chunk.id] = self.drawn[chunk.id]._replace(images=images)
             return
         self.drawn[chunk.id] = Drawn(chunk, images, time.perf_counter())
@@ -63,39 +96,76 @@ class Scoring:
             self.waiting[chunk.id] = chunk
             self._submit_waiting()
             return
-        if self._complete(chunk):
+        if all(other.id in self.drawn for other in self.planned[chunk.id]):
             self._submit(self.planned[chunk.id])
 
     def collect(self, done: Done) -> dict[ChunkId, Scores]:
-        """Return the scores that a finished call holds, by the ids of their chunks."""
-        drawn = self._take(done)
-        self.latencies += [time.perf_counter() - one.since for one in drawn]
+        """Return the scores of the chunks that a finished call completes, by their ids."""
         if isinstance(done.value, GivenUp):
-            reason, rewards = done.value, self.settings.rewards
-            found = [unscored(rewards, Failure(reason.kind, reason.message, len(one.chunk))) for one in drawn]
+            self._end(done.key, done.value)
         else:
-            found = done.value
-        for scores in found:
-            self.images += len(next(iter(scores.valid.values())))
-            for name, seconds in scores.seconds.items():
-                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.scored.update(done.key)
+            self._keep(done.key.parts, done.value)
+            self._end(done.key)
         self._submit_waiting()
-        return dict(zip(done.key, found, strict=True))
+        return self._completed()
 
     def withdraw(self, done: Done) -> list[tuple[Chunk, Any]]:
         """Return the chunks of a call that found images missing, with the references that it had. They must be added
-        again with new ones."""
-        return [(one.chunk, one.images) for one in self._take(done)]
+        again with new ones, and are then scored as a whole."""
+        parts = self._current(done.key.parts)
+        for part in parts:
+            self._forget(part.chunk.id)
+            self.planned[part.chunk.id] = [one.chunk for one in parts]
+        self._end(done.key)
+        return [(part.chunk, part.images) for part in parts]
 
-    def _complete(self, chunk: Chunk) -> bool:
-        """Tell whether all chunks of this one's planned batch are drawn, and so with a worker."""
-        return all(other.id in self.drawn for other in self.planned.get(chunk.id, ()))
+    def _end(self, batch: Batch, given_up: GivenUp | None = None) -> None:
+        """Take note that a call ended. Where it and its other half have, look for the rows to blame in what was given
+        up."""
+        batch.family.append((batch.parts, given_up))
+        if len(batch.family) < 1 + batch.half:
+            return
+        failed = [(self._current(parts), reason) for parts, reason in batch.family if reason]
+        for parts, reason in failed:
+            if len(failed) == 2 or count(parts) < 2:
+                why = (self.settings.rewards, reason.kind, reason.message)
+                self._keep(parts, [unscored(*why, count([part])) for part in parts])
+                continue
+            family: Family = []
+            for half in halves(parts):
+                self._call(Batch(half, family, True), tries=1)
 
-    def _take(self, done: Done) -> list["Drawn"]:
-        drawn = [self.drawn.pop(key) for key in done.key]
-        self.depth -= sum(len(one.chunk) for one in drawn)
-        return drawn
+    def _keep(self, parts: Sequence[Rows], found: Sequence[Scores]) -> None:
+        """Take in the scores of rows, unless their chunk was withdrawn meanwhile."""
+        for part, scores in zip(parts, found, strict=True):
+            if self._current([part]):
+                self.found.setdefault(part.chunk.id, {})[part.start] = scores
+
+    def _completed(self) -> dict[ChunkId, Scores]:
+        """Take out the scores of chunks whose rows all have come."""
+        complete = {}
+        for key, parts in list(self.found.items()):
+            scores = concatenate([parts[start] for start in sorted(parts)])
+            size = len(next(iter(scores.valid.values())))
+            if size < len(self.drawn[key].chunk):
+                continue
+            complete[key] = scores
+            self.latencies.append(time.perf_counter() - self.drawn[key].since)
+            self.images += size
+            for name, seconds in scores.seconds.items():
+                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self._forget(key)
+        self.scored.update(complete)
+        return complete
+
+    def _current(self, parts: Sequence[Rows]) -> list[Rows]:
+        """Return those rows whose images are still the ones that their chunk has."""
+        return [one for one in parts if one.chunk.id in self.drawn and self.drawn[one.chunk.id].images is one.images]
+
+    def _forget(self, key: ChunkId) -> None:
+        self.depth -= len(self.drawn.pop(key).chunk)
+        self.working.discard(key)
+        self.found.pop(key, None)
 
     def end(self) -> dict[str, float]:
         """Return the metrics of the draw, and stop workers that were not needed."""
@@ -118,12 +188,31 @@ class Scoring:
                 del self.waiting[chunk.id]
             self._submit(batch)
 
-    def _submit(self, batch: Sequence[Chunk]) -> None:
-        self.fills.append(min(1.0, sum(map(len, batch)) / self.batch))
-        images = [self.drawn[chunk.id].images for chunk in batch]
-        self.pool.submit(
-            tuple(chunk.id for chunk in batch), "score_chunks", [chunk.prompts for chunk in batch], *images
-        )
+    def _submit(self, chunks: Sequence[Chunk]) -> None:
+        self.working.update(chunk.id for chunk in chunks)
+        self.fills.append(min(1.0, sum(map(len, chunks)) / self.batch))
+        self._call(Batch([Rows(chunk, self.drawn[chunk.id].images, 0, len(chunk)) for chunk in chunks]))
+
+    def _call(self, batch: Batch, tries: int | None = None) -> None:
+        prompts = [part.chunk.prompts[part.start : part.stop] for part in batch.parts]
+        starts, images = [part.start for part in batch.parts], [part.images for part in batch.parts]
+        self.pool.submit(batch, "score_chunks", prompts, starts, *images, tries=tries)
+
+
+def count(parts: Sequence[Rows]) -> int:
+    """Count rows."""
+    return sum(part.stop - part.start for part in parts)
+
+
+def halves(parts: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
+    """Return the first half of the rows, and the others."""
+    first, second, left = [], [], count(parts) // 2
+    for part in parts:
+        middle = min(part.start + left, part.stop)
+        left -= middle - part.start
+        first += [part._replace(stop=middle)] if middle > part.start else []
+        second += [part._replace(start=middle)] if part.stop > middle else []
+    return first, second
 
 
 def batches(chunks: Iterable[Chunk], size: int) -> Iterator[list[Chunk]]:

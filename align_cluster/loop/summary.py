@@ -48,8 +48,10 @@ def step_metrics(
             values[key] = values.get(key, 0.0) + failure.images
     values |= correlations(scores)
     for name in ("contrast", "diversity"):
-        found, sizes = zip(*((getattr(item.info, name), len(item.chunk)) for item in drawn), strict=True)
-        values[f"images/{name}"] = float(np.average(found, weights=sizes))
+        found, sizes = zip(*((getattr(item.info, name), item.finite.sum()) for item in drawn), strict=True)
+        if any(sizes):
+            values[f"images/{name}"] = float(np.average(found, weights=sizes))
+    values["rollout/non_finite"] = float(sum(len(item.info.non_finite) for item in drawn))
     for metric in (*LEARNER, *ALGORITHMS[config.algorithm.kind].metrics):
         if metric.source in trained:
             reduced = trained[metric.source]

@@ -5,7 +5,7 @@ next, as PaLM's authors did (arXiv 2204.02311, section 5.1): the same prompts ag
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar, Literal
@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from align_cluster.errors import UserError
+from align_cluster.rewards.base import RewardSection
 from align_cluster.settings import Section
+from align_cluster.types import Failure
 
 WINDOW = 20  # earlier steps whose median a gradient norm is compared with
 SMOOTH = 5  # steps whose mean is one value of a reward, since a single step is noisy
@@ -35,7 +37,7 @@ class Rule(Section):
 
 
 class NotFinite(Rule):
-    """Watches the updates of a step that were skipped because loss or gradient was not finite."""
+    """Watches the updates of a step that did nothing because loss, gradient or all samples were not finite."""
 
     limit: PositiveFloat = 1
     patience: PositiveInt = 5
@@ -85,6 +87,15 @@ class GuardConfig(Section):
     contrast: Contrast | None = Contrast()
     diversity: Diversity | None = Diversity()
     rollbacks: PositiveInt = 3
+
+
+def no_score(name: str, failure: Failure, when: str) -> str:
+    """Say in a sentence that a trained reward has failed on all images, and what to do."""
+    said = " ".join(failure.message.split())[:500]
+    return (
+        f"rewards.{name} has no score for any image {when} ({failure.kind}: {said}); mend what it says, or "
+        f"set rewards.{name}.on_failure.stop_after to null to go on without these scores"
+    )
 
 
 @dataclass(frozen=True)
@@ -145,9 +156,22 @@ class Guard:
         note(alarm.message)
         return alarm if alarm.action == "rollback" else None
 
+    def require_scores(self, step: int, failures: Mapping[str, Failure], rewards: Mapping[str, RewardSection]) -> None:
+        """Take in which trained rewards scored no image of a step because all failed; see `mix.silent`.
+
+        Raises UserError with the reward's own error where one did so for `on_failure.stop_after` steps in a row.
+        """
+        for name in self.rewards:
+            key, most = f"unscored/{name}", rewards[name].on_failure.stop_after
+            self.streaks[key] = self.streaks.get(key, 0) + 1 if name in failures else 0
+            if most and self.streaks[key] >= most:
+                raise UserError(f"step {step}: {no_score(name, failures[name], f'in {most} steps in a row')}")
+
     def _measure(self, values: dict[str, float]) -> dict[str, float]:
         """Return what each rule compares with its limit; a rule without a value in this step is absent."""
         found = {"not_finite": values.get("train/skipped", 0.0), "zero_std": values.get("group/zero_std_ratio", 0.0)}
+        if values.get("rollout/non_finite"):
+            found["not_finite"] += values.get("train/empty", 0.0)
         norm = values.get("train/grad_norm")
         if norm is not None:
             if len(self.norms) >= SMOOTH and median(self.norms) > 0:

@@ -1,9 +1,9 @@
 """Prompts from files: one prompt a line (txt), or one JSON object a line with GenEval or OCR metadata (jsonl)."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from align_cluster.errors import UserError
@@ -71,16 +71,35 @@ class Exclude(Section):
     count: Count
 
 
-class Line(BaseModel):
-    """Holds one line of GenEval's evaluation_metadata.jsonl, or of an OCR file (`text`). Other keys are kept."""
+class Record(BaseModel):
+    """Holds what rewards read of a prompt's metadata: GenEval's fields, or the text of an OCR prompt. Other keys are
+    kept."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    prompt: Words
     tag: Words = "all"
     include: list[Include] = []
     exclude: list[Exclude] = []
     text: Words | None = None
+
+    @model_validator(mode="after")
+    def positions_name_other_clauses(self) -> "Record":
+        """Refuse a position beside no clause, or beside its own."""
+        for index, clause in enumerate(self.include):
+            target = clause.position[1] if clause.position else None
+            if target is not None and (target >= len(self.include) or target == index):
+                spot = f"include.{index}.position"
+                raise ValueError(f"{spot} names clause {target}; it must be another clause of the list")
+        return self
+
+
+class Line(Record):
+    """Holds one line of GenEval's evaluation_metadata.jsonl, or of an OCR file."""
+
+    prompt: Words
+
+
+Checked = TypeVar("Checked", bound=Record)
 
 
 class JsonlPrompts(PromptSource):
@@ -115,24 +134,25 @@ def parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f'{where}: a line must be a JSON object such as {{"prompt": "..."}}, not {type(raw).__name__}')
     try:
-        checked = Line.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        spot = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{where}: {spot}: {first['msg'][0].lower()}{first['msg'][1:]}, got {repr(first['input'])[:200]}"
-        ) from None
-    for index, clause in enumerate(checked.include):
-        target = clause.position[1] if clause.position else None
-        if target is not None and (target >= len(checked.include) or target == index):
-            raise UserError(
-                f"{where}: include.{index}.position names clause {target}; it must be another clause of the list"
-            )
+        checked = check_record(raw, Line)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     if checked.tag == "ocr" and not checked.text:
         raw["text"] = quoted(checked.prompt)
         if not raw["text"]:
             raise UserError(f'{where}: an OCR prompt needs "text", or its text in double quotes inside the prompt')
     return {"include": [], "exclude": [], **raw}
+
+
+def check_record(metadata: Any, kind: type[Checked] = Record) -> Checked:
+    """Return a prompt's metadata as a record. ValueError names the field that is wrong, and says how."""
+    try:
+        return kind.model_validate(metadata)
+    except ValidationError as error:
+        first = error.errors()[0]
+        spot, text = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        found = f": {text[0].lower()}{text[1:]}, got {repr(first['input'])[:200]}" if spot else text
+        raise ValueError(spot + found) from None
 
 
 def quoted(prompt: str) -> str:

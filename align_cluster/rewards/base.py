@@ -10,9 +10,17 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch.nn import functional as F
 
+from align_cluster.prompts.files import check_record
 from align_cluster.rewards.words import Vocabulary
 from align_cluster.settings import Section
-from align_cluster.types import FailureKind, Prompt
+from align_cluster.types import Failure, FailureKind, Prompt
+
+MOST = 1e30  # largest magnitude of a score, weighted or not: squares stay far inside fp64, and advantages inside fp32
+
+
+def sound(values: np.ndarray) -> np.ndarray:
+    """Return which numbers can be computed with: they are finite and at most MOST."""
+    return np.abs(values) <= MOST  # False for NaN
 
 
 class FailurePolicy(Section):
@@ -21,13 +29,17 @@ class FailurePolicy(Section):
     Each later retry waits twice as long as the one before. After the retries, mask leaves the images out of the
     statistics, drop_group leaves out all images of their prompt, and fail ends the run. A monitor's failures are only
     counted. A worker that is busy with one batch for more than `timeout_s` is replaced, and up to `retries` other
-    workers try the batch. Rewards that share workers add up their times.
+    workers try the batch, which is then halved. Rewards that share workers add up their times.
+
+    A run ends where the first evaluation has no score of a trained reward because all failed, or after `stop_after`
+    such training steps in a row; null goes on without it.
     """
 
     retries: Annotated[int, Field(ge=0, le=20)] = 2
     backoff_s: Annotated[float, Field(ge=0)] = 0.5
     timeout_s: PositiveFloat = 300.0
     then: Literal["mask", "drop_group", "fail"] = "mask"
+    stop_after: PositiveInt | None = 3
 
 
 class PoolSection(Section):
@@ -91,11 +103,25 @@ class Result:
     values    fp64 [B], higher is better, NaN where not valid
     valid     bool [B], False if the reward does not apply to the prompt
     details   more columns for reports, fp64 [B] by name, NaN where a column does not apply
+    failure   the rows that the reward could not score, which are not valid, and why
     """
 
     values: np.ndarray
     valid: np.ndarray
     details: dict[str, np.ndarray] = field(default_factory=dict)
+    failure: Failure | None = None
+
+
+def malformed(prompts: Sequence[Prompt], fields: Sequence[str]) -> Failure | None:
+    """Return the failure of prompts whose metadata breaks the format of a record in one of these fields; None where
+    none does. What rewards read came from a file, from a request, or from a caller."""
+    wrong = {}
+    for row, prompt in enumerate(prompts):
+        try:
+            check_record({name: prompt.metadata[name] for name in fields if prompt.metadata.get(name) is not None})
+        except ValueError as error:
+            wrong[row] = f"metadata of {prompt.text[:80]!r}: {error}"
+    return Failure("bad_input", next(iter(wrong.values())), tuple(wrong)) if wrong else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +142,8 @@ class Reward(ABC):
     """Scores images with one reward model. The constructor is cheap; `load` runs on the worker that scores.
 
     The same (image, prompt) always gets the same value, whatever else is in the batch. A reward raises if scoring fails
-    (a RewardError if it knows the kind), and the worker tries again or masks. It never returns a stand-in value.
+    (a RewardError if it knows the kind), and the worker tries again, looks for the images that are to blame, and masks
+    them. A reward that knows these images names them in its result's failure. It never returns a stand-in value.
 
     `needs` says what a prompt must have to be judged ("": its text will do), as the end of a sentence; `judges` tests
     it. `headline` names the detail that a run shows first in place of the score. `remote` says that a service computes

@@ -2,15 +2,26 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from align_cluster.rewards.base import FailurePolicy, Result, RewardError
+from align_cluster.rewards.base import MOST, FailurePolicy, Result, RewardError, sound
 from align_cluster.rewards.mix import concatenate
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
 
 Score = Callable[[np.ndarray, list[Prompt]], Result]
+
+
+class Refused(NamedTuple):
+    """Says why a reward scored none of a batch, how long its last try took, and whether it used up all tries."""
+
+    kind: FailureKind
+    message: str
+    seconds: float
+    tried: bool
 
 
 def classify(error: Exception) -> FailureKind:
@@ -26,42 +37,74 @@ def classify(error: Exception) -> FailureKind:
     return "model_error"
 
 
-def score_with(
-    score: Score, images: np.ndarray, prompts: list[Prompt], policy: FailurePolicy
-) -> tuple[Result, Failure | None]:
-    """Return scores of B images, and the failure of those that have none. Whatever can be scored gets its score.
+def score_with(score: Score, images: np.ndarray, prompts: list[Prompt], policy: FailurePolicy) -> Result:
+    """Return scores of B images, with the failure of those that have none. Whatever can be scored gets its score.
 
     A batch that does not fit into memory, or has an image that cannot be read, is halved until the rest has scores.
-    Other failures are tried again as the policy says.
+    Other failures are tried again as the policy says and then halved in the same way, without more tries, as long as
+    the policy's time allows it.
     """
+    return _score(score, images, prompts, policy, time.monotonic() + policy.timeout_s)
+
+
+def _score(score: Score, images: np.ndarray, prompts: list[Prompt], policy: FailurePolicy, deadline: float) -> Result:
+    found = _try(score, images, prompts, policy)
+    if isinstance(found, Result):
+        return found
+    # Both halves together take about as long as the whole, and twice as long where each waits for a service. A worker
+    # that is over its time is replaced, and its batch then has no scores at all.
+    if len(images) < 2 or time.monotonic() + 2 * found.seconds > deadline:
+        return nothing(found.kind, found.message, len(images))
+    _free()
+    if found.tried:
+        policy = policy.model_copy(update={"retries": 0})
+    cut = len(images) // 2
+    parts = [_score(score, images[half], prompts[half], policy, deadline) for half in (slice(cut), slice(cut, None))]
+    return _joined(parts)
+
+
+def _try(score: Score, images: np.ndarray, prompts: list[Prompt], policy: FailurePolicy) -> Result | Refused:
+    """Return scores of a batch, after as many tries as the policy allows and the kind of failure makes sense of."""
     for attempt in range(policy.retries + 1):
         if attempt:
             time.sleep(policy.backoff_s * 2 ** (attempt - 1))
+        started = time.monotonic()
         try:
-            return checked(score(images, prompts), len(images)), None
+            return checked(score(images, prompts), len(images))
         except Exception as error:
             kind, message = classify(error), f"{type(error).__name__}: {error}"
-        if kind in ("oom", "bad_input") and len(images) > 1:
-            _free()
-            cut = len(images) // 2
-            parts = [score_with(score, images[rows], prompts[rows], policy) for rows in (slice(cut), slice(cut, None))]
-            return _joined(parts)
-        if kind == "bad_input":
-            break
-    nothing = Result(np.full(len(images), np.nan), np.zeros(len(images), dtype=bool))
-    return nothing, Failure(kind, message, len(images))
+            refused = Refused(kind, message, time.monotonic() - started, attempt == policy.retries)
+        if kind == "bad_input" or (kind == "oom" and len(images) > 1):
+            break  # the same batch would fail again, and its parts have all tries
+    return refused
 
 
 def checked(result: Result, count: int) -> Result:
-    """Return the result. ValueError says how it breaks the contract of a reward."""
+    """Return the result, in which a row whose value nobody can compute with has no score.
+
+    ValueError says how the result breaks the contract of a reward.
+    """
     columns = {"values": result.values, "valid": result.valid, **result.details}
     for name, column in columns.items():
         if np.shape(column) != (count,):
             raise ValueError(f"{name} has shape {np.shape(column)} for {count} images")
-    broken = int((result.valid & ~np.isfinite(result.values)).sum())
-    if broken:
-        raise ValueError(f"{broken} of {count} values are not finite")
-    return result
+    if result.failure and np.asarray(result.valid)[list(result.failure.rows)].any():
+        raise ValueError(f"the failure names rows that are valid, among {result.failure.rows}")
+    broken = result.valid & ~sound(result.values)
+    if not broken.any():
+        return result
+    rows = np.flatnonzero(broken).tolist()
+    message = f"ValueError: {len(rows)} of {count} values are not finite, or above {MOST:g}"
+    known = result.failure or Failure("model_error", message, ())
+    failure = replace(known, rows=tuple(sorted({*known.rows, *rows})))
+    values = np.where(broken, np.nan, result.values)
+    return replace(result, values=values, valid=result.valid & ~broken, failure=failure)
+
+
+def nothing(kind: FailureKind, message: str, count: int) -> Result:
+    """Return the result of a reward that could score none of `count` images."""
+    failure = Failure(kind, message, tuple(range(count)))
+    return Result(np.full(count, np.nan), np.zeros(count, dtype=bool), failure=failure)
 
 
 def _free() -> None:
@@ -69,9 +112,9 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _joined(parts: list[tuple[Result, Failure | None]]) -> tuple[Result, Failure | None]:
+def _joined(parts: list[Result]) -> Result:
     name = ""  # The scores are of one reward, whose name is not known here.
     whole = concatenate(
-        [Scores({name: r.values}, {name: r.valid}, {name: f} if f else {}, r.details) for r, f in parts]
+        [Scores({name: r.values}, {name: r.valid}, {name: r.failure} if r.failure else {}, r.details) for r in parts]
     )
-    return Result(whole.values[name], whole.valid[name], whole.details), whole.failures.get(name)
+    return Result(whole.values[name], whole.valid[name], whole.details, whole.failures.get(name))

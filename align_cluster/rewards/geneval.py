@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from align_cluster.embedded.detector import Detection
-from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection, malformed
 from align_cluster.rewards.clip import CLIP_L, CLIPS
 from align_cluster.rewards.colors import ColorNamer, cutout
 from align_cluster.rewards.detectors import DETECTORS, Embedded, geneval_name
@@ -175,8 +175,10 @@ class GenEval(Reward):
         self.name_colors = None if self.detector.tells_colors else ColorNamer(self.config.color_clip, device)
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
-        """Judge the images with an `include`; the others stay invalid."""
+        """Judge the images with an `include`; the others stay invalid. Records that break GenEval's format fail."""
+        failure = malformed(prompts, ("include", "exclude", "tag"))
         valid = np.array([self.judges(prompt) for prompt in prompts], dtype=bool)
+        valid[list(failure.rows if failure else ())] = False
         columns = {name: np.full(len(prompts), np.nan) for name in ("accuracy", "strict", "graded")}
         asked = np.flatnonzero(valid)
         for index, detections in zip(asked, self._detections(images[asked], [prompts[i] for i in asked]), strict=True):
@@ -185,7 +187,7 @@ class GenEval(Reward):
             for name, column in columns.items():
                 column[index] = getattr(verdict, name)
         chosen = ("graded", "accuracy") if self.config.score == "mixed" else (self.config.score,)
-        return Result(sum(columns[name] for name in chosen) / len(chosen), valid, columns)
+        return Result(sum(columns[name] for name in chosen) / len(chosen), valid, columns, failure)
 
     def _threshold(self, prompt: Prompt) -> float:
         counting = self._setting("counting_threshold")

@@ -225,7 +225,8 @@ class Http(Reward):
         """Score images uint8 [B, H, W, 3] with one prompt each, all in one request."""
         name = self.config.reward
         scores = self.client.score([name], images, prompts)
-        if name in scores.failures:
-            raise RewardError(scores.failures[name].kind, scores.failures[name].message)
+        failure = scores.failures.get(name)
+        if failure and (failure.kind != "bad_input" or failure.images == len(images)):
+            raise RewardError(failure.kind, failure.message)  # the service tries once, the run as its policy says
         details = {detail.removeprefix(f"{name}/"): column for detail, column in scores.details.items()}
-        return Result(scores.values[name], scores.valid[name], details)
+        return Result(scores.values[name], scores.valid[name], details, failure)

@@ -10,14 +10,48 @@ import numpy as np
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardSection
-from align_cluster.types import Failure, Scores
+from align_cluster.types import Failure, FailureKind, Scores
 
 
-def unscored(rewards: Sequence[str], failure: Failure) -> Scores:
-    """Return scores in which no reward has a value for the failure's images."""
-    count = failure.images
-    values, valid = np.full(count, np.nan), np.zeros(count, bool)
+def unscored(rewards: Sequence[str], kind: FailureKind, message: str, count: int) -> Scores:
+    """Return scores in which no reward has a value for `count` images, because of one failure."""
+    values, valid, failure = np.full(count, np.nan), np.zeros(count, bool), Failure(kind, message, tuple(range(count)))
     return Scores(dict.fromkeys(rewards, values), dict.fromkeys(rewards, valid), dict.fromkeys(rewards, failure))
+
+
+def part_of(scores: Scores, rows: slice) -> Scores:
+    """Return the scores of consecutive rows, with their share of the computing time and of the failures."""
+    share = (rows.stop - rows.start) / _size(scores)
+    failures = {
+        name: replace(failure, rows=tuple(row - rows.start for row in failure.rows if rows.start <= row < rows.stop))
+        for name, failure in scores.failures.items()
+    }
+    return Scores(
+        values={name: column[rows] for name, column in scores.values.items()},
+        valid={name: column[rows] for name, column in scores.valid.items()},
+        failures={name: failure for name, failure in failures.items() if failure.rows},
+        details={name: column[rows] for name, column in scores.details.items()},
+        seconds={name: share * spent for name, spent in scores.seconds.items()},
+    )
+
+
+def without(scores: Scores, rows: Sequence[int]) -> Scores:
+    """Return the scores with none for these rows, which are images of nothing. That is no failure of a reward."""
+    if not rows:
+        return scores
+    kept = np.ones(_size(scores), bool)
+    kept[list(rows)] = False
+    failures = {
+        name: replace(failure, rows=tuple(row for row in failure.rows if kept[row]))
+        for name, failure in scores.failures.items()
+    }
+    return replace(
+        scores,
+        values={name: np.where(kept, column, np.nan) for name, column in scores.values.items()},
+        valid={name: column & kept for name, column in scores.valid.items()},
+        failures={name: failure for name, failure in failures.items() if failure.rows},
+        details={name: np.where(kept, column, np.nan) for name, column in scores.details.items()},
+    )
 
 
 def beside(parts: Sequence[Scores], order: Sequence[str]) -> Scores:
@@ -57,9 +91,10 @@ def concatenate(chunks: Sequence[Scores]) -> Scores:
         for part, empty in (("values", np.nan), ("valid", False), ("details", np.nan))
     }
     failures: dict[str, Failure] = {}
-    for name, failure in (item for scores in chunks for item in scores.failures.items()):
-        first = failures.get(name, failure)
-        failures[name] = replace(first, images=failure.images + (first.images if name in failures else 0))
+    for start, scores in zip(np.cumsum([0, *sizes]).tolist(), chunks, strict=False):
+        for name, failure in scores.failures.items():
+            first, rows = failures.get(name, replace(failure, rows=())), (start + row for row in failure.rows)
+            failures[name] = replace(first, rows=(*first.rows, *rows))
     seconds: dict[str, float] = {}
     for name, spent in (item for scores in chunks for item in scores.seconds.items()):
         seconds[name] = seconds.get(name, 0.0) + spent
@@ -81,11 +116,12 @@ def table(
         raise UserError("rewards: all have role 'monitor', so there is nothing to train on; give one role: train")
     values, applies, valid = [], [], []
     for scores in chunks:
-        ok = np.stack([scores.valid[name] for name in trained])
-        failed = np.array([name in scores.failures for name in trained])[:, None] & ~ok
+        ok, failed = np.stack([scores.valid[name] for name in trained]), np.zeros(_size(scores), bool)
+        for name in trained:
+            failed[_failed(scores, name)] = True
         values.append(np.where(ok, np.stack([scores.values[name] for name in trained]), np.nan))
         applies.append(ok)
-        valid.append(ok.any(0) & ~failed.any(0))
+        valid.append(ok.any(0) & ~failed)
     weights = np.array([rewards[name].weight for name in trained])
     return np.concatenate(values, 1), np.concatenate(applies, 1), np.concatenate(valid), weights
 
@@ -106,9 +142,24 @@ def lost(chunks: Sequence[Scores], rewards: Mapping[str, RewardSection]) -> np.n
                     f"rewards.{name}.on_failure.then is fail"
                 )
             if policy == "drop_group":
-                drop |= ~scores.valid[name]
+                drop[_failed(scores, name)] = True
         dropped.append(drop)
     return np.concatenate(dropped)
+
+
+def silent(chunks: Sequence[Scores], rewards: Mapping[str, RewardSection]) -> dict[str, Failure]:
+    """Return the failure of each trained reward that has failed and has no score in any of the chunks."""
+    whole = concatenate(chunks)
+    return {
+        name: failure
+        for name, failure in whole.failures.items()
+        if rewards[name].role == "train" and not whole.valid[name].any()
+    }
+
+
+def _failed(scores: Scores, name: str) -> list[int]:
+    """Return the rows that a reward failed on. It may judge others neither, which is no failure."""
+    return list(scores.failures[name].rows) if name in scores.failures else []
 
 
 def _size(scores: Scores) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from align_cluster.prompts.files import quoted
-from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
+from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection, malformed
 from align_cluster.rewards.loading import extra
 from align_cluster.types import Prompt
 
@@ -94,12 +94,15 @@ class Ocr(Reward):
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Read each image with a quoted text; the others stay invalid."""
         values, exact = (np.full(len(prompts), np.nan) for _ in range(2))
+        failure = malformed(prompts, ("text",))
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            if failure and index in failure.rows:
+                continue
             target = plain(prompt.metadata.get("text") or quoted(prompt.text))
             if target:
                 read = plain(self.read(image))
                 values[index], exact[index] = similarity(read, target), read == target
-        return Result(values, np.isfinite(values), {"exact": exact})
+        return Result(values, np.isfinite(values), {"exact": exact}, failure)
 
     def read(self, image: np.ndarray) -> str:
         """Return all text found in an image uint8 [H, W, 3]."""

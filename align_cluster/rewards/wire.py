@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from align_cluster.settings import Section
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
@@ -59,11 +59,11 @@ class Head(Section):
 
 
 class WireFailure(Section):
-    """Says why `images` of a request have no score."""
+    """Says why the images at places `rows` of a request, counted from 0, have no score."""
 
     kind: FailureKind
     message: str
-    images: PositiveInt
+    rows: Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
 class RewardScores(Section):
@@ -123,7 +123,7 @@ def encode_answer(scores: Scores, seconds: float) -> Answer:
                 for detail, column in scores.details.items()
                 if detail.startswith(f"{name}/")
             },
-            failure=failure and WireFailure(kind=failure.kind, message=failure.message, images=failure.images),
+            failure=failure and WireFailure(kind=failure.kind, message=failure.message, rows=list(failure.rows)),
         )
     return Answer(rewards=rewards, seconds=seconds)
 
@@ -142,7 +142,10 @@ def decode_answer(body: bytes, count: int) -> Scores:
             raise ValueError(f"{name} has valid images without a value")
         details |= {f"{name}/{detail}": np.array(column, np.float64) for detail, column in part.details.items()}
         if part.failure:
-            failures[name] = Failure(part.failure.kind, part.failure.message, part.failure.images)
+            rows = sorted(set(part.failure.rows))
+            if rows[-1] >= count or valid[name][rows].any():
+                raise ValueError(f"{name}.failure names rows that are none of the {count} images, or that have a score")
+            failures[name] = Failure(part.failure.kind, part.failure.message, tuple(rows))
     return Scores(values, valid, failures, details, dict.fromkeys(values, answer.seconds))
 
 

@@ -1,7 +1,7 @@
 """The denoising loop: it takes one chunk from noise to final latents and records only the requested steps."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +37,26 @@ class Path:
     after: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     means: torch.Tensor | None = None
+
+    @property
+    def finite(self) -> torch.Tensor:
+        """Tell as bool [B] which samples have no NaN and no infinity in their latents and means. Steps without noise
+        have no log-density, which is no fault."""
+        held = [kept for name, kept in self._held().items() if name != "log_probs"]
+        return torch.stack([torch.isfinite(kept).flatten(1).all(1) for kept in held]).all(0)
+
+    def only(self, rows: torch.Tensor) -> "Path":
+        """Return the path with zeros in place of the samples that bool [B] `rows` leaves out."""
+        held = {name: kept.new_zeros(()).where(~_like(rows, kept), kept) for name, kept in self._held().items()}
+        return replace(self, **held)
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: kept for name, kept in parts.items() if kept is not None}
+
+
+def _like(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return rows.view(-1, *[1] * (x.ndim - 1))
 
 
 def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:

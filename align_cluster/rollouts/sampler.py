@@ -16,7 +16,7 @@ import torch
 
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import Merged, adapter_parameters, add_adapters
-from align_cluster.backbones.base import BackboneSection
+from align_cluster.backbones.base import BackboneSection, rounded
 from align_cluster.conditions.cache import cached
 from align_cluster.conditions.perturb import E2po, gamma
 from align_cluster.prompts.images import read_image
@@ -138,7 +138,8 @@ class Sampler:
     ) -> tuple[DrawInfo, np.ndarray, Record]:
         """Draw one chunk: return (info for the driver, images uint8 [B, H, W, 3], record for the learner).
 
-        `conditions` has an entry for each of the chunk's texts, `perturbations` for each of its perturbed texts. Raises
+        `conditions` has an entry for each of the chunk's texts, `perturbations` for each of its perturbed texts. A row
+        whose latents or pixels are not finite is named in the info; its image is black and its record 0. Raises
         RuntimeError if this worker holds other weights than the request names.
         """
         if request.version != self.version:
@@ -167,7 +168,7 @@ class Sampler:
                 request.means,
                 self.backbone.device,
             )
-        images = self.backbone.decode(path.x0)
+        path, images, finite = self._decoded(path)
         kept = (path.before, path.after, path.log_probs, path.means)
         arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in kept]
         record = Record(chunk, self.version, path.x0.cpu().numpy(), step.sigmas, indices, *arrays, slots)
@@ -176,10 +177,24 @@ class Sampler:
             self.version,
             fingerprint(chunk, request, keys_of(conditions), keys_of(perturbations)),
             time.perf_counter() - started,
-            float(images.std((1, 2, 3)).mean()) / 255,
-            diversity(images, [row.group for row in chunk.rows]),
+            float(images[finite].std((1, 2, 3)).mean()) / 255 if finite.any() else 0.0,
+            diversity(images[finite], [row.group for row, sound in zip(chunk.rows, finite, strict=True) if sound]),
+            tuple(np.flatnonzero(~finite).tolist()),
         )
         return info, images, record
+
+    @torch.no_grad()
+    def _decoded(self, path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+        """Return the path, the images uint8 [B, H, W, 3], and which rows are finite, bool [B]; the others are 0.
+
+        One row without a number would otherwise become a black image with a score, and its loss NaN for all.
+        """
+        finite = path.finite
+        pixels = self.backbone.pixels((path if finite.all() else path.only(finite)).x0.to(self.backbone.device))
+        finite = finite & torch.isfinite(pixels).flatten(1).all(1)
+        if not finite.all():
+            path, pixels = path.only(finite), torch.where(finite.view(-1, 1, 1, 1), pixels, -1.0)
+        return path, rounded(pixels), finite.cpu().numpy()
 
     def _given(self, chunk: Chunk) -> torch.Tensor:
         """Return the latents of each row's own image; rows with the same image differ in their later noise."""

@@ -24,7 +24,7 @@ from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, encode_answer
 from align_cluster.serving import flow_grpo
 from align_cluster.serving.config import Limits
 from align_cluster.serving.decoding import check_limit, decode_request
-from align_cluster.types import Failure, Prompt, Scores
+from align_cluster.types import Prompt, Scores
 
 ABOUT = f"""Scores images with reward models. A body is of type `{MEDIA_TYPE}`: 8 bytes with the length of the JSON
 (little-endian), the JSON, and the bytes of the images one after the other. Every refusal has a sentence
@@ -169,7 +169,7 @@ class Frontend:
         except Exception as error:
             late = timeout.expired()
             kind, message = ("timeout", f"no score in {limit:g} s") if late else (classify(error), str(error)[:500])
-            scores = unscored([reward], Failure(kind, message, count))
+            scores = unscored([reward], kind, message, count)
         self.metrics.reward_seconds.labels(reward).observe(time.perf_counter() - started)
         if failure := scores.failures.get(reward):
             self.metrics.failures.labels(reward, failure.kind).inc(failure.images)

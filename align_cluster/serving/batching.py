@@ -23,8 +23,8 @@ class MicroBatcher:
     """Scores up to `batch` images at a time, of as many requests as wait. No request waits for others to come.
 
     The worker is made, and always used, in one thread of its own: torch's number of threads belongs to the thread that
-    sets it. Only images of one size are scored together. Where a batch of several requests has a failure, each request
-    is scored again alone, so that none pays for another.
+    sets it. Only images of one size are scored together. A failure belongs to the images that the worker names, so no
+    request pays for another; where the worker itself raises, each request is scored again alone.
     """
 
     def __init__(self, make_worker: Callable[[], RewardWorker], batch: int) -> None:

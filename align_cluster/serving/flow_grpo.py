@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
 
+from align_cluster.prompts.files import check_record
 from align_cluster.rewards.wire import WireFailure, encode_answer, encode_image
 from align_cluster.serving.config import Limits
 from align_cluster.serving.decoding import check_limit, check_prompts, decode_images, read_json, validated
@@ -112,6 +113,11 @@ def decode_request(body: bytes, content_type: str, limits: Limits) -> tuple[np.n
             raise HTTPException(422, f"{count} images came with {len(column)} {name}; give one an image")
     if not all(isinstance(text, str) for text in texts):
         raise HTTPException(422, "prompts is missing, and not all meta_datas have a prompt; give one an image")
+    for index, record in enumerate(records):
+        try:
+            check_record(record)
+        except ValueError as error:
+            raise HTTPException(422, f"meta_datas.{index}.{error}") from None
     prompts = [Prompt(index, text, record) for index, (text, record) in enumerate(zip(texts, records, strict=True))]
     check_prompts(prompts, limits)
     return decode_images(request.images, FORMATS, limits), prompts

@@ -401,3 +401,39 @@ def test_variance_is_split_across_noises_conditions_and_their_kinds(masked):
 def test_settings_of_slas_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValidationError):
         AdvantageConfig.model_validate({"shaping": {"kind": "slas", **wrong}})
+
+
+@pytest.mark.filterwarnings("error")
+@each("broken", [None, np.nan, np.inf, -np.inf, 1e300, -1e31])
+@each("config", EVERY + SHAPED)
+def test_a_masked_sample_contributes_nothing_and_a_score_that_is_no_number_masks(config, broken):
+    """A group with such a sample has the advantages and metrics of the group without it. None: a reward has failed."""
+    given = example(4)
+    given = {name: x if name == "weights" else x[..., :1, :] for name, x in given.items()}
+    out, kept = 2, [0, 1, 3, 4, 5]
+    expected = credit(**{name: x if name == "weights" else x[..., kept] for name, x in given.items()}, config=config)
+    if broken is None:
+        given["valid"] = given["valid"] & (np.arange(M) != out)
+    else:
+        given["values"][1, 0, out] = broken
+    got = credit(**given, config=config)
+    assert got.valid[0].tolist() == [member != out for member in range(M)] and got.advantages[0, out] == 0
+    np.testing.assert_allclose(got.advantages[:, kept], expected.advantages, 1e-6, 1e-7)
+    assert got.metrics.pop("group/masked") == pytest.approx(1 / M) and expected.metrics.pop("group/masked") == 0
+    assert got.metrics == pytest.approx(expected.metrics)
+
+
+def test_a_large_score_is_compared_as_its_group_has_it_and_weights_count():
+    """One outlier leaves the others equal, and a weight that carries a score past the bound masks its sample."""
+    rewards = np.array([[0.1, 0.5, 0.9, 1e29]])
+    found = credit(**single(rewards), config=AdvantageConfig(eps=1e-9))
+    np.testing.assert_allclose(found.advantages, [[-1, -1, -1, 3]] / np.sqrt(3), rtol=1e-6)
+    assert found.valid.all()
+    assert not credit(**(single(rewards) | {"weights": np.array([-100.0])}), config=AdvantageConfig()).valid[0, 3]
+
+
+def test_a_reward_that_does_not_judge_a_prompt_may_say_anything_of_it():
+    given = example()
+    assert not given["applies"][1, 3].any()
+    given["values"][1, 3] = np.inf
+    assert credit(**given, config=AdvantageConfig()).valid.all()

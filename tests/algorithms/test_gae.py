@@ -65,3 +65,23 @@ def test_running_moments_are_those_of_everything_seen_and_survive_a_checkpoint()
         moments = RunningMoments.restored(moments.state())
     assert moments.mean == pytest.approx(np.mean(seen)) and moments.deviation == pytest.approx(np.std(seen))
     np.testing.assert_allclose(moments.normalise(np.array(seen)).std(), 1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf, 1e300])
+def test_one_number_that_cannot_be_computed_with_changes_nothing_for_the_others(broken):
+    seen = np.array([1.0, 2.0, 4.0])
+    moments, plain = RunningMoments(), RunningMoments()
+    moments.observe(np.array([1.0, broken, 2.0, 4.0]))
+    moments.observe(np.array([broken]))
+    plain.observe(seen)
+    assert moments.state() == plain.state()
+    given, valid = np.array([[1.0, 2.0], [broken, 4.0], [9.0, 9.0]]), np.array([[True] * 2] * 2 + [[False] * 2])
+    white, alone = whiten(given, valid, 5.0), whiten(seen, np.ones(3, bool), 5.0)
+    np.testing.assert_array_equal(white, [[alone[0], alone[1]], [0, alone[2]], [0, 0]])
+
+
+def test_an_update_of_nothing_but_nan_is_left_for_the_learner_to_skip_and_count():
+    given = np.array([np.nan, np.inf, 1.0])
+    assert np.isnan(whiten(given, np.array([True, True, False]), 5.0)).all()
+    assert not whiten(given, np.zeros(3, bool), 5.0).any()

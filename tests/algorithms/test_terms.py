@@ -234,3 +234,26 @@ def test_the_nft_weights_carry_no_gradient_and_a_perfect_sample_divides_by_no_ze
     loss = nft_policy_loss(**given, beta=1.0, advantage_clip=5.0)
     (gradient,) = torch.autograd.grad(loss.sum(), given["v"])
     assert torch.isfinite(loss).all() and torch.isfinite(gradient).all() and loss.max() < 1e-6
+
+
+@pytest.mark.parametrize("log_ratio", [0.01, 30.0, 1e4, math.inf, math.nan, -1e4])
+def test_a_sample_without_an_advantage_adds_nothing_whatever_its_ratio(log_ratio):
+    """Neither to the loss nor to the gradient, which a product of 0 and infinity would spoil for the whole batch."""
+    own = torch.tensor([0.05, log_ratio], requires_grad=True)
+    loss, _ = clipped_surrogate(own, torch.tensor([1.5, 0.0]), CLIP, CLIP)
+    loss.sum().backward()
+    alone, advantage = torch.tensor([0.05], requires_grad=True), torch.tensor([1.5])
+    expected, _ = clipped_surrogate(alone, advantage, CLIP, CLIP)
+    expected.sum().backward()
+    assert loss.tolist() == [expected.item(), 0] and own.grad.tolist() == [alone.grad.item(), 0]
+
+
+@pytest.mark.parametrize("advantage", [-3.0, 3.0])
+@pytest.mark.parametrize("log_ratio", [25.0, 90.0, 1e4, -90.0, -1e4])
+def test_a_ratio_that_would_overflow_has_a_finite_loss_and_gradient(log_ratio, advantage):
+    own = torch.tensor([log_ratio], requires_grad=True)
+    loss, _ = clipped_surrogate(own, torch.tensor([advantage]), CLIP, CLIP)
+    loss.sum().backward()
+    assert loss.isfinite().all() and own.grad.isfinite().all()
+    if advantage > 0 and log_ratio > 0:
+        assert loss.item() == pytest.approx(-advantage * (1 + CLIP))

@@ -283,7 +283,8 @@ def test_the_resolved_config_loads_back_equal(run_config, tmp_path, overrides):
 
 
 def test_the_hash_follows_what_the_result_depends_on(run_config):
-    same = {config_hash(run_config(*o)) for o in ((), ("name=other",), ("out=/x",), ("cluster.samplers=7",))}
+    later = ("rewards.judge.on_failure.stop_after=9",)
+    same = {config_hash(run_config(*o)) for o in ((), ("name=other",), ("out=/x",), ("cluster.samplers=7",), later)}
     other = {config_hash(run_config(*o)) for o in (("seed=1",), ("optimizer.lr=2e-4",), ("rollout.chunk=3",))}
     assert len(same) == 1 and len(other) == 3 and not same & other
 

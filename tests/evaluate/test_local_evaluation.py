@@ -1,5 +1,6 @@
 """LoRA files and evaluation without Ray, on the embedded pipeline."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from align_cluster.evaluate.local import LocalModel, evaluate
 from align_cluster.evaluate.lora import find_lora, read_lora
 from align_cluster.observe.table import rows
 from align_cluster.types import Prompt, Scores
+
+from ..drawing import chunk_of
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -89,6 +92,16 @@ def test_evaluation_scores_every_task_and_repeats_exactly(lora):
     apart = evaluate(load(QUICKSTART, [*small, "rollout.chunk=2"]))  # images of one prompt at once, not of six
     for column, value in scores["overall"].items():
         assert apart["overall"][column] == pytest.approx(value, abs=0.01), column
+
+
+def test_an_image_that_is_not_finite_has_no_score_and_says_so():
+    model = LocalModel(load(QUICKSTART), steps=2)
+    chunk = chunk_of(Prompt(0, "a photo of a red circle"), (1, 2))
+    (spoilt,) = model.sampler.encode([chunk.texts[0]])
+    model.conditions[chunk.texts[0]] = replace(spoilt, pooled=np.full_like(spoilt.pooled, np.nan))
+    (drawn,) = model.draw([chunk], "drawing")
+    assert not drawn.images.any() and drawn.facts == [{"seed": seed, "non_finite": True} for seed in (1, 2)]
+    assert all(value is None for row in drawn.rows for name, value in row.items() if "/" in name)
 
 
 def test_rows_leave_out_what_failed():

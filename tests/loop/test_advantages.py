@@ -9,7 +9,7 @@ from align_cluster.learner.batching import Reduced, make_micro_batches
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.prompts.groups import plan_step
-from align_cluster.types import DrawInfo, Prompt, Scores
+from align_cluster.types import DrawInfo, Failure, Prompt, Scores
 
 PROMPTS, NOISES, CONDITIONS = 4, 3, 2
 SIZE = NOISES * CONDITIONS
@@ -51,7 +51,8 @@ def drawn(
     for chunk in chunks:
         ok = np.array([(row.group, row.member) not in failing for row in chunk.rows])
         own = np.array([rewards[row.group, row.member] for row in chunk.rows])
-        scores = Scores({"clip": own}, {"clip": ok}, {} if ok.all() else {"clip": "failed"})
+        failure = Failure("model_error", "it broke", tuple(np.flatnonzero(~ok).tolist()))
+        scores = Scores({"clip": own}, {"clip": ok}, {} if ok.all() else {"clip": failure})
         items.append(DrawnChunk(DrawInfo(chunk, 1, "", 0.0), None, None, scores, None))
     return items, rewards
 

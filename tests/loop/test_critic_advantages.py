@@ -11,7 +11,7 @@ from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
 from align_cluster.loop.learning import CriticValues
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.prompts.groups import plan_step
-from align_cluster.types import DrawInfo, Prompt, Scores
+from align_cluster.types import DrawInfo, Failure, Prompt, Scores
 
 PROMPTS, SIZE, STEPS = 3, 2, 4
 SAMPLES = PROMPTS * SIZE
@@ -95,7 +95,7 @@ def test_the_actor_begins_when_every_head_explains_enough_of_its_reward_at_low_n
 def test_a_reward_that_failed_costs_its_image_and_nothing_else():
     config, values = settings(), said()
     items, _ = drawn(config, failing=1)
-    items[0].scores.failures["geneval"] = "failed"
+    items[0].scores.failures["geneval"] = Failure("model_error", "it broke", (1,))
     estimator = CriticAdvantageEstimator(config)
     credit = estimator.assign(items, CriticValues(values, SIGMAS))
     assert credit.valid.tolist() == [[True, False], [True, True], [True, True]]

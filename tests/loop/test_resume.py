@@ -164,6 +164,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_in_its_place(run, tm
         *("steps=20", "cluster.learners=4", "cluster.samplers=3", "checkpoint.every=1", "learner.zero_stage=3"),
         *("evaluate.every=2", "evaluate.grid_every=7", "guard.contrast.action=stop", "name=other"),
         *("rewards.clip.pool.workers=3", "learner.gradient_checkpointing=true"),
+        "rewards.clip.on_failure.stop_after=null",
     ],
 )
 def test_what_does_not_make_it_another_run_may_change(run, tmp_path, allowed):

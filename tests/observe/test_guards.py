@@ -1,6 +1,11 @@
 import json
 
+import pytest
+
+from align_cluster.errors import UserError
 from align_cluster.observe.guards import Guard, GuardConfig
+from align_cluster.rewards.base import RewardSection
+from align_cluster.types import Failure
 
 OFF = {name: None for name in GuardConfig.model_fields if name != "rollbacks"}
 
@@ -111,3 +116,36 @@ def test_after_a_rollback_what_was_seen_of_later_weights_counts_no_more():
     assert alarms(made, rows)
     made.rolled_back()
     assert made.good and not alarms(made, [{"reward/clip/mean": 0.45, "reward/clip/std": 0.1}] * 6)
+
+
+LATE = {"clip": Failure("timeout", "TimeoutError: no answer in 60 s", (0, 1))}
+
+
+def rewards(stop_after: int | None) -> dict[str, RewardSection]:
+    return {"clip": RewardSection(on_failure={"stop_after": stop_after}), "seen": RewardSection(role="monitor")}
+
+
+def test_a_reward_without_scores_ends_the_run_with_its_own_error_after_that_many_steps_in_a_row():
+    made = guard()
+    for step, failures in enumerate((LATE, LATE, {}, LATE, LATE), start=1):
+        made.require_scores(step, failures, rewards(3))
+        assert made.good == (not failures)
+    resumed = guard()
+    resumed.restore(json.loads(json.dumps(made.state())))
+    sentence = (
+        r"^step 6: rewards\.clip has no score for any image in 3 steps in a row "
+        r"\(timeout: TimeoutError: no answer in 60 s\); mend what it says, or set rewards\.clip\.on_failure\.stop_after"
+    )
+    with pytest.raises(UserError, match=sentence):
+        resumed.require_scores(6, LATE, rewards(3))
+
+
+def test_a_run_goes_on_without_scores_where_that_is_wanted():
+    made = guard()
+    for step in range(20):
+        made.require_scores(step, LATE, rewards(None))
+
+
+def test_samples_that_are_not_finite_count_where_they_leave_an_update_without_any():
+    rows = [{"rollout/non_finite": n, "train/empty": empty} for n, empty in ((1, 0), (0, 1), (8, 1), (8, 1))]
+    assert alarms(guard(not_finite={"patience": 2, "action": "stop"}), rows) == [(4, "not_finite", "stop")]

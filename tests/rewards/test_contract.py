@@ -179,7 +179,7 @@ def test_what_breaks_is_a_typed_failure_and_no_number(loaded, material, case):
     asked = [asked[i] for i in applies]
     scores = worker.score(images[applies][:, :0, :0], asked)
     failure = scores.failures["mine"]
-    assert failure == Failure("model_error", failure.message, len(asked)) and ": " in failure.message
+    assert failure == Failure("model_error", failure.message, tuple(range(len(asked)))) and ": " in failure.message
     assert not scores.valid["mine"].any() and np.isnan(scores.values["mine"]).all()
     scores = worker.score(images[applies], asked)
     assert scores.failures == {} and scores.valid["mine"].all()

@@ -1,4 +1,5 @@
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -437,3 +438,30 @@ def test_a_batch_of_right_and_wrong_images_scores_as_they_do_one_by_one():
     singles = [scored([record], MIXED_UP[i : i + 1]).values[0] for i, record in enumerate(RECORDS)]
     np.testing.assert_array_equal(batch, singles)
     assert len(set(batch[np.isfinite(batch)].tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"include": [{"class": "circle"}]}, "include.0.count: field required"),
+        ({"include": [{"class": "circle", "count": 0}]}, "include.0.count: .*greater than or equal to 1, got 0"),
+        ({"include": [{"class": "circle", "count": -1}]}, "include.0.count: .*greater than or equal to 1, got -1"),
+        ({"include": [{"class": "circle", "count": 1.5}]}, "include.0.count: .*valid integer"),
+        ({"include": [{"class": 3, "count": 1}]}, "include.0.class: .*valid string"),
+        ({"include": [{"class": "circle", "count": 1, "position": ["above", 4]}]}, "include.0.position names clause 4"),
+        ({"include": [{"class": "circle", "count": 1, "position": "above"}]}, "include.0.position"),
+        ({"include": "circle"}, "include: .*valid list"),
+        ({"include": 0}, "include: .*valid list"),
+        ({"include": [{"class": "circle", "count": 1}], "exclude": [{"class": "circle"}]}, "exclude.0.count"),
+        ({"include": [{"class": "circle", "count": 1}], "tag": 7}, "tag: .*valid string"),
+    ],
+)
+def test_a_record_that_breaks_the_format_fails_alone_by_the_name_of_its_field(wrong, named):
+    reward = GenEval(GenEval.Config())
+    reward.load("cpu", 1)
+    good = [Prompt(i, record["prompt"], record) for i, record in enumerate(RECORDS[:2])]
+    result = reward.score(IMAGES[:3], [good[0], Prompt(9, "a circle", wrong), good[1]])
+    assert result.failure.kind == "bad_input" and result.failure.rows == (1,)
+    assert re.match(f"metadata of 'a circle': {named}", result.failure.message)
+    assert result.valid.tolist() == [True, False, True] and np.isnan(result.values[1])
+    assert result.values[0] == scored(RECORDS[:1], IMAGES[:1]).values[0]

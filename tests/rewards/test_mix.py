@@ -1,15 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardSection
-from align_cluster.rewards.mix import beside, concatenate, table
+from align_cluster.rewards.mix import beside, concatenate, lost, part_of, silent, table, unscored, without
 from align_cluster.types import Failure, Scores
 
 NAN = float("nan")
 
 
-BROKE = Failure("model_error", "it broke", 1)
+BROKE = Failure("model_error", "it broke", (0,))
 
 
 def chunk(values, valid=None, failures=None, details=None):
@@ -28,7 +30,7 @@ def test_the_table_keeps_chunk_order_and_the_weights_of_trained_rewards():
 
 def test_monitors_never_count_not_even_when_they_fail():
     rewards = {"seen": RewardSection(weight=100.0, role="monitor"), "a": RewardSection()}
-    broken = chunk({"a": [1, 2], "seen": [NAN, NAN]}, failures={"seen": BROKE})
+    broken = chunk({"a": [1, 2], "seen": [NAN, NAN]}, failures={"seen": replace(BROKE, rows=(0, 1))})
     values, applies, valid, weights = table([chunk({"a": [1, 2], "seen": [7, 9]}), broken], rewards)
     np.testing.assert_array_equal(values, [[1, 2, 1, 2]])
     assert applies.all() and valid.all() and weights.tolist() == [1.0]
@@ -51,6 +53,48 @@ def test_a_reward_that_does_not_apply_is_left_out_and_masks_nothing():
     np.testing.assert_array_equal(values, [[0.5, NAN], [NAN, 1.0]])
 
 
+def test_a_failure_masks_no_image_that_the_reward_does_not_judge():
+    """A chunk holds rows of several prompts: reward b fails on the first, and judges the prompt of the second not."""
+    rewards = {"a": RewardSection(), "b": RewardSection(on_failure={"then": "drop_group"})}
+    mixed = chunk({"a": [1, 2, 3], "b": [NAN, NAN, 5]}, failures={"b": BROKE})
+    assert table([mixed], rewards)[2].tolist() == [False, True, True]
+    assert lost([mixed], rewards).tolist() == [True, False, False]
+
+
+def test_parts_of_a_batch_have_their_own_failures_alone_and_make_up_the_whole():
+    whole = chunk({"a": [1, NAN, 3, NAN]}, failures={"a": replace(BROKE, rows=(1, 3))}, details={"a/x": np.arange(4.0)})
+    parts = [part_of(whole, slice(0, 1)), part_of(whole, slice(1, 3)), part_of(whole, slice(3, 4))]
+    assert [part.failures for part in parts] == [{}, {"a": BROKE}, {"a": BROKE}]
+    again = concatenate(parts)
+    assert again.failures == whole.failures and again.seconds == pytest.approx(whole.seconds)
+    for column in ("values", "valid", "details"):
+        for name, values in getattr(whole, column).items():
+            np.testing.assert_array_equal(getattr(again, column)[name], values)
+
+
+def test_rows_without_an_image_have_no_score_and_no_failure():
+    scores = chunk(
+        {"a": [1, NAN, 3], "b": [4, 5, 6]}, failures={"a": replace(BROKE, rows=(1,))}, details={"a/x": [7, 8, 9]}
+    )
+    assert without(scores, ()) is scores
+    found = without(scores, (0, 1))
+    assert found.failures == {} and found.valid["b"].tolist() == [False, False, True]
+    np.testing.assert_array_equal(found.values["a"], [NAN, NAN, 3])
+    np.testing.assert_array_equal(found.details["a/x"], [NAN, NAN, 9])
+    rewards = {"a": RewardSection(on_failure={"then": "fail"}), "b": RewardSection()}
+    assert table([found], rewards)[2].tolist() == [False, False, True] and not lost([found], rewards).any()
+
+
+def test_a_trained_reward_that_fails_on_every_image_of_every_chunk_is_silent():
+    rewards = {"a": RewardSection(), "b": RewardSection(), "seen": RewardSection(role="monitor")}
+    dead = unscored(["a", "seen"], "unavailable", "gone", 2)
+    fine = chunk({"b": [1, 2]})
+    both = replace(dead, values=dead.values | fine.values, valid=dead.valid | fine.valid)
+    assert silent([both, both], rewards) == {"a": Failure("unavailable", "gone", (0, 1, 2, 3))}
+    assert silent([both, chunk({"a": [1, NAN], "b": [1, 1], "seen": [1, 1]})], rewards) == {}
+    assert silent([chunk({"a": [NAN], "b": [NAN], "seen": [NAN]})], rewards) == {}  # they judge none of the prompts
+
+
 def test_images_without_any_reward_are_masked_not_zero():
     values, applies, valid, _ = table([chunk({"a": [NAN, 1.0]})], {"a": RewardSection()})
     assert valid.tolist() == [False, True] and applies.tolist() == [[False, True]] and np.isnan(values[0, 0])
@@ -67,15 +111,16 @@ def test_concatenate_keeps_order_and_fills_what_a_chunk_lacks():
     np.testing.assert_array_equal(scores.values["a"], [1, 2, NAN, 3])
     np.testing.assert_array_equal(scores.details["a/exact"], [1, 0, NAN, NAN])
     assert scores.valid["a"].tolist() == [True, True, False, True]
-    assert scores.failures == {"a": BROKE} and scores.seconds == {"a": 1.5}
+    assert scores.failures == {"a": replace(BROKE, rows=(2,))} and scores.seconds == {"a": 1.5}
 
 
 def test_scores_of_several_workers_stand_beside_each_other_in_the_order_of_the_run():
-    late = chunk({"b": [3, NAN]}, failures={"b": BROKE}, details={"b/x": [1, 2]})
+    broke = replace(BROKE, rows=(1,))
+    late = chunk({"b": [3, NAN]}, failures={"b": broke}, details={"b/x": [1, 2]})
     first = chunk({"c": [5, 6], "a": [1, 2]}, details={"a/y": [7, 8]})
     for parts in ([late, first], [first, late]):
         scores = beside(parts, ["a", "b", "c"])
         assert list(scores.values) == list(scores.valid) == ["a", "b", "c"] and list(scores.details) == ["a/y", "b/x"]
         np.testing.assert_array_equal(scores.values["c"], [5, 6])
         np.testing.assert_array_equal(scores.valid["b"], [True, False])
-        assert scores.failures == {"b": BROKE} and scores.seconds == dict.fromkeys("abc", 0.5)
+        assert scores.failures == {"b": broke} and scores.seconds == dict.fromkeys("abc", 0.5)

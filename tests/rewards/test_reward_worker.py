@@ -31,13 +31,15 @@ def test_scores_carry_every_reward_by_its_name_in_the_run(worker):
     assert scores.failures == {} and all(seconds > 0 for seconds in scores.seconds.values())
 
 
-def test_a_failing_reward_masks_the_batch_and_reports_why(worker):
+def test_an_image_that_fails_is_masked_alone_and_the_senders_mistake_is_named(worker):
     broken = Prompt(0, "a circle", {"include": [{"class": "circle"}]})  # a clause without its count
     scores = worker.score(IMAGES, [broken, Prompt(1, RECORD["prompt"], RECORD)])
-    failure = Failure("model_error", "KeyError: 'count'", 2)
+    message = "metadata of 'a circle': include.0.count: field required, got {'class': 'circle'}"
+    failure = Failure("bad_input", message, (0,))
     assert scores.failures == {"objects": failure, "strict": failure}
     for name in ("objects", "strict"):
-        assert not scores.valid[name].any() and np.isnan(scores.values[name]).all()
+        assert scores.valid[name].tolist() == [False, True] and np.isnan(scores.values[name][0])
+        assert scores.values[name][1] == 1
     again = worker.score(IMAGES, [Prompt(0, RECORD["prompt"], RECORD)] * 2)
     assert again.failures == {} and again.valid["objects"].all()
 
@@ -56,9 +58,31 @@ def test_one_prompt_an_image(worker):
         worker.score(IMAGES, [Prompt(0, RECORD["prompt"], RECORD)])
 
 
-def test_values_that_are_not_finite_or_not_one_an_image_are_failures():
-    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
-        checked(Result(np.array([1, np.inf]), np.ones(2, bool)), 2)
+@pytest.mark.parametrize(
+    ("images", "given"),
+    [
+        (IMAGES / 255, r"float64 \[2, "),
+        (IMAGES.astype(np.int16), r"int16 \[2, "),
+        (IMAGES[..., :1], r"uint8 \[2, 48, 48, 1\]"),
+        (np.moveaxis(IMAGES, -1, 1), r"uint8 \[2, 3, 48, 48\]"),
+        (IMAGES[0], r"uint8 \[48, 48, 3\]"),
+    ],
+    ids=["floats", "integers", "grey", "channels first", "one image"],
+)
+def test_images_of_another_type_or_shape_have_no_scores_at_all(worker, images, given):
+    with pytest.raises(ValueError, match=f"images are {given}.*; give uint8"):
+        worker.score(images, [Prompt(0, RECORD["prompt"], RECORD)] * len(images))
+
+
+def test_chunks_are_scored_together_and_a_failure_belongs_to_its_own_row(worker):
+    """As many rows of each chunk as it has prompts, from a start on."""
+    good, broken = Prompt(0, RECORD["prompt"], RECORD), Prompt(1, "a circle", {"include": [{"class": "circle"}]})
+    first, second, third = worker.score_chunks([[good, broken], [good], [broken]], [0, 1, 0], IMAGES, IMAGES, IMAGES)
+    assert first.failures["objects"].rows == (1,) and third.failures["objects"].rows == (0,) and not second.failures
+    assert [one.valid["objects"].tolist() for one in (first, second, third)] == [[True, False], [True], [False]]
+
+
+def test_values_that_are_not_one_an_image_are_failures():
     with pytest.raises(ValueError, match="values has shape"):
         checked(Result(np.ones(1), np.ones(2, bool)), 2)
 

@@ -7,7 +7,7 @@ import torch
 from align_cluster.backbones.adapters import adapter_parameters
 from align_cluster.backbones.levels import flux_sigmas, sd3_sigmas
 from align_cluster.prompts.groups import plan_step
-from align_cluster.rollouts.denoise import initial_noise
+from align_cluster.rollouts.denoise import Path, initial_noise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import DrawRequest, Sampler, fingerprint, recorded_indices
 from align_cluster.rollouts.schedule import FluxSchedule, LinearSchedule, Sd3Schedule
@@ -367,3 +367,42 @@ def test_offline_a_chunk_is_its_prompts_own_image_whatever_the_weights(base, con
     np.testing.assert_array_equal(record.x0[0], record.x0[1])
     assert record.indices.shape == (2, 0) and record.chunk.noises == [1, 2]
     assert info.fingerprint != fingerprint(given, replace(request, offline=False), {TEXT: conditions[0].key}, {})
+
+
+# ------------------------------------------------------------------------------------------ rows that are not finite
+
+OTHER = "a photo of two blue squares"
+MIXED = Chunk(0, 0, chunk(1).rows + chunk_of(Prompt(1, OTHER), (2,), number=1).rows + chunk(3).rows)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_masked_and_the_others_are_drawn_as_if_it_were(base, conditions, broken):
+    """The condition of the second row's prompt has a broken number in it."""
+    request = DrawRequest(0, STEPS, FlowSde.Config(), window=noisy(0, 2), means=True)
+    spoilt = replace(conditions[2], sequence=np.full_like(conditions[2].sequence, broken))
+    whole, expected, clean = base[0].draw(MIXED, {TEXT: conditions[0], OTHER: conditions[2]}, None, request)
+    info, images, record = base[0].draw(MIXED, {TEXT: conditions[0], OTHER: spoilt}, None, request)
+    assert whole.non_finite == () and info.non_finite == (1,)
+    assert not images[1].any() and expected[1].any()
+    np.testing.assert_array_equal(images[[0, 2]], expected[[0, 2]])
+    for name in ("x0", "before", "after", "log_probs", "means"):
+        ours, theirs = getattr(record, name), getattr(clean, name)
+        assert not ours[1].any() and theirs[1].any()
+        np.testing.assert_array_equal(ours[[0, 2]], theirs[[0, 2]])
+    assert info.contrast == pytest.approx(float(images[[0, 2]].std((1, 2, 3)).mean()) / 255)
+    assert info.diversity == pytest.approx(float(images[[0, 2]].std(0).mean()) / 255)
+
+
+def test_a_chunk_without_a_finite_row_has_no_contrast_and_no_diversity(base, conditions):
+    spoilt = replace(conditions[0], pooled=np.full_like(conditions[0].pooled, np.nan))
+    info, images, _ = base[0].draw(chunk(1, 2), {TEXT: spoilt}, None, DrawRequest(0, STEPS, Euler.Config()))
+    assert info.non_finite == (0, 1) and not images.any() and (info.contrast, info.diversity) == (0, 0)
+
+
+def test_pixels_that_overflow_in_the_vae_are_found_too(base):
+    x0 = torch.randn(2, *base[0].backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    x0[1] *= 1e37
+    path, images, finite = base[0]._decoded(Path(x0))
+    assert x0.isfinite().all() and finite.tolist() == [True, False]
+    assert not images[1].any() and not path.x0[1].any()
+    np.testing.assert_array_equal(images[:1], base[0].backbone.decode(x0[:1]))

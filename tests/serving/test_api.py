@@ -29,9 +29,9 @@ TOKEN = "secret"
 
 
 class Backend:
-    """`bright` is an image's first byte, `nan` undefined; the others fail in their way."""
+    """`bright` is an image's first byte, `nan` undefined; the others fail in their way, some on image 1 alone."""
 
-    names = ["bright", "nan", "late", "gone", "broken"]
+    names = ["bright", "nan", "late", "gone", "broken", "bad_input", "model_error"]
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -46,8 +46,11 @@ class Backend:
             return Scores(
                 {reward: np.full(count, np.nan)},
                 {reward: np.zeros(count, bool)},
-                {reward: Failure("bad_input", "RewardError: not an image", count)},
+                {reward: Failure("bad_input", "RewardError: not an image", tuple(range(count)))},
             )
+        if reward in ("bad_input", "model_error"):
+            values = np.where(np.arange(count) == 1, np.nan, images[:, 0, 0, 0])
+            return Scores({reward: values}, {reward: np.isfinite(values)}, {reward: Failure(reward, "odd", (1,))})
         values = images[:, 0, 0, 0] * (1.0 if reward == "bright" else np.nan)
         return Scores({reward: values}, {reward: np.isfinite(values)})
 
@@ -87,12 +90,28 @@ def test_failures_of_rewards_are_typed_and_leave_the_others_alone(service):
     client = RewardClient(service[0], TOKEN)
     scores = client.score(["late", "gone", "broken", "bright", "nan"], IMAGES, PROMPTS)
     assert scores.failures == {
-        "late": Failure("timeout", "no score in 0.5 s", 3),
-        "gone": Failure("unavailable", "lost the worker", 3),
-        "broken": Failure("bad_input", "RewardError: not an image", 3),
+        "late": Failure("timeout", "no score in 0.5 s", (0, 1, 2)),
+        "gone": Failure("unavailable", "lost the worker", (0, 1, 2)),
+        "broken": Failure("bad_input", "RewardError: not an image", (0, 1, 2)),
     }
     np.testing.assert_array_equal(scores.values["bright"], [0, 1, 2])
     assert scores.valid["bright"].all() and not any(scores.valid[name].any() for name in ("late", "gone", "nan"))
+
+
+def test_a_run_takes_the_scores_beside_a_bad_input_and_asks_again_after_other_failures(service, monkeypatch):
+    """What the senders' mistake costs stays so; a service tries once, and the run's policy says how often it tries."""
+    monkeypatch.setenv("SERVICE_TOKEN", TOKEN)
+    for name in ("bad_input", "model_error"):
+        reward = Http(Http.Config(url=service[0], reward=name, token={"env": "SERVICE_TOKEN"}))
+        reward.load("cpu", 1)
+        if name == "bad_input":
+            result = reward.score(IMAGES, PROMPTS)
+            assert result.failure == Failure("bad_input", "odd", (1,)) and result.valid.tolist() == [True, False, True]
+            np.testing.assert_array_equal(result.values, [0, np.nan, 2])
+        else:
+            with pytest.raises(RewardError, match="odd") as caught:
+                reward.score(IMAGES, PROMPTS)
+            assert caught.value.kind == "model_error"
 
 
 def test_a_service_counts_images_and_failures(service):

@@ -8,7 +8,7 @@ from align_cluster.types import Failure, Prompt, Scores
 
 
 class Worker:
-    """Scores an image by its first byte, and remembers which batches it got; prompt "bad" fails a whole batch."""
+    """Scores an image by its first byte, and remembers which batches it got; an image with prompt "bad" fails."""
 
     def __init__(self) -> None:
         self.batches, self.threads = [], {threading.get_ident()}
@@ -18,14 +18,12 @@ class Worker:
         self.open.wait(5)
         self.threads.add(threading.get_ident())
         self.batches.append([image[0, 0, 0] for image in images])
-        count = len(images)
         if any(prompt.text == "crash" for prompt in prompts):
             raise RuntimeError("crash")
-        if any(prompt.text == "bad" for prompt in prompts):
-            failure = {"r": Failure("model_error", "bad", count)}
-            return Scores({"r": np.full(count, np.nan)}, {"r": np.zeros(count, bool)}, failure)
-        values = np.array(self.batches[-1], np.float64)
-        return Scores({"r": values}, {"r": np.ones(count, bool)}, {}, {"r/double": 2 * values})
+        bad = np.array([prompt.text == "bad" for prompt in prompts])
+        failures = {"r": Failure("model_error", "bad", tuple(np.flatnonzero(bad).tolist()))} if bad.any() else {}
+        values = np.where(bad, np.nan, np.array(self.batches[-1], np.float64))
+        return Scores({"r": values}, {"r": ~bad}, failures, {"r/double": 2 * values})
 
 
 def images(*values, size=2):
@@ -70,10 +68,10 @@ def test_images_of_different_sizes_are_not_scored_together():
 
 def test_nobody_pays_for_the_failure_of_another():
     for text in ("bad", "crash"):
-        answers, _ = together(8, (images(0), "p"), (images(1), "p"), (images(2), text), (images(3), "p"))
+        answers, worker = together(8, (images(0), "p"), (images(1), "p"), (images(2), text), (images(3), "p"))
         assert [answers[i].values["r"][0] for i in (0, 1, 3)] == [0, 1, 3]
         if text == "bad":
-            assert answers[2].failures["r"] == Failure("model_error", "bad", 1)
+            assert answers[2].failures["r"] == Failure("model_error", "bad", (0,)) and len(worker.batches) == 2
         else:
             assert isinstance(answers[2], RuntimeError)
 

@@ -108,4 +108,20 @@ def test_a_prompt_that_is_not_judged_has_null_and_no_failure(url):
 def test_scores_that_failed_are_null_with_the_reason_and_never_zero(url):
     answer = requests.post(f"{url}/jpeg", **as_json(files()[:2], prompts=["a", "break"]))
     assert answer.status_code == 200 and answer.json()["scores"] == answer.json()["outputs"] == [None, None]
-    assert answer.json()["failure"] == {"kind": "unavailable", "message": "lost the worker", "images": 2}
+    assert answer.json()["failure"] == {"kind": "unavailable", "message": "lost the worker", "rows": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("clause", "named"),
+    [
+        ({"class": "circle"}, "include.0.count: field required"),
+        ({"class": "circle", "count": 0}, "include.0.count: input should be greater than or equal to 1"),
+        ({"class": "circle", "count": -1}, "include.0.count: input should be greater than or equal to 1"),
+        ({"class": "circle", "count": 1, "position": ["above", 9]}, "include.0.position names clause 9"),
+    ],
+)
+def test_a_record_that_breaks_the_format_is_refused_by_the_name_of_its_field(url, clause, named):
+    records = [RECORDS[0], {"tag": "counting", "include": [clause], "prompt": "a circle"}]
+    for send in (as_json, as_form):
+        answer = requests.post(f"{url}/geneval", **send(files()[:2], meta_datas=records))
+        assert answer.status_code == 422 and answer.json()["detail"].startswith(f"meta_datas.1.{named}")

@@ -114,7 +114,8 @@ def test_many_callers_at_once_get_their_own_scores(url, worker):
 def test_a_prompt_that_a_reward_cannot_read_is_a_failure_of_that_reward_alone(url):
     broken = Prompt(0, "a circle", {"include": [{"class": "circle"}]})  # a clause without its count
     scores = RewardClient(url, TOKEN).score(["objects", "clip"], IMAGES[:1], [broken])
-    assert scores.failures == {"objects": Failure("model_error", "KeyError: 'count'", 1)}
+    message = "metadata of 'a circle': include.0.count: field required, got {'class': 'circle'}"
+    assert scores.failures == {"objects": Failure("bad_input", message, (0,))}
     assert np.isnan(scores.values["objects"][0]) and not scores.valid["objects"][0] and scores.valid["clip"][0]
 
 

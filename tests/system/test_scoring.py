@@ -1,5 +1,7 @@
 """Batches of a reward pool, with real reward workers, and with some that misbehave."""
 
+import os
+import signal
 import time
 from dataclasses import replace
 
@@ -26,9 +28,12 @@ CHUNKS = [chunk_of(Prompt(i, r["prompt"], r), (i, i + 100), number=i) for i, r i
 
 
 class Moody:
-    """Scores a chunk by its prompt's number; number 3 takes for ever."""
+    """Scores a chunk by its prompt's number; number 3 takes for ever, and row 1 of number 4 kills the process."""
 
-    def score_chunks(self, prompts: list[list[Prompt]], *images: np.ndarray) -> list[Scores]:
+    def score_chunks(self, prompts: list[list[Prompt]], starts: list[int], *images: np.ndarray) -> list[Scores]:
+        rows = [(p.id, row) for part, start in zip(prompts, starts, strict=True) for row, p in enumerate(part, start)]
+        if (4, 1) in rows:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600 if any(prompt.id == 3 for part in prompts for prompt in part) else 0)
         return [
             Scores({"a": np.array([float(p.id) for p in part])}, {"a": np.ones(len(part), bool)}, seconds={"a": 0.5})
@@ -105,7 +110,9 @@ def test_a_worker_scores_large_chunks_in_parts(pool):
     assert parts.valid["clip"].all() and small.score(IMAGES[:0], []).valid["clip"].shape == (0,)
 
 
-def test_a_scorer_that_hangs_costs_its_chunk_a_typed_failure_and_the_others_nothing(local_ray, by_value):
+def test_a_scorer_that_hangs_or_dies_costs_the_images_that_cause_it_a_typed_failure_and_the_others_nothing(
+    local_ray, by_value
+):
     actor = local_ray.remote(Moody).options(num_cpus=0)
     pool = Pool("reward a", lambda name, index: actor.remote(), 1, 120, 2, RetryPolicy(1.5, 2))
     scoring = Scoring(pool, RewardPool("a", ("a",), workers=1, most=2, cpus=0.0))
@@ -113,11 +120,15 @@ def test_a_scorer_that_hangs_costs_its_chunk_a_typed_failure_and_the_others_noth
     for chunk in CHUNKS:
         if chunk.number == 3:
             message = found[chunk.id].failures["a"].message
-            assert found[chunk.id].failures == {"a": Failure("timeout", message, 2)} and "in 1.5 s" in message
+            assert found[chunk.id].failures == {"a": Failure("timeout", message, (0, 1))} and "in 1.5 s" in message
             assert np.isnan(found[chunk.id].values["a"]).all() and not found[chunk.id].valid["a"].any()
+        elif chunk.number == 4:
+            message = found[chunk.id].failures["a"].message
+            assert found[chunk.id].failures == {"a": Failure("unavailable", message, (1,))}
+            np.testing.assert_array_equal(found[chunk.id].values["a"], [4, np.nan])
         else:
             assert found[chunk.id].failures == {} and (found[chunk.id].values["a"] == chunk.number).all()
-    assert pool.lost == 2
+    assert pool.lost == 2 + 2 + 2 + 1  # the tries of both chunks, and then of the halves that fail
     pool.shutdown()
 
 

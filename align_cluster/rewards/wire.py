@@ -12,13 +12,15 @@ row by row. `serving/decoding.py` reads requests.
 
 import io
 import json
+import math
 import struct
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, ValidationError
+from pydantic_core import from_json
 
 from align_cluster.settings import Section
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
@@ -26,6 +28,9 @@ from align_cluster.types import Failure, FailureKind, Prompt, Scores
 MEDIA_TYPE = "application/vnd.align-cluster.score"
 PREFIX = struct.Struct("<Q")  # the length of the JSON
 Encoding = Literal["png", "webp", "raw"]
+MAX_DETAILS = 256  # columns of one reward; the kinds here have fewer than ten, and each becomes a metric of the run
+COLUMN_NAME = r"^[ -~]{1,100}$"  # printable ASCII, because it becomes the name of a metric
+LINE = 300  # characters of a foreign sentence that reach a log
 
 
 class WirePrompt(Section):
@@ -74,7 +79,9 @@ class RewardScores(Section):
 
     values: list[float | None]
     valid: list[bool]
-    details: dict[str, list[float | None]] = {}
+    details: Annotated[
+        dict[Annotated[str, Field(pattern=COLUMN_NAME)], list[float | None]], Field(max_length=MAX_DETAILS)
+    ] = {}
     failure: WireFailure | None = None
 
 
@@ -83,6 +90,36 @@ class Answer(Section):
 
     rewards: dict[str, RewardScores]
     seconds: float
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Return the value of strict JSON: UTF-8, every key once, all numbers finite, and not nested without end.
+
+    ValueError says what else the text is.
+    """
+    text = text.encode() if isinstance(text, str) else text
+    from_json(text, allow_inf_nan=False)  # refuses deep nesting, NaN and halves of surrogate pairs
+    return json.loads(text, object_pairs_hook=_once, parse_float=_finite)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def one_line(text: object) -> str:
+    """Return what another program said as one line of at most LINE printable characters."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)[: 8 * LINE]).split())
+    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"
 
 
 def encode_image(image: np.ndarray, encoding: Literal["png", "webp"]) -> bytes:
@@ -130,7 +167,11 @@ def encode_answer(scores: Scores, seconds: float) -> Answer:
 
 def decode_answer(body: bytes, count: int) -> Scores:
     """Return the scores of the `count` images of a request. ValueError says why the body is no answer to it."""
-    answer = Answer.model_validate_json(body)
+    try:
+        answer = Answer.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}") from None
     values, valid, failures, details = {}, {}, {}, {}
     for name, part in answer.rewards.items():
         columns = {"values": part.values, "valid": part.valid, **part.details}
@@ -140,9 +181,11 @@ def decode_answer(body: bytes, count: int) -> Scores:
         values[name], valid[name] = np.array(part.values, np.float64), np.array(part.valid, bool)
         if np.isnan(values[name][valid[name]]).any():
             raise ValueError(f"{name} has valid images without a value")
+        if part.failure and part.failure.images > count:
+            raise ValueError(f"{name} has {part.failure.images} failures among {count} images")
         details |= {f"{name}/{detail}": np.array(column, np.float64) for detail, column in part.details.items()}
         if part.failure:
-            failures[name] = Failure(part.failure.kind, part.failure.message, part.failure.images)
+            failures[name] = Failure(part.failure.kind, one_line(part.failure.message), part.failure.images)
     return Scores(values, valid, failures, details, dict.fromkeys(values, answer.seconds))
 
 

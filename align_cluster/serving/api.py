@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from align_cluster import __version__
 from align_cluster.rewards.failure import classify
 from align_cluster.rewards.mix import beside, unscored
-from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, encode_answer
+from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, encode_answer, one_line
 from align_cluster.serving import flow_grpo
 from align_cluster.serving.config import Limits
 from align_cluster.serving.decoding import check_limit, decode_request
@@ -168,7 +168,7 @@ class Frontend:
                 scores = await self.backend.score(reward, images, prompts)
         except Exception as error:
             late = timeout.expired()
-            kind, message = ("timeout", f"no score in {limit:g} s") if late else (classify(error), str(error)[:500])
+            kind, message = ("timeout", f"no score in {limit:g} s") if late else (classify(error), one_line(error))
             scores = unscored([reward], Failure(kind, message, count))
         self.metrics.reward_seconds.labels(reward).observe(time.perf_counter() - started)
         if failure := scores.failures.get(reward):

@@ -5,8 +5,6 @@ what is malformed.
 """
 
 import io
-import json
-import math
 import struct
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,9 +14,8 @@ import numpy as np
 from fastapi import HTTPException
 from PIL import Image
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 
-from align_cluster.rewards.wire import PREFIX, Head, Raw
+from align_cluster.rewards.wire import PREFIX, Head, Raw, one_line, strict_json
 from align_cluster.serving.config import Limits
 from align_cluster.types import Prompt
 
@@ -75,26 +72,11 @@ def _files(sizes: Sequence[int], data: memoryview, count: int) -> list[bytes]:
 
 
 def read_json(text: bytes) -> Any:
-    """Return the value of strict JSON: UTF-8, every key once, all numbers finite, and not nested without end."""
+    """Return the value of strict JSON, and refuse what is none."""
     try:
-        from_json(text, allow_inf_nan=False)  # refuses deep nesting, NaN and halves of surrogate pairs
-        return json.loads(text, object_pairs_hook=_once, parse_float=_finite)
+        return strict_json(text)
     except ValueError as error:
-        raise HTTPException(422, f"the JSON cannot be read: {str(error)[:200]}") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return found
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
+        raise HTTPException(422, f"the JSON cannot be read: {one_line(error)[:200]}") from None
 
 
 def validated(model: type[Model], data: Any, *, strict: bool = True) -> Model:

@@ -132,7 +132,10 @@ def test_what_a_service_says_about_a_failure_is_one_printable_line():
     assert scores.failures["bright"].message == "a b [2J" + "c" * 292 + "…"
 
 
-@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"rewards": [1]}', b'{"rewards": {"clip": 1}}', DEEP, b"\xff"])
+NO_REWARDS = [b"[]", b"{}", b'{"rewards": [1]}', b'{"rewards": {"clip": 1}}', DEEP, b"\xff"]
+
+
+@pytest.mark.parametrize("body", NO_REWARDS, ids=range(len(NO_REWARDS)))
 def test_what_is_no_list_of_rewards_comes_from_no_reward_service(body):
     with service(answered(body), None) as url, pytest.raises(RewardError, match="is no reward service"):
         RewardClient(url).rewards()
@@ -181,7 +184,7 @@ def test_a_token_file_that_is_none_is_refused_in_a_sentence(tmp_path):
 NO_METADATA = ["[1]", "1", "{", '{"a": NaN}', '{"a": 1e999}', '{"a":' * 10**5, '{"a": %s}' % ("1" * 5000), "\udcff"]
 
 
-@pytest.mark.parametrize("metadata", NO_METADATA)
+@pytest.mark.parametrize("metadata", NO_METADATA, ids=range(len(NO_METADATA)))
 def test_metadata_that_no_service_takes_is_refused_before_anything_is_read(metadata, capsys):
     command = "score --url http://a --reward clip --prompt p no-image.png --metadata".split()
     assert main([*command, metadata]) == 2

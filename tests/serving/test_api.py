@@ -93,7 +93,7 @@ def test_failures_of_rewards_are_typed_and_leave_the_others_alone(service):
 def test_a_service_counts_images_and_failures(service):
     def read():
         connection = http.client.HTTPConnection(service[0].removeprefix("http://"))
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
         lines = connection.getresponse().read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
 

@@ -85,9 +85,9 @@ def validated(model: type[Model], data: Any, *, strict: bool = True) -> Model:
         return model.model_validate(data, strict=strict)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:100] or "the JSON"
+        where = one_line(".".join(map(str, first["loc"])))[:100] or "the JSON"
         status = 415 if first["type"] == "union_tag_invalid" else 422
-        raise HTTPException(status, f"{where}: {first['msg'].removeprefix('Value error, ')[:300]}") from None
+        raise HTTPException(status, f"{where}: {one_line(first['msg'].removeprefix('Value error, '))}") from None
 
 
 def check_prompts(prompts: Sequence[Prompt], limits: Limits) -> None:
@@ -124,7 +124,7 @@ def decode_images(files: Sequence[bytes], formats: Sequence[str], limits: Limits
         except Image.UnidentifiedImageError:
             raise HTTPException(422, f"image {index} cannot be read as {' or '.join(formats)}") from None
         except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-            raise HTTPException(422, f"image {index} cannot be used: {error}") from None
+            raise HTTPException(422, f"image {index} cannot be used: {one_line(error)}") from None
     return pixels
 
 

@@ -90,6 +90,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Write numpy arrays as a safetensors file atomically; the same content has the same bytes."""
+    from safetensors.numpy import save_file
+
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata)
+        sort_metadata(temporary)
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file by name: its library writes them in an order that differs each time."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # The tensors begin at a multiple of 8 bytes.
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
 def read_json(path: Path) -> Any | None:
     """Return the parsed file, or None if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

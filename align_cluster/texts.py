@@ -40,17 +40,17 @@ def lines(text: str) -> list[tuple[int, str]]:
     return [(number, stripped) for number, line in enumerate(text.split("\n"), 1) if (stripped := line.strip())]
 
 
-def strict_json(line: str) -> Any:
-    """Return the value of one line of JSON.
+def strict_json(text: str | bytes) -> Any:
+    """Return the value of JSON, which is UTF-8 where it comes as bytes.
 
     Raises ValueError for what is no JSON, and for what others read otherwise or not at all: a key that is blank or
     there twice, deep nesting, half of a surrogate pair, NaN, infinity, and whole numbers of more than 64 bits.
     """
     try:
-        from_json(line, allow_inf_nan=False)
+        from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise ValueError(str(error).replace("at line 1 column", "at column")) from None
-    return json.loads(line, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite)
+    return json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ clients  the same 512 px images scored by the bare model in a loop, by a job's p
 kill     a service with two replicas under steady load, one of which is killed while it scores
 
 The model is a CLIP ViT-B/32 of random weights in fp32, with one thread wherever it runs. The bare model, the job's
-worker, the replica, the HTTP ingress and the clients, who pack their PNGs, are processes of one machine: what the
+worker, the replica, the HTTP side and the clients, who pack their PNGs, are processes of one machine: what the
 clients cost counts too, where there is no core left for it. Results go to benchmarks/results/reward_service.json.
 """
 
@@ -135,7 +135,7 @@ def serving(path: str, replicas: int) -> Iterator[tuple[str, DeploymentHandle]]:
     scorer, service.Scorer = service.Scorer, Watched
     try:
         with cluster(ClusterConfig()), service.serving(config) as url:
-            yield url, serve.get_deployment_handle("clip", service.APP)
+            yield url, serve.get_app_handle(service.app_name("clip"))
     finally:
         service.Scorer = scorer
 
@@ -217,8 +217,8 @@ def bench_kill(path: str, scale: Scale) -> dict[str, Any]:
 
 def _when(reached: Callable[[int], bool]) -> float:
     """The time at which the number of running replicas is as wanted."""
-    deadline = time.monotonic() + 120
-    while not reached(serve.status().applications[service.APP].deployments["clip"].replica_states.get("RUNNING", 0)):
+    deadline, app = time.monotonic() + 120, service.app_name("clip")
+    while not reached(serve.status().applications[app].deployments["clip"].replica_states.get("RUNNING", 0)):
         if time.monotonic() > deadline:
             raise TimeoutError("the killed replica was not replaced within 120 s")
         time.sleep(0.1)

@@ -20,7 +20,7 @@ from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.conditions.precision import to_array
 from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
-from align_cluster.files import atomic
+from align_cluster.files import atomic, sort_metadata
 from align_cluster.types import Condition, Perturbation
 
 # The projections of a block with joint attention between text and image.
@@ -351,7 +351,9 @@ class PipelineBackbone(Backbone):
         from align_cluster.backbones.adapters import lora_config
 
         layers = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
-        about = lora_config(self).to_dict()
+        settings = lora_config(self).to_dict()
+        # The same weights get the same file: a set has another order in each process.
+        about = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         path = folder / "pytorch_lora_weights.safetensors"
         with atomic(path) as file:
             self.stock(self.pipeline).save_lora_weights(
@@ -359,6 +361,7 @@ class PipelineBackbone(Backbone):
                 **{f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": about},
                 weight_name=file.name,
             )
+            sort_metadata(file)
         return path
 
 

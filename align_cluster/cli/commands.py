@@ -225,14 +225,20 @@ def score(args: argparse.Namespace) -> int:
     from align_cluster.errors import UserError
     from align_cluster.rewards.base import RewardError
     from align_cluster.rewards.http import RewardClient, Token, read_image
+    from align_cluster.rewards.wire import one_line
+    from align_cluster.texts import strict_json
     from align_cluster.types import Prompt
 
     try:
-        prompt = Prompt(0, args.prompt, dict(json.loads(args.metadata)))
-    except (ValueError, TypeError):
+        metadata = strict_json(args.metadata)
+        if not isinstance(metadata, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
         raise UserError(
-            f'--metadata {args.metadata}: write it as a JSON object such as \'{{"text": "OPEN"}}\''
+            f'--metadata {one_line(args.metadata)}: write it as a JSON object such as \'{{"text": "OPEN"}}\' '
+            f"({one_line(error)})"
         ) from None
+    prompt = Prompt(0, args.prompt, metadata)
     token = Token(env=args.token_env, file=args.token_file).read() if args.token_env or args.token_file else None
     client = RewardClient(args.url, token, timeout_s=args.timeout)
     rows: list[dict[str, Any]] = []

@@ -19,10 +19,34 @@ from align_cluster.observe.rundata import RunData
 from align_cluster.observe.table import compare, short
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
+# What the code of a card was tried with. torch and torchvision belong together: torchvision has compiled operators.
+NEEDS = ("torch==2.13.0", "torchvision==0.28.0", "diffusers==0.42.1", "peft==0.21.2", "transformers>=5.23,<6")
+
+
+def code(text: object) -> str:
+    """Return foreign text as one line of Markdown code, in which neither Markdown nor HTML means anything."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split()).replace("|", "/")
+    mark = fence(line, 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{mark}{pad}{line}{pad}{mark}" if line else "–"
+
+
+def fence(text: str, least: int = 3) -> str:
+    """Return a mark of backticks, `least` or more, that the text does not hold."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def literal(value: object) -> str:
+    """Return Python for a value: text in double quotes, and in ASCII where it holds characters that do not show."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and value.isprintable() else ascii(value)
+
+
 FILTERS = {
     "number": lambda value: "–" if value is None else f"{value:.3f}",
     "signed": lambda value: "–" if value is None else f"{value:+.3f}",
-    "literal": lambda value: json.dumps(value, ensure_ascii=False),  # Python with double quotes
+    "literal": literal,
+    "code": code,
+    "fence": fence,
 }
 
 
@@ -35,7 +59,7 @@ def write_card(result: Result, folder: Path, *, form: str, title: str) -> None:
     run, config, backbone = result.run, result.config, result.backbone
     licence = base_licence(backbone)
     steps = config.evaluate.steps or config.rollout.steps
-    parts = ["folder" if form == "diffusers" else FILTERS["literal"](backbone.source)]
+    parts = ["folder" if form == "diffusers" else literal(backbone.source)]
     parts += [f"{name}=None" for name in backbone.texts if name in backbone.text_parts()]
     classes = ["DDIMScheduler"] * (not backbone.flow) + ["DiffusionPipeline"]
     if form == "merged":
@@ -51,6 +75,7 @@ def write_card(result: Result, folder: Path, *, form: str, title: str) -> None:
         form=form,
         title=title,
         front=yaml.safe_dump(front_matter(form, config, licence), sort_keys=False),
+        comfyui=comfyui_name(run.name),
         what=_what(result, form),
         grids=_copy_grids(folder, run),
         scores=_scores(run),
@@ -61,8 +86,14 @@ def write_card(result: Result, folder: Path, *, form: str, title: str) -> None:
         training=_training(run, config),
         settings=dump(config).strip(),
         licence=licence,
+        needs=" ".join(f'"{need}"' if "<" in need else need for need in NEEDS),
     )
     write_text(folder / "README.md", text)
+
+
+def comfyui_name(run: str) -> str:
+    """Return the name of ComfyUI's file. A run's name comes out of a file, and may be no part of a path."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', run)}_comfyui.safetensors"
 
 
 def hub_id(path: str) -> str | None:
@@ -99,12 +130,12 @@ def base_licence(backbone: PipelineBackbone) -> dict[str, str]:
 
 def _what(result: Result, form: str) -> str:
     """Say in a few words what was exported."""
-    base, lora = f"`{result.config.backbone.path}`", result.lora
+    base, lora = code(result.config.backbone.path), result.lora
     size = f"rank {lora.rank}, alpha {lora.alpha:g}"
     if form == "lora":
         return f"A LoRA ({size}) for {base}"
     kind = result.backbone.network if form == "merged" else result.backbone.index["_class_name"]
-    return f"A `{kind}`: {base} with a LoRA ({size}) merged in"
+    return f"A {code(kind)}: {base} with a LoRA ({size}) merged in"
 
 
 def _copy_grids(folder: Path, run: RunData) -> bool:
@@ -130,12 +161,12 @@ def _scores(run: RunData) -> dict[str, dict[str, float | None]]:
 def _training(run: RunData, config: RunConfig) -> dict[str, str]:
     """Return facts about the training by what they are called; those that are empty do not apply."""
     return {
-        "rewards trained on": ", ".join(config.trained),
-        "only monitored": ", ".join(name for name in config.rewards if name not in config.trained),
+        "rewards trained on": ", ".join(map(code, config.trained)),
+        "only monitored": ", ".join(code(name) for name in config.rewards if name not in config.trained),
         "steps": f"{config.steps} of {config.prompts_per_step} prompts x {config.group_members} images",
         "seed": str(config.seed),
-        "config hash": f"`{run.summary['config_hash']}`",
-        "versions": ", ".join(f"{name} {text}" for name, text in run.summary.get("versions", {}).items()),
+        "config hash": code(run.summary["config_hash"]),
+        "versions": ", ".join(code(f"{name} {text}") for name, text in run.summary.get("versions", {}).items()),
     }
 
 

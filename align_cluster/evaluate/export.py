@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
-from align_cluster.evaluate.card import write_card
+from align_cluster.evaluate.card import comfyui_name, write_card
 from align_cluster.evaluate.lora import Lora, bind
 from align_cluster.evaluate.result import Result, read_result
-from align_cluster.files import new_folder, write_text
+from align_cluster.files import new_folder, save_tensors, write_text
 from align_cluster.machine import cores
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
@@ -46,9 +45,9 @@ def write_lora(result: Result, folder: Path, dtype: torch.dtype) -> None:
     """Write the LoRA twice, in fp32: as diffusers does, and for tools that read no alpha from metadata."""
     lora, facts = result.lora, result.facts
     ours = {f"{lora.prefix}{name}": value for name, value in lora.state.items()}
-    save_file(ours, folder / "pytorch_lora_weights.safetensors", lora.metadata | facts)
+    save_tensors(folder / "pytorch_lora_weights.safetensors", ours, lora.metadata | facts)
     facts = facts | {"format": "pt", "alpha": str(lora.rank)}
-    save_file(for_comfyui(lora), folder / f"{result.run.name}_comfyui.safetensors", facts)
+    save_tensors(folder / comfyui_name(result.run.name), for_comfyui(lora), facts)
 
 
 def for_comfyui(lora: Lora) -> dict[str, np.ndarray]:

@@ -51,8 +51,8 @@ def write_report(run_dir: Path | str) -> Path:
     """Write report.html into `run_dir` and return its path.
 
     The page leaves out whatever the directory lacks, so a run that is still going, or that stopped half-way, has a
-    report too. The page has no script, and its security policy forbids the network. UserError where there is no such
-    folder.
+    report too. The page has no script, and its security policy forbids the network. UserError where there is no run;
+    nothing is written then.
     """
     files = RunDir(run_dir)
     run = load(files)

@@ -64,9 +64,9 @@ class RunData:
 def load(files: RunDir) -> RunData:
     """Read a run directory. Without a summary, the first and the last evaluation stand for before and after.
 
-    UserError where there is no such folder.
+    UserError where there is no such folder, or no run in it.
     """
-    if not files.path.is_dir():
+    if not files.holds_a_run():
         raise UserError(
             f"{files.path} is not a run directory: give the folder that `train` made, such as runs/quickstart"
         )

@@ -60,6 +60,10 @@ class RunDir:
             else:
                 return cls(target)
 
+    def holds_a_run(self) -> bool:
+        """Return whether a run has written here. Its settings alone do not count, because exports hold them too."""
+        return self.grids.is_dir() or any(map(Path.is_file, (self.metrics, self.evaluations, self.summary, self.state)))
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Own the directory until the context is left or the process ends, however it ends.

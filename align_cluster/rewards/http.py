@@ -4,7 +4,7 @@ Runs on other machines share the rewards of one service, which `align-cluster se
 """
 
 import asyncio
-import json
+import math
 import os
 import ssl
 import threading
@@ -18,15 +18,18 @@ import httpx2
 import numpy as np
 from PIL import Image
 from pydantic import PositiveFloat, field_validator, model_validator
+from pydantic_core import from_json
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import ModelSize, Result, Reward, RewardError, RewardSection
-from align_cluster.rewards.wire import MEDIA_TYPE, Encoding, decode_answer, encode_request
+from align_cluster.rewards.wire import MAX_DETAILS, MEDIA_TYPE, Encoding, decode_answer, encode_request, one_line
 from align_cluster.settings import Section
 from align_cluster.types import FailureKind, Prompt, Scores
 
 STARTING = threading.Lock()  # Threads that ask for the first time at once must not start a loop each.
-ANSWER_BYTES = 64 * 2**20  # More than any real answer: scores take about 25 bytes an image and column.
+ANSWER_BYTES = 2**20  # of an answer without scores, which holds some sentences about each reward
+SCORE_BYTES = 32 * MAX_DETAILS  # more of an answer for each image and reward: about 25 bytes a column
+TOKEN_BYTES = 2**16  # A token file is no larger; a device such as /dev/zero has no end.
 # The kind of a refusal by its HTTP status. Every other status is of kind "unavailable".
 KINDS: dict[int, FailureKind] = dict.fromkeys((400, 413, 415, 422), "bad_input") | dict.fromkeys((408, 504), "timeout")
 
@@ -47,13 +50,18 @@ class Token(Section):
     def read(self) -> str:
         """Return the token. UserError says what is wrong with its place."""
         try:
-            text = os.environ.get(self.env, "") if self.env else Path(self.file).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
+            text = os.environ.get(self.env, "") if self.env else _start_of(Path(self.file).expanduser())
+        except (OSError, ValueError, RuntimeError) as error:  # also of a path with NUL, and of ~nobody
             raise UserError(f"token.file: {self.file} cannot be read ({error}); put the token there") from None
         token, source = text.strip(), f"token.env: {self.env}" if self.env else f"token.file: {self.file}"
         if not token or not token.isascii() or not token.isprintable() or " " in token:
             raise UserError(f"{source} holds no token; put one word of ASCII there, as `openssl rand -hex 32` prints")
         return token
+
+
+def _start_of(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.read(TOKEN_BYTES)
 
 
 def service_address(url: str) -> str:
@@ -71,18 +79,20 @@ def service_address(url: str) -> str:
 class RewardClient:
     """Asks the service at `url` for scores. Its errors are RewardErrors: timeout, unavailable or bad_input.
 
-    Each request has `timeout_s` seconds from the connection to the last byte of the answer. Several threads may share
-    a client.
+    Each request has `timeout_s` seconds from the connection to the last byte of the answer, and an answer is read up
+    to a size that follows from the request. Several threads may share a client.
     """
 
     def __init__(
         self, url: str, token: str | None = None, *, timeout_s: float = 120, encoding: Encoding = "png"
     ) -> None:
-        """Prepare to ask; nothing is sent. UserError says where `url` is no address."""
+        """Prepare to ask; nothing is sent. UserError says where `url` is no address, or `timeout_s` no time."""
         try:
             self.url = service_address(url).rstrip("/")
         except ValueError as error:
             raise UserError(f"{url!r} is no address; it must be {error}") from None
+        if not 0 < timeout_s < math.inf:
+            raise UserError(f"a request cannot have {timeout_s:g} s; give it a positive number of seconds")
         self.timeout_s, self.encoding = timeout_s, encoding
         self._client = httpx2.AsyncClient(
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
@@ -97,7 +107,8 @@ class RewardClient:
     def rewards(self) -> dict[str, dict]:
         """Return what the service offers: the kind, inputs and version of each reward by its name."""
         try:
-            return {reward["name"]: reward for reward in json.loads(self._ask("GET", "/v1/rewards"))["rewards"]}
+            served = from_json(self._ask("GET", "/v1/rewards"))["rewards"]
+            return {one_line(reward["name"]): dict(reward) for reward in served}
         except (ValueError, KeyError, TypeError):
             raise RewardError("unavailable", f"{self.url} is no reward service") from None
 
@@ -107,46 +118,51 @@ class RewardClient:
 
     def score(self, rewards: Sequence[str], images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
         """Return the scores of images uint8 [B, H, W, 3] with one prompt each."""
-        answer = self._ask("POST", "/v1/score", encode_request(rewards, images, prompts, self.encoding))
+        try:
+            body = encode_request(rewards, images, prompts, self.encoding)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RewardError("bad_input", f"the request cannot be written as JSON: {error}") from None
+        answer = self._ask("POST", "/v1/score", body, ANSWER_BYTES + SCORE_BYTES * len(images) * len(rewards))
         try:
             scores = decode_answer(answer, len(images))
             if set(scores.values) != set(rewards):
                 raise ValueError(f"scores of {', '.join(scores.values) or 'nothing'}")
             return scores
         except ValueError as error:
-            raise RewardError("unavailable", f"{self.url} answered something else than scores: {error}") from None
+            reason = one_line(error)
+            raise RewardError("unavailable", f"{self.url} answered something else than scores: {reason}") from None
 
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+    def _ask(self, method: str, path: str, body: bytes | None = None, most: int = ANSWER_BYTES) -> bytes:
         with STARTING:
             loop = _event_loop(os.getpid())
-        request = asyncio.run_coroutine_threadsafe(self._request(method, path, body), loop)
+        request = asyncio.run_coroutine_threadsafe(self._request(method, path, body, most), loop)
         try:
             return request.result()
         finally:
             request.cancel()  # Ends the request where the caller is interrupted, and does nothing after an answer.
 
-    async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
+    async def _request(self, method: str, path: str, body: bytes | None, most: int) -> bytes:
         try:
-            response, answer = await asyncio.wait_for(self._exchange(method, path, body), self.timeout_s)
+            response, answer = await asyncio.wait_for(self._exchange(method, path, body, most), self.timeout_s)
         except TimeoutError:
             raise RewardError("timeout", f"{self.url} did not answer within {self.timeout_s:g} s") from None
         except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-            reason = str(error) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise RewardError("unavailable", f"{self.url} does not answer: {reason}") from None
         if response.status_code == 200:
             return answer
         kind = KINDS.get(response.status_code, "unavailable")
-        reason = _detail(answer) or response.reason_phrase
+        reason = one_line(_detail(answer) or response.reason_phrase)
         raise RewardError(kind, f"{self.url} says {response.status_code}: {reason}")
 
-    async def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[httpx2.Response, bytes]:
+    async def _exchange(self, method: str, path: str, body: bytes | None, most: int) -> tuple[httpx2.Response, bytes]:
         answer = bytearray()
         headers = {} if body is None else {"Content-Type": MEDIA_TYPE}
         async with self._client.stream(method, self.url + path, content=body, headers=headers) as response:
             async for part in response.aiter_raw():
                 answer += part
-                if len(answer) > ANSWER_BYTES:
-                    raise httpx2.RemoteProtocolError(f"it answers with more than {ANSWER_BYTES} bytes")
+                if len(answer) > most:
+                    raise httpx2.RemoteProtocolError(f"it answers with more than {most} bytes")
         return response, bytes(answer)
 
 
@@ -160,7 +176,7 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 def _detail(answer: bytes) -> str | None:
     try:
-        return str(json.loads(answer)["detail"])
+        return str(from_json(answer)["detail"])
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -219,7 +235,8 @@ class Http(Reward):
                 "`align-cluster serve-rewards`"
             ) from None
         if config.reward not in served:
-            raise UserError(f"{config.url} has no reward {config.reward!r}; it has {', '.join(served)}")
+            has = one_line(", ".join(served))
+            raise UserError(f"{config.url} has no reward {config.reward!r}; it has {has}")
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Score images uint8 [B, H, W, 3] with one prompt each, all in one request."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from align_cluster.settings import Section
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
@@ -26,6 +26,9 @@ from align_cluster.types import Failure, FailureKind, Prompt, Scores
 MEDIA_TYPE = "application/vnd.align-cluster.score"
 PREFIX = struct.Struct("<Q")  # the length of the JSON
 Encoding = Literal["png", "webp", "raw"]
+MAX_DETAILS = 256  # columns of one reward; the kinds here have fewer than ten, and each becomes a metric of the run
+COLUMN_NAME = r"^[ -~]{1,100}$"  # printable ASCII, because it becomes the name of a metric
+LINE = 300  # characters of a foreign sentence that reach a log
 
 
 class WirePrompt(Section):
@@ -74,7 +77,9 @@ class RewardScores(Section):
 
     values: list[float | None]
     valid: list[bool]
-    details: dict[str, list[float | None]] = {}
+    details: Annotated[
+        dict[Annotated[str, Field(pattern=COLUMN_NAME)], list[float | None]], Field(max_length=MAX_DETAILS)
+    ] = {}
     failure: WireFailure | None = None
 
 
@@ -83,6 +88,12 @@ class Answer(Section):
 
     rewards: dict[str, RewardScores]
     seconds: float
+
+
+def one_line(text: object) -> str:
+    """Return what another program said as one line of at most LINE printable characters."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)[: 8 * LINE]).split())
+    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"
 
 
 def encode_image(image: np.ndarray, encoding: Literal["png", "webp"]) -> bytes:
@@ -130,7 +141,11 @@ def encode_answer(scores: Scores, seconds: float) -> Answer:
 
 def decode_answer(body: bytes, count: int) -> Scores:
     """Return the scores of the `count` images of a request. ValueError says why the body is no answer to it."""
-    answer = Answer.model_validate_json(body)
+    try:
+        answer = Answer.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}") from None
     values, valid, failures, details = {}, {}, {}, {}
     for name, part in answer.rewards.items():
         columns = {"values": part.values, "valid": part.valid, **part.details}
@@ -145,7 +160,7 @@ def decode_answer(body: bytes, count: int) -> Scores:
             rows = sorted(set(part.failure.rows))
             if rows[-1] >= count or valid[name][rows].any():
                 raise ValueError(f"{name}.failure names rows that are none of the {count} images, or that have a score")
-            failures[name] = Failure(part.failure.kind, part.failure.message, tuple(rows))
+            failures[name] = Failure(part.failure.kind, one_line(part.failure.message), tuple(rows))
     return Scores(values, valid, failures, details, dict.fromkeys(values, answer.seconds))
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Protocol
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel
@@ -20,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from align_cluster import __version__
 from align_cluster.rewards.failure import classify
 from align_cluster.rewards.mix import beside, unscored
-from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, encode_answer
+from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, encode_answer, one_line
 from align_cluster.serving import flow_grpo
 from align_cluster.serving.config import Limits
 from align_cluster.serving.decoding import check_limit, decode_request
@@ -102,6 +103,7 @@ class Frontend:
         """Let requests in, of which `backend` computes the scores."""
         self.backend, self.names, self.limits, self.token = backend, names, limits, token
         self.metrics = Metrics()
+        self.checking: asyncio.Task[list[str]] | None = None
         self.room = asyncio.Semaphore(limits.concurrency)
 
     async def authorize(
@@ -157,6 +159,12 @@ class Frontend:
             raise HTTPException(400, "the connection closed before the whole body was there") from None
         return bytes(body)
 
+    async def unready(self) -> list[str]:
+        """Return the names of the rewards that cannot score now. All who ask meanwhile share one answer."""
+        if self.checking is None or self.checking.done():
+            self.checking = asyncio.create_task(self.backend.unready())
+        return await asyncio.shield(self.checking)
+
     async def score(self, rewards: Sequence[str], images: np.ndarray, prompts: list[Prompt]) -> Scores:
         """Score images uint8 [B, H, W, 3] with each reward. What goes wrong with one is a failure of that one alone."""
         return beside(await asyncio.gather(*(self._score(name, images, prompts) for name in rewards)), rewards)
@@ -168,7 +176,7 @@ class Frontend:
                 scores = await self.backend.score(reward, images, prompts)
         except Exception as error:
             late = timeout.expired()
-            kind, message = ("timeout", f"no score in {limit:g} s") if late else (classify(error), str(error)[:500])
+            kind, message = ("timeout", f"no score in {limit:g} s") if late else (classify(error), one_line(error))
             scores = unscored([reward], kind, message, count)
         self.metrics.reward_seconds.labels(reward).observe(time.perf_counter() - started)
         if failure := scores.failures.get(reward):
@@ -179,13 +187,34 @@ class Frontend:
 
 
 def create_app(
-    backend: Backend, described: Sequence[dict[str, object]], *, limits: Limits, token: bytes | None
+    backend: Backend,
+    described: Sequence[dict[str, object]],
+    *,
+    limits: Limits,
+    token: bytes | None,
+    without_token: Sequence[str] = (),
 ) -> FastAPI:
-    """Return the app for rewards that are `described` by name, kind and so on. `token` is as in Frontend."""
+    """Return the app for rewards that are `described` by name, kind and so on.
+
+    `token` is as in Frontend, and `without_token` as in ServiceConfig.
+    """
     frontend = Frontend(backend, [str(reward["name"]) for reward in described], limits=limits, token=token)
-    app = FastAPI(title="align_cluster rewards", version=__version__, description=ABOUT, redirect_slashes=False)
+    app = FastAPI(
+        title="align_cluster rewards",
+        version=__version__,
+        description=ABOUT,
+        redirect_slashes=False,
+        openapi_url=None,  # which leaves out FastAPI's own routes, because they ask for no token
+    )
+    ask = {
+        "dependencies": [Depends(frontend.authorize)],
+        "responses": {status: REFUSALS[status] for status in (401, 431)},
+    }
     app.include_router(_scoring(frontend))
-    app.include_router(_status(frontend, described))
+    app.include_router(_rewards(frontend, described), **ask)
+    app.include_router(_health(frontend))
+    app.include_router(_metrics(frontend), **({} if "metrics" in without_token else ask))
+    app.include_router(_docs(app), **({} if "docs" in without_token else ask))
     return app
 
 
@@ -234,17 +263,19 @@ def _scoring(frontend: Frontend) -> APIRouter:
     return router
 
 
-def _status(frontend: Frontend, described: Sequence[dict[str, object]]) -> APIRouter:
+def _rewards(frontend: Frontend, described: Sequence[dict[str, object]]) -> APIRouter:
     router = APIRouter()
 
-    @router.get(
-        "/v1/rewards",
-        dependencies=[Depends(frontend.authorize)],
-        responses={status: REFUSALS[status] for status in (401, 431)},
-    )
+    @router.get("/v1/rewards")
     async def rewards() -> dict[str, object]:
         """Tell the names, kinds, inputs and versions of the rewards, and what a request may hold."""
         return {"rewards": described, "limits": frontend.limits.model_dump(), "version": __version__}
+
+    return router
+
+
+def _health(frontend: Frontend) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -254,14 +285,36 @@ def _status(frontend: Frontend, described: Sequence[dict[str, object]]) -> APIRo
     @router.get("/readyz", responses={503: {"model": Refusal, "description": "some reward is not ready"}})
     async def readyz() -> dict[str, str]:
         """Answer 200 while the service can score with every reward."""
-        unready = await frontend.backend.unready()
+        unready = await frontend.unready()
         if unready:
             raise HTTPException(503, f"not ready: {', '.join(unready)}")
         return {"status": "ready"}
+
+    return router
+
+
+def _metrics(frontend: Frontend) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Answer with the metrics as Prometheus text."""
         return Response(generate_latest(frontend.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _docs(app: FastAPI) -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/openapi.json")
+    async def openapi() -> dict[str, object]:
+        """Answer with the OpenAPI document."""
+        return app.openapi()
+
+    @router.get("/docs")
+    async def docs() -> HTMLResponse:
+        """Answer with a page that shows the document."""
+        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
 
     return router

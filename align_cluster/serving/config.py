@@ -1,7 +1,7 @@
 """Every choice of a reward service in one model. configs/rewards_service.yaml is an example."""
 
 import difflib
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
@@ -35,6 +35,8 @@ class Limits(Section):
     request_pixels: PositiveInt = 2**25
     prompt_chars: PositiveInt = 4096
     concurrency: PositiveInt = Field(32, description="requests that are read or scored at once")
+    connections: PositiveInt = Field(256, description="at once; the longest idle one gives way to a new one")
+    header_timeout_s: PositiveFloat = Field(10.0, description="from the connection to the end of the headers")
     body_timeout_s: PositiveFloat = Field(30.0, description="for the body to arrive")
     score_timeout_s: PositiveFloat = Field(120.0, description="for a reward to score it, waiting included")
 
@@ -71,7 +73,8 @@ class DeploymentConfig(Section):
 class ServiceConfig(Root):
     """Describes a reward service. `address: null` starts a Ray on this machine; "auto" joins the running one.
 
-    Whoever asks for scores must give the token. A service without one answers this machine only.
+    Whoever asks must give the token, for all but `/healthz`, `/readyz` and what `without_token` opens. A service
+    without a token answers this machine only.
     """
 
     what: ClassVar[str] = "a service"
@@ -91,6 +94,9 @@ class ServiceConfig(Root):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     token: Annotated[Token | None, Field(validate_default=True)] = None
+    without_token: Annotated[
+        tuple[Literal["docs", "metrics"], ...], Field(description="docs: /docs and /openapi.json; metrics: /metrics")
+    ] = ()
     limits: Limits = Limits()
     address: str | None = None
     start_timeout_s: PositiveFloat = 600.0

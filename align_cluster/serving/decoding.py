@@ -5,8 +5,6 @@ what is malformed.
 """
 
 import io
-import json
-import math
 import struct
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,10 +14,10 @@ import numpy as np
 from fastapi import HTTPException
 from PIL import Image
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 
-from align_cluster.rewards.wire import PREFIX, Head, Raw
+from align_cluster.rewards.wire import PREFIX, Head, Raw, one_line
 from align_cluster.serving.config import Limits
+from align_cluster.texts import strict_json
 from align_cluster.types import Prompt
 
 ORIENTATION = 0x0112  # The EXIF tag says how to turn the image: 1, and 0 for unknown, is upright.
@@ -75,26 +73,11 @@ def _files(sizes: Sequence[int], data: memoryview, count: int) -> list[bytes]:
 
 
 def read_json(text: bytes) -> Any:
-    """Return the value of strict JSON: UTF-8, every key once, all numbers finite, and not nested without end."""
+    """Return the value of strict JSON, and refuse what is none."""
     try:
-        from_json(text, allow_inf_nan=False)  # refuses deep nesting, NaN and halves of surrogate pairs
-        return json.loads(text, object_pairs_hook=_once, parse_float=_finite)
+        return strict_json(text)
     except ValueError as error:
-        raise HTTPException(422, f"the JSON cannot be read: {str(error)[:200]}") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return found
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
+        raise HTTPException(422, f"the JSON cannot be read: {one_line(error)[:200]}") from None
 
 
 def validated(model: type[Model], data: Any, *, strict: bool = True) -> Model:
@@ -103,9 +86,9 @@ def validated(model: type[Model], data: Any, *, strict: bool = True) -> Model:
         return model.model_validate(data, strict=strict)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:100] or "the JSON"
+        where = one_line(".".join(map(str, first["loc"])))[:100] or "the JSON"
         status = 415 if first["type"] == "union_tag_invalid" else 422
-        raise HTTPException(status, f"{where}: {first['msg'].removeprefix('Value error, ')[:300]}") from None
+        raise HTTPException(status, f"{where}: {one_line(first['msg'].removeprefix('Value error, '))}") from None
 
 
 def check_prompts(prompts: Sequence[Prompt], limits: Limits) -> None:
@@ -142,7 +125,7 @@ def decode_images(files: Sequence[bytes], formats: Sequence[str], limits: Limits
         except Image.UnidentifiedImageError:
             raise HTTPException(422, f"image {index} cannot be read as {' or '.join(formats)}") from None
         except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-            raise HTTPException(422, f"image {index} cannot be used: {error}") from None
+            raise HTTPException(422, f"image {index} cannot be used: {one_line(error)}") from None
     return pixels
 
 

@@ -20,7 +20,7 @@ from python_multipart import multipart
 from python_multipart.exceptions import FormParserError
 
 from align_cluster.prompts.files import check_record
-from align_cluster.rewards.wire import WireFailure, encode_answer, encode_image
+from align_cluster.rewards.wire import WireFailure, encode_answer, encode_image, one_line
 from align_cluster.serving.config import Limits
 from align_cluster.serving.decoding import check_limit, check_prompts, decode_images, read_json, validated
 from align_cluster.settings import Section
@@ -190,5 +190,5 @@ def _parts(body: bytes, content_type: str, most: int) -> dict[str, list[bytes]]:
     try:
         multipart.FormParser(FORM, add_field, add_file, boundary=boundary, config=in_memory).write(body)
     except FormParserError as error:
-        raise HTTPException(422, f"the form cannot be read: {error}") from None
+        raise HTTPException(422, f"the form cannot be read: {one_line(error)}") from None
     return parts

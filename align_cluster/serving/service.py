@@ -1,4 +1,8 @@
-"""Runs a reward service on Ray Serve: a deployment for each reward behind one HTTP ingress. Needs the extra `serve`."""
+"""Runs a reward service: a deployment of Ray Serve for each reward, asked by the HTTP side in this process.
+
+Ray Serve's own HTTP proxy is not used, because it has no deadline for headers and no bound on connections. Needs the
+extra `serve`.
+"""
 
 import align_cluster.cluster  # noqa: F401 - before ray, see there
 
@@ -12,14 +16,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from align_cluster import __version__
@@ -33,6 +37,7 @@ from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.api import create_app
 from align_cluster.serving.batching import MicroBatcher
 from align_cluster.serving.config import DeploymentConfig, ServiceConfig
+from align_cluster.serving.listening import bound, listening
 from align_cluster.types import Prompt, Scores
 
 APP = "align-cluster-rewards"
@@ -59,22 +64,18 @@ class Scorer:
         return True
 
 
-class Ingress:
-    """Answers over HTTP: checks and decodes requests, and asks the deployments. It is the backend of the app."""
+class Deployments:
+    """Asks the deployments of the rewards. It is the backend of the app."""
 
-    def __init__(self, config: ServiceConfig, token: bytes | None, deployments: dict[str, Any]) -> None:
-        """Keep the SHA-256 of the token, and the handle of each reward's deployment."""
-        self.config, self.token, self.deployments = config, token, deployments
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Build the app for Ray Serve, which calls this in the replica's process."""
-        return create_app(self, describe(self.config.rewards), limits=self.config.limits, token=self.token)
+    def __init__(self, handles: dict[str, Any]) -> None:
+        """Keep the handle of each reward's deployment."""
+        self.handles = handles
 
     async def score(self, reward: str, images: np.ndarray, prompts: list[Prompt]) -> Scores:
         """Score with one reward. A request whose worker dies goes to another one; RewardError where TRIES died."""
         for wait in range(TRIES):
             try:
-                return await self.deployments[reward].score.remote(images, prompts)
+                return await self.handles[reward].score.remote(images, prompts)
             except LOST as error:
                 lost = error
                 await asyncio.sleep(0.2 * 2**wait)
@@ -85,10 +86,10 @@ class Ingress:
 
         async def ready(name: str) -> bool:
             async with asyncio.timeout(5):
-                return await self.deployments[name].ready.remote()
+                return await self.handles[name].ready.remote()
 
-        answers = await asyncio.gather(*map(ready, self.deployments), return_exceptions=True)
-        return [name for name, answer in zip(self.deployments, answers, strict=True) if answer is not True]
+        answers = await asyncio.gather(*map(ready, self.handles), return_exceptions=True)
+        return [name for name, answer in zip(self.handles, answers, strict=True) if answer is not True]
 
 
 def describe(rewards: Mapping[str, RewardSection]) -> list[dict[str, object]]:
@@ -131,19 +132,9 @@ def _deployment(name: str, reward: RewardSection, settings: DeploymentConfig) ->
     ).bind(name, reward, settings)
 
 
-def application(config: ServiceConfig, token: str | None) -> Any:
-    """Return the Serve application. Only a digest of the token travels in it."""
-    deployments = {name: _deployment(name, reward, config.deployment(name)) for name, reward in config.rewards.items()}
-    ingress = serve.deployment(
-        serve.ingress()(Ingress),
-        name="ingress",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * config.limits.concurrency + 64,  # It leaves room to answer 429 and health checks.
-        graceful_shutdown_timeout_s=max(config.deployment(name).drain_s for name in config.rewards),
-        max_constructor_retry_count=1,
-    )
-    digest = hashlib.sha256(token.encode()).digest() if token else None
-    return ingress.bind(config, digest, deployments)
+def app_name(reward: str) -> str:
+    """Return the name of the Serve application of a reward; its deployment has the reward's name."""
+    return f"{APP}.{reward}"
 
 
 @contextmanager
@@ -154,16 +145,29 @@ def serving(config: ServiceConfig) -> Iterator[str]:
     """
     token = config.token.read() if config.token else None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with cluster(ClusterConfig(address=config.address)):
+    with closing(_bound(config)) as listener, cluster(ClusterConfig(address=config.address)):
         _fits(config)
-        _port_is_free(config)
-        serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+        serve.start(proxy_location="Disabled")
+        targets = [
+            serve.RunTarget(_deployment(name, reward, config.deployment(name)), name=app_name(name), route_prefix=None)
+            for name, reward in config.rewards.items()
+        ]
         try:
-            target = serve.RunTarget(application(config, token), name=APP, route_prefix="/")
-            serve.run_many([target], wait_for_applications_running=False)
-            yield _url_when_ready(config)
+            handles = serve.run_many(targets, wait_for_applications_running=False)
+            app = create_app(
+                Deployments(dict(zip(config.rewards, handles, strict=True))),
+                describe(config.rewards),
+                limits=config.limits,
+                token=hashlib.sha256(token.encode()).digest() if token else None,
+                without_token=config.without_token,
+            )
+            with listening(app, listener, config.limits):
+                url = _url(config)
+                _wait_until_ready(config, url)
+                yield url
         finally:
-            serve.delete(APP)
+            for name in config.rewards:
+                serve.delete(app_name(name))
             if not serve.status().applications:  # A cluster that was joined may serve other things.
                 serve.shutdown()
 
@@ -191,41 +195,33 @@ def _fits(config: ServiceConfig) -> None:
             )
 
 
-def _head_address() -> str:
-    """Return the address of the node that Serve listens at."""
-    return next(node["NodeManagerAddress"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+def _bound(config: ServiceConfig) -> socket.socket:
+    try:
+        return bound(config.host, config.port)
+    except OSError as error:
+        raise UserError(
+            f"host {config.host}, port {config.port} cannot be served at ({error}); choose another port"
+        ) from None
 
 
-def _port_is_free(config: ServiceConfig) -> None:
-    if _head_address() != ray.util.get_node_ip_address():
-        return  # The port of another machine cannot be tried from here.
-    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise UserError(
-                f"host {config.host}, port {config.port} cannot be served at ({error}); choose another port"
-            ) from None
+def _url(config: ServiceConfig) -> str:
+    host = ray.util.get_node_ip_address() if config.host in ("0.0.0.0", "::") else config.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
-def _url_when_ready(config: ServiceConfig) -> str:
-    host = _head_address() if config.host in ("0.0.0.0", "::") else config.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+def _wait_until_ready(config: ServiceConfig, url: str) -> None:
     client = RewardClient(url, timeout_s=10)
     deadline = time.monotonic() + config.start_timeout_s
     while True:
-        status = serve.status().applications[APP]
-        if status.status == "DEPLOY_FAILED":
-            raise UserError(f"the service cannot start: {_reason(status)}")
+        status = serve.status().applications
+        for name in config.rewards:
+            if status[app_name(name)].status == "DEPLOY_FAILED":
+                raise UserError(f"the service cannot start: {_reason(status[app_name(name)])}")
         try:
-            if status.status == "RUNNING":
-                client.ready()
-                return url
+            client.ready()
+            return
         except RewardError as error:
             late = str(error)
-        else:
-            late = f"{status.status.value.lower()} {_reason(status)}"
         if time.monotonic() > deadline:
             raise UserError(f"the service was not ready within start_timeout_s, {config.start_timeout_s:g} s: {late}")
         time.sleep(0.2)

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shlex
 import shutil
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import safe_open
 
@@ -17,8 +20,10 @@ from align_cluster.backbones.attention import shorten_attention
 from align_cluster.cli import main
 from align_cluster.config.load import load
 from align_cluster.errors import UserError
+from align_cluster.evaluate.card import NEEDS
 from align_cluster.evaluate.export import export
 from align_cluster.evaluate.sample import SampleRequest, sample
+from align_cluster.files import write_json
 from align_cluster.observe.charts import PALETTE
 from align_cluster.observe.rundir import RunDir
 from align_cluster.streams import stream
@@ -131,8 +136,8 @@ def test_the_card_is_the_hubs_and_has_what_the_run_has(run, exported):
         assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
         assert ("lora" in card.data.tags) == (form == "lora") and card.data.license == "other"
         assert "base_model" not in card.data.to_dict()  # a folder, which the hub does not know
-        assert "| size | -1.500 | -0.750 | +0.750 |" in card.content
-        assert "| size, a/b | -1.000 | -0.500 | +0.500 |" in card.content
+        assert "| `size` | -1.500 | -0.750 | +0.750 |" in card.content
+        assert "| `size, a/b` | -1.000 | -0.500 | +0.500 |" in card.content
         assert re.findall(r"!\[.*?\]\((.*?)\)", card.content) == ["before.png", "after.png", "reward.svg"]
         assert Image.open(folder / "after.png").tobytes() == Image.open(RunDir(run.path).grid(2)).tobytes()
         picture = ElementTree.parse(folder / "reward.svg").getroot()
@@ -140,6 +145,67 @@ def test_the_card_is_the_hubs_and_has_what_the_run_has(run, exported):
         assert {"reward", "step"} <= {text.strip() for text in picture.itertext()}
         assert any(PALETTE["accent"] in path.get("style", "") for path in picture.iter(f"{svg}path"))
         assert load(folder / "config.yaml") == load(run.path / "config.yaml")
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)> ![a](http://a/b.png) [c](http://d) `e` ``f`` </details>\n# G\r\n- h | i www.j.k",
+    "```\n<script>l</script>\n```",
+    "` <b>m</b> `",
+    "\u202en\0o\x1b[31m",
+    " \n ",
+)
+
+
+def test_what_others_wrote_means_nothing_in_a_card(finished, tmp_path):
+    base = finished("sd3")
+    run = RunDir(shutil.copytree(base.path, tmp_path / "run"))
+    (base_card := tmp_path / "base" / "README.md").parent.mkdir()
+    shutil.copytree(base.case.folder, base_card.parent, dirs_exist_ok=True)
+    base_card.write_text(f"---\nlicense: {json.dumps(HOSTILE[0])}\n---\n")
+    write_json(run.grid_prompts, list(HOSTILE))
+    summary = json.loads(run.summary.read_text())
+    scores = {"overall": {"reward/size": 1.0}, "tasks": {text: {"reward/size": 1.0} for text in HOSTILE[:3]}}
+    facts = {"name": f"../{HOSTILE[0]}", "versions": {HOSTILE[1]: HOSTILE[2]}, "config_hash": HOSTILE[0]}
+    write_json(run.summary, summary | facts | {"before": scores, "after": scores})
+    export(run.path, "lora", tmp_path / "out", overrides=[f"backbone.path={base_card.parent}"])
+    text = (tmp_path / "out" / "README.md").read_text()
+    page = MarkdownIt("commonmark").enable("table").render(text.split("---\n", 2)[2])
+    assert set(re.findall(r"<(\w+)", page)) <= set(
+        "h1 h2 p table thead tbody tr th td ul li code pre img strong em details summary".split()
+    )
+    assert re.findall(r"<img[^>]*>", page) == [f'<img src="{n}" alt="{a}" />' for n, a in PICTURES]
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2 and not list(tmp_path.glob("*.safetensors"))
+    for line in page.splitlines():
+        assert line.count("<td") in (0, 1)
+
+
+PICTURES = [("before.png", "before"), ("after.png", "after"), ("reward.svg", "Reward over the steps")]
+
+
+def test_the_same_result_gets_the_same_files(finished, tmp_path):
+    run = finished("sd3")
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        export(run.path, "lora", folder)
+    files = sorted(file.name for file in folders[0].glob("*.safetensors"))
+    assert len(files) == 2
+    for name in files:
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+        content = (folders[0] / name).read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    peft = json.loads(tensors(RunDir(run.path).lora_weights)[1]["lora_adapter_metadata"])
+    targets = peft[f"{run.backbone.part}.target_modules"]
+    assert targets == sorted(targets)
+
+
+def test_a_card_names_the_packages_that_this_one_needs(run, exported):
+    asked = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(NEEDS) <= {*asked["dependencies"], *asked["optional-dependencies"]["rewards"]}
+    for form in FORMS:
+        (line,) = re.findall(r"^pip install (.*)$", (exported / form / "README.md").read_text(), re.MULTILINE)
+        assert shlex.split(line) == list(NEEDS)
 
 
 def test_the_cards_code_draws_what_sample_draws(run, tmp_path, monkeypatch):
@@ -167,7 +233,7 @@ def test_a_licence_of_the_base_is_named_in_the_card(finished, tmp_path):
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE\n---\n# Base\n")
     export(run.path, "lora", tmp_path / "out", overrides=[f"backbone.path={base}"])
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "license_name: acme" in text and "under its licence: other, acme, LICENSE" in text
+    assert "license_name: acme" in text and "under its licence: `other`, `acme`, `LICENSE`" in text
 
 
 def test_a_base_of_the_hub_is_named_by_its_id_and_its_parts_come_from_the_hubs_cache(finished, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from align_cluster.cli import main
 from align_cluster.errors import UserError
 from align_cluster.files import write_json, write_text
 from align_cluster.observe.report import write_report
@@ -164,3 +165,13 @@ def test_a_huge_grid_is_embedded_smaller(make_run):
 def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         write_report(tmp_path / "nothing")
+
+
+def test_a_folder_without_a_run_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("name: export\n")  # as an export holds it
+    (tmp_path / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    for folder in (tmp_path, tmp_path / "notes.txt"):
+        assert main(["report", str(folder)]) == 2
+        assert f"{folder} is not a run directory" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,28 +1,21 @@
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 import pytest
 
+from align_cluster.serving.config import Limits
+
 
 @pytest.fixture(scope="session")
-def http_server() -> Callable[[Any], AbstractContextManager[str]]:
-    """Function ASGI app -> context in which it answers at the URL that the context gives."""
-    uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
+def http_server() -> Callable[..., AbstractContextManager[str]]:
+    """Function (ASGI app, limits) -> context in which it answers at the URL that the context gives."""
+    pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
+    from align_cluster.serving.listening import bound, listening
 
     @contextmanager
-    def serving(app: Any) -> Iterator[str]:
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    def serving(app: Any, limits: Limits = Limits()) -> Iterator[str]:  # noqa: B008 - frozen
+        with closing(bound("127.0.0.1", 0)) as listener, listening(app, listener, limits):
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     return serving

@@ -3,13 +3,12 @@
 One reward is right; the others return what no reward may.
 """
 
-import asyncio
 import hashlib
 import sys
+import threading
 from typing import Literal
 
 import numpy as np
-import uvicorn
 
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import FailurePolicy, Result, Reward, RewardSection
@@ -17,6 +16,7 @@ from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.api import create_app
 from align_cluster.serving.batching import MicroBatcher
 from align_cluster.serving.config import Limits
+from align_cluster.serving.listening import bound, listening
 
 
 class Returns(Reward):
@@ -63,16 +63,14 @@ class Backend:
         return []
 
 
-async def main() -> None:
+def main() -> None:
     limits, token = Limits.model_validate_json(sys.argv[1]), hashlib.sha256(sys.argv[2].encode()).digest()
     app = create_app(Backend(), [{"name": name} for name in NAMES], limits=limits, token=token)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    print(server.servers[0].sockets[0].getsockname()[1], flush=True)
-    await serving
+    listener = bound("127.0.0.1", 0)
+    with listening(app, listener, limits):
+        print(listener.getsockname()[1], flush=True)
+        threading.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

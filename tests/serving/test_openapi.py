@@ -45,7 +45,7 @@ def document(http_server):
 
     app = create_app(Backend(), [{"name": "mean"}], limits=Limits(), token=hashlib.sha256(b"secret").digest())
     with http_server(app) as url:
-        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json", headers={"Authorization": "Bearer secret"})
 
 
 def damaged(data):

@@ -90,7 +90,7 @@ class Load:
 
 def replicas(ray: Any, reward: str) -> list[str]:
     """Names of the actors of a reward that run."""
-    start = f"SERVE_REPLICA::align-cluster-rewards#{reward}#"
+    start = f"SERVE_REPLICA::align-cluster-rewards.{reward}#{reward}#"
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     return [name for name in names if name.startswith(start)]
 
@@ -101,7 +101,7 @@ def wait_for(reward: str, count: int, seconds: float) -> None:
 
     started = time.monotonic()
     while True:
-        states = serve.status().applications["align-cluster-rewards"].deployments[reward].replica_states
+        states = serve.status().applications[f"align-cluster-rewards.{reward}"].deployments[reward].replica_states
         if states == {"RUNNING": count}:
             return
         assert time.monotonic() - started < seconds, states

@@ -119,7 +119,7 @@ def test_a_prompt_that_a_reward_cannot_read_is_a_failure_of_that_reward_alone(ur
     assert np.isnan(scores.values["objects"][0]) and not scores.valid["objects"][0] and scores.valid["clip"][0]
 
 
-def test_refusals_come_through_rays_proxy_with_their_status_and_a_sentence(url):
+def test_refusals_come_with_their_status_and_a_sentence(url):
     good = encode_request(["clip"], IMAGES, PROMPTS, "png")
     flow_grpo = pickle.dumps({"images": [b"jpeg"], "prompts": ["a circle"], "metadata": {}})
     for body, headers, status, words in [
@@ -150,14 +150,15 @@ def test_flow_grpos_request_is_answered_as_well_but_never_unpickled(url, worker)
 def test_the_service_tells_what_it_has_and_how_it_is(url):
     assert ask(url, "GET", "/healthz", Authorization="")[0] == 200
     assert ask(url, "GET", "/readyz", Authorization="")[0] == 200
-    assert ask(url, "GET", "/v1/rewards", Authorization="")[0] == 401
+    for path in ("/v1/rewards", "/metrics", "/docs", "/openapi.json"):
+        assert ask(url, "GET", path, Authorization="")[0] == 401
     served = RewardClient(url, TOKEN).rewards()
     assert {name: reward["kind"] for name, reward in served.items()} == {"objects": "geneval", "clip": "clip_score"}
     assert all(reward["inputs"] and reward["version"] and reward["about"] for reward in served.values())
     status, document = ask(url, "GET", "/openapi.json")
     assert status == 200 and MEDIA_TYPE in json.loads(document)["paths"]["/v1/score"]["post"]["requestBody"]["content"]
     RewardClient(url, TOKEN).score(["clip"], IMAGES, PROMPTS)
-    status, text = ask(url, "GET", "/metrics", Authorization="")
+    status, text = ask(url, "GET", "/metrics")
     assert status == 200 and 'align_cluster_requests_total{status="200"}' in text
     assert 'align_cluster_images_total{reward="clip"}' in text and "align_cluster_request_seconds_bucket" in text
 
@@ -211,7 +212,7 @@ def test_a_worker_that_dies_costs_nobody_a_score(local_ray, url, worker):
     (name,) = [
         actor["name"]
         for actor in local_ray.util.list_named_actors(all_namespaces=True)
-        if actor["name"].startswith("SERVE_REPLICA::align-cluster-rewards#clip")
+        if actor["name"].startswith("SERVE_REPLICA::align-cluster-rewards.clip#clip")
     ]
     local_ray.kill(local_ray.get_actor(name, "serve"))
     for thread in threads:
@@ -232,12 +233,13 @@ def test_a_service_that_is_gone_is_unavailable():
 
 
 def test_a_port_that_is_taken_and_a_cluster_that_is_too_small_are_told_at_once(local_ray, config):
-    from align_cluster.serving.service import _fits, _port_is_free
+    from align_cluster.serving.service import _fits, serving
 
     with socket.socket() as taken, pytest.raises(UserError, match="choose another port"):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        _port_is_free(config.model_copy(update={"port": taken.getsockname()[1]}))
+        with serving(config.model_copy(update={"port": taken.getsockname()[1], "token": None})):
+            pass
     large = loads(SERVICE, "service.yaml", ["deployments.clip.cpus=64"], ServiceConfig)
     with pytest.raises(UserError, match="need 64.3 CPU"):
         _fits(large)

@@ -104,13 +104,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises UserError at once if `path` exists or the folder cannot be made.
     """
-    if path.exists():
-        raise UserError(f"--out {path} exists already, and nothing is overwritten; give a folder that is not there yet")
     staged = path.with_name(f".{uuid.uuid4().hex}")
     try:
-        staged.mkdir(parents=True)
+        there = path.exists()
+        if not there:
+            staged.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+    if there:
+        raise UserError(f"--out {path} exists already, and nothing is overwritten; give a folder that is not there yet")
     try:
         yield staged
         os.rename(staged, path)

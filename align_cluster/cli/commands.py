@@ -44,12 +44,13 @@ def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
     from align_cluster.config.load import load
     from align_cluster.errors import UserError
     from align_cluster.evaluate.lora import find_config, find_lora
+    from align_cluster.files import user_path
     from align_cluster.observe.rundir import RunDir
 
     named, source = args.target, getattr(args, "source", None)
     if named and source or not (named or source or args.lora):
         raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
-    target = Path(named or source or find_config(args.lora)).expanduser()
+    target = user_path(named or source or find_config(args.lora))
     lora = args.lora or (target if target.is_dir() and not args.base else None)
     file = RunDir(target).config if target.is_dir() else target
     return Source(load(file, overrides), find_lora(lora) if lora else None, file.parent)
@@ -65,9 +66,10 @@ def train(args: argparse.Namespace) -> int:
             ready.close()
         elif ready:
             ready.load(imports(config))
+        from align_cluster.files import user_path
         from align_cluster.loop.driver import train
 
-        train(config, Path(config.out).expanduser(), args.resume, alone=True, preload=ready)
+        train(config, user_path(config.out), args.resume, alone=True, preload=ready)
     return 0
 
 
@@ -97,8 +99,6 @@ def plan(args: argparse.Namespace) -> int:
     from align_cluster.planner.report import GIB, estimate, local_gpu, text
 
     config = _config(args)
-    if args.gpu_memory is not None and not 0 < args.gpu_memory < float("inf"):
-        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; give the GiB of one GPU, such as 80")
     cores, gpus = local_resources()
     name, memory = local_gpu()
     if args.gpu_memory:
@@ -148,7 +148,7 @@ def sample(args: argparse.Namespace) -> int:
         run=folder,
     )
     names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
-    out = args.out.expanduser() if args.out else next(path for path in names if not path.exists())
+    out = args.out if args.out else next(path for path in names if not path.exists())
     drawn = sample(config, lora_file, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():
@@ -163,7 +163,7 @@ def export(args: argparse.Namespace) -> int:
     """Write a run's result for other tools into a new folder."""
     from align_cluster.evaluate.export import export
 
-    export(args.run, args.to, args.out.expanduser(), precision=args.precision, overrides=args.set)
+    export(args.run, args.to, args.out, precision=args.precision, overrides=args.set)
     print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
     return 0
 
@@ -212,15 +212,16 @@ def serve_rewards(args: argparse.Namespace) -> int:
 def score(args: argparse.Namespace) -> int:
     """Score image files with a reward of a service; the exit code is 1 where the reward failed."""
     from align_cluster.errors import UserError
+    from align_cluster.plain import json_value
     from align_cluster.rewards.base import RewardError
     from align_cluster.rewards.http import RewardClient, Token, read_image
     from align_cluster.types import Prompt
 
     try:
-        prompt = Prompt(0, args.prompt, dict(json.loads(args.metadata)))
+        prompt = Prompt(0, args.prompt, dict(json_value(args.metadata)))
     except (ValueError, TypeError):
         raise UserError(
-            f'--metadata {args.metadata}: write it as a JSON object such as \'{{"text": "OPEN"}}\''
+            f'--metadata {args.metadata[:60]}: write it as a JSON object such as \'{{"text": "OPEN"}}\''
         ) from None
     token = Token(env=args.token_env, file=args.token_file).read() if args.token_env or args.token_file else None
     client = RewardClient(args.url, token, timeout_s=args.timeout)

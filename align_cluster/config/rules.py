@@ -10,12 +10,16 @@ its name in RULES.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from contextlib import suppress
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.adapters import unmatched
+from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.run import RunConfig
 from align_cluster.embedded import pipeline_path
+from align_cluster.errors import UserError
+from align_cluster.files import user_path
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
@@ -226,7 +230,7 @@ def backbone_is_there(config: RunConfig) -> Problems:
     """Refuse a path that is no pipeline, or one of another family."""
     path, kind = config.backbone.path, config.backbone.kind
     taken = BACKBONES[kind].pipelines
-    folder = pipeline_path() if path == "embedded" else Path(path).expanduser()
+    folder = pipeline_path() if path == "embedded" else user_path(path)
     index = folder / "model_index.json"
     if not taken:
         return
@@ -250,6 +254,19 @@ def backbone_is_there(config: RunConfig) -> Problems:
             yield f"backbone.path is {path}, a {name}, and backbone.kind {kind} takes a {' or '.join(taken)}; {remedy}"
 
 
+def targets_are_layers(config: RunConfig) -> Problems:
+    """Refuse names of LoRA targets that the network on this disk has no layers for."""
+    targets, path = config.backbone.lora.targets, config.backbone.path
+    kind = BACKBONES[config.backbone.kind]
+    here = path == "embedded" or user_path(path).is_dir()
+    if targets and here and issubclass(kind, PipelineBackbone):  # of a hub id, the workers ask when they have it
+        backbone = kind(config.backbone)
+        with suppress(UserError):  # a folder that is none of this kind: `backbone_is_there` says so
+            problem = unmatched(backbone.on_meta(backbone.network, backbone.part), targets)
+            if problem:
+                yield problem
+
+
 RULES = (
     settings_refuse,
     work_can_be_cut,
@@ -266,4 +283,5 @@ RULES = (
     window_fits,
     something_is_trained_on,
     backbone_is_there,
+    targets_are_layers,
 )

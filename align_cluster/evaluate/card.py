@@ -102,7 +102,7 @@ def base_licence(backbone: PipelineBackbone) -> dict[str, str]:
 def _what(result: Result, form: str) -> str:
     """Say in a few words what was exported."""
     base, lora = f"`{result.config.backbone.path}`", result.lora
-    size = f"rank {lora.rank}, alpha {lora.alpha:g}"
+    size = f"rank {lora.rank}, trained with alpha {result.config.backbone.lora.alpha:g}"
     if form == "lora":
         return f"A LoRA ({size}) for {base}"
     kind = result.backbone.network if form == "merged" else result.backbone.index["_class_name"]

@@ -67,19 +67,24 @@ def read_lora(file: Path) -> Lora:
             types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
             odd = next((name for name, dtype in types.items() if dtype not in FLOATS), None)
             if odd:
-                raise UserError(f"{file}: its {odd} is {types[odd]}, and a LoRA's weights are floats; convert it first")
+                raise UserError(
+                    f"{file}: its {odd!r} is {types[odd]}, and a LoRA's weights are floats; convert it first"
+                )
             raw = {name: tensors.get_tensor(name).float().numpy() for name in types}
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors ({error}); give the file that a run wrote") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} cannot be read as safetensors ({reason}); give the file that a run wrote") from None
     prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in raw)), None)
     state = {name.removeprefix(prefix or ""): value for name, value in raw.items()}
     ranks = {value.shape[0] if value.ndim > 1 else 0 for name, value in state.items() if ".lora_A." in name}
-    if len(ranks) != 1 or not prefix or 0 in ranks:
+    if len(ranks) != 1 or not prefix or 0 in ranks or not all(map(str.isprintable, raw)):
         raise UserError(f"{file} is no LoRA of a denoiser with one rank; give the file that a run wrote")
     broken = next((name for name, value in raw.items() if not np.isfinite(value).all()), None)
     if broken:
-        raise UserError(f"{file}: its {broken} holds NaN or infinity, as of training that diverged; give another file")
+        raise UserError(
+            f"{file}: its {broken!r} holds NaN or infinity, as of training that diverged; give another file"
+        )
     (rank,) = ranks
     return Lora(file, state, prefix, rank, _alpha(file, metadata, prefix, rank), metadata)
 

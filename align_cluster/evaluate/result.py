@@ -62,11 +62,11 @@ def read_result(run: Path, overrides: Sequence[str] = ()) -> Result:
     config = load(files.config, overrides)
     if not files.lora_weights.is_file():
         raise UserError(f"{run} has lost its {files.lora_weights.relative_to(files.path)}; give the folder as it was")
-    lora, settings = read_lora(files.lora_weights), config.backbone.lora
-    if (lora.rank, lora.alpha) != (settings.rank, settings.alpha):
+    lora, rank = read_lora(files.lora_weights), config.backbone.lora.rank
+    if lora.rank != rank:
         raise UserError(
-            f"{lora.path} has rank {lora.rank} and alpha {lora.alpha:g}, and the run's config.yaml says rank "
-            f"{settings.rank} and alpha {settings.alpha:g}; give the folder as `train` left it"
+            f"{lora.path} has rank {lora.rank}, and the run's config.yaml says rank {rank}; "
+            "give the folder as `train` left it"
         )
     plain = {"precision": "fp32", "compile": False, "attention": None}  # weights are merged and written, never run
     backbone = BACKBONES[config.backbone.kind](config.backbone.model_copy(update=plain))

@@ -96,7 +96,8 @@ def yaml_value(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         spot = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{spot}: {error.problem or error.context}; correct that line") from None
+        problem = " ".join((error.problem or error.context).split())
+        raise UserError(f"{where}{spot}: {problem}; correct that line") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an escape for a character past the last
         raise UserError(f"{where} is not YAML ({' '.join(str(error).split())}); write it as plain UTF-8 text") from None
 

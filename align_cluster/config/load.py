@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from align_cluster.config.messages import explain
+from align_cluster.config.messages import explain, short
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.files import read_text, user_path
@@ -88,9 +88,9 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
             if block.get(part) is None:
                 block[part] = {}
             if not isinstance(block[part], dict):
-                here = ".".join(path[: depth + 1])
+                there, here = (" ".join(".".join(names).split()) for names in (path, path[: depth + 1]))
                 raise UserError(
-                    f"--set {'.'.join(path)}: {here} is {block[part]!r}, which has no settings; set {here} itself"
+                    f"--set {there}: {here} is {short(block[part])}, which has no settings; set {here} itself"
                 )
             block = block[part]
         if path[-1] == "kind" and block.get("kind") != value:
@@ -102,9 +102,10 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
 def _split(override: str) -> tuple[list[str], Any]:
     key, equals, value = override.partition("=")
     path = key.strip().split(".")
+    said = "--set " + " ".join(override.split())[:80]
     if not equals or not all(path) or len(path) > MAX_DEPTH:
-        raise UserError(f"--set {override}: write it as path=value, such as --set optimizer.lr=1e-4")
-    return path, yaml_value(value, f"--set {override}")
+        raise UserError(f"{said}: write it as path=value, such as --set optimizer.lr=1e-4")
+    return path, yaml_value(value, said)
 
 
 def dump(config: RunConfig) -> str:

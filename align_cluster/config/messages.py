@@ -56,8 +56,8 @@ def explain(error: ValidationError, source: str, overridden: set[str], root: typ
         if any(other["loc"][:-1] == item["loc"] for other in errors):
             continue  # a list without its wrong entries is also too short: the entries say it better
         path, owner, annotation = locate(item["loc"], root)
-        dotted = ".".join(path)
-        where = "--set" if dotted in overridden else source
+        dotted = " ".join(".".join(path).split())  # a key may hold line breaks
+        where = "--set" if ".".join(path) in overridden else source
         if item["type"] == "extra_forbidden":
             near = nearest_setting(path, owner, root)
             meant.add(near)

@@ -7,7 +7,6 @@ ADD A RULE HERE: a function that yields one sentence a problem (the path, what i
 its name in RULES.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
 from align_cluster.files import user_path
+from align_cluster.plain import json_value
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
@@ -244,8 +244,8 @@ def backbone_is_there(config: RunConfig) -> Problems:
         yield f"backbone.path is {path}, a folder without model_index.json; give the folder of a diffusers pipeline"
     else:
         try:
-            name = json.loads(index.read_text())["_class_name"]
-        except (ValueError, LookupError, TypeError):
+            name = json_value(index.read_bytes())["_class_name"]
+        except (OSError, ValueError, LookupError, TypeError):
             yield f"backbone.path is {path}, whose model_index.json names no pipeline; give it as diffusers wrote it"
             return
         if name not in taken:

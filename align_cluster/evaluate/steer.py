@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from align_cluster.algorithms.gae import RunningMoments
 from align_cluster.backbones.adapters import active_adapter, add_adapters
-from align_cluster.backbones.base import CRITIC, CriticSection
+from align_cluster.backbones.base import CRITIC, CriticSection, LoraSettings
 from align_cluster.backbones.critic import Critic
 from align_cluster.config.load import loads
 from align_cluster.config.run import RunConfig, one_of
@@ -78,12 +78,13 @@ class SavedCritic:
     """Holds the critic of the run folder `run`, as the run left it.
 
     `rewards` are the names of the rewards that it predicts, in the order of its outputs. `moments` normalise each of
-    them. `section` and `state` are the critic's settings and weights.
+    them. `section` and `state` are the critic's settings and weights, `lora` are the settings of its adapter.
     """
 
     run: Path
     rewards: list[str]
     section: CriticSection
+    lora: LoraSettings
     moments: dict[str, RunningMoments]
     state: dict[str, torch.Tensor]
 
@@ -115,11 +116,14 @@ class SavedCritic:
             raise UserError(
                 f"{folder / 'critic.safetensors'} cannot be read ({error}); copy it from the run again"
             ) from None
-        return cls(run, rewards, facts.critic, moments, state)
+        return cls(run, rewards, facts.critic, config.backbone.lora, moments, state)
 
     def build(self, sampler: Sampler) -> Critic:
         """Build the critic on the base model of a sampler, beside the actor's adapter, with all weights frozen."""
         denoiser, backbone = sampler.denoiser, sampler.backbone
+        # The actor's scale is in its file's weights, and the critic's adapter has that of the run's settings.
+        settings = backbone.config.model_copy(update={"lora": self.lora})
+        backbone = type(backbone)(settings, str(backbone.device))
         if self.section.features == "lora":
             with active_adapter(denoiser, "default"):  # add_adapters activates what it adds; this restores the actor's
                 add_adapters(backbone, denoiser, (CRITIC,))

@@ -78,7 +78,7 @@ class SavedCritic:
     """Holds the critic of the run folder `run`, as the run left it.
 
     `rewards` are the names of the rewards that it predicts, in the order of its outputs. `moments` normalise each of
-    them. `section` and `state` are the critic's settings and weights, `lora` are the settings of its adapter.
+    them. `section` and `state` are the critic's settings and weights, and `lora` configures its adapter.
     """
 
     run: Path

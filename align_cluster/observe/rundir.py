@@ -55,7 +55,7 @@ class RunDir:
             try:
                 os.rename(staged, target)
             except OSError:
-                if not target.exists():  # not a name that is taken but, say, a full or read-only disk
+                if not os.path.exists(target):  # not a name that is taken but, say, a full or read-only disk
                     shutil.rmtree(staged, ignore_errors=True)
                     raise
                 number += 1

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from align_cluster.errors import UserError
+from align_cluster.plain import json_value
 
 # Error numbers of a disk that is full, over its quota, read-only or failing. They are no fault of the program.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+_UNNAMEABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and half a character: what is no UTF-8
+LONGEST_NAME = 255  # bytes in the name of a file or folder, on the usual file systems
+LONGEST_PATH = 4000  # characters: Linux takes 4095 bytes, with the names of a run's files
 
 
 @contextmanager
@@ -43,6 +49,39 @@ def _code(error: SafetensorError) -> int | None:
     return int(told[1]) if told else None
 
 
+def user_path(text: str | Path) -> Path:
+    """Return the path that a user typed, with ~ expanded. Raises UserError for a name that no file can have."""
+    name = str(text)
+    if _UNNAMEABLE.search(name):
+        raise UserError(f"{name!r} holds a character that no path here can have; give another path")
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name} begins with the home of a user who is not here; write the path in full") from None
+    if any(len(part.encode()) > LONGEST_NAME for part in path.parts) or len(name) > LONGEST_PATH:
+        raise UserError(f"{name[:40]}... is too long for a path, or for a name in one; give a shorter path")
+    return path
+
+
+def read_text(path: Path, most: int) -> str:
+    """Return a UTF-8 file of up to `most` bytes, without a byte order mark.
+
+    Raises FileNotFoundError where there is none, and UserError for what is no file of text, such as a device or a pipe.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would wait for a writer
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path} is no file; give the path of one")
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise UserError(f"{path} has more than {most} bytes; give a file of settings or text")
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give the path of a UTF-8 file") from None
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; a clean exit renames it over `path`, an exception removes it.
@@ -65,13 +104,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises UserError at once if `path` exists or the folder cannot be made.
     """
-    if path.exists():
-        raise UserError(f"--out {path} exists already, and nothing is overwritten; give a folder that is not there yet")
     staged = path.with_name(f".{uuid.uuid4().hex}")
     try:
-        staged.mkdir(parents=True)
+        there = path.exists()
+        if not there:
+            staged.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+    if there:
+        raise UserError(f"--out {path} exists already, and nothing is overwritten; give a folder that is not there yet")
     try:
         yield staged
         os.rename(staged, path)
@@ -111,5 +152,10 @@ def sort_metadata(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the parsed file, or None if it does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Return the parsed file, or None if it does not exist. Raises UserError where it is no JSON."""
+    try:
+        return json_value(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again from where it was written") from None

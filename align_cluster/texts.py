@@ -4,13 +4,8 @@ Only a newline ends a line, and a carriage return before it belongs to it. `str.
 characters, such as U+2028, which stand inside of prompts and of valid JSON.
 """
 
-import json
-import math
 import re
 from pathlib import Path
-from typing import Any
-
-from pydantic_core import from_json
 
 from align_cluster.errors import UserError
 
@@ -38,42 +33,6 @@ def read_text(path: str | Path, what: str) -> str:
 def lines(text: str) -> list[tuple[int, str]]:
     """Return the lines that are not blank with their numbers, counted from 1, without blanks around them."""
     return [(number, stripped) for number, line in enumerate(text.split("\n"), 1) if (stripped := line.strip())]
-
-
-def strict_json(text: str | bytes) -> Any:
-    """Return the value of JSON, which is UTF-8 where it comes as bytes.
-
-    Raises ValueError for what is no JSON, and for what others read otherwise or not at all: a key that is blank or
-    there twice, deep nesting, half of a surrogate pair, NaN, infinity, and whole numbers of more than 64 bits.
-    """
-    try:
-        from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise ValueError(str(error).replace("at line 1 column", "at column")) from None
-    return json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        if not key.strip():
-            raise ValueError("a key is blank")
-        found[key] = value
-    return found
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
-        raise ValueError(f"{digits[:20]}... is more than a whole number of 64 bits")
-    return number
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(f"{digits[:20]} is too large a number")
-    return number
 
 
 def fault(text: str) -> str | None:

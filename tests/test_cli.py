@@ -125,14 +125,49 @@ def test_resume_is_refused_with_one_sentence(quickstart, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+CONFIG = "configs/quickstart.yaml"
 REFUSED = [
     (["train", "missing.yaml"], "missing.yaml does not exist"),
     (["sample", "configs/quickstart.yaml"], "sample needs prompts"),
     (["sample", "configs/quickstart.yaml", "--prompt", "x", "--lora", "nowhere"], "nowhere holds no LoRA"),
     (["sample", "configs/quickstart.yaml", "--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
-    (["sample", "configs/quickstart.yaml", "--prompt", "x", "--count", "0"], "must be at least 1"),
+    (["sample", "configs/quickstart.yaml", "--prompt", "x", "--count", "0"], "'0' is no whole number of at least 1"),
     (["evaluate", "runs/nowhere"], "runs/nowhere does not exist"),
-    (["plan", "configs/quickstart.yaml", "--gpu-memory", "0"], "--gpu-memory is 0; give the GiB of one GPU"),
+    *((["plan", CONFIG, "--gpu-memory", text], "--gpu-memory: ") for text in ("0", "-1", "nan", "inf", "much")),
+    *((["plan", CONFIG, "--gpus", text], "--gpus: ") for text in ("-1", "1.5", "many", "9" * 30, "9" * 5000)),
+    *(
+        (["plan", CONFIG, "--cores", text], f"--cores: '{text}' is no whole number of at least 1")
+        for text in ("0", "-1")
+    ),
+    *((["sample", CONFIG, "--prompt", "x", "--guidance", text], "--guidance: ") for text in ("nan", "inf", "0.5", "x")),
+    *((["sample", CONFIG, "--prompt", "x", "--steps", text], "--steps: ") for text in ("0", "-1", "x")),
+    *((["sample", CONFIG, "--prompt", "x", "--seed", text], "--seed: ") for text in ("-1", str(2**70), "x")),
+    (["sample", CONFIG, "--prompt", "\udcff"], "bytes that are no UTF-8"),
+    (["validate", "a\0b"], "holds NUL"),
+    (["validate", "~nobodyhere/run.yaml"], "~nobodyhere/run.yaml begins with the home of a user who is not here"),
+    (["validate", "a" * 300], "too long for a path"),
+    (["evaluate", "a" * 300], "too long for a path"),
+    (["evaluate", "~nobodyhere"], "the home of a user who is not here"),
+    (["sample", CONFIG, "--prompt", "x", "--lora", "a" * 300], "too long for a path"),
+    (["sample", CONFIG, "--prompt", "x", "--out", "a" * 300], "too long for a path"),
+    (["export", "~nobodyhere", "--to", "lora", "--out", "x"], "the home of a user who is not here"),
+    (["export", CONFIG, "--to", "lora", "--out", "/dev/null/x"], "--out /dev/null/x cannot be made"),
+    (["train", CONFIG, "--name", ".."], "name is '..'"),
+    (["train", CONFIG, "--name", "a" * 300], "at most 100 characters"),
+    (["train", CONFIG, "--out", "~nobodyhere/runs"], "the home of a user who is not here"),
+    (["validate", CONFIG, "--set", f"{'a.' * 5000}a=1"], "write it as path=value"),
+    (["validate", CONFIG, "--set", "seed=!!int x"], "--set seed=!!int x, line 1: 'x' cannot be read as int"),
+    *(
+        (
+            ["score", "--url", "http://127.0.0.1:9", "--reward", "x", "--prompt", "x", "--metadata", text, "x.png"],
+            "--metadata",
+        )
+        for text in ('{"a": NaN}', "[" * 5000, '{"a": ' * 200 + "1" + "}" * 200, "3", "[1]", f'{{"a": {"1" * 5000}}}')
+    ),
+    (["score", "--url", "x", "--reward", "x", "--prompt", "x", "--timeout", "nan", "x.png"], "--timeout: "),
+    ([], "the following arguments are required: COMMAND"),
+    (["plan"], "the following arguments are required: CONFIG"),
+    (["plna"], "invalid choice: 'plna'"),
     (["submit", "configs/quickstart.yaml", "--address", "http://127.0.0.1:1"], "give --out an absolute path"),
     (["submit", "configs/quickstart.yaml", "--out", "/x"], "give --address"),
     (["submit", "configs/quickstart.yaml", "--out", "/x", "--address", "ray://h:1"], "is no dashboard"),

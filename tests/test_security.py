@@ -111,7 +111,7 @@ def test_each_dangerous_call_would_be_found(line):
 def test_the_one_yaml_loader_makes_plain_values_only():
     from yaml import SafeLoader
 
-    from align_cluster.config.load import _Loader
+    from align_cluster.plain import _Loader
 
     assert issubclass(_Loader, SafeLoader)
     with pytest.raises(UserError, match="could not determine a constructor for the tag"):

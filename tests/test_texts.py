@@ -1,7 +1,8 @@
 import pytest
 
 from align_cluster.errors import UserError
-from align_cluster.texts import MOST, fault, lines, read_text, strict_json
+from align_cluster.plain import json_value
+from align_cluster.texts import MOST, fault, lines, read_text
 
 # What `str.splitlines` cuts at besides the newline and the carriage return.
 NO_ENDS = ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c", "\x1d", "\x1e"]
@@ -65,11 +66,11 @@ def test_a_path_that_is_no_file_is_one_sentence(path):
 )
 def test_json_that_others_read_otherwise_or_not_at_all_is_refused(line, said):
     with pytest.raises(ValueError, match=said):
-        strict_json(line)
+        json_value(line)
 
 
 def test_json_keeps_its_values():
-    assert strict_json('{"a": [1, -2.5, null, true, "\u2028 x"], "b": 9223372036854775807}') == {
+    assert json_value('{"a": [1, -2.5, null, true, "\u2028 x"], "b": 9223372036854775807}') == {
         "a": [1, -2.5, None, True, "\u2028 x"],
         "b": 2**63 - 1,
     }

@@ -3,6 +3,7 @@
 peft takes seconds to import, so it is imported where adapters are made: the driver makes none.
 """
 
+import difflib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from align_cluster.backbones.base import Backbone
+from align_cluster.errors import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+ADAPTABLE = (torch.nn.Linear, torch.nn.Conv2d)  # layers whose adapters can be merged and exported here
 
 
 def lora_config(backbone: Backbone) -> "LoraConfig":
@@ -32,10 +36,29 @@ def lora_config(backbone: Backbone) -> "LoraConfig":
     )
 
 
+def unmatched(denoiser: torch.nn.Module, targets: Sequence[str]) -> str | None:
+    """Say which target names no layer that peft can adapt as the other backbones' are, or return None.
+
+    peft takes a name for the end of a layer's path, and passes over a name without a layer as long as another has one.
+    """
+    layers = {path: getattr(layer, "base_layer", layer) for path, layer in denoiser.named_modules()}
+    for target in targets:
+        found = [layer for path, layer in layers.items() if path == target or path.endswith(f".{target}")]
+        if not found or not all(isinstance(layer, ADAPTABLE) for layer in found):
+            ends = {".".join(path.split(".")[-2:]) for path, layer in layers.items() if isinstance(layer, ADAPTABLE)}
+            near = difflib.get_close_matches(target, sorted(ends), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are layers such as {', '.join(sorted(ends)[:4])}"
+            wrong = "which is no linear layer or convolution" if found else "which no layer's name ends with"
+            return f"backbone.lora.targets has {target!r}, {wrong}; {hint}"
+    return None
+
+
 def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[str], seed: int = 0) -> torch.nn.Module:
     """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if problem := unmatched(denoiser, backbone.config.lora.targets or ()):
+        raise UserError(problem)
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended

@@ -23,7 +23,7 @@ class LoraSettings(Section):
     rank: PositiveInt = 32
     alpha: PositiveFloat = 64
     init: Literal["gaussian", "kaiming"] = "gaussian"
-    targets: tuple[str, ...] | None = None
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
 
 CRITIC = "critic"  # name of the critic's adapter

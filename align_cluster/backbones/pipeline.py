@@ -347,11 +347,17 @@ class PipelineBackbone(Backbone):
         return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def save_lora(self, state: dict[str, np.ndarray], folder: Path) -> Path:
-        """Write pytorch_lora_weights.safetensors, with peft's configuration (and so alpha) in its metadata."""
+        """Write pytorch_lora_weights.safetensors, with peft's configuration in its metadata.
+
+        The scale alpha / rank goes into the B matrices, and alpha becomes the rank, because older diffusers and other
+        tools read no metadata and take a scale of 1. Nothing is rounded where the scale is a power of two.
+        """
         from align_cluster.backbones.adapters import lora_config
 
-        layers = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
-        settings = lora_config(self).to_dict()
+        rank, alpha = self.config.lora.rank, self.config.lora.alpha
+        scales = {name: np.float32(alpha / rank if ".lora_B." in name else 1) for name in state}
+        layers = {name: torch.from_numpy(value * scales[name]) for name, value in state.items()}
+        settings = lora_config(self).to_dict() | {"lora_alpha": rank}
         # The same weights get the same file: a set has another order in each process.
         about = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         path = folder / "pytorch_lora_weights.safetensors"

@@ -5,27 +5,78 @@
 
 On a local disk a folder is written under a temporary name, synced, and renamed. An object store has no rename, so there
 the manifest is written last, and a folder without one does not count. A reader checks every byte, and takes the
-checkpoint before a damaged one.
+checkpoint before a damaged one. A manifest may come from anybody, so it names plain files of its own folder alone, and
+links are neither read nor followed.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError
 
 from align_cluster.errors import UserError
+from align_cluster.files import user_path
+from align_cluster.plain import json_value
+from align_cluster.settings import Name
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MANIFEST_BYTES = 2**20  # a manifest has a hundred bytes for each of a handful of files
+PROBE_S = 60.0  # seconds for a store to take, return and delete a few bytes; one that is there needs under a second
+T = TypeVar("T")
 
 
 class Damaged(Exception):
     """A checkpoint is torn, truncated or changed; the message says what is wrong."""
+
+
+class _File(BaseModel):
+    bytes: Annotated[StrictInt, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _About(BaseModel):
+    """Holds the facts that a checkpoint is chosen by; others may stand beside them."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    score: StrictFloat | StrictInt | None = None
+    good: StrictBool = True
+
+
+class _Manifest(BaseModel):
+    format: StrictInt
+    step: StrictInt
+    about: _About
+    files: dict[Name, _File]
+
+
+def step_of(name: str) -> int | None:
+    """Return the step of the checkpoint in a folder of this name, or None for any other name."""
+    found = re.fullmatch(r"step_([0-9]{6,12})", name)
+    return int(found[1]) if found else None
+
+
+def unusable(path: str) -> str | None:
+    """Say why checkpoints cannot be kept under a path that names no known or no lasting place, or return None."""
+    from fsspec import available_protocols
+    from fsspec.core import split_protocol
+
+    protocol = split_protocol(path)[0]
+    if protocol == "memory":
+        return "which ends with the process, and its checkpoints with it"
+    if "::" in path or protocol and protocol not in available_protocols():
+        return "which is of no file system that fsspec knows"
+    return None
 
 
 class Store:
@@ -38,11 +89,46 @@ class Store:
         import fsspec
         from fsspec.implementations.local import LocalFileSystem
 
+        self.path = path
         try:
-            self.files, self.root = fsspec.core.url_to_fs(path)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"checkpoint.path {path} cannot be used ({error})") from None
-        self.path, self.local = path, isinstance(self.files, LocalFileSystem)
+            self.files, self.root = fsspec.core.url_to_fs(path if "://" in path else str(user_path(path)))
+        except Exception as error:  # each file system has its own errors
+            raise self._unusable(error) from None
+        self.local = isinstance(self.files, LocalFileSystem)
+
+    def _unusable(self, error: Exception) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return UserError(
+            f"checkpoint.path: {self.path} cannot keep checkpoints ({reason}); give a folder, or an address that this "
+            "machine may write to, such as s3://bucket/runs"
+        )
+
+    def probe(self) -> None:
+        """Write, read, rename (on a local disk) and delete a few bytes, as for a checkpoint.
+
+        Raises UserError where that fails, or takes longer than PROBE_S.
+        """
+        found: list[Exception | None] = []
+
+        def work() -> None:
+            folder, content = f"{self.root}/.{uuid.uuid4().hex}.partial", {"probe": os.urandom(16)}
+            try:
+                (self._write_local if self.local else self._write_remote)(folder, content)
+                if self.files.cat_file(f"{folder}/probe") != content["probe"]:
+                    raise OSError("it returns other bytes than it was given")
+                self.files.rm(folder, recursive=True)
+                found.append(None)
+            except Exception as error:  # each file system has its own errors
+                found.append(error)
+
+        thread = threading.Thread(target=work, name="probe of checkpoint.path", daemon=True)
+        thread.start()
+        thread.join(PROBE_S)
+        error = found[0] if found else TimeoutError(f"no answer in {PROBE_S:g} s")
+        if error:
+            raise self._unusable(error)
 
     def folder(self, step: int) -> str:
         """Return the folder of a step's checkpoint."""
@@ -50,8 +136,12 @@ class Store:
 
     def steps(self) -> list[int]:
         """Return the steps of complete checkpoints, ascending. Their files are not verified yet."""
-        found = [int(name[5:]) for name in self.folders() if name.startswith("step_") and name[5:].isdigit()]
-        return sorted(step for step in found if self.files.exists(f"{self.folder(step)}/{MANIFEST}"))
+        found = {step for name in self.folders() if (step := step_of(name)) is not None}
+        return sorted(step for step in found if self._is_there(step))
+
+    def _is_there(self, step: int) -> bool:
+        linked = self.local and os.path.islink(self.folder(step))
+        return not linked and self.files.exists(f"{self.folder(step)}/{MANIFEST}")
 
     def folders(self) -> set[str]:
         """Return the names of everything in the store's folder."""
@@ -60,6 +150,8 @@ class Store:
             return {entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.files.ls(self.root, detail=False)}
         except FileNotFoundError:
             return set()
+        except Exception as error:  # each file system has its own errors
+            raise self._unusable(error) from None
 
     def about(self, step: int) -> dict[str, Any]:
         """Return the facts that `write` stored beside the files. Raises Damaged if they cannot be read."""
@@ -97,7 +189,7 @@ class Store:
 
     def _write_remote(self, folder: str, content: dict[str, bytes]) -> None:
         if self.files.exists(folder):
-            self.delete(int(folder[-6:]))
+            self.delete(step_of(folder.rsplit("/", 1)[-1]))
         self.files.makedirs(folder, exist_ok=True)
         for name, data in content.items():  # the manifest comes last and makes the checkpoint count
             self.files.pipe_file(f"{folder}/{name}", data)
@@ -107,10 +199,7 @@ class Store:
         manifest = self._manifest(step)
         files = {}
         for name, expected in manifest["files"].items():
-            try:
-                data = self.files.cat_file(f"{self.folder(step)}/{name}")
-            except OSError as error:
-                raise Damaged(f"{name} cannot be read ({type(error).__name__})") from None
+            data = self._bytes(step, name, expected["bytes"] + 1)
             if len(data) != expected["bytes"]:
                 raise Damaged(f"{name} has {len(data)} bytes instead of {expected['bytes']}")
             if hashlib.sha256(data).hexdigest() != expected["sha256"]:
@@ -118,31 +207,52 @@ class Store:
             files[name] = data
         return files, manifest["about"]
 
+    def _bytes(self, step: int, name: str, most: int) -> bytes:
+        """Return the first `most` bytes of a file. Raises Damaged where it is missing, unreadable or a link."""
+        path = f"{self.folder(step)}/{name}"
+        try:
+            if not self.local:
+                return self.files.cat_file(path, end=most)
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                return file.read(most)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({type(error).__name__})") from None
+
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            manifest = json.loads(self.files.cat_file(f"{self.folder(step)}/{MANIFEST}"))
+            manifest = json_value(self._bytes(step, MANIFEST, MANIFEST_BYTES))
             own = manifest.pop("sha256")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
         if _sum(manifest) != own:
             raise Damaged(f"the checksum of {MANIFEST} is wrong")
-        if manifest["format"] != FORMAT:
-            raise Damaged(f"its format is {manifest['format']}, and this version reads {FORMAT}")
+        if manifest.get("format") != FORMAT:
+            raise Damaged(f"its format is {manifest.get('format')}, and this version reads {FORMAT}")
+        try:
+            _Manifest.model_validate(manifest)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise Damaged(f"{where!r} in {MANIFEST} is none of a checkpoint's ({first['msg']})") from None
         if manifest["step"] != step:
             raise Damaged(f"{MANIFEST} is of step {manifest['step']}")
         return manifest
 
     def newest(
-        self, note: Callable[[str], None], wanted: Callable[[dict[str, Any]], bool] = lambda about: True
-    ) -> tuple[int, dict[str, bytes]] | None:
-        """Return (step, files) of the newest undamaged checkpoint with an `about` that is wanted, or None.
+        self,
+        note: Callable[[str], None],
+        wanted: Callable[[dict[str, Any]], bool] = lambda about: True,
+        make: Callable[[int, dict[str, bytes]], T] = lambda step, files: (step, files),
+    ) -> T | None:
+        """Return what `make` makes of (step, files) of the newest undamaged checkpoint whose `about` is wanted.
 
-        `note` is called with a sentence about each damaged checkpoint.
+        `note` is called with a sentence about each damaged checkpoint; `make` may find one too, by raising Damaged.
+        None where there is no checkpoint left.
         """
         for step in reversed(self.steps()):
             try:
                 if wanted(self.about(step)):
-                    return step, self.read(step)[0]
+                    return make(step, self.read(step)[0])
             except Damaged as error:
                 note(f"checkpoint {self.folder(step)} is damaged: {error}; the one before it is taken")
         return None

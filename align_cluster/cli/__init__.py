@@ -4,12 +4,13 @@ Nothing heavy is imported before a command runs, so `align-cluster --help` answe
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from align_cluster import __version__
 from align_cluster.cli import commands
@@ -38,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code is 0 for success, 1 for a check or a score that failed, 2 for a mistake that the user can mend, 75 where
     SIGTERM ended a run that should be started again, and 130 after an interrupt. Other errors rise.
     """
-    args = build_parser().parse_args(argv)
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     try:
+        argv = _readable(sys.argv[1:] if argv is None else argv)
+        args = build_parser().parse_args(argv)
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         return args.command(args)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one would end the ending in a traceback
@@ -60,9 +62,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _readable(argv: Sequence[str]) -> Sequence[str]:
+    """Return the arguments. Raises UserError where one holds what no file, JSON or terminal can: NUL, or no UTF-8."""
+    from align_cluster.errors import UserError
+
+    for argument in argv:
+        if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(f"{argument[:60]!r} holds NUL, or bytes that are no UTF-8; write it otherwise")
+    return argv
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with one sentence, as every mistake of the user does, where argparse prints how the command is used."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with argparse's message."""
+        from align_cluster.errors import UserError
+
+        raise UserError(f"{' '.join(message.split())}; `{self.prog} --help` explains it")
+
+
+def _path(text: str) -> Path:
+    """Read an argument that is a path, with ~ expanded."""
+    from align_cluster.files import user_path
+
+    return user_path(text)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """Make the reader of an argument that is a whole number of at least `least`, and of at most 63 bits."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number < 2**63:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number of at least {least}")
+        return number
+
+    return read
+
+
+def _number(least: float) -> Callable[[str], float]:
+    """Make the reader of an argument that is a finite number of at least `least`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of at least {least:g}")
+        return number
+
+    return read
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; each sets `command` to its function in `commands`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "align-cluster", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"align-cluster {__version__}")
@@ -118,10 +177,12 @@ def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
         "set",
         "json",
     )
-    plan.add_argument("--cores", type=int, help="plan for a cluster with so many CPU cores (default: this machine)")
-    plan.add_argument("--gpus", type=int, help="plan for a cluster with so many GPUs (default: this machine)")
     plan.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of each GPU in GiB (default: this machine's)"
+        "--cores", type=_whole(1), help="plan for a cluster with so many CPU cores (default: this machine)"
+    )
+    plan.add_argument("--gpus", type=_whole(0), help="plan for a cluster with so many GPUs (default: this machine)")
+    plan.add_argument(
+        "--gpu-memory", type=_number(0.1), metavar="GIB", help="memory of each GPU in GiB (default: this machine's)"
     )
 
 
@@ -145,11 +206,11 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
     sample.add_argument(
         "--prompts", metavar="FILE", help="prompts from a file, one a line (.txt) or JSON lines (.jsonl)"
     )
-    sample.add_argument("--steps", type=int, help="denoising steps (default: the run's evaluation steps)")
+    sample.add_argument("--steps", type=_whole(1), help="denoising steps (default: the run's evaluation steps)")
     sample.add_argument(
-        "--guidance", type=float, help="guidance scale, 1 is none (default: the run's evaluation guidance)"
+        "--guidance", type=_number(1), help="guidance scale, 1 is none (default: the run's evaluation guidance)"
     )
-    sample.add_argument("--count", type=int, default=4, help="images a prompt (default 4)")
+    sample.add_argument("--count", type=_whole(1), default=4, help="images a prompt (default 4)")
     sample.add_argument(
         "--compare", choices=["base"], help="draw the base model too, from the same noise, side by side"
     )
@@ -159,7 +220,9 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="steer by the run's critic: best_of_n, smc, guidance or guided_best_of_n; settings by --set steer.n=4",
     )
     sample.add_argument("--no-score", action="store_true", help="leave the run's rewards out")
-    sample.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: samples, then samples-2 ...)")
+    sample.add_argument(
+        "--out", type=_path, metavar="DIR", help="folder to make (default: samples, then samples-2 ...)"
+    )
     evaluate = add(
         "evaluate",
         commands.evaluate,
@@ -167,7 +230,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         "evaluate runs/quickstart --out scores.json",
         *("target", "set", "lora", "base", "json"),
     )
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the scores to this JSON file")
+    evaluate.add_argument("--out", type=_path, metavar="FILE", help="also write the scores to this JSON file")
     export = add(
         "export",
         commands.export,
@@ -175,14 +238,14 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         "export runs/quickstart --to lora --out quickstart-lora",
         "set",
     )
-    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has finished")
+    export.add_argument("run", type=_path, metavar="RUN", help="folder of a run that has finished")
     export.add_argument(
         "--to",
         required=True,
         metavar="FORM",
         help="lora (files for diffusers and for ComfyUI), merged (the denoiser) or diffusers (the whole pipeline)",
     )
-    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
+    export.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to make")
     export.add_argument("--precision", help="of merged weights: fp32 (default), bf16 or fp16")
 
 
@@ -201,7 +264,7 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     submit.add_argument("--resume", metavar="auto|PATH", help=RESUME)
     submit.add_argument(
-        "--file", action="append", default=[], type=Path, help="another file that the job needs; repeatable"
+        "--file", action="append", default=[], type=_path, help="another file that the job needs; repeatable"
     )
     submit.add_argument(
         "--python", default="python", help="Python on the cluster that has align_cluster (default: python)"
@@ -223,14 +286,16 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
         'score --url http://127.0.0.1:8000 --reward clip --prompt "a photo of a red circle" image.png',
         "json",
     )
-    score.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files; read as RGB")
+    score.add_argument("images", nargs="+", type=_path, metavar="IMAGE", help="image files; read as RGB")
     score.add_argument("--url", required=True, help="the service, as `serve-rewards` prints it")
     score.add_argument("--reward", required=True, metavar="NAME", help="name of a reward at the service")
     score.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt of all images")
     score.add_argument("--metadata", metavar="JSON", default="{}", help="what the reward reads beside the prompt")
     score.add_argument("--token-env", metavar="NAME", help="environment variable with the service's token")
     score.add_argument("--token-file", metavar="FILE", help="file with the service's token")
-    score.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a request (default 60)")
+    score.add_argument(
+        "--timeout", type=_number(0.1), default=60.0, metavar="S", help="seconds for a request (default 60)"
+    )
 
 
 def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -243,14 +308,14 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
         "json",
         "set",
     )
-    doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run: say what it is doing")
+    doctor.add_argument("run", nargs="?", type=_path, metavar="RUN", help="folder of a run: say what it is doing")
     doctor.add_argument("--address", help="also check this Ray cluster: auto, an address, or a dashboard's URL")
     doctor.add_argument(
         "--config", metavar="CONFIG", help="also try whether this run would get its share of the cluster"
     )
     doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip")
     report = add("report", commands.report, "write a run's report.html again", "report runs/quickstart")
-    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("run", type=_path, metavar="RUN", help="run folder")
     add("schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
 
 
@@ -271,8 +336,8 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "name": (("--name",), {"help": "name of the run (default: the run file's)"}),
     "out": (("--out",), {"help": "folder that holds runs (default: the run file's)"}),
-    "lora": (("--lora",), {"type": Path, "metavar": "FILE|RUN", "help": "LoRA file, or a run whose LoRA to use"}),
+    "lora": (("--lora",), {"type": _path, "metavar": "FILE|RUN", "help": "LoRA file, or a run whose LoRA to use"}),
     "base": (("--base",), {"action": "store_true", "help": "the base model, although RUN has a LoRA"}),
-    "seed": (("--seed",), {"type": int, "default": 0, "help": "seed of the images (default 0)"}),
+    "seed": (("--seed",), {"type": _whole(0), "default": 0, "help": "seed of the images (default 0)"}),
     "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),
 }

@@ -45,12 +45,13 @@ def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
     from align_cluster.config.load import load
     from align_cluster.errors import UserError
     from align_cluster.evaluate.lora import find_config, find_lora
+    from align_cluster.files import user_path
     from align_cluster.observe.rundir import RunDir
 
     named, source = args.target, getattr(args, "source", None)
     if named and source or not (named or source or args.lora):
         raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
-    target = Path(named or source or find_config(args.lora)).expanduser()
+    target = user_path(named or source or find_config(args.lora))
     lora = args.lora or (target if target.is_dir() and not args.base else None)
     file = RunDir(target).config if target.is_dir() else target
     return Source(load(file, overrides), find_lora(lora) if lora else None, file.parent)
@@ -71,9 +72,10 @@ def train(args: argparse.Namespace) -> int:
                 ready.close()
             elif ready:
                 ready.load(imports(config))
+            from align_cluster.files import user_path
             from align_cluster.loop.driver import train
 
-            train(config, Path(config.out).expanduser(), args.resume, ready, began)
+            train(config, user_path(config.out), args.resume, ready, began)
     return 0
 
 
@@ -103,8 +105,6 @@ def plan(args: argparse.Namespace) -> int:
     from align_cluster.planner.report import GIB, estimate, local_gpu, text
 
     config = _config(args)
-    if args.gpu_memory is not None and not 0 < args.gpu_memory < float("inf"):
-        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; give the GiB of one GPU, such as 80")
     cores, gpus = local_resources()
     name, memory = local_gpu()
     if args.gpu_memory:
@@ -158,7 +158,7 @@ def sample(args: argparse.Namespace) -> int:
     for note in backbone.text_notes([prompt.text for prompt in prompts]):
         print(f"note: {note}", file=sys.stderr)
     names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
-    out = args.out.expanduser() if args.out else next(path for path in names if not path.exists())
+    out = args.out if args.out else next(path for path in names if not path.exists())
     drawn = sample(config, lora_file, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():
@@ -173,7 +173,7 @@ def export(args: argparse.Namespace) -> int:
     """Write a run's result for other tools into a new folder."""
     from align_cluster.evaluate.export import export
 
-    export(args.run, args.to, args.out.expanduser(), precision=args.precision, overrides=args.set)
+    export(args.run, args.to, args.out, precision=args.precision, overrides=args.set)
     print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
     return 0
 
@@ -226,11 +226,10 @@ def score(args: argparse.Namespace) -> int:
     from align_cluster.rewards.base import RewardError
     from align_cluster.rewards.http import RewardClient, Token, read_image
     from align_cluster.rewards.wire import one_line
-    from align_cluster.texts import strict_json
     from align_cluster.types import Prompt
 
     try:
-        metadata = strict_json(args.metadata)
+        metadata = json_value(args.metadata)
         if not isinstance(metadata, dict):
             raise ValueError("it is no object")
     except ValueError as error:

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from align_cluster.config.messages import explain
+from align_cluster.config.messages import explain, short
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
+from align_cluster.files import read_text, user_path
+from align_cluster.plain import MAX_CHARACTERS, MAX_DEPTH, yaml_value
 from align_cluster.settings import Root
 
 Settings = TypeVar("Settings", bound=Root)
@@ -33,32 +35,13 @@ _MAY_CHANGE = (
 _CHOSEN = ("rollout.chunk", "rollout.merge_lora", "learner.micro_batch", "learner.fold")
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 asks for 1.0e-4)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                raise yaml.constructor.ConstructorError(
-                    problem="a setting's name must be text; put it in quotes", problem_mark=key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} is set twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that the loader above would take for a number."""
+    """Quotes text that a reader of YAML 1.1 or of `plain.yaml_value` would take for a number."""
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] = RunConfig) -> Settings:
@@ -66,15 +49,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] 
 
     UserError lists every mistake, one a line.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file, MAX_CHARACTERS)
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {file.parent / near[0]}?" if near else f"give the path of a file such as {model.sample}"
         raise UserError(f"{path} does not exist; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give the path of a YAML file") from None
     return loads(text, str(path), overrides, model)
 
 
@@ -82,7 +63,7 @@ def loads(
     text: str, source: str = "config", overrides: Sequence[str] = (), model: type[Settings] = RunConfig
 ) -> Settings:
     """Read settings from text, as `load` does; messages call it `source`."""
-    data = _parse(text, source)
+    data = yaml_value(text, source)
     if data is None:
         raise UserError(f"{source} is empty; start from {model.sample}")
     if not isinstance(data, dict):
@@ -92,17 +73,6 @@ def loads(
         return model.model_validate(data)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, source, changed, model))) from None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        spot = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{spot}: {error.problem or error.context}; correct that line") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML ({' '.join(str(error).split())}); write it as plain UTF-8 text") from None
 
 
 def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
@@ -118,9 +88,9 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
             if block.get(part) is None:
                 block[part] = {}
             if not isinstance(block[part], dict):
-                here = ".".join(path[: depth + 1])
+                there, here = (" ".join(".".join(names).split()) for names in (path, path[: depth + 1]))
                 raise UserError(
-                    f"--set {'.'.join(path)}: {here} is {block[part]!r}, which has no settings; set {here} itself"
+                    f"--set {there}: {here} is {short(block[part])}, which has no settings; set {here} itself"
                 )
             block = block[part]
         if path[-1] == "kind" and block.get("kind") != value:
@@ -132,9 +102,10 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
 def _split(override: str) -> tuple[list[str], Any]:
     key, equals, value = override.partition("=")
     path = key.strip().split(".")
-    if not equals or not all(path):
-        raise UserError(f"--set {override}: write it as path=value, such as --set optimizer.lr=1e-4")
-    return path, _parse(value, f"--set {override}")
+    said = "--set " + " ".join(override.split())[:80]
+    if not equals or not all(path) or len(path) > MAX_DEPTH:
+        raise UserError(f"{said}: write it as path=value, such as --set optimizer.lr=1e-4")
+    return path, yaml_value(value, said)
 
 
 def dump(config: RunConfig) -> str:

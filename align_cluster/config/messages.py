@@ -22,7 +22,8 @@ ALLOWED = {
     "bool_type": "true or false",
     "string_type": "text; put it in quotes if it looks like something else",
     "string_too_short": "text that is not empty",
-    "string_pattern_mismatch": "made of letters, digits, dots, dashes and underscores only",
+    "string_pattern_mismatch": "made of letters, digits, dashes, underscores and, inside of it, dots",
+    "string_too_long": "text of at most {max_length} characters",
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
@@ -55,8 +56,8 @@ def explain(error: ValidationError, source: str, overridden: set[str], root: typ
         if any(other["loc"][:-1] == item["loc"] for other in errors):
             continue  # a list without its wrong entries is also too short: the entries say it better
         path, owner, annotation = locate(item["loc"], root)
-        dotted = ".".join(path)
-        where = "--set" if dotted in overridden else source
+        dotted = " ".join(".".join(path).split())  # a key may hold line breaks
+        where = "--set" if ".".join(path) in overridden else source
         if item["type"] == "extra_forbidden":
             near = nearest_setting(path, owner, root)
             meant.add(near)

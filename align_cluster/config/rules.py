@@ -7,15 +7,19 @@ ADD A RULE HERE: a function that yields one sentence a problem (the path, what i
 its name in RULES.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from contextlib import suppress
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.adapters import unmatched
+from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.run import RunConfig
 from align_cluster.embedded import pipeline_path
+from align_cluster.errors import UserError
+from align_cluster.files import user_path
+from align_cluster.plain import json_value
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
@@ -226,7 +230,7 @@ def backbone_is_there(config: RunConfig) -> Problems:
     """Refuse a path that is no pipeline, or one of another family."""
     path, kind = config.backbone.path, config.backbone.kind
     taken = BACKBONES[kind].pipelines
-    folder = pipeline_path() if path == "embedded" else Path(path).expanduser()
+    folder = pipeline_path() if path == "embedded" else user_path(path)
     index = folder / "model_index.json"
     if not taken:
         return
@@ -240,8 +244,8 @@ def backbone_is_there(config: RunConfig) -> Problems:
         yield f"backbone.path is {path}, a folder without model_index.json; give the folder of a diffusers pipeline"
     else:
         try:
-            name = json.loads(index.read_text())["_class_name"]
-        except (ValueError, LookupError, TypeError):
+            name = json_value(index.read_bytes())["_class_name"]
+        except (OSError, ValueError, LookupError, TypeError):
             yield f"backbone.path is {path}, whose model_index.json names no pipeline; give it as diffusers wrote it"
             return
         if name not in taken:
@@ -258,6 +262,19 @@ def model_can_draw(config: RunConfig) -> Problems:
     if SCHEDULES[config.rollout.schedule.kind].native:
         steps.add(config.rollout.steps)
     yield from dict.fromkeys(BACKBONES[config.backbone.kind](config.backbone).problems(sorted(steps)))
+
+
+def targets_are_layers(config: RunConfig) -> Problems:
+    """Refuse names of LoRA targets that the network on this disk has no layers for."""
+    targets, path = config.backbone.lora.targets, config.backbone.path
+    kind = BACKBONES[config.backbone.kind]
+    here = path == "embedded" or user_path(path).is_dir()
+    if targets and here and issubclass(kind, PipelineBackbone):  # of a hub id, the workers ask when they have it
+        backbone = kind(config.backbone)
+        with suppress(UserError):  # a folder that is none of this kind: `backbone_is_there` says so
+            problem = unmatched(backbone.on_meta(backbone.network, backbone.part), targets)
+            if problem:
+                yield problem
 
 
 RULES = (
@@ -277,4 +294,5 @@ RULES = (
     something_is_trained_on,
     backbone_is_there,
     model_can_draw,
+    targets_are_layers,
 )

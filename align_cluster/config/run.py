@@ -17,7 +17,7 @@ from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import WINDOWS
-from align_cluster.settings import Root, Section, one_of
+from align_cluster.settings import Name, Root, Section, one_of
 
 
 class RolloutConfig(Section):
@@ -103,7 +103,7 @@ def _not_shared(name: str) -> str:
 
 
 # Names of metrics and of pools come of them.
-RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$"), AfterValidator(_not_shared)]
+RewardName = Annotated[Name, AfterValidator(_not_shared)]
 
 
 class RunConfig(Root):
@@ -115,7 +115,7 @@ class RunConfig(Root):
     what: ClassVar[str] = "a run"
     sample: ClassVar[str] = "configs/quickstart.yaml"
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Name
     out: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
     steps: PositiveInt

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from jinja2 import Environment, StrictUndefined
 from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
 from align_cluster.evaluate.result import Result
 from align_cluster.files import write_text
 from align_cluster.observe.charts import STAGES, Series, line_chart, smoothing
 from align_cluster.observe.rundata import RunData
 from align_cluster.observe.table import compare, short
+from align_cluster.plain import yaml_value
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 # What the code of a card was tried with. torch and torchvision belong together: torchvision has compiled operators.
@@ -120,18 +123,17 @@ def base_licence(backbone: PipelineBackbone) -> dict[str, str]:
         return {"license": "apache-2.0"}
     card = Path(backbone.source) / "README.md"
     front = re.match(r"---\n(.*?)\n---\n", card.read_text("utf-8", "replace"), re.DOTALL) if card.is_file() else None
-    try:
-        known = yaml.safe_load(front[1]) if front else {}
-    except yaml.YAMLError:
-        known = {}
-    named = {key: str(known[key]) for key in ("license", "license_name", "license_link") if key in known}
+    known: Any = {}
+    with suppress(UserError):  # a card that nobody can read names no licence
+        known = yaml_value(front[1], str(card)) if front else {}
+    named = {key: str(known[key]) for key in ("license", "license_name", "license_link") if key in (known or {})}
     return named if "license" in named else {"license": "other", "license_name": "as-the-base-model"}
 
 
 def _what(result: Result, form: str) -> str:
     """Say in a few words what was exported."""
     base, lora = code(result.config.backbone.path), result.lora
-    size = f"rank {lora.rank}, alpha {lora.alpha:g}"
+    size = f"rank {lora.rank}, trained with alpha {result.config.backbone.lora.alpha:g}"
     if form == "lora":
         return f"A LoRA ({size}) for {base}"
     kind = result.backbone.network if form == "merged" else result.backbone.index["_class_name"]

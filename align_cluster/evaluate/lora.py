@@ -1,6 +1,5 @@
 """LoRA files outside a run: found, read, checked against a base model, and bound with the proof of a weight sync."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,15 @@ from safetensors import SafetensorError, safe_open
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.errors import UserError
+from align_cluster.files import user_path
 from align_cluster.observe.rundir import RunDir
+from align_cluster.plain import json_value
 from align_cluster.rollouts.sampler import Sampler
+from align_cluster.settings import LARGEST
 from align_cluster.weights import check, publish
 
 PREFIXES = ("transformer.", "unet.")  # diffusers' names for the denoiser
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of types
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Lora:
 
 def find_lora(path: Path | str) -> Path:
     """Return the LoRA file that `path` means: the file itself, or the one in a run folder or LoRA folder."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_file():
         return path
     for file in (RunDir(path).lora_weights, path / "pytorch_lora_weights.safetensors"):
@@ -55,21 +58,57 @@ def find_config(lora: Path) -> Path:
 
 
 def read_lora(file: Path) -> Lora:
-    """Read a file that diffusers' `save_lora_weights` wrote. Raises UserError for any other file."""
+    """Read a LoRA of a denoiser, as diffusers' `save_lora_weights` writes it, in any type of float.
+
+    Raises UserError for any other file, and for weights or a scale that are no finite numbers.
+    """
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            raw = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        with safe_open(file, framework="pt") as tensors:
+            types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            odd = next((name for name, dtype in types.items() if dtype not in FLOATS), None)
+            if odd:
+                raise UserError(
+                    f"{file}: its {odd!r} is {types[odd]}, and a LoRA's weights are floats; convert it first"
+                )
+            raw = {name: tensors.get_tensor(name).float().numpy() for name in types}
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors ({error}); give the file that a run wrote") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} cannot be read as safetensors ({reason}); give the file that a run wrote") from None
     prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in raw)), None)
-    state = {name.removeprefix(prefix or ""): value.astype(np.float32) for name, value in raw.items()}
-    ranks = {value.shape[0] for name, value in state.items() if ".lora_A." in name}
-    if len(ranks) != 1 or not prefix:
+    state = {name.removeprefix(prefix or ""): value for name, value in raw.items()}
+    ranks = {value.shape[0] if value.ndim > 1 else 0 for name, value in state.items() if ".lora_A." in name}
+    if len(ranks) != 1 or not prefix or 0 in ranks or not all(map(str.isprintable, raw)):
         raise UserError(f"{file} is no LoRA of a denoiser with one rank; give the file that a run wrote")
+    broken = next((name for name, value in raw.items() if not np.isfinite(value).all()), None)
+    if broken:
+        raise UserError(
+            f"{file}: its {broken!r} holds NaN or infinity, as of training that diverged; give another file"
+        )
     (rank,) = ranks
-    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get(f"{prefix}lora_alpha", rank)
-    return Lora(file, state, prefix, rank, alpha, metadata)
+    return Lora(file, state, prefix, rank, _alpha(file, metadata, prefix, rank), metadata)
+
+
+def _alpha(file: Path, metadata: dict[str, str], prefix: str, rank: int) -> float:
+    """Return the alpha that gives peft's scale alpha / rank, from the metadata that diffusers writes, else the rank.
+
+    A rank-stabilised LoRA has the scale alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+    try:
+        about = json_value(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise UserError(f"{file}: its lora_adapter_metadata is no JSON ({error}); give the file as it was") from None
+    told = {key.removeprefix(prefix): value for key, value in about.items()} if isinstance(about, dict) else {}
+    alpha = told.get("lora_alpha", rank)
+    if not isinstance(about, dict) or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise UserError(f"{file}: its metadata has no number for lora_alpha; give the file as it was")
+    if not 0 < alpha < LARGEST:
+        raise UserError(f"{file}: its lora_alpha is {str(alpha)[:20]}; a scale is above 0, and finite")
+    if told.get("alpha_pattern") or told.get("use_dora"):
+        raise UserError(
+            f"{file} has a scale for each layer, or is a DoRA, and one scale for all is read; merge it first"
+        )
+    return alpha * rank**0.5 if told.get("use_rslora") else alpha
 
 
 def check_fits(backbone: PipelineBackbone, lora: Lora) -> None:

@@ -63,12 +63,14 @@ def read_result(run: Path, overrides: Sequence[str] = ()) -> Result:
     if not files.lora_weights.is_file():
         raise UserError(f"{run} has lost its {files.lora_weights.relative_to(files.path)}; give the folder as it was")
     lora, settings = read_lora(files.lora_weights), config.backbone.lora
-    if (lora.rank, lora.alpha) != (settings.rank, settings.alpha):
+    if lora.rank != settings.rank:
         raise UserError(
-            f"{lora.path} has rank {lora.rank} and alpha {lora.alpha:g}, and the run's config.yaml says rank "
-            f"{settings.rank} and alpha {settings.alpha:g}; give the folder as `train` left it"
+            f"{lora.path} has rank {lora.rank}, and the run's config.yaml says rank {settings.rank}; "
+            "give the folder as `train` left it"
         )
-    plain = {"precision": "fp32", "compile": False, "attention": None}  # weights are merged and written, never run
+    # Weights are merged and written, never run. The file says the scale: the run's own is in its weights.
+    plain = {"precision": "fp32", "compile": False, "attention": None}
+    plain |= {"lora": settings.model_copy(update={"alpha": lora.alpha})}
     backbone = BACKBONES[config.backbone.kind](config.backbone.model_copy(update=plain))
     check_fits(backbone, lora)
     return Result(data, config, backbone, lora)

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from align_cluster.algorithms.gae import RunningMoments
 from align_cluster.backbones.adapters import active_adapter, add_adapters
-from align_cluster.backbones.base import CRITIC, CriticSection
+from align_cluster.backbones.base import CRITIC, CriticSection, LoraSettings
 from align_cluster.backbones.critic import Critic
 from align_cluster.config.load import loads
 from align_cluster.config.run import RunConfig, one_of
@@ -58,17 +59,32 @@ def describe_compute(compute: dict[str, int]) -> str:
     return ", ".join(f"{number} {COMPUTE[name]}" for name, number in compute.items() if number)
 
 
+class _Moments(BaseModel, allow_inf_nan=False):
+    count: float
+    mean: float
+    squares: float
+
+
+class _CriticFacts(BaseModel):
+    """What critic.json must say; it says more, for people."""
+
+    rewards: list[str]
+    critic: CriticSection
+    moments: dict[str, _Moments]
+
+
 @dataclass(frozen=True)
 class SavedCritic:
     """Holds the critic of the run folder `run`, as the run left it.
 
     `rewards` are the names of the rewards that it predicts, in the order of its outputs. `moments` normalise each of
-    them. `section` and `state` are the critic's settings and weights.
+    them. `section` and `state` are the critic's settings and weights, and `lora` configures its adapter.
     """
 
     run: Path
     rewards: list[str]
     section: CriticSection
+    lora: LoraSettings
     moments: dict[str, RunningMoments]
     state: dict[str, torch.Tensor]
 
@@ -77,16 +93,21 @@ class SavedCritic:
         """Read a run's critic. Raises UserError where there is none, or where it predicts other rewards than `config`
         trains on."""
         folder = RunDir(run).critic
-        facts = read_json(folder / "critic.json")
-        if facts is None:
+        content = read_json(folder / "critic.json")
+        if content is None:
             raise UserError(
                 f"--steer needs a critic, and {run} has none; name the folder of a run that has finished and whose "
                 "algorithm.kind is ppo"
             )
         rewards = config.trained
-        if facts["rewards"] != rewards:
+        try:
+            facts = _CriticFacts.model_validate(content)
+            moments = {name: RunningMoments.restored(facts.moments[name].model_dump()) for name in facts.rewards}
+        except (ValidationError, KeyError):
+            raise UserError(f"{folder / 'critic.json'} is not what a run wrote; copy it from the run again") from None
+        if facts.rewards != rewards:
             raise UserError(
-                f"the critic of {run} judges {' and '.join(facts['rewards'])}, and the rewards that are trained on are "
+                f"the critic of {run} judges {' and '.join(facts.rewards)}, and the rewards that are trained on are "
                 f"{' and '.join(rewards)}; leave the rewards as they were in the run"
             )
         try:
@@ -95,12 +116,14 @@ class SavedCritic:
             raise UserError(
                 f"{folder / 'critic.safetensors'} cannot be read ({error}); copy it from the run again"
             ) from None
-        moments = {name: RunningMoments.restored(facts["moments"][name]) for name in rewards}
-        return cls(run, rewards, CriticSection(**facts["critic"]), moments, state)
+        return cls(run, rewards, facts.critic, config.backbone.lora, moments, state)
 
     def build(self, sampler: Sampler) -> Critic:
         """Build the critic on the base model of a sampler, beside the actor's adapter, with all weights frozen."""
         denoiser, backbone = sampler.denoiser, sampler.backbone
+        # The actor's scale is in its file's weights, and the critic's adapter has that of the run's settings.
+        settings = backbone.config.model_copy(update={"lora": self.lora})
+        backbone = type(backbone)(settings, str(backbone.device))
         if self.section.features == "lora":
             with active_adapter(denoiser, "default"):  # add_adapters activates what it adds; this restores the actor's
                 add_adapters(backbone, denoiser, (CRITIC,))

@@ -6,14 +6,15 @@ and metrics.jsonl and evaluations.jsonl up to then. Prompts, seeds, windows and 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from align_cluster.checkpoint.store import Store
+from align_cluster.checkpoint.store import Damaged, Store
 from align_cluster.checkpoint.writer import Job, Writer
 from align_cluster.cluster.nodes import software
 from align_cluster.config.run import RunConfig
@@ -29,6 +30,20 @@ from align_cluster.observe.sinks import MetricWriter
 from align_cluster.streams import VERSION
 
 STATE, FACTS = "state.safetensors", "run.json"
+TEXTS = ("metrics.jsonl", "evaluations.jsonl")  # the line files that a checkpoint brings back
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn what a checkpoint of other content than ours raises into Damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        cause = getattr(error, "cause", None) or error  # an error of a learner rank comes with its whole trace
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+        raise Damaged(f"it is not the state of a run of this version ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -61,18 +76,19 @@ class State:
 
     @classmethod
     def of(cls, step: int, files: dict[str, bytes]) -> "State":
-        """Read the files of a checkpoint."""
+        """Read the files of a checkpoint. Raises Damaged where they are not those of a run."""
         from safetensors.numpy import load
 
-        facts, tensors = json.loads(files[FACTS]), load(files[STATE])
-        texts = {name: data for name, data in files.items() if name.endswith(".jsonl")}
-        return cls(
-            step,
-            facts,
-            Snapshot.of(facts["learner"], under("learner/", tensors)),
-            under("credit/", tensors),
-            lambda: texts,
-        )
+        with _reading():
+            facts, tensors = json.loads(files[FACTS]), load(files[STATE])
+            for name in ("config", "versions"):
+                if not isinstance(facts[name], dict):
+                    raise TypeError(f"{name} is no mapping")
+            texts = {name: files[name] for name in TEXTS if name in files}
+            for data in texts.values():
+                data.decode()
+            learner = Snapshot.of(facts["learner"], under("learner/", tensors))
+            return cls(step, facts, learner, under("credit/", tensors), lambda: texts)
 
 
 class CheckpointManager:
@@ -101,6 +117,15 @@ class CheckpointManager:
 
     def restore(self, state: State) -> Results:
         """Bring all parts to where the run was; return what it had found until then."""
+        try:
+            with _reading():
+                return self._restore(state)
+        except Damaged as error:
+            raise UserError(
+                f"--resume: step {state.step} cannot be restored: {error}; give another checkpoint"
+            ) from error
+
+    def _restore(self, state: State) -> Results:
         facts = state.facts
         self.workers.ranks.restore(state.learner)
         self.workers.weights.version = facts["version"] - 1  # the samplers' version is published anew
@@ -119,11 +144,10 @@ class CheckpointManager:
         Raises UserError where there is no such checkpoint, or where the run has rolled back too often.
         """
         self.writer.wait()
-        found = self.store.newest(self.note, lambda about: about["good"])
-        if found is None or self.rollbacks == self.config.guard.rollbacks:
-            why = "no good checkpoint is there to roll back to" if found is None else f"{self.rollbacks} rollbacks done"
+        state = self.store.newest(self.note, lambda about: about.get("good", True), State.of)
+        if state is None or self.rollbacks == self.config.guard.rollbacks:
+            why = "no good checkpoint is there to roll back to" if state is None else f"{self.rollbacks} rollbacks done"
             raise UserError(f"{alarm.message}; stopped: {why}")
-        state = State.of(*found)
         self.note(f"rolled back to the weights after step {state.step}; prompts and seeds go on")
         self.workers.ranks.restore(state.learner)
         self.estimator.restore(state.facts["credit"], state.credit)

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from align_cluster.checkpoint.store import Damaged, Store
+from align_cluster.checkpoint.store import Damaged, Store, step_of
 from align_cluster.cluster.nodes import software
 from align_cluster.config.load import as_before, differences
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
-from align_cluster.files import read_json, write_text
+from align_cluster.files import read_json, user_path, write_text
 from align_cluster.loop.checkpoints import State
 from align_cluster.observe.rundir import RunDir
 from align_cluster.streams import VERSION
@@ -53,32 +53,34 @@ def starting_point(
     directory, or the folder of one checkpoint, from which a new directory branches off. Raises UserError where another
     process works there, or the checkpoint belongs to a run of other settings or `inputs`.
     """
+    if config.checkpoint.path:
+        Store(config.checkpoint.path).probe()
     run = _newest(config, out) if resume == "auto" else None
     branch = None
     if resume == "auto":
         note(f"{run.path} goes on" if run else f"no checkpoint of {config.name} under {out}: a new run begins")
     elif resume:
-        given = Path(resume).expanduser()
-        branch = re.fullmatch(r"step_(\d+)", given.name)
-        if not branch and not RunDir(given).config.is_file():
+        given = user_path(resume)
+        branch = step_of(given.name)
+        if branch is None and not RunDir(given).config.is_file():
             raise UserError(
                 f"--resume {resume} is neither a run directory, such as runs/quickstart, nor a checkpoint in one, such "
                 "as runs/quickstart/checkpoints/step_000010; or write --resume auto"
             )
-        run = None if branch else RunDir(given)
+        run = RunDir(given) if branch is None else None
     if run:
         run.path.mkdir(parents=True, exist_ok=True)
         with run.lock():
             store = _store(config, run)
-            found = store.newest(note)
-            if found is None:
+            state = store.newest(note, make=State.of)
+            if state is None:
                 raise UserError(f"{store.path} holds no checkpoint that can be read; start again without --resume")
-            state = _fitting(config, State.of(*found), note, inputs)
+            state = _fitting(config, state, note, inputs)
             store.clean()
             _write_back(run, state)
             yield StartingPoint(run, store, inputs, state)
         return
-    state = _branch(config, resume, int(branch[1]), note, inputs) if branch else None
+    state = None if branch is None else _branch(config, resume, branch, note, inputs)
     run = RunDir.create(out, config.name)
     with run.lock():
         try:
@@ -115,7 +117,7 @@ def _newest(config: RunConfig, out: Path) -> RunDir | None:
 
 
 def _branch(config: RunConfig, folder: str, step: int, note: Note, inputs: dict[str, str]) -> State:
-    store = Store(str(Path(folder).expanduser().parent))
+    store = Store(str(user_path(folder).parent))
     try:
         state = State.of(step, store.read(step)[0])
     except Damaged as error:

@@ -4,15 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from align_cluster.errors import UserError
-from align_cluster.files import read_json
+from align_cluster.files import read_json, read_text
 from align_cluster.observe.charts import Point
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
 from align_cluster.observe.table import headline_column
+from align_cluster.plain import MAX_CHARACTERS, yaml_value
 
 
 @dataclass
@@ -74,11 +73,11 @@ def load(files: RunDir) -> RunData:
     evaluations = _last_of_each_step(read_jsonl(files.evaluations))
     before = summary.get("before") or (evaluations[0] if evaluations else {})
     after = summary.get("after") or (evaluations[-1] if len(evaluations) > 1 else {})
-    config_text = files.config.read_text(encoding="utf-8") if files.config.exists() else ""
+    config_text = read_text(files.config, MAX_CHARACTERS) if files.config.exists() else ""
     return RunData(
         name=str(summary.get("name", files.path.resolve().name)),
         config_text=config_text,
-        config=yaml.safe_load(config_text) or {},
+        config=yaml_value(config_text, str(files.config)) or {},
         rows=_last_of_each_step(read_jsonl(files.metrics)),
         evaluations=evaluations,
         summary=summary,

@@ -3,6 +3,7 @@
 import fcntl
 import getpass
 import os
+import re
 import shutil
 import socket
 import time
@@ -54,7 +55,8 @@ class RunDir:
             try:
                 os.rename(staged, target)
             except OSError:
-                if not target.exists():  # not a name that is taken but, say, a full or read-only disk
+                if not os.path.exists(target):  # not a name that is taken but, say, a full or read-only disk
+                    shutil.rmtree(staged, ignore_errors=True)
                     raise
                 number += 1
             else:
@@ -108,8 +110,9 @@ class RunDir:
         return self.grids / f"step_{step:06d}.png"
 
     def grid_steps(self) -> list[int]:
-        """Return the steps that have a grid, in ascending order."""
-        return sorted(int(path.stem.removeprefix("step_")) for path in self.grids.glob("step_*.png"))
+        """Return the steps that have a grid, in ascending order. Links are none, since a grid is shown and copied."""
+        found = [(re.fullmatch(r"step_([0-9]{6,12})\.png", path.name), path) for path in self.grids.glob("step_*.png")]
+        return sorted(int(name[1]) for name, path in found if name and path.is_file() and not path.is_symlink())
 
 
 def _user() -> str:

@@ -7,9 +7,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, Va
 from pydantic_core import PydanticCustomError
 
 from align_cluster.errors import UserError
+from align_cluster.plain import json_value
 from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Section
-from align_cluster.texts import fault, lines, read_text, strict_json
+from align_cluster.texts import fault, lines, read_text
 from align_cluster.types import Prompt
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -128,7 +129,7 @@ def parse(line: str, where: str) -> dict[str, Any]:
     Raises UserError that begins with `where` and says what is wrong.
     """
     try:
-        raw = strict_json(line)
+        raw = json_value(line)
     except ValueError as error:
         raise UserError(f"{where}: this is not JSON ({error}); write one object a line") from None
     if not isinstance(raw, dict):

@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from align_cluster.errors import UserError
+from align_cluster.plain import json_value
 from align_cluster.prompts.base import PromptSource
 from align_cluster.settings import Root, Section
-from align_cluster.texts import fault, lines, read_text, strict_json
+from align_cluster.texts import fault, lines, read_text
 from align_cluster.types import Prompt
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -111,7 +112,7 @@ def _captions(root: Path) -> dict[str, str]:
     for number, line in lines(read_text(file, "the captions")):
         where = f"{file}, line {number}"
         try:
-            row = strict_json(line)
+            row = json_value(line)
             name, text = row["file_name"], row["text"]
         except (ValueError, LookupError, TypeError):
             name = text = None

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, Validati
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
 from align_cluster.rewards.http import Token
-from align_cluster.settings import Root, Section, one_of
+from align_cluster.settings import Name, Root, Section, one_of
 
 ONLY_IN_A_RUN = ("weight", "role", "on_failure", "pool")
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -82,7 +82,7 @@ class ServiceConfig(Root):
 
     rewards: Annotated[
         dict[
-            Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")],
+            Name,
             Annotated[
                 one_of(REWARDS, lambda reward: not reward.remote),
                 AfterValidator(_without_a_run),

@@ -15,9 +15,9 @@ from fastapi import HTTPException
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
+from align_cluster.plain import json_value
 from align_cluster.rewards.wire import PREFIX, Head, Raw, one_line
 from align_cluster.serving.config import Limits
-from align_cluster.texts import strict_json
 from align_cluster.types import Prompt
 
 ORIENTATION = 0x0112  # The EXIF tag says how to turn the image: 1, and 0 for unknown, is upright.
@@ -75,7 +75,7 @@ def _files(sizes: Sequence[int], data: memoryview, count: int) -> list[bytes]:
 def read_json(text: bytes) -> Any:
     """Return the value of strict JSON, and refuse what is none."""
     try:
-        return strict_json(text)
+        return json_value(text)
     except ValueError as error:
         raise HTTPException(422, f"the JSON cannot be read: {one_line(error)[:200]}") from None
 

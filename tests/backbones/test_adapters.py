@@ -127,6 +127,13 @@ def test_targets_can_be_chosen(settings):
     assert parameters and all(".attn.to_q." in name for name in parameters)
 
 
+def test_a_target_that_names_no_layer_is_refused_though_another_one_does(settings):
+    lora = settings.lora.model_copy(update={"targets": ("attn.to_q", "attn.to_queue")})
+    backbone = SD3(settings.model_copy(update={"lora": lora}))
+    with pytest.raises(UserError, match=r"'attn\.to_queue', which no layer's name ends with; did you mean attn\.to_q"):
+        add_adapters(backbone, backbone.load_denoiser(), ("default",))
+
+
 def test_a_merged_adapter_answers_as_beside_the_base(backbone, denoiser, inputs):
     bare = backbone.velocity(backbone.load_denoiser(), *inputs)
     beside = {}

@@ -141,7 +141,7 @@ def test_every_target_of_the_recipe_names_a_layer(backbone):
 
 
 def test_the_stock_pipeline_loads_our_lora_file_and_draws_exactly_our_network(case, tmp_path):
-    backbone, pipe = case.backbone(lora={"rank": 3, "alpha": 5}), case.pipe()
+    backbone, pipe = case.backbone(lora={"rank": 3, "alpha": 6}), case.pipe()
     ours = add_adapters(backbone, backbone.load_denoiser(), ("default",))
     path = backbone.save_lora(random_state(ours), tmp_path)
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from align_cluster.backbones.adapters import add_adapters
 from align_cluster.backbones.attention import shorten_attention
@@ -19,7 +20,7 @@ def pipeline(backbone):
     return pipe
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 10), (6, 1.5)])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 8), (6, 1.5)])
 def test_the_stock_pipeline_loads_our_lora_file_and_draws_exactly_our_network(tmp_path, rank, alpha):
     backbone = SD3(SD3.Config(precision="fp32", lora={"rank": rank, "alpha": alpha}))
     ours = add_adapters(backbone, backbone.load_denoiser(), ("default",))
@@ -39,6 +40,35 @@ def test_the_stock_pipeline_loads_our_lora_file_and_draws_exactly_our_network(tm
     assert np.abs(loaded - base).max() > 0.05
 
 
+@pytest.mark.parametrize("alpha", [8, 10])
+def test_a_reader_without_metadata_or_alpha_adds_what_the_adapter_adds(tmp_path, alpha):
+    """As older diffusers, ComfyUI and others do: a layer's weight plus B @ A."""
+    backbone = SD3(SD3.Config(precision="fp32", lora={"rank": 4, "alpha": alpha}))
+    ours = add_adapters(backbone, backbone.load_denoiser(), ("default",))
+    held = load_file(backbone.save_lora(random_state(ours), tmp_path))
+    layers = {name: layer for name, layer in ours.named_modules() if hasattr(layer, "base_layer")}
+    for name, layer in layers.items():
+        b, a = held.pop(f"transformer.{name}.lora_B.weight"), held.pop(f"transformer.{name}.lora_A.weight")
+        torch.testing.assert_close(b @ a, layer.get_delta_weight("default"), rtol=0, atol=1e-5)
+    assert layers and not held
+
+
+def test_the_stock_pipeline_without_the_metadata_draws_the_same(tmp_path):
+    backbone = SD3(SD3.Config(precision="fp32", lora={"rank": 4, "alpha": 8}))
+    ours = add_adapters(backbone, backbone.load_denoiser(), ("default",))
+    path = backbone.save_lora(random_state(ours), tmp_path)
+    (tmp_path / "bare").mkdir()
+    save_file(load_file(path), tmp_path / "bare" / path.name)
+    drawn = []
+    for folder in (tmp_path, tmp_path / "bare"):
+        pipe = pipeline(backbone)
+        pipe.load_lora_weights(folder)
+        noise = initial_noise([torch.Generator().manual_seed(1)], backbone.latent_shape)
+        arguments = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 0, "output_type": "np"}
+        drawn.append(pipe(TEXT, latents=noise, **arguments).images)
+    assert np.array_equal(*drawn)
+
+
 def test_the_file_holds_the_adapter_alone_in_fp32_under_the_transformer_prefix(tmp_path, settings):
     from safetensors import safe_open
 
@@ -49,4 +79,5 @@ def test_the_file_holds_the_adapter_alone_in_fp32_under_the_transformer_prefix(t
     with safe_open(path, "np") as file:
         assert set(file.keys()) == {f"transformer.{name}" for name in state}
         for name, value in state.items():
-            np.testing.assert_array_equal(file.get_tensor(f"transformer.{name}"), value)
+            scale = np.float32(6 / 4 if ".lora_B." in name else 1)
+            np.testing.assert_array_equal(file.get_tensor(f"transformer.{name}"), value * scale)

@@ -1,7 +1,11 @@
+import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -167,9 +171,127 @@ def test_the_newest_good_one_outlives_those_of_a_collapse(store):
     assert store.steps() == [2, 5, 6]
 
 
-def test_an_unknown_file_system_is_named():
-    with pytest.raises(UserError, match=r"checkpoint\.path nowhere://x cannot be used"):
-        Store("nowhere://x")
+def test_what_lies_under_a_checkpoints_name_but_is_none_does_not_count(tmp_path):
+    store = Store(str(tmp_path))
+    store.write(2, FILES, {})
+    for name in ("step_²", "step_٣", "step_2", f"step_{'1' * 200}", "step_0000x2", "other"):
+        shutil.copytree(store.folder(2), tmp_path / name)
+    assert store.steps() == [2]
+
+
+def test_a_step_of_seven_digits_replaces_itself_alone(store):
+    for step in (234_567, 1_234_567, 1_234_567):
+        store.write(step, FILES, {})
+    assert store.steps() == [234_567, 1_234_567]
+
+
+def signed(store: Store, step: int, change) -> None:
+    """Let `change` alter a manifest, and sign it again as anybody can."""
+    path = f"{store.folder(step)}/{MANIFEST}"
+    manifest = json.loads(store.files.cat_file(path))
+    del manifest["sha256"]
+    changed = change(manifest)
+    manifest = manifest if changed is None else changed
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    signed = manifest | {"sha256": digest} if isinstance(manifest, dict) else manifest
+    store.files.pipe_file(path, json.dumps(signed).encode())
+
+
+def renamed(name: str):
+    return lambda manifest: manifest["files"].update({name: manifest["files"]["run.json"]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(renamed(name) for name in ("../outside", "/etc/passwd", "..", "a/b", ".hidden", "", "a\0b", "a" * 300)),
+        lambda manifest: manifest.pop("files"),
+        lambda manifest: manifest.pop("step"),
+        lambda manifest: manifest.pop("about"),
+        lambda manifest: manifest.update(about=[]),
+        lambda manifest: manifest.update(about={"score": "high"}),
+        lambda manifest: manifest.update(about={"good": "no"}),
+        lambda manifest: manifest.update(files=["run.json"]),
+        lambda manifest: manifest["files"].update({"run.json": 3}),
+        lambda manifest: manifest["files"]["run.json"].update(bytes="1"),
+        lambda manifest: manifest["files"]["run.json"].update(bytes=-1),
+        lambda manifest: manifest["files"]["run.json"].update(sha256=None),
+        lambda manifest: manifest.update(step=[]),
+        lambda manifest: manifest.update(format={}),
+        lambda manifest: [],
+        lambda manifest: 3,
+    ],
+)
+def test_a_manifest_that_somebody_signed_again_names_plain_files_and_is_whole_or_damaged(store, change):
+    notes = []
+    store.write(7, FILES, {})
+    store.write(12, FILES, {})
+    signed(store, 12, change)
+    assert store.newest(notes.append) == (7, FILES) and "step_000012 is damaged" in notes[0]
+    store.prune(2, True)
+    assert store.steps() == [7, 12]
+
+
+def test_a_deep_or_endless_manifest_is_damaged(store):
+    store.write(7, FILES, {})
+    for content in (b"[" * 100_000, b'{"a": ' * 2000, b" " * 2**21, b'{"step": ' + b"1" * 5000 + b"}", b"\xff"):
+        store.files.pipe_file(f"{store.folder(7)}/{MANIFEST}", content)
+        assert store.newest(lambda note: None) is None
+
+
+def test_links_are_neither_read_nor_followed(tmp_path):
+    store, secret = Store(str(tmp_path / "checkpoints")), tmp_path / "secret"
+    secret.write_bytes(FILES["run.json"])
+    store.write(1, FILES, {})
+    store.write(2, FILES, {})
+    run = Path(store.folder(2)) / "run.json"
+    run.unlink()
+    run.symlink_to(secret)
+    with pytest.raises(Damaged, match=r"run\.json cannot be read"):
+        store.read(2)
+    elsewhere = tmp_path / "elsewhere"
+    os.rename(store.folder(1), elsewhere)
+    Path(store.folder(1)).symlink_to(elsewhere)
+    assert store.steps() == [2]
+    store.write(3, FILES, {})
+    store.prune(1, False)
+    assert sorted(os.listdir(elsewhere)) == sorted([*FILES, MANIFEST]) and secret.exists()
+
+
+def test_a_store_that_works_passes_its_probe_and_is_left_as_it_was(store):
+    store.probe()
+    assert store.folders() == set()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["nowhere://x", "http://127.0.0.1:9/x", "/dev/null", "/dev/null/x", "/proc/x", "zip://x", "zip://x::/tmp/none.zip"]
+    + ["s3://bucket/x", "~nobodyhere/x", "a\0b", "a" * 300, "data:,x"],
+)
+def test_a_place_that_cannot_keep_checkpoints_is_named_at_the_start(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError) as caught:
+        Store(path).probe()
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    store, answer = Store(str(tmp_path)), threading.Event()
+    monkeypatch.setattr("align_cluster.checkpoint.store.PROBE_S", 0.1)
+    monkeypatch.setattr(store, "_write_local", lambda *given: answer.wait(60))
+    with pytest.raises(UserError, match=r"no answer in 0\.1 s"):
+        store.probe()
+    answer.set()
+
+
+@pytest.mark.parametrize("path", ["memory://runs", "nosuchfs://x", "zip://x::/tmp/a.zip"])
+def test_an_address_that_no_run_can_use_is_refused_with_the_settings(path):
+    (said,) = CheckpointConfig(path=path).problems("checkpoint", None)
+    assert said.startswith(f"checkpoint.path is {path}, which") and "give a folder" in said
+    for fine in ("s3://bucket/runs", "/shared/runs", "runs", "file:///shared/runs", None):
+        assert not list(CheckpointConfig(path=fine).problems("checkpoint", None))
 
 
 def test_saving_does_not_wait_for_the_disk_and_the_next_save_waits_for_the_one_before(tmp_path):

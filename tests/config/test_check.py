@@ -37,6 +37,17 @@ PROBLEMS = [
     (["rewards.judge.weight=0"], ["weight 0", "rewards.judge.weight"]),
     (["backbone.path=./missing"], ["backbone.path is ./missing", "hub id"]),
     (["backbone.path=embeded"], ["backbone.path is embeded", "embedded"]),
+    (
+        ["backbone.lora.targets=[attn.to_q, attn.to_w]"],
+        ["targets has 'attn.to_w', which no layer", "did you mean attn.to_"],
+    ),
+    (["backbone.lora.targets=[attn]"], ["targets has 'attn', which is no linear layer or convolution"]),
+    (["backbone.lora.targets=['']"], ["targets has '', which is no linear layer", "there are layers such as"]),
+    (["checkpoint.path=memory://runs"], ["checkpoint.path is memory://runs, which ends with the process"]),
+    (
+        ["checkpoint.path=nosuchfs://x"],
+        ["checkpoint.path is nosuchfs://x, which is of no file system", "give a folder"],
+    ),
     (["backbone.path=tests"], ["backbone.path is tests", "model_index.json"]),
     (
         ["backbone.kind=flux", "backbone.path=embedded"],

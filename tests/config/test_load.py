@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import pytest
 import yaml
@@ -97,6 +98,23 @@ MISTAKES = [
     ("steps: 3\n", "steps: null\n", ["steps is null", "a whole number"]),
     ("name: test", "name: 2024", ["name is 2024", "text", "quotes"]),
     ("name: test", "name: a/b", ["name is 'a/b'", "letters, digits"]),
+    ("name: test", "name: ..", ["name is '..'", "letters, digits"]),
+    ("name: test", "name: .x", ["name is '.x'", "inside of it, dots"]),
+    ("name: test", f"name: {'a' * 101}", ["name is 'aaa", "at most 100 characters"]),
+    ("name: test", "name: test\nout: ~nobodyhere/runs", ["out is '~nobodyhere/runs'", "write the path in full"]),
+    ("name: test", 'name: test\nout: "a\\0b"', ["out is 'a\\x00b'", "a character that no path"]),
+    ("name: test", 'name: test\nout: "a\\ud800"', ["out is 'a\\ud800'", "a character that no path"]),
+    ("name: test", f"name: test\nout: runs/{'a' * 300}", ["out is 'runs/aaa", "too long for a path"]),
+    ("steps: 3\n", "steps: true\n", ["steps is 'true'", "a whole number"]),
+    ("steps: 3\n", "steps: 1:30:00\n", ["steps is '1:30:00'", "a whole number"]),
+    ("steps: 3\n", "steps: 1_0_\n", ["steps is '1_0_'", "a whole number"]),
+    ("steps: 3\n", "seed: 0x_\nsteps: 3\n", ["seed is '0x_'", "a whole number"]),
+    ("name: test", f"name: test\nseed: {2**70}", ["seed is 11805", f"below {2**63}"]),
+    ("steps: 3\n", f"steps: {2**70}\n", ["steps is 11805", f"below {2**63}"]),
+    ("lr: 1e-4", "lr: yes", ["optimizer.lr is 'true'", "a number"]),
+    ("lr: 1e-4", "betas: [0.9, true]", ["optimizer.betas.1 is 'true'", "a number"]),
+    ("evaluate:\n", "learner:\n  zero_stage: true\nevaluate:\n", ["learner.zero_stage is 'true'", "0, 1, 2 or 3"]),
+    ("path: embedded", "path: embedded\n  lora: {targets: []}", ["backbone.lora.targets is []", "at least 1 entry"]),
     ("lr: 1e-4", "lr: -1e-4", ["optimizer.lr is -0.0001", "above 0"]),
     ("lr: 1e-4", "lr: .nan", ["optimizer.lr is nan", "a finite number"]),
     ("lr: 1e-4", "lr: fast", ["optimizer.lr is 'fast'", "a number"]),
@@ -156,11 +174,54 @@ def test_one_mistake_gives_one_sentence_with_place_and_remedy(text, old, new, pa
         ("hello", ["holds a str", "a mapping"]),
         ("a: \x00", ["not YAML"]),
         ("a: !!python/object:os.system x", ["line 1", "could not determine a constructor"]),
+        ("a: 1\nb: !!int abc", ["line 2", "'abc' cannot be read as int"]),
+        ("a: !!float abc", ["'abc' cannot be read as float"]),
+        ("a: !!bool abc", ["'abc' cannot be read as bool"]),
+        ("a: !!timestamp x", ["could not determine a constructor"]),
+        ("a: !!binary eA==", ["could not determine a constructor"]),
+        ("a: !!set {x}", ["could not determine a constructor"]),
+        ("!!str [a]: 1", ["a setting's name must be text"]),
+        (f"a: {'1' * 5000}", ["line 1", "cannot be read as int"]),
+        ('a: "\\UFFFFFFFF"', ["is not YAML"]),
+        (f"%YAML {'1' * 5000}.1\n---\na: 1", ["is not YAML"]),
+        (f"a: {'[' * 3000}", ["line 1", "nested more than 50 deep"]),
+        (f"a: {'{b: ' * 3000}", ["nested more than 50 deep"]),
+        ("".join(f"{' ' * depth}a:\n" for depth in range(300)), ["nested more than 50 deep"]),
+        ('"a\\n\\nb": 1\n"a\\n\\nb": 2', ["line 2: a b is set twice"]),
+        ("a: &a [*a]", ["the alias *a is inside of what it stands for"]),
+        (f"a: [{'1,' * 30_000}]", ["more than 20000 values"]),
+        (f"a: {'x' * 300_000}", ["has 300003 characters", "shorten it"]),
     ],
+    ids=lambda given: given[:20] if isinstance(given, str) else given[-1],
 )
 def test_what_is_no_run_file_gives_one_sentence(text, parts):
     message = complaint(text)
     assert "\n" not in message and all(part in message for part in parts)
+
+
+@pytest.mark.parametrize("doubled", ["[*a{0}, *a{0}]", "{{l: *a{0}, r: *a{0}}}", "{{<<: [*a{0}, *a{0}]}}"])
+def test_aliases_that_stand_for_billions_are_counted_before_a_value_is_made(doubled):
+    lines = [f"a{level + 1}: &a{level + 1} {doubled.format(level)}" for level in range(40)]
+    lines.insert(0, "a0: &a0 {x: 1}")
+    assert "more than 20000 values, with aliases written out" in complaint("\n".join(lines))
+
+
+def test_an_unquoted_date_or_time_is_text_and_a_leading_zero_changes_nothing(text):
+    assert loads(text.replace("name: test", "name: 2024-13-45")).name == "2024-13-45"
+    assert loads(text.replace("steps: 3\n", "steps: 010\n")).steps == 10
+
+
+def test_what_is_no_file_of_settings_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"name: \xe9")
+    (tmp_path / "large").write_text(" " * 2**19)
+    said = {tmp_path / "pipe": "is no file", "/dev/zero": "is no file", tmp_path / "latin": "cannot be read"}
+    said |= {tmp_path / "large": "more than", "a\0b": "a character that no path", "~nobodyhere/x": "in full"}
+    said |= {"a" * 300: "too long for a path", "\ud800": "a character that no path"}
+    for path, words in said.items():
+        with pytest.raises(UserError, match=words) as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_names_the_nearest(tmp_path, text):
@@ -263,6 +324,9 @@ def test_an_override_can_add_a_reward(run_config):
         ("steps=[", ["--set steps=[", "correct that line"]),
         ("steps.more=3", ["--set steps.more", "steps is 3", "set steps itself"]),
         ("rollout.grup_size=3", ["--set: rollout.grup_size", "did you mean rollout.group_size?"]),
+        ("steps.a\n\nb.c=3", ["--set steps.a b.c: steps is 3", "set steps itself"]),
+        ("a\n\nb=3", ["--set: a b is no setting"]),
+        ("\n\n", ["path=value"]),
         ("steps=many", ["--set: steps is 'many'", "a whole number"]),
         ("algorithm=grpo", ["--set: algorithm is 'grpo'", "algorithm.kind: grpo"]),
     ],

@@ -37,7 +37,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(tiny_pipeline: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
-    """Function kind -> Finished, of rank 3 and alpha 5."""
+    """Function kind -> Finished, of rank 3 and alpha 6."""
 
     @cache
     def make(kind: str) -> Finished:
@@ -45,10 +45,10 @@ def finished(tiny_pipeline: Callable[[str], Path], tmp_path_factory: pytest.Temp
         settings = {"kind": kind, "path": case.folder, "precision": "fp32", **getattr(case.tiny, "SETTINGS", {})}
         given = [f"backbone.{name}={value}" for name, value in settings.items()]
         rewards = "rewards={size: {kind: jpeg}, clip: {kind: clip_score, role: monitor}}"
-        config = load(TINY, [*given, "backbone.lora={rank: 3, alpha: 5}", rewards, f"name=tiny-{kind}"])
+        config = load(TINY, [*given, "backbone.lora={rank: 3, alpha: 6}", rewards, f"name=tiny-{kind}"])
         run = RunDir.create(tmp_path_factory.mktemp("runs"), config.name)
         write_text(run.config, dump(config))
-        backbone = case.backbone(lora={"rank": 3, "alpha": 5})
+        backbone = case.backbone(lora={"rank": 3, "alpha": 6})
         denoiser = add_adapters(backbone, backbone.load_denoiser(), ("default",)).eval()
         backbone.save_lora(random_state(denoiser, 0.2), run.lora)
         _record(run, config_hash(config))
@@ -76,6 +76,6 @@ def _record(run: RunDir, digest: str) -> None:
 def lora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """A LoRA file of rank 4 for the embedded model with a scale of its own, large enough to change every image; and its
     weights."""
-    sampler = Sampler(SD3.Config(lora={"rank": 4, "alpha": 12}))
+    sampler = Sampler(SD3.Config(lora={"rank": 4, "alpha": 8}))
     state = random_state(sampler.denoiser, 0.1)
     return sampler.backbone.save_lora(state, tmp_path_factory.mktemp("run") / "lora"), state

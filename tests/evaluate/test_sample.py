@@ -115,7 +115,7 @@ REFUSED = [
         "cannot divide into patches of 32 pixels; set it to 64",
     ),
     (["--compare", "base"], "--compare base needs a LoRA"),
-    (["--steps", "0"], "--steps 0"),
+    (["--steps", "0"], "--steps: '0' is no whole number of at least 1"),
     (["--run", "elsewhere"], "name one model"),
     (["--out", "taken"], "--out taken exists already"),
     (["--out", "taken.txt/out"], "--out taken.txt/out cannot be made"),

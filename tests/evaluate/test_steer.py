@@ -202,6 +202,12 @@ def test_a_run_without_a_critic_or_with_a_broken_one_is_refused(run, tmp_path, c
     (other / "critic" / "critic.safetensors").write_bytes(b"nothing")
     assert main(arguments) == 2
     assert "critic.safetensors cannot be read" in capsys.readouterr().err
+    critic = json.loads((other / "critic" / "critic.json").read_text())
+    for broken in ([], {}, 3, critic | {"rewards": 3}, critic | {"moments": {}}, critic | {"critic": {"width": -1}}):
+        (other / "critic" / "critic.json").write_text(json.dumps(broken))
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "critic.json is not what a run wrote" in error and error.count("\n") == 1
     shutil.rmtree(other / "critic")
     assert main(arguments) == 2
     assert f"--steer needs a critic, and {other} has none" in capsys.readouterr().err

@@ -158,6 +158,64 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_in_its_place(run, tm
     assert run.metrics.read_text().count("\n") == 5
 
 
+def of_facts(change):
+    """Alter run.json inside a checkpoint."""
+
+    def changed(files):
+        facts = json.loads(files["run.json"])
+        change(facts)
+        files["run.json"] = json.dumps(facts).encode()
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda files, name=name: files.pop(name) for name in ("run.json", "state.safetensors")),
+        lambda files: files.update({"run.json": b"no json"}),
+        lambda files: files.update({"run.json": b"[1, 2]"}),
+        lambda files: files.update({"run.json": b"[" * 100_000}),
+        lambda files: files.update({"state.safetensors": b"no tensors"}),
+        lambda files: files.update({"metrics.jsonl": b"\xff"}),
+        of_facts(lambda facts: facts.pop("learner")),
+        of_facts(lambda facts: facts.pop("config")),
+        of_facts(lambda facts: facts.update(config=[])),
+        of_facts(lambda facts: facts.update(versions=None)),
+        of_facts(lambda facts: facts["learner"].pop("updates")),
+    ],
+)
+def test_a_checkpoint_of_other_content_is_damaged_and_the_one_before_is_taken(run, tmp_path, change):
+    files, notes = state(tiny(), 5).files(), []
+    change(files)
+    Store(str(run.checkpoints)).write(5, files, {})
+    with starting_point(tiny(), tmp_path, "auto", notes.append) as begun:
+        assert begun.steps == 4
+    assert "step_000005 is damaged: it is not the state of a run" in notes[1]
+    with (
+        pytest.raises(UserError, match="cannot be used: it is not the state of a run") as refused,
+        starting_point(tiny(), tmp_path, str(run.checkpoints / "step_000005"), print),
+    ):
+        pass
+    assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_brings_back_the_runs_line_files_and_no_other(run, tmp_path):
+    Store(str(run.checkpoints)).write(5, state(tiny(), 5).files() | {"other.jsonl": b"", "config.yaml": b""}, {})
+    before = run.config.read_text()
+    with starting_point(tiny(), tmp_path, "auto", lambda note: None):
+        pass
+    assert run.config.read_text() == before and not (run.path / "other.jsonl").exists()
+
+
+def test_a_place_that_cannot_keep_checkpoints_is_refused_before_a_run_begins(tmp_path):
+    for resume in (None, "auto"):
+        refused = pytest.raises(UserError, match="checkpoint.path: /dev/null cannot keep checkpoints")
+        with refused, starting_point(tiny("checkpoint.path=/dev/null"), tmp_path, resume, print):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "allowed",
     [
@@ -289,7 +347,7 @@ def test_other_versions_are_told_of_and_no_obstacle(run, tmp_path):
     assert len(notes) == 1 and "torch 1.0 -> " in notes[0]
 
 
-@pytest.mark.parametrize("given", ["runs/typo", "."])
+@pytest.mark.parametrize("given", ["runs/typo", ".", "step_²", f"step_{'1' * 200}"])
 def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, given):
     with (
         pytest.raises(UserError, match="neither a run directory") as refused,

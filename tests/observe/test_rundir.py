@@ -158,3 +158,18 @@ def test_a_lora_that_has_no_room_is_one_sentence_and_leaves_no_half_of_it(tmp_pa
         f"{tmp_path}/run cannot be written (No space left on device); make room, or let it be written, and go on with "
         "--resume auto\n[]\n"
     )
+
+
+def test_a_grid_is_a_picture_of_a_step_and_no_link(tmp_path):
+    run = RunDir.create(tmp_path, "run")
+    run.grid(3).write_bytes(b"png")
+    for name in ("step_x.png", "step_²²²²²².png", "step_.png", f"step_{'1' * 200}.png"):
+        (run.grids / name).write_bytes(b"png")
+    run.grid(4).symlink_to(run.grid(3))
+    assert run.grid_steps() == [3]
+
+
+def test_a_name_that_no_folder_can_have_leaves_nothing_behind(tmp_path):
+    with pytest.raises(OSError, match="File name too long"):
+        RunDir.create(tmp_path, "a" * 300)
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.http import RewardClient
+from align_cluster.rewards.http import Http, RewardClient
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
 from align_cluster.serving.config import Limits
 from align_cluster.types import Failure, Prompt, Scores

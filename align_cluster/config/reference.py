@@ -102,7 +102,7 @@ def json_schema(root: type[Root]) -> dict[str, Any]:
 
 
 def topics(root: type[Root]) -> dict[str, type[Section]]:
-    """Return every block of a file by its path, such as rollout or rewards.hps; the path of the file itself is empty."""
+    """Return every block of a file by its path, such as rollout or rewards.hps; that of the file is empty."""
     found: dict[str, type[Section]] = {"": root}
     _collect(root, "", found)
     return found

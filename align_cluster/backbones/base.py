@@ -14,32 +14,37 @@ from align_cluster.types import Condition
 
 
 class LoraSettings(Section):
-    """Configures rank, scale and targets of the LoRA adapters.
-
-    `targets: null` takes the backbone's published recipe. `init` says how A begins: `gaussian` with a standard
-    deviation of 1/rank, as in the published recipes, or `kaiming`, peft's default. B begins at 0.
-    """
+    """Configures rank, scale and targets of the LoRA adapters, which have no dropout."""
 
     rank: PositiveInt = 32
+    """The rank of each adapter. A larger one can change the model more and takes more memory. Flow-GRPO and
+    DiffusionNFT use 32 on SD3.5-M, DanceGRPO 128 on FLUX.1."""
     alpha: PositiveFloat = 64
+    """The scale of the adapters: their output is multiplied by alpha / rank. Flow-GRPO and DiffusionNFT use 64, twice
+    the rank."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How the matrix A begins: `gaussian` with a standard deviation of 1 / rank, as in the published recipes, or
+    `kaiming`, peft's default. B begins at 0 in both, so a new adapter changes nothing."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """The layers that get adapters, by the ends of their names, such as attn.to_q. null takes the backbone's published
+    recipe."""
 
 
 CRITIC = "critic"  # name of the critic's adapter
 
 
 class CriticSection(Section):
-    """Configures the critic's network.
-
-    `features: lora` reads the features of the shared base under an adapter of the critic's own, `frozen` those of the
-    bare base. `copy` reads those of a second copy of the base with such an adapter, which costs the base's memory
-    again. The head has `width` channels and `heads` attention heads.
-    """
+    """Configures the critic's network: the diffusion model's own features, and a head that turns them into values."""
 
     features: Literal["lora", "frozen", "copy"] = "lora"
+    """Which features the critic reads: `lora` those of the shared base under an adapter of the critic's own, `frozen`
+    those of the bare base. `copy` reads a second copy of the base with such an adapter, which costs the base's memory
+    again."""
     width: Annotated[int, Field(gt=0, multiple_of=8)] = 512
+    """The channels of the head, a multiple of 8 and of `heads`. The default is ours, because the paper's summary leaves
+    it open. The recipe of the embedded model takes 64."""
     heads: PositiveInt = 8
+    """The number of attention heads in the head. The default is ours, as for `width`."""
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
         """Refuse a width that the heads cannot share."""
@@ -48,25 +53,32 @@ class CriticSection(Section):
 
 
 class BackboneSection(Section):
-    """Holds the settings that every backbone shares.
-
-    precision       `bf16` runs the network under autocast (weights are bf16 on a GPU, fp32 on a CPU); the LoRA is
-                    always fp32
-    height, width   image size in pixels, within what the model has positions for (null: the model's own)
-    text            where the text encoders live: `keep` on the device, `cpu`, or `free`: on the CPU, freed after use
-    attention       an attention backend of diffusers (null: torch's own)
-    compile         compile the network's repeated blocks at their first use, in samplers and learners
-    """
+    """Holds the settings that every backbone shares."""
 
     reads: ClassVar[tuple[str, ...]] = ("path",)
-    path: str = Field(description='"embedded", a local diffusers folder, or a hub id')
+    path: str
+    """The model: a local folder in diffusers' format, a hub id, or with kind sd3 "embedded", the small model of this
+    package."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """The number format of the network. `bf16` computes under autocast, with frozen weights in bf16 on a GPU and in
+    fp32 on a CPU. On a GPU, `fp32` is slower and takes more memory. The LoRA is always fp32."""
     height: Annotated[int, Field(gt=0, multiple_of=16)] | None = None
+    """The height of the images in pixels, a multiple of 16. null takes the model's own. Train at the size that you want
+    to draw at: FLUX.1 trained at 720 pixels shows a grid at 1024."""
     width: Annotated[int, Field(gt=0, multiple_of=16)] | None = None
+    """The width of the images in pixels, a multiple of 16. null takes the model's own."""
     lora: LoraSettings = LoraSettings()
+    """The adapters that are trained. The base model never changes."""
     text: Literal["keep", "cpu", "free"] = "keep"
+    """Where the text encoders live: `keep` on the sampler's device, `cpu`, or `free`, which runs them on the CPU and
+    frees them after each use. Choose cpu or free where GPU memory is short."""
     attention: str | None = None
+    """The attention backend of diffusers, by its name, such as flash or sage. null takes PyTorch's own. Most others
+    need a package that is installed apart."""
     compile: bool = False
+    """Whether samplers and learners compile the network's repeated blocks at their first use. It pays in long runs
+    only: on CPUs the first step waits for minutes. Algorithms that compare log-probs then need a
+    `learner.ratio_tolerance` of at least 0.001."""
 
 
 class Backbone(ABC):

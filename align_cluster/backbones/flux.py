@@ -17,16 +17,18 @@ class Flux(ClipExploration, PipelineBackbone):
     class Config(BackboneSection):
         """Configures FLUX.1.
 
-        `distilled_guidance` is the strength that is fed to a guidance-distilled network (dev), in rollouts and updates
-        alike, unless rollout.distilled_guidance is set. A network without that input (schnell) ignores it.
-        rollout.guidance is true classifier-free guidance, which costs a second forward pass.
-
-        `max_sequence_length: null` is the stock pipeline's 512, or 256 for schnell.
+        rollout.guidance is true classifier-free guidance, which costs a second forward pass. FLUX.1-dev needs none: it
+        is told `distilled_guidance`.
         """
 
         kind: Literal["flux"] = "flux"
         distilled_guidance: Annotated[float, Field(ge=0)] = 3.5
+        """The guidance strength that is fed to a guidance-distilled network (dev), in rollouts and updates alike,
+        unless `rollout.distilled_guidance` is set. A network without that input (schnell) ignores it. Flow-GRPO and
+        DanceGRPO use 3.5."""
         max_sequence_length: Annotated[int, Field(gt=0, le=512)] | None = None
+        """The number of T5 tokens to which each prompt is padded or cut. null takes the stock pipeline's 512, or 256
+        for schnell. A smaller one saves time and memory with short prompts."""
 
     family = "a FLUX.1"
     pipeline = "FluxPipeline"

@@ -18,10 +18,12 @@ class QwenImage(PipelineBackbone):
     """
 
     class Config(BackboneSection):
-        """Configures Qwen-Image. `max_sequence_length` limits an encoding, the prompt's template included."""
+        """Configures Qwen-Image."""
 
         kind: Literal["qwen_image"] = "qwen_image"
         max_sequence_length: Annotated[int, Field(gt=0, le=1024)] = 512
+        """The most tokens of an encoded prompt, the end of its chat template included; longer ones are cut. The default
+        is the stock pipeline's."""
 
     family = "a Qwen-Image"
     pipeline = "QwenImagePipeline"

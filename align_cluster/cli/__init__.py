@@ -24,6 +24,8 @@ start here:
 
 Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
 
+PARTS = ["algorithms", "backbones", "prompts", "rewards", "schedules", "steps", "windows"]
+
 RESUME = (
     "go on with the newest run of this name that has a checkpoint, or begin one (auto); or with a run directory; or "
     "branch off from a checkpoint's folder"
@@ -316,7 +318,20 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
     doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip")
     report = add("report", commands.report, "write a run's report.html again", "report runs/quickstart")
     report.add_argument("run", type=_path, metavar="RUN", help="run folder")
-    add("schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json")
+    schema = add(
+        "schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json"
+    )
+    explain = add(
+        "explain",
+        commands.explain,
+        "say what the settings of a block mean, with types, defaults and bounds",
+        "explain rewards.hps",
+    )
+    explain.add_argument("topic", nargs="?", default="", metavar="BLOCK", help="such as algorithm.nft (default: all)")
+    for command in (schema, explain):
+        command.add_argument("--service", action="store_true", help="of service files instead of run files")
+    kinds = add("list", commands.list_kinds, "name the kinds of one part, with a line about each", "list rewards")
+    kinds.add_argument("part", choices=PARTS)
 
 
 # Arguments that several commands share, by name: (flags, settings of `add_argument`).

@@ -223,6 +223,7 @@ def serve_rewards(args: argparse.Namespace) -> int:
 def score(args: argparse.Namespace) -> int:
     """Score image files with a reward of a service; the exit code is 1 where the reward failed."""
     from align_cluster.errors import UserError
+    from align_cluster.plain import json_value
     from align_cluster.rewards.base import RewardError
     from align_cluster.rewards.http import RewardClient, Token, read_image
     from align_cluster.rewards.wire import one_line
@@ -285,8 +286,37 @@ def report(args: argparse.Namespace) -> int:
 
 
 def schema(args: argparse.Namespace) -> int:
-    """Print the JSON schema of run files."""
-    from align_cluster.config.load import json_schema
+    """Print the JSON schema of run files or service files."""
+    from align_cluster.config.reference import json_schema
+    from align_cluster.config.run import RunConfig
+    from align_cluster.serving.config import ServiceConfig
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(json_schema(ServiceConfig if args.service else RunConfig), indent=2))
+    return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Print the settings of one block of a run file, or of a service file, with what they mean."""
+    from align_cluster.config.reference import explain
+    from align_cluster.config.run import RunConfig
+    from align_cluster.serving.config import ServiceConfig
+
+    print(explain(args.topic, ServiceConfig if args.service else RunConfig))
+    return 0
+
+
+def list_kinds(args: argparse.Namespace) -> int:
+    """Print the kinds of one part with a line about each."""
+    from align_cluster.algorithms import ALGORITHMS
+    from align_cluster.backbones import BACKBONES
+    from align_cluster.config.reference import kinds
+    from align_cluster.prompts import PROMPTS
+    from align_cluster.rewards import REWARDS
+    from align_cluster.rollouts.schedule import SCHEDULES
+    from align_cluster.rollouts.steps import STEPS
+    from align_cluster.rollouts.windows import WINDOWS
+
+    parts = {"algorithms": ALGORITHMS, "backbones": BACKBONES, "prompts": PROMPTS, "rewards": REWARDS}
+    parts |= {"schedules": SCHEDULES, "steps": STEPS, "windows": WINDOWS}
+    print(kinds(parts[args.part]))
     return 0

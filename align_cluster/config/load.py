@@ -153,8 +153,3 @@ def as_before(old: dict[str, Any], new: RunConfig) -> RunConfig:
         if getattr(block, name) is None and known is not None:
             new = new.model_copy(update={section: block.model_copy(update={name: known})})
     return new
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of run files, for editors."""
-    return RunConfig.model_json_schema()

@@ -27,8 +27,14 @@ class EmbeddedPrompts(PromptSource):
             "colors",
             "counting",
         )
+        """The tasks whose prompts are listed, each once. Rewards judge only some: geneval needs objects and ocr needs
+        the task ocr."""
         split: Literal["train", "held_out"] = "train"
+        """Which part of each task is listed. Training and held-out prompts never overlap: train on `train`, and give
+        `held_out` to evaluate.prompts."""
         even: bool = True
+        """Whether every task has equally many prompts, so that prompts of smaller tasks repeat: 1,167 training prompts
+        name a colour, 102 a count. false lists every prompt once."""
 
         @field_validator("tasks")
         @classmethod

@@ -31,11 +31,14 @@ class TextPrompts(PromptSource):
     """Reads prompts from a text file, one a line. Blank lines are skipped."""
 
     class Config(Section):
-        """Configures a text file. With `ocr`, the first quoted text of each line becomes the OCR target."""
+        """Configures a text file with one prompt a line."""
 
         kind: Literal["txt"] = "txt"
         path: Annotated[str, Field(min_length=1)]
+        """The text file, in UTF-8 with one prompt a line. A relative path starts where the command runs."""
         ocr: bool = False
+        """Whether the first text in double quotes of each line is the target of the reward ocr. Every line must then
+        quote a text."""
 
     def load(self) -> list[Prompt]:
         """Read the prompts. Raises UserError if the file cannot be read, or an OCR prompt quotes nothing."""
@@ -57,19 +60,26 @@ class TextPrompts(PromptSource):
 
 
 class Include(Section):
-    """The image must show `count` objects of this class. `position` is (relation, index of another clause)."""
+    """The image must show `count` objects of this class."""
 
     name: Annotated[Words, Field(alias="class")]
+    """The class of the objects, by the name that the detector has for it. The key in the file is `class`."""
     count: Count
+    """The number of objects that the image must show."""
     color: Words | None = None
+    """The colour that each of them must have. null leaves it open."""
     position: tuple[Literal[RELATIONS], Annotated[StrictInt, Field(ge=0)]] | None = None
+    """Where the objects must be: a relation, and the index of the other clause of `include` that it refers to. null
+    leaves it open."""
 
 
 class Exclude(Section):
     """The image must show fewer than `count` objects of this class."""
 
     name: Annotated[Words, Field(alias="class")]
+    """The class of the objects. The key in the file is `class`."""
     count: Count
+    """The number of objects that is already too many."""
 
 
 class Record(BaseModel):
@@ -114,6 +124,8 @@ class JsonlPrompts(PromptSource):
 
         kind: Literal["jsonl"] = "jsonl"
         path: Annotated[str, Field(min_length=1)]
+        """The file, in UTF-8 with one JSON object a line, such as GenEval's evaluation_metadata.jsonl. A relative path
+        starts where the command runs."""
 
     has_records = True
 

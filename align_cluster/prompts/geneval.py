@@ -133,17 +133,20 @@ class GenevalPrompts(PromptSource):
     """
 
     class Config(Section):
-        """Configures generated GenEval prompts. The default ratios are Flow-GRPO's.
-
-        `split` keeps one scene in ten out of training, whatever the seed. `exclude` names a metadata file (jsonl), such
-        as GenEval's own evaluation set; its scenes never occur.
-        """
+        """Configures generated GenEval prompts."""
 
         kind: Literal["geneval"] = "geneval"
         count: PositiveInt = 50_000
+        """The number of prompts. Prompts of a task repeat only after all of them have come once. The default is the
+        size of Flow-GRPO's training set."""
         seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+        """The seed that chooses and orders the prompts of each task. It does not change the split."""
         split: Literal["train", "held_out", "all"] = "train"
+        """Which scenes may occur: `held_out` has one scene in ten whatever the seed, `train` has the others, and `all`
+        has both."""
         exclude: str | None = None
+        """A metadata file (jsonl), such as GenEval's own evaluation set, whose scenes never occur. null excludes
+        nothing. Give it where the run is measured on that set."""
         ratios: dict[Literal[tuple(TASKS)], NonNegativeInt] = {
             "position": 7,
             "counting": 5,
@@ -152,6 +155,8 @@ class GenevalPrompts(PromptSource):
             "two_object": 1,
             "single_object": 0,
         }
+        """The share of each task in `count`, as whole numbers; 0 leaves a task out. A task that is not named has none.
+        The default is Flow-GRPO's 7:5:3:1:1:0, which favours what the base model finds hard."""
 
         @field_validator("ratios")
         @classmethod

@@ -42,10 +42,12 @@ class ImagePrompts(PromptSource):
     """
 
     class Config(Section):
-        """Configures an image folder. Every sampler must find `folder` under the same path."""
+        """Configures an image folder."""
 
         kind: Literal["images"] = "images"
         folder: Annotated[str, Field(min_length=1)]
+        """The folder of the images and their captions. Every sampler must find it under the same path; a submitted job
+        does not carry it."""
 
         def notes(self, where: str, run: Root) -> Iterator[str]:
             """Note the images of the folder that are left out."""

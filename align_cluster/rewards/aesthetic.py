@@ -60,17 +60,19 @@ class Aesthetic(DifferentiableReward):
     reads_text = False
 
     class Config(RewardSection):
-        """Configures aesthetic scores. Without `encoder` and `head`, the published parts of `version` are used.
-
-        `encoder` is a hub id or a folder of a transformers CLIPModel (v1) or SiglipModel (v2.5). `head` is the
-        published .pth: a file, an address, or owner/repository/file at the hub.
-        """
+        """Configures aesthetic scores."""
 
         reads: ClassVar[tuple[str, ...]] = ("encoder", "head")
         kind: Literal["aesthetic"] = "aesthetic"
         version: Literal["v1", "v2.5"] = "v2.5"
+        """The published predictor: v1 is LAION's on CLIP ViT-L/14, and v2.5 is Aesthetic Predictor v2.5 on SigLIP.
+        Their scales differ; E2PO reports v2.5. The weights of v2.5 are under AGPL-3.0."""
         encoder: str | None = None
+        """The image encoder: a hub id, or a folder of a transformers CLIPModel (v1) or SiglipModel (v2.5). null takes
+        the published one of `version` from the hub."""
         head: str | None = None
+        """The published .pth of the linear head: a file, an address, or owner/repository/file at the hub. null
+        downloads that of `version`."""
 
     @property
     def usual(self) -> float:

@@ -24,44 +24,49 @@ def sound(values: np.ndarray) -> np.ndarray:
 
 
 class FailurePolicy(Section):
-    """Configures what happens if scoring fails: `retries` more tries, then `then`. The first waits `backoff_s`.
-
-    Each later retry waits twice as long as the one before. After the retries, mask leaves the images out of the
-    statistics, drop_group leaves out all images of their prompt, and fail ends the run. A monitor's failures are only
-    counted. A worker that is busy with one batch for more than `timeout_s` is replaced, and up to `retries` other
-    workers try the batch, which is then halved. Rewards that share workers add up their times.
-
-    A run ends where the first evaluation has no score of a trained reward because all failed, or after `stop_after`
-    such training steps in a row; null goes on without it.
-    """
+    """Configures what happens if scoring fails. A monitor's failures are only counted."""
 
     retries: Annotated[int, Field(ge=0, le=20)] = 2
+    """The number of further tries after a failed one. Out of memory halves the batch first, and an image that cannot be
+    read is never tried again. As many other workers may try a batch whose worker was lost or late."""
     backoff_s: Annotated[float, Field(ge=0)] = 0.5
+    """The seconds before the first retry. Each later retry waits twice as long as the one before."""
     timeout_s: PositiveFloat = 300.0
+    """The seconds that a worker has for one batch, retries included; a worker over them is replaced. Rewards that share
+    workers add up their times. Raise it for a slow model or a large batch."""
     then: Literal["mask", "drop_group", "fail"] = "mask"
+    """What happens to images that still have no score: `mask` leaves them out of the statistics, `drop_group` leaves
+    out all images of their prompt, and `fail` ends the run."""
     stop_after: PositiveInt | None = 3
+    """The number of training steps in a row without a score, because all images failed, after which the run ends; it also
+    ends where its first evaluation has none. null goes on without the reward."""
 
 
 class PoolSection(Section):
-    """Configures workers that score only this reward.
-
-    workers       number of workers
-    max_workers   number of workers while a backlog grows, if the cluster has room
-    cpus, gpus    what each worker takes (cpus null: a share of the remaining cores); workers with less than 0.5 of a
-                  GPU share GPUs with samplers if there is room, the others have GPUs of their own
-    batch         number of images that are scored together
-    batching      `ordered` batches consecutive chunks of the step; `dynamic` batches whatever waits and never waits
-                  for a late chunk, but the last bits of a score then depend on timing
-    pip           requirements that Ray installs for these workers alone
-    """
+    """Configures workers that score only this reward."""
 
     workers: PositiveInt = 1
-    max_workers: PositiveInt | None = Field(None, description="null: as workers")
+    """The number of workers. Raise it where training waits for this reward; the metric scoring/<name>/queue shows how
+    many images wait."""
+    max_workers: PositiveInt | None = None
+    """The most workers while images wait. One more starts when over four batches a worker wait and the cluster has
+    room, and it ends after a draw that did not need it. null means `workers`, so the number is fixed."""
     cpus: PositiveFloat | None = None
+    """The CPU cores that each worker takes; a fraction is fine. null gives it an equal share of the cores that samplers
+    and learners leave."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    batch: PositiveInt | None = Field(None, description="null: one chunk")
+    """The GPUs that each worker takes; 0 scores on the CPU. Workers with less than 0.5 share GPUs with samplers, and
+    the others have GPUs of their own, which training then lacks."""
+    batch: PositiveInt | None = None
+    """The number of images that are scored together. null takes one chunk, `rollout.chunk` images. Raise it where a GPU
+    is not busy, and lower it where its memory is short."""
     batching: Literal["ordered", "dynamic"] = "ordered"
+    """How batches are made: `ordered` takes consecutive chunks of the step, so that a score is the same in every run.
+    `dynamic` takes whatever waits and never waits for a late chunk, but the last bits of a score then depend on
+    timing."""
     pip: tuple[str, ...] = ()
+    """The requirements, such as "open_clip_torch", that Ray installs for these workers alone. Use it for a reward whose
+    packages conflict with those of the run."""
 
     @field_validator("max_workers")
     @classmethod
@@ -73,16 +78,20 @@ class PoolSection(Section):
 
 
 class RewardSection(Section):
-    """Holds the settings that every reward shares.
-
-    A `monitor` is scored and reported but never trained on, and its weight has no effect. Rewards without a `pool`
-    share `cluster.reward_workers`, one after the other; a reward with a pool is scored in parallel.
-    """
+    """Holds the settings that every reward shares."""
 
     weight: float = 1.0
+    """The weight of this reward among all trained ones. With `advantage.mix: sum_then_normalise` it multiplies the raw
+    score, so a reward with a wide range needs a small weight. A monitor's weight has no effect."""
     role: Literal["train", "monitor"] = "train"
+    """Whether the run trains on this reward (`train`) or only scores and reports it (`monitor`). A monitor shows
+    whether a run improves what it is not paid for."""
     on_failure: FailurePolicy = FailurePolicy()
+    """What happens where scoring fails."""
     pool: PoolSection | None = None
+    """Workers that score only this reward, in parallel to the others. null scores it on the workers of
+    `cluster.reward_workers`, which run on CPUs and score their rewards one after the other. A large model needs a pool
+    with `gpus`."""
 
 
 class RewardError(Exception):

@@ -18,16 +18,16 @@ class ClipScore(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Configures the CLIP score.
-
-        `path` is a hub id, a folder of a transformers CLIPModel with its processor, or "embedded". `scale: srpo`
-        multiplies by a twentieth of the model's learned temperature, as SRPO's official code does.
-        """
+        """Configures the CLIP score."""
 
         reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["clip_score"] = "clip_score"
         path: str = "embedded"
+        """The CLIP model: a hub id, a folder of a transformers CLIPModel with its processor, or "embedded", which knows
+        only the embedded world. Papers use openai/clip-vit-large-patch14 for photographs."""
         scale: Literal["cosine", "srpo"] = "cosine"
+        """The unit of the score: `cosine` is the bare cosine. `srpo` multiplies it by a twentieth of the model's
+        learned temperature, as SRPO's official code does to make it comparable to HPS."""
 
     imports: ClassVar[tuple[str, ...]] = IMPORTS
 

@@ -174,11 +174,13 @@ class Masks(Photographs):
     """
 
     class Config(Section):
-        """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
+        """Configures the detector of masks, which is GenEval's kind."""
 
         reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["mask2former"] = "mask2former"
         path: str = "facebook/mask2former-swin-small-coco-instance"
+        """A hub id or a folder of a Mask2Former or MaskFormer with COCO's 80 labels. The default is GenEval's
+        architecture, a Mask2Former on Swin-S, with other weights than mmdetection's, which published tables use."""
 
     auto = "AutoModelForUniversalSegmentation"
 
@@ -222,11 +224,13 @@ class Boxes(Photographs):
     """Detects objects without masks: DETR, conditional and deformable DETR, RT-DETR and similar models."""
 
     class Config(Section):
-        """Configures the detector; `path` is a hub id or a folder of such a model with COCO's 80 labels."""
+        """Configures the detector of boxes."""
 
         reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["detr"] = "detr"
         path: str = "PekingU/rtdetr_r50vd_coco_o365"
+        """A hub id or a folder of a DETR, conditional or deformable DETR, RT-DETR or similar model with COCO's 80
+        labels. GenEval's thresholds do not suit it, so set `threshold` and `counting_threshold` of the reward too."""
 
     auto = "AutoModelForObjectDetection"
 

@@ -117,23 +117,29 @@ class GenEval(Reward):
     """
 
     class Config(RewardSection):
-        """Configures GenEval. `score` chooses the reward; `mixed` is half graded, half accuracy.
-
-        `detector` may also be the name of its kind alone. Objects count above `threshold`, and for counting prompts
-        above `counting_threshold`; null takes the detector's own (photographs: GenEval's .3 and .9; embedded: .80, and
-        `threshold` for counting). `color_clip` names colours for detectors that do not: a hub id or a folder of an
-        open_clip model; null is OpenAI's ViT-L/14, as published. `half_credit` pays for wrong positions as Flow-GRPO's
-        server does.
-        """
+        """Configures GenEval. It scores only prompts that name objects: those of kind embedded, geneval and jsonl."""
 
         reads: ClassVar[tuple[str, ...]] = ("color_clip",)
         kind: Literal["geneval"] = "geneval"
         detector: one_of(DETECTORS) = Embedded.Config()
+        """The model that finds objects, as a block or as the name of its kind alone. `embedded` knows the embedded
+        world only; photographs need `mask2former`, which is GenEval's kind, or `detr`."""
         threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+        """The confidence that an object must exceed to count. null takes the detector's own: GenEval's 0.3 for
+        photographs, and 0.8 for the embedded world."""
         counting_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+        """The same for prompts that ask for a number. null takes the detector's own, GenEval's 0.9 for photographs; the
+        embedded detector takes `threshold`."""
         color_clip: str | None = None
+        """The CLIP that names colours for detectors that do not: a hub id or a folder of an open_clip model. null takes
+        OpenAI's ViT-L/14, as GenEval does."""
         score: Literal["graded", "strict", "accuracy", "mixed"] = "graded"
+        """The verdict that becomes the reward: `graded` is the mean of partial credits, Flow-GRPO's training reward.
+        `accuracy` is the benchmark's own 0 or 1, `strict` also refuses extra objects, and `mixed` is half graded, half
+        accuracy. Reports show all three."""
         half_credit: bool = False
+        """Whether objects in a wrong position get half of the position's credit, as a slip of Flow-GRPO's reward server
+        gives it. Set it to true only to reproduce that server."""
 
         @field_validator("detector", mode="before")
         @classmethod

@@ -36,17 +36,17 @@ class Hps(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Configures HPS.
-
-        `path` is a hub id, a folder with the checkpoint of `version` under its official name, or a checkpoint file.
-        `model` is an architecture of open_clip, by name or as the path of a model-config json.
-        """
+        """Configures HPS."""
 
         reads: ClassVar[tuple[str, ...]] = ("path", "model")
         kind: Literal["hps"] = "hps"
         path: str = "xswu/HPSv2"
+        """The checkpoint: a hub id, a folder with the checkpoint of `version` under its official name, or a file."""
         version: Literal["v2", "v2.1"] = "v2.1"
+        """The published version, v2 or v2.1. Their weights and scales differ, so tables name theirs. DanceGRPO, SRPO
+        and E2PO use v2.1."""
         model: str = "ViT-H-14"
+        """The architecture of the checkpoint: a name that open_clip knows, or the path of a model-config json."""
 
     def vocabulary(self) -> Vocabulary | None:
         """Return the words of open_clip's tokenizer."""

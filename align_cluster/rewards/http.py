@@ -35,10 +35,12 @@ KINDS: dict[int, FailureKind] = dict.fromkeys((400, 413, 415, 422), "bad_input")
 
 
 class Token(Section):
-    """Names the place of a bearer token: an environment variable, or a file that holds nothing else."""
+    """Names the place of a bearer token. Exactly one of `env` and `file` must be given."""
 
     env: str | None = None
+    """The name of the environment variable that holds the token."""
     file: str | None = None
+    """The path of a file that holds the token and nothing else."""
 
     @model_validator(mode="after")
     def one_source(self) -> "Token":
@@ -199,18 +201,22 @@ class Http(Reward):
     remote = True
 
     class Config(RewardSection):
-        """Names a reward of a service: `reward` is its name there.
-
-        The encoding `raw` sends more bytes than `png` and takes less time to pack. The token is read where rewards
-        run, so the variable or the file has to be there.
-        """
+        """Names a reward of a service, which `align-cluster serve-rewards` starts."""
 
         kind: Literal["http"] = "http"
         url: str
+        """The address of the service, such as http://10.0.0.5:8000."""
         reward: str
+        """The name that the reward has in the service's own file. GET /v1/rewards lists all names."""
         token: Token | None = None
+        """Where the token of the service is. It is read on the workers that score, so the variable or the file has to
+        be there. null sends none, which suits a service on this machine."""
         timeout_s: PositiveFloat = 60.0
+        """The seconds that one request has, from the connection to the last byte of the answer. A request over them
+        fails, and `on_failure` says how often it is tried again."""
         encoding: Encoding = "png"
+        """How images travel, without loss in every case: as `png` or `webp` files, or `raw`, which sends more bytes and
+        takes less time to pack. Choose raw on a fast network."""
 
         @field_validator("url")
         @classmethod

@@ -97,15 +97,14 @@ class ImageReward(DifferentiableReward):
     """
 
     class Config(RewardSection):
-        """Configures ImageReward.
-
-        `path` is a hub id or a folder with ImageReward.pt and med_config.json; `tokenizer` is one of uncased BERT.
-        """
+        """Configures ImageReward."""
 
         reads: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
         kind: Literal["image_reward"] = "image_reward"
         path: str = "THUDM/ImageReward"
+        """The model: a hub id, or a folder with ImageReward.pt and med_config.json."""
         tokenizer: str = "bert-base-uncased"
+        """The tokenizer of uncased BERT: a hub id or a folder."""
 
     def vocabulary(self) -> Vocabulary | None:
         """Return the words of BERT's tokenizer."""

@@ -14,13 +14,12 @@ class Jpeg(Reward):
     """Prefers smooth images: minus the kilobytes (1000 bytes) of the image saved at PIL's JPEG quality 95."""
 
     class Config(RewardSection):
-        """Configures the JPEG reward.
-
-        `incompressible` changes the sign, so that detail is preferred. Flow-GRPO divides by 500: set weight to 0.002.
-        """
+        """Configures the JPEG reward. Flow-GRPO divides it by 500: set weight to 0.002 for the same scale."""
 
         kind: Literal["jpeg"] = "jpeg"
         incompressible: bool = False
+        """Whether large files are preferred, so that the score is plus the kilobytes and detail pays. false prefers
+        small files, and so smooth images."""
 
     def model_sizes(self) -> list[ModelSize | None]:
         """Return nothing, because no model is loaded."""

@@ -18,14 +18,13 @@ class OpenClipScore(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Configures the model.
-
-        `path` is a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or .safetensors).
-        """
+        """Configures the CLIP score of an open_clip model."""
 
         reads: ClassVar[tuple[str, ...]] = ("path",)
         kind: Literal["open_clip_score"] = "open_clip_score"
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
+        """The model: a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or
+        open_clip_model.safetensors). The default is the DFN model of DanceGRPO and MixGRPO."""
 
     def vocabulary(self) -> Vocabulary | None:
         """Return the words of open_clip's tokenizer."""

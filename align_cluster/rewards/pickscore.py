@@ -17,18 +17,19 @@ class PickScore(EmbeddingReward):
     """
 
     class Config(RewardSection):
-        """Configures PickScore.
-
-        `path` and `processor` are hub ids or folders; the checkpoint is published without a processor. `scale` is raw
-        (as tables print it), flow_grpo (raw / 26: about .8 to .95), srpo (raw / 20: about 1.1) or cosine (no
-        temperature, about .2).
-        """
+        """Configures PickScore."""
 
         reads: ClassVar[tuple[str, ...]] = ("path", "processor")
         kind: Literal["pickscore"] = "pickscore"
         path: str = "yuvalkirstain/PickScore_v1"
+        """The model: a hub id or a folder."""
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        """The tokenizer and preprocessing: a hub id or a folder. The checkpoint is published without them, and the
+        default is the one that its authors name."""
         scale: Literal["raw", "flow_grpo", "srpo", "cosine"] = "raw"
+        """The unit of the score: `raw` is what tables print, about 20 to 24. `flow_grpo` is raw / 26, about 0.8 to
+        0.95. `srpo` is raw / 20, about 1.1, and `cosine` leaves out the learned temperature, about 0.2, as DanceGRPO
+        does."""
 
     imports: ClassVar[tuple[str, ...]] = IMPORTS
 

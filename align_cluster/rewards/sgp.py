@@ -26,18 +26,21 @@ class Sgp(Reward):
     """
 
     class Config(RewardSection):
-        """Configures SGP.
-
-        `of` is the reward with the CLIP model that judges; only its model matters. `temperature` multiplies the cosines
-        of `share`.
-        """
+        """Configures SGP, which SRPO reports and does not train on: give it role monitor to do the same."""
 
         kind: Literal["sgp"] = "sgp"
         of: one_of(JUDGES) = Hps.Config()
+        """The reward whose CLIP model judges: hps, pickscore, clip_score or open_clip_score. Only its model matters, so
+        its weight, role and the like must be left out. SRPO's tables judge by HPS v2.1."""
         positive: str = "Realistic photo"
+        """The control word that a realistic image should fit. The default is SRPO's."""
         negative: str = "CG Render"
+        """The control word that a realistic image should not fit. The default is SRPO's."""
         template: Template = "{word}. {prompt}"
+        """The text under which an image is judged. It contains {word} and {prompt} once each."""
         temperature: PositiveFloat = 100.0
+        """The factor of the cosines in the softmax of the detail `share`; the score itself has none. The paper does not
+        say how it scales its numbers. 100 is CLIP's learned temperature."""
 
         @field_validator("of")
         @classmethod

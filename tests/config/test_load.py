@@ -6,9 +6,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from align_cluster.config.load import as_before, config_hash, differences, dump, json_schema, load, loads
+from align_cluster.config.load import as_before, config_hash, differences, dump, load, loads
 from align_cluster.config.messages import explain
 from align_cluster.config.plan import settle
+from align_cluster.config.reference import json_schema
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 
@@ -365,7 +366,7 @@ def test_a_resumed_run_goes_on_with_the_batches_that_were_chosen_when_it_began(r
 
 
 def test_the_schema_describes_every_block():
-    schema = json_schema()
+    schema = json_schema(RunConfig)
     assert set(schema["properties"]) == set(RunConfig.model_fields) and json.dumps(schema)
 
 

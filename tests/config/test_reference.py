@@ -1,0 +1,56 @@
+"""The settings reference: complete, and true to the models."""
+
+import pytest
+
+from align_cluster.cli import PARTS, main
+from align_cluster.config.reference import explain, json_schema, meanings, settings, topics
+from align_cluster.config.run import RunConfig
+from align_cluster.errors import UserError
+from align_cluster.serving.config import ServiceConfig
+
+
+def test_every_setting_of_every_block_says_what_it_means():
+    missing = {
+        f"{block.__module__}.{block.__qualname__}.{name}"
+        for root in (RunConfig, ServiceConfig)
+        for block in topics(root).values()
+        for name in block.model_fields
+        if name != "kind" and len(meanings(block).get(name, "")) < 10
+    }
+    assert not missing, "\n".join(sorted(missing))
+
+
+def test_types_bounds_and_defaults_are_those_of_the_models():
+    rows = {row.name: row for row in settings(topics(RunConfig)["cluster"])}
+    assert (rows["samplers"].type, rows["samplers"].default) == ("whole number > 0 or null", "null")
+    assert (rows["timeout_s"].type, rows["timeout_s"].default) == ("number > 0", "600.0")
+    rows = {row.name: row for row in settings(RunConfig)}
+    assert (rows["steps"].type, rows["steps"].default) == ("whole number > 0", None)
+    assert rows["backbone"].type == "block" and rows["rewards"].type == "blocks by name"
+    rows = {row.name: row for row in settings(topics(RunConfig)["algorithm.ppo"])}
+    assert rows["kl_mode"].type == "no_dt | exact_mean | exact_sum" and rows["critic"].default == "its defaults"
+
+
+def test_a_block_is_explained_by_its_path_with_what_is_below_it(capsys):
+    assert main(["explain", "rewards.hps"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Configures HPS.") and '(text; default "xswu/HPSv2")' in said
+    assert "    rewards.hps.pool" in said
+    assert "algorithm.nft" in explain("algorithm", RunConfig) and "rewards.hps.pool" not in explain("", RunConfig)
+    assert main(["explain", "--service"]) == 0 and "port  (" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no block of settings 'rewards.hsp'; did you mean .*rewards.hps"):
+        explain("rewards.hsp", RunConfig)
+
+
+def test_the_schema_for_editors_holds_the_meanings():
+    schema = json_schema(RunConfig)
+    assert schema["properties"]["steps"]["description"] == meanings(RunConfig)["steps"]
+    cluster = schema["$defs"]["ClusterConfig"]["properties"]["timeout_s"]
+    assert cluster["description"] == meanings(topics(RunConfig)["cluster"])["timeout_s"]
+
+
+def test_every_part_lists_its_kinds_with_a_line_about_each(capsys):
+    for part in PARTS:
+        assert main(["list", part]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) >= 2 and all(len(line.split(maxsplit=1)) == 2 for line in lines), part

@@ -1,4 +1,4 @@
-"""Errors that end a command with one sentence instead of a stack trace, and the exit codes of interrupted ones."""
+"""Errors that end a command with one sentence, the exit codes of interrupted ones, and counts in words."""
 
 
 class UserError(Exception):
@@ -11,3 +11,8 @@ INTERRUPTED = 130  # exit code of shells for what Ctrl-C has ended
 
 class Preempted(Exception):
     """The machine is being taken away. The run has saved its state, and `--resume auto` continues it."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 problem, 2 problems."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -21,8 +21,8 @@ from align_cluster.interrupts import interruptible
 
 def work(args):
     with interruptible(alone=True):
-        print("at work", flush=True)
         try:
+            print("at work", flush=True)
             time.sleep(60)
         finally:
             time.sleep(2)  # saving

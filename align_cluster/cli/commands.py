@@ -6,6 +6,7 @@ Everything heavy is imported inside the functions, so that `align-cluster --help
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
@@ -59,6 +60,8 @@ def train(args: argparse.Namespace) -> int:
     """Run an alignment job. What its workers import is being imported while this process finds out what the job is."""
     from align_cluster.interrupts import interruptible
 
+    began = time.monotonic()
+    print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
     with interruptible(alone=True):
         from align_cluster.cluster.preload import imports, preload
 
@@ -70,7 +73,7 @@ def train(args: argparse.Namespace) -> int:
                 ready.load(imports(config))
             from align_cluster.loop.driver import train
 
-            train(config, Path(config.out).expanduser(), args.resume, preload=ready)
+            train(config, Path(config.out).expanduser(), args.resume, ready, began)
     return 0
 
 
@@ -177,7 +180,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from align_cluster.evaluate.local import evaluate
     from align_cluster.files import write_json
-    from align_cluster.observe.table import evaluation_table
+    from align_cluster.observe.table import evaluation_tables
 
     config, lora_file, _ = _source(args, args.set)
     scores = evaluate(config, lora_file)
@@ -186,7 +189,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        Console().print(evaluation_table(scores, f"held-out scores, {lora_file or 'base model'}"))
+        console = Console()
+        console.print(evaluation_tables(scores, console.width, f"held-out scores, {lora_file or 'base model'}"))
     return 0
 
 

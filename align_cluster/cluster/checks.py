@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from align_cluster.errors import counted
 from align_cluster.machine import cores, memory
 
 GIB = 2**30
@@ -53,7 +54,7 @@ def render(checks: list[Check], as_json: bool = False) -> str:
         if check.remedy:
             lines.append(f"{'':<5} {'':<{width}}  -> {check.remedy}")
     failed = sum(check.state == "fail" for check in checks)
-    lines.append(f"{failed} problems" if failed else "ready")
+    lines.append(counted(failed, "problem") if failed else "ready")
     return "\n".join(lines)
 
 

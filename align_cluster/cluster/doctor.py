@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from align_cluster.cluster.checks import Check, this_machine
-from align_cluster.errors import UserError
+from align_cluster.errors import UserError, counted
 
 if TYPE_CHECKING:
     from align_cluster.config.run import RunConfig
@@ -100,6 +100,6 @@ def sync_round_trip(address: str | None = None) -> str:
         for one in samplers:
             ray.kill(one)
     return (
-        f"{manifest.nbytes / 1e6:.1f} MB to samplers on {len(samplers)} node{'s' if len(samplers) > 1 else ''} in "
+        f"{manifest.nbytes / 1e6:.1f} MB to samplers on {counted(len(samplers), 'node')} in "
         f"{1000 * spent:.0f} ms, {receipts[0].bound} tensors bound, checksum {receipts[0].checksum[:8]} proven"
     )

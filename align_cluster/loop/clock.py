@@ -12,12 +12,13 @@ class Clock:
     `number` is the step at work, from 1. `doing` is the stage at work with the time that it began (monotonic).
     """
 
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
+    def __init__(self, began: float | None = None) -> None:
+        """Count from now, or with the start from `began` on, by the monotonic clock."""
+        self.began = time.perf_counter() - (time.monotonic() - began if began is not None else 0.0)
         self.number = 0
         self.doing = ("start", time.monotonic())
         self.step: dict[str, float] = {}
-        self.step_began = self.began
+        self.step_began = time.perf_counter()
         self.total: dict[str, float] = {}
 
     def add(self, stage: str, seconds: float) -> None:

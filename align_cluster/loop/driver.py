@@ -1,5 +1,6 @@
 """The run on one page: plan groups, draw, score, credit, update, publish; evaluate before, between and after."""
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from align_cluster.cluster.placement import cluster, plan_run, reserve, resource
 from align_cluster.cluster.preload import Preload
 from align_cluster.config.check import check_prompts
 from align_cluster.config.load import dump
+from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
+from align_cluster.errors import counted
 from align_cluster.files import storage, write_json, write_text
 from align_cluster.interrupts import interruptible, uninterrupted
 from align_cluster.loop.advantages import AdvantageEstimator
@@ -29,20 +32,28 @@ from align_cluster.observe.sinks import MetricWriter
 from align_cluster.prompts import PROMPTS
 from align_cluster.types import Prompt
 
-STAGES = ["rollout", "reward", "update", "evaluate"]
+STAGES = {"rollout": "chunks", "reward": "chunks", "update": "", "evaluate": "chunks"}  # and what each counts in
 
 
-def train(config: RunConfig, out: Path, resume: str | None = None, preload: Preload | None = None) -> Path:
+def train(
+    config: RunConfig,
+    out: Path,
+    resume: str | None = None,
+    preload: Preload | None = None,
+    began: float | None = None,
+) -> Path:
     """Run one alignment and return its run directory.
 
-    `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For
-    `preload` see `cluster`. Raises UserError for what the user can mend, and Preempted on SIGTERM.
+    `resume` is "auto", a run directory or a checkpoint to go on from; see `resume.starting_point`. For `preload` see
+    `cluster`. `began` is when the command began, by the monotonic clock (None: now). Raises UserError for what the user
+    can mend, and Preempted on SIGTERM.
     """
+    began = time.monotonic() if began is None else began
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)
     with (
         interruptible(),
-        Progress(config.steps, STAGES) as bars,
+        Progress(config.steps, STAGES, began=began) as bars,
         starting_point(config, out, resume, bars.note) as start,
         storage(start.run.path),
     ):
@@ -50,18 +61,24 @@ def train(config: RunConfig, out: Path, resume: str | None = None, preload: Prel
         if start.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
+        bars.phase(f"joining the Ray at {config.cluster.address}" if config.cluster.address else "starting Ray")
         with cluster(config.cluster, preload):
             plan = plan_run(start.settled(config), *resources())
             config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
                 write_text(run.config, dump(config))
-                pools = f"{plan.samplers} samplers, {plan.reward_workers} reward workers, {plan.learners} learner ranks"
-                bars.note(f"{pools} -> {run.path}")
+                bars.phase(f"starting {pools(plan)} -> {run.path}")
                 facts = align(config, prompts, held_out, start, workers, bars)
                 write_json(run.summary, facts)
                 write_report(run.path)
     bars.console.print(table(facts, run.path))
     return run.path
+
+
+def pools(plan: Plan) -> str:
+    """Return a run's workers in words."""
+    counts = ((plan.samplers, "sampler"), (plan.reward_workers, "reward worker"), (plan.learners, "learner rank"))
+    return ", ".join(counted(*pair) for pair in counts)
 
 
 def align(
@@ -73,7 +90,7 @@ def align(
     bars: Progress,
 ) -> dict[str, Any]:
     """Run the loop, from the first evaluation (or where the run stood) to the LoRA; return the run's summary."""
-    run, clock, guard, results = start.run, Clock(), Guard(config.guard, config.trained), Results()
+    run, clock, guard, results = start.run, Clock(bars.began), Guard(config.guard, config.trained), Results()
     rollouts, learner, weights = workers.rollouts, workers.learner, workers.weights
     has_critic = ALGORITHMS[config.algorithm.kind](config.algorithm).critic is not None
     estimator = (CriticAdvantageEstimator if has_critic else AdvantageEstimator)(config)
@@ -85,7 +102,9 @@ def align(
             results = checkpoints.restore(start.state)
             bars.resume(metrics.first)
         else:
+            bars.phase(f"scoring the base model: {counted(evaluation.images, 'image')}")
             results.before = evaluation.first()
+            bars.phase("waiting for the learner's model")
             workers.ranks.ready()
         weights.publish("behaviour")
         if start.state and not start.state.evaluated:
@@ -105,7 +124,9 @@ def align(
             with clock.stage("credit"):
                 credit = estimator.assign(drawn, learner.values(drawn) if has_critic else None)
             with clock.stage("update"):
+                workers.report("update", 0, 1)
                 trained = learner.update(step, drawn, credit)
+                workers.report("update", 1, 1)
                 observed = estimator.observe(drawn, trained)
             results.check_ratio(trained, config.learner.ratio_tolerance)
             with clock.stage("publish"):
@@ -121,6 +142,7 @@ def align(
                 checkpoints.roll_back(alarm)
                 weights.publish("behaviour")
             checkpoints.step(step + 1, metrics, evaluation.between(step + 1), results)
+        bars.phase(f"scoring the result: {counted(evaluation.images, 'image')}")
         sync, results.after = evaluation.last()
         if has_critic:
             save_critic(run, config, workers.ranks.critic_state(), estimator)

@@ -40,6 +40,11 @@ class Evaluation:
         write_json(run.grid_prompts, self.captions)
         self.headline = headline(config)
 
+    @property
+    def images(self) -> int:
+        """Return the number of images that are scored."""
+        return sum(map(len, self.chunks))
+
     def first(self) -> dict:
         """Take scores and grid of the base model, which the samplers hold from the start."""
         with self.clock.stage("evaluate"):
@@ -56,13 +61,11 @@ class Evaluation:
         if step == self.config.steps or not (scored or drawn):
             return None
         with self.clock.stage("evaluate"):
-            self.workers.report("evaluate", 0, 1)
             self.workers.weights.publish("evaluation")
             scores = self.score(step)["overall"] if scored else {}
             if drawn:
                 self.grid(step)
             self.workers.weights.publish("behaviour")
-            self.workers.report("evaluate", 1, 1)
             return scores.get(headline_column(self.headline, list(scores)))
 
     def last(self) -> tuple[Sync, dict]:

@@ -56,6 +56,7 @@ class _Progress:
 
     chunks: dict[ChunkId, Chunk]
     request: DrawRequest
+    shown: list[str]
     drawn: dict[ChunkId, tuple] = field(default_factory=dict)
     parts: dict[ChunkId, list[Scores]] = field(default_factory=dict)
     scored: int = 0
@@ -75,16 +76,18 @@ class RolloutCollector:
     def draw(self, chunks: Sequence[Chunk], request: DrawRequest) -> Rollout:
         """Draw and score chunks, whose texts must be encoded.
 
-        Stage "rollout" lasts until the last chunk is drawn, "reward" from there until the last score.
+        Stage "rollout" lasts until the last chunk is drawn, "reward" from there until the last score. People see those
+        of an evaluation as one stage, "evaluate".
         """
         started = time.perf_counter()
         by_id = {chunk.id: chunk for chunk in chunks}
-        progress = _Progress(by_id, request, parts={key: [] for key in by_id})
+        shown = ["rollout", "reward"] if chunks[0].step >= 0 else ["evaluate"]
+        progress = _Progress(by_id, request, shown, parts={key: [] for key in by_id})
         for chunk in chunks:
             self._submit(chunk, request)
         self._grow()
-        self.report("rollout", 0, len(chunks))
-        self.report("reward", 0, len(chunks))
+        for stage in shown:
+            self.report(stage, 0, len(chunks))
         for scoring in self.scoring:
             scoring.begin(chunks)
         by_pool = {scoring.pool: scoring for scoring in self.scoring}
@@ -110,13 +113,14 @@ class RolloutCollector:
         for scoring in self.scoring:
             scoring.add(chunk, done.refs[0])
         progress.last_drawn = time.perf_counter()
-        self.report("rollout", len(progress.drawn), len(progress.chunks))
+        if len(progress.shown) > 1:
+            self.report(progress.shown[0], len(progress.drawn), len(progress.chunks))
 
     def _take_scores(self, found: dict[ChunkId, Scores], progress: _Progress) -> None:
         for key, scores in found.items():
             progress.parts[key].append(scores)
             progress.scored += len(progress.parts[key]) == len(self.scoring)
-        self.report("reward", progress.scored, len(progress.chunks))
+        self.report(progress.shown[-1], progress.scored, len(progress.chunks))
 
     def _finish(self, progress: _Progress, started: float) -> Rollout:
         chunks = progress.chunks

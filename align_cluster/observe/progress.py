@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +12,62 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from align_cluster.observe.table import comparison_table, headline_column, short
 
 SHOWN_REWARDS = 3  # rewards that fit into one line of a terminal
+WIDE = 100  # columns of a terminal from which on bars are long
 
 
 class Progress:
-    """Shows a bar for the run and one for each stage of its step, or plain lines where stdout is no terminal."""
+    """Shows what a run does: sentences until its first stage, then a bar for the run and one for each stage of a step.
+
+    Where stdout is no terminal, plain lines take the place of bars.
+    """
 
     def __init__(
-        self, total_steps: int, stages: list[str], every: int | None = None, console: Console | None = None
+        self,
+        total_steps: int,
+        stages: Mapping[str, str],
+        every: int | None = None,
+        console: Console | None = None,
+        began: float | None = None,
     ) -> None:
-        """Prepare a display of `total_steps` steps with the given stages.
+        """Prepare a display of `total_steps` steps with the given stages, each with the unit that it counts in.
 
-        Without a terminal, one line appears every `every` steps; None gives about twenty lines a run.
+        Without a terminal, one line appears every `every` steps; None gives about twenty lines a run. `began` is when
+        the command began, by the monotonic clock; None: now.
         """
-        self.total, self.names, self.console = total_steps, stages, console or Console()
+        self.total, self.units, self.console = total_steps, stages, console or Console()
         self.every = every or max(1, total_steps // 20)
-        self.began = self.last = time.monotonic()
+        self.began = self.last = time.monotonic() if began is None else began
         self.recent: deque[float] = deque(maxlen=10)
         self.first_rewards: dict[str, float] = {}
         self.live = None
         if self.console.is_terminal:
-            width = max(map(len, ["steps", *stages]))
-            self.run = Bars(_name(width), BarColumn(36), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            width, length = max(map(len, ["steps", *stages])), 36 if self.console.width >= WIDE else 16
+            self.run = Bars(_name(width), BarColumn(length), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self.run_bar = self.run.add_task("steps", total=total_steps, text="")
-            self.stages = Bars(_name(width), BarColumn(36), MofNCompleteColumn(), TimeElapsedColumn())
-            self.bars = {name: self.stages.add_task(name, start=False, total=1) for name in stages}
-            self.live = Live(Group(self.run, self.stages), console=self.console, refresh_per_second=8)
+            unit = TextColumn("{task.fields[unit]}")
+            self.stages = Bars(_name(width), BarColumn(length), MofNCompleteColumn(), unit, TimeElapsedColumn())
+            self.bars = {n: self.stages.add_task(n, start=False, total=1, unit=u) for n, u in stages.items()}
+            self.rewards = Text()
+            self.live = Live(Group(self.run, self.rewards, self.stages), console=self.console, refresh_per_second=8)
 
     def __enter__(self) -> "Progress":
-        """Start the clock and show the bars."""
-        self.began = self.last = time.monotonic()
-        if self.live:
-            self.live.start()
+        """Begin; the bars appear with the first stage."""
+        self.last = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the bars as they are on the screen."""
         if self.live:
             self.live.stop()
+
+    def phase(self, text: str) -> None:
+        """Say what begins now, with the time since the command began."""
+        self._plain(f"{clock(time.monotonic() - self.began):>7}  {text}")
 
     def resume(self, first: dict[str, float]) -> None:
         """Compare rewards with those in `first`, the metrics of the first step of a run that was interrupted."""
@@ -60,16 +76,18 @@ class Progress:
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that `done` of `total` units of stage `name` are ready; 0 begins the stage anew.
 
-        A call is cheap enough for every chunk. ValueError for a stage that was not declared.
+        A total of 1 is work that cannot be counted, whose bar moves without an end. A call is cheap enough for every
+        chunk. ValueError for a stage that was not declared.
         """
-        if name not in self.names:
-            raise ValueError(f"stage {name!r} was not declared; there are {', '.join(self.names)}")
+        if name not in self.units:
+            raise ValueError(f"stage {name!r} was not declared; there are {', '.join(self.units)}")
         if self.live:
             bar = self.bars[name]
             if done == 0:
+                self.live.start()
                 self.stages.reset(bar, total=total)
             self.stages.start_task(bar)
-            self.stages.update(bar, completed=done, total=total)
+            self.stages.update(bar, completed=done, total=None if total == 1 and not done else total)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Show that `step` steps (1 ... total) are done; `values` are the metrics of the last one."""
@@ -77,9 +95,11 @@ class Progress:
         # The time before the first step holds the start of the workers and an evaluation, which do not come again.
         self.recent.append(now - self.last if self.recent else values.get("time/step", now - self.last))
         self.last = now
-        text = "  ".join([f"ETA {clock(self._remaining(step))}", *self._rewards(values)])
+        eta, rewards = f"ETA {clock(self._remaining(step))}", self._rewards(values)
+        text = "  ".join([eta, *rewards])
         if self.live:
-            self.run.update(self.run_bar, completed=step, text=text)
+            self.run.update(self.run_bar, completed=step, text=eta)
+            self.rewards.plain = "  ".join(rewards)
         elif step == 1 or step % self.every == 0 or step == self.total:
             speed = values.get("throughput/images_per_s")
             rate = "" if speed is None else f"  {speed:.1f} images/s"
@@ -131,6 +151,8 @@ def table(summary: dict[str, Any], run_dir: Path | None = None) -> Table:
         title = f"held-out {short(column)}"
         outer.add_row(comparison_table(before, after, column, title))
     facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")  # paths are whole
     for name, text in _facts(summary, run_dir):
         facts.add_row(f"[dim]{name}[/]", escape(text))
     outer.add_row(facts)

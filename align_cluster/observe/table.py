@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.console import Console, Group
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
+from align_cluster.errors import counted
 from align_cluster.types import Prompt, Scores
 
 KEYS = ("task", "prompt_id")
+_UNBOUNDED = Console(width=10_000)
 
 
 def rows(prompts: Sequence[Prompt], scores: Scores) -> list[dict[str, Any]]:
@@ -125,10 +129,28 @@ def short(column: str | None) -> str:
     return (column or "").removeprefix("reward/")
 
 
-def evaluation_table(scores: dict[str, Any], title: str = "held-out scores") -> Table:
-    """Show what `summarise` returned in the terminal: one row a task, one column a score."""
-    columns = list(scores["overall"])
-    table = Table(title=title, title_justify="left", caption_justify="left", caption=_caption(scores))
+def evaluation_tables(scores: dict[str, Any], width: int, title: str = "held-out scores") -> Group:
+    """Show what `summarise` returned in a terminal of `width` columns: one row a task, one column a score.
+
+    Scores that do not fit beside each other go into further tables below.
+    """
+    parts: list[list[str]] = [[]]
+    for column in scores["overall"]:
+        if parts[-1] and measure(_evaluation_table(scores, [*parts[-1], column])) > width:
+            parts.append([])
+        parts[-1].append(column)
+    tables = [_evaluation_table(scores, columns) for columns in parts]
+    tables[0].title, tables[-1].caption = title, _caption(scores)
+    return Group(*tables)
+
+
+def measure(table: Table) -> int:
+    """Return the columns of a terminal that a table wants."""
+    return Measurement.get(_UNBOUNDED, _UNBOUNDED.options, table).maximum
+
+
+def _evaluation_table(scores: dict[str, Any], columns: list[str]) -> Table:
+    table = Table(title_justify="left", caption_justify="left")
     table.add_column("task")
     for column in columns:
         table.add_column(short(column), justify="right")
@@ -156,8 +178,8 @@ def comparison_table(before: dict[str, Any], after: dict[str, Any], column: str,
 
 
 def _caption(scores: dict[str, Any]) -> str:
-    prompts = f" of {scores['prompts']} prompts" if "prompts" in scores else ""
-    return f"{scores['count']} images{prompts}; overall is the mean of the task means"
+    prompts = f" of {counted(scores['prompts'], 'prompt')}" if "prompts" in scores else ""
+    return f"{counted(scores['count'], 'image')}{prompts}; overall is the mean of the task means"
 
 
 def _score(value: float | None) -> str:

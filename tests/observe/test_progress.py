@@ -6,7 +6,7 @@ from rich.console import Console
 
 from align_cluster.observe.progress import Progress, clock, table
 
-STAGES = ["rollout", "reward", "update"]
+STAGES = {"rollout": "chunks", "reward": "chunks", "update": ""}
 
 
 def run(console: Console, steps: int, **options) -> str:
@@ -40,6 +40,31 @@ def test_on_a_terminal_there_are_bars_for_the_run_and_each_stage():
     assert "3/3" in last and "ETA 0:00" in last and "geneval 0.530" in last
     assert all(stage in last for stage in STAGES)
     assert "held-out before [0.483]" in plain
+
+
+def test_at_80_columns_steps_eta_units_and_rewards_are_whole():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
+    with Progress(1000, STAGES, console=console) as progress:
+        progress.stage("rollout", 0, 8)
+        progress.stage("update", 0, 1)
+        progress.stage("rollout", 8, 8)
+        progress.step(999, {"reward/geneval/mean": 0.5, "reward/clip/mean": 0.25, "time/step": 3.0})
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    last = plain[plain.rindex("steps  ") :]
+    assert "999/1000" in last and "ETA 0:03" in last and "8/8 chunks" in last and "…" not in last
+    assert "geneval 0.500 (began 0.500)  clip 0.250 (began 0.250)" in last
+
+
+def test_before_the_first_stage_there_are_sentences_with_times_and_no_empty_bars(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("align_cluster.observe.progress.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
+    with Progress(5, STAGES, console=console, began=97.0) as progress:
+        progress.phase("starting Ray")
+        now[0] += 62
+        progress.phase("scoring the base model: 240 images")
+        lines = console.file.getvalue().splitlines()
+    assert [line.strip() for line in lines] == ["0:03  starting Ray", "1:05  scoring the base model: 240 images"]
 
 
 def test_eta_leaves_out_what_came_before_the_first_step(monkeypatch):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from align_cluster.observe.table import compare, comparison_table, evaluation_table, headline_column, summarise
+from align_cluster.observe.table import compare, comparison_table, evaluation_tables, headline_column, summarise
 
 
 def row(task: str, prompt: int, **scores: float | None) -> dict:
@@ -90,11 +90,20 @@ def test_the_headline_is_found_with_or_without_its_prefix():
 
 
 def test_the_evaluation_table_shows_tasks_overall_and_interval():
-    text = printed(
-        evaluation_table(summarise([row("[bold]a", 0, **{"reward/s": 0.25}), row("b", 1, **{"reward/s": 0.5})]))
-    )
+    scores = summarise([row("[bold]a", 0, **{"reward/s": 0.25}), row("b", 1, **{"reward/s": 0.5})])
+    text = printed(evaluation_tables(scores, 80))
     for part in ("[bold]a", "0.250", "overall", "0.375", "0.375 – 0.375", "2 images of 2 prompts"):
         assert part in text
+
+
+def test_scores_that_do_not_fit_beside_each_other_go_below_and_nothing_is_cut():
+    names = [f"reward/geneval/a_detail_with_a_long_name_{index}" for index in range(6)]
+    scores = summarise([row(task, task, **dict.fromkeys(names, 0.25)) for task in ("single_object", "colors")])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(evaluation_tables(scores, console.width, "title"))
+    text = console.file.getvalue()
+    assert "…" not in text and all(name.removeprefix("reward/") in text for name in names)
+    assert text.count("overall ") >= 3 and text.count("title") == text.count("2 images of 2 prompts") == 1
 
 
 def test_the_comparison_table_signs_the_change():

@@ -182,3 +182,19 @@ def test_the_module_runs_as_a_script():
         [sys.executable, "-m", "align_cluster.cli", "--version"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("align-cluster ") and time.perf_counter() - started < 5
+
+
+def test_a_misspelt_command_is_told_with_the_one_that_was_meant(capsys):
+    for words, meant in ({"tran x.yaml": "train", "list reward": "rewards", "completion bahs": "bash"}).items():
+        with pytest.raises(SystemExit) as ended:
+            main(words.split())
+        assert ended.value.code == 2 and f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_shells_complete_commands_options_and_files(capsys):
+    for shell in ("bash", "zsh", "tcsh"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert "serve-rewards" in script and "gpu-memory" in script and "align-cluster" in script
+    assert main(["completion", "bash"]) == 0
+    assert "_train_pos_0_COMPGEN=_shtab_compgen_files" in capsys.readouterr().out

@@ -4,12 +4,14 @@ Nothing heavy is imported before a command runs, so `align-cluster --help` answe
 """
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from align_cluster import __version__
 from align_cluster.cli import commands
@@ -62,9 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the nearest choice where a command or a value is misspelt."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit with 2."""
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; each sets `command` to its function in `commands`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "align-cluster", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"align-cluster {__version__}")
@@ -267,6 +281,26 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument("--service", action="store_true", help="of service files instead of run files")
     kinds = add("list", commands.list_kinds, "name the kinds of one part, with a line about each", "list rewards")
     kinds.add_argument("part", choices=PARTS)
+    completion = add(
+        "completion",
+        _complete,
+        "print what makes a shell complete commands and options with the tab key",
+        "completion bash > ~/.local/share/bash-completion/completions/align-cluster",
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+
+
+def _complete(args: argparse.Namespace) -> int:
+    """Print a shell's completion script; what is a file or a folder completes as such."""
+    import shtab
+
+    parser = build_parser()
+    for command in parser._subparsers._group_actions[0].choices.values():
+        for action in command._actions:
+            if re.search("CONFIG|RUN|FILE|DIR|IMAGE", action.metavar or ""):
+                action.complete = shtab.FILE
+    print(shtab.complete(parser, args.shell))
+    return 0
 
 
 # Arguments that several commands share, by name: (flags, settings of `add_argument`).

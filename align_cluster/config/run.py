@@ -34,8 +34,8 @@ class RolloutConfig(Section):
     """How one denoising step is taken, and with which noise. Null takes the algorithm's own kind: flow_sde for grpo and
     ppo, dpm2 for nft, euler for the others, and ddim or euler where the network predicts epsilon or v."""
     schedule: one_of(SCHEDULES) = SCHEDULES["native"].Config()
-    """The noise levels of training rollouts. Native takes those of the pipeline; evaluation always does. DanceGRPO,
-    MixGRPO and SRPO use linear."""
+    """The noise levels of training rollouts. `native` takes those of the pipeline; evaluation always does. DanceGRPO,
+    MixGRPO and SRPO use `linear`."""
     window: one_of(WINDOWS) | None = None
     """Which denoising steps draw noise, and which of them are trained. Only grpo and ppo train steps. Null draws noise
     in all steps and trains the first 99 % of them, as Flow-GRPO does. The last step is never trained."""
@@ -121,7 +121,7 @@ class EvaluateConfig(Section):
     """The number of denoising steps of an evaluation image. Null takes rollout.steps. Flow-GRPO, DiffusionNFT and E2PO
     evaluate SD3.5 Medium with 40."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    """The scale of classifier-free guidance in evaluations; 1 means none."""
+    """The scale of classifier-free guidance in evaluations; 1 means none. It is usually that of rollout.guidance."""
     every: Annotated[int, Field(ge=0)] = 0
     """The number of training steps between evaluations. 0 evaluates before and after the run only."""
     grid_every: Annotated[int, Field(ge=0)] = 10
@@ -174,7 +174,8 @@ class RunConfig(Root):
     rewards: Annotated[dict[RewardName, one_of(REWARDS)], Field(min_length=1)]
     """The rewards that judge images, each under a name of its choice. The names appear in metrics and reports."""
     advantage: AdvantageConfig = AdvantageConfig()
-    """How rewards become advantages. Algorithms that follow a reward's gradient (srpo, refl, draft) have none."""
+    """How rewards become advantages. Algorithms that follow a reward's gradient (srpo, refl, draft) have none, and ppo
+    takes those of its critic."""
     algorithm: one_of(ALGORITHMS)
     """The loss that the learner trains with, and its settings."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -28,7 +28,7 @@ class OptimizerConfig(Section):
     """The L2 norm over all trained weights to which larger gradients are scaled down; the critic's are scaled apart.
     Flow-GRPO, DanceGRPO and DiffusionNFT use 1, SRPO 0.1. Lower it where rewards collapse."""
     schedule: Literal["constant", "linear"] = "constant"
-    """How the learning rate goes through the run. Constant keeps it; linear keeps it for the share `flat` of all
+    """How the learning rate goes through the run. `constant` keeps it; `linear` keeps it for the share `flat` of all
     updates and then lets it fall."""
     flat: Fraction = 0.25
     """The share of the run's updates before the learning rate begins to fall. Only `schedule: linear` reads it."""

@@ -34,8 +34,8 @@ class Rule(Section):
     patience: PositiveInt = 3
     """The number of training steps in a row that must break the rule before anything happens."""
     action: Action = "warn"
-    """What happens then. Warn writes to the log, rollback takes the weights of the last good checkpoint and goes on
-    with the prompts that come next, and stop ends the run."""
+    """What happens then. `warn` writes to the log, `rollback` takes the weights of the last good checkpoint and goes on
+    with the prompts that come next, and `stop` ends the run."""
 
 
 class NotFinite(Rule):

@@ -11,7 +11,8 @@ from align_cluster.cli import build_parser, main
 from align_cluster.machine import cores
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = "train validate plan sample evaluate export submit serve-rewards score doctor report schema".split()
+COMMANDS = "train validate plan sample evaluate export submit serve-rewards score doctor report".split()
+COMMANDS += ["schema", "explain", "list", "completion"]
 
 
 @pytest.fixture
@@ -217,3 +218,18 @@ def test_the_module_runs_as_a_script():
         [sys.executable, "-m", "align_cluster.cli", "--version"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("align-cluster ") and time.perf_counter() - started < 5
+
+
+def test_a_misspelt_command_is_told_with_the_one_that_was_meant(capsys):
+    for words, meant in ({"tran x.yaml": "train", "list reward": "rewards", "completion bahs": "bash"}).items():
+        assert main(words.split()) == 2
+        assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_shells_complete_commands_options_and_files(capsys):
+    for shell in ("bash", "zsh", "tcsh"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert "serve-rewards" in script and "gpu-memory" in script and "align-cluster" in script
+    assert main(["completion", "bash"]) == 0
+    assert "_train_pos_0_COMPGEN=_shtab_compgen_files" in capsys.readouterr().out

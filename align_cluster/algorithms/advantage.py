@@ -23,25 +23,34 @@ class Slas(Section):
     """Super-linear advantage shaping (SLAS): u becomes sign(u) |u|^(1 + gamma), so gamma 0 leaves u unchanged.
 
     The paper divides by the standard deviation of the batch and not of the prompt, so SLAS needs `std: batch` or
-    `global`; `std: group` and `none` are refused. `shape_then_norm` divides the shaped advantages by their own
-    deviation over that pool, which keeps their direction and changes their length. A shaped group no longer sums to
-    zero; `recentre` restores that.
-
-    `gamma: adaptive` keeps each update inside a trust region (`algorithms/trust.py`): `delta` bounds its KL in nats per
-    latent dimension, `gamma_max` limits the search, `refresh` counts updates between estimates, `ema` smooths gamma.
-    `bound: worst_case` is the paper's inequality. `measured` replaces its right side by the KL of a real update, which
-    the inequality exceeds by orders of magnitude.
+    `global`; `std: group` and `none` are refused.
     """
 
     kind: Literal["slas"] = "slas"
     gamma: Annotated[float, Field(ge=0)] | Literal["adaptive"] = 0.5
+    """How much faster than linearly large advantages grow. The paper's value is not known to us; try 0.25, 0.5 and 1.
+    `adaptive` chooses it during the run, as large as an update's trust region allows (`algorithms/trust.py`); AdamW's
+    updates have much the same KL whatever gamma is (measured on the embedded model), so this hardly limits it."""
     order: Literal["norm_then_shape", "shape_then_norm"] = "norm_then_shape"
+    """Whether advantages are divided by a deviation and then shaped, or afterwards also divided by the deviation of the
+    shaped ones (`shape_then_norm`). Both keep their direction; `shape_then_norm` gives updates of one size whatever
+    gamma is. The paper does not state the order."""
     recentre: bool = False
+    """Whether the mean of each group's shaped advantages is subtracted, because a shaped group no longer sums to
+    zero."""
     gamma_max: PositiveFloat = 2.0
+    """The largest gamma that `adaptive` may choose."""
     bound: Literal["measured", "worst_case"] = "measured"
+    """What limits an adaptive gamma. `worst_case` is the paper's inequality, which exceeds the KL of real updates by
+    orders of magnitude and keeps gamma at 0 on the embedded model (measured). `measured` takes the KL of a real update
+    in its place."""
     delta: PositiveFloat = 3e-5
+    """The KL that an update may have with an adaptive gamma, in nats per latent dimension."""
     refresh: PositiveInt = 10
+    """The number of optimiser updates between two estimates of an adaptive gamma. Each estimate costs extra passes
+    through the network."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """The decay of the average over the estimates of an adaptive gamma. 0 takes the last one."""
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
         """Refuse a pool of another size than SLAS needs, and runs that gamma cannot adapt to."""
@@ -69,28 +78,33 @@ class Slas(Section):
 
 
 class AdvantageConfig(Section):
-    """Configures how rewards become advantages.
-
-    mean    what a reward is compared with: the mean of its `group`, of the others in its group (`leave_one_out`:
-            G/(G-1) times the distance to the mean of the G valid members), or of the whole step (`global`)
-    std     what the distance is divided by, plus `eps`: the deviation of the `group` (GRPO), of the step (`global`:
-            Flow-GRPO, DiffusionNFT), of the optimiser update (`batch`: SLAS), or nothing (`none`: Dr. GRPO)
-    std_of  whether `global` and `batch` measure `raw` rewards, differences between prompts included, or `centred` ones
-    ddof    1 divides squares by n - 1 (DanceGRPO), 0 by n (Flow-GRPO)
-    mix     `sum_then_normalise` takes the weighted sum of rewards: weights act on raw scales, so the reward with the
-            widest range dominates. `normalise_then_sum` normalises each reward first (MixGRPO), with weights scaled to
-            sum to 1 over the rewards that apply; `gdpo` adds a z-score of the result over each batch
-    clip    bounds |advantage|, after shaping
-    """
+    """Configures how rewards become advantages."""
 
     mean: Literal["group", "leave_one_out", "global"] = "group"
+    """What a reward is compared with: the mean of its group, the mean of the others in its group (`leave_one_out`), or
+    the mean of the whole step (`global`). Flow-GRPO, DanceGRPO and DiffusionNFT take the group's."""
     std: Literal["group", "global", "batch", "none"] = "group"
+    """What the distance from that mean is divided by: the standard deviation of the group (`group`: DanceGRPO), of the
+    whole step (`global`: Flow-GRPO, DiffusionNFT), of the optimiser update (`batch`), or nothing (`none`: Dr. GRPO).
+    SLAS needs `batch` or `global`. With one group in an update, `batch` is the same as `group`."""
     std_of: Literal["raw", "centred"] = "raw"
+    """Whether `global` and `batch` take the deviation of raw rewards, differences between prompts included, or of
+    rewards less the mean that they are compared with (`centred`). Flow-GRPO takes raw ones."""
     ddof: Literal[0, 1] = 0
+    """What a deviation's sum of squares over n rewards is divided by: n with 0 (Flow-GRPO), n - 1 with 1
+    (DanceGRPO)."""
     eps: PositiveFloat = 1e-4
+    """The number that is added to a deviation before an advantage is divided by it. Flow-GRPO and DiffusionNFT use
+    1e-4, DanceGRPO 1e-8."""
     mix: Literal["sum_then_normalise", "normalise_then_sum", "gdpo"] = "sum_then_normalise"
+    """How several rewards become one advantage. `sum_then_normalise` takes their weighted sum first, so the one with
+    the widest range dominates (Flow-GRPO, DiffusionNFT). `normalise_then_sum` normalises each one first and scales the
+    weights of those that apply to sum to 1 (MixGRPO); `gdpo` then takes a z-score over each update (Flow-Factory)."""
     shaping: Slas | None = None
+    """Super-linear shaping of advantages (SLAS). Null leaves them linear."""
     clip: PositiveFloat | None = None
+    """The bound on |advantage| after shaping. Null sets none here; grpo and nft clip by algorithm.advantage_clip as
+    well."""
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
         """Refuse statistics over batches that hold parts of groups."""

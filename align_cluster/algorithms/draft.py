@@ -21,16 +21,15 @@ class DRaFT(Algorithm):
     """
 
     class Config(Section):
-        """Configures DRaFT.
-
-        `last` is K; with all steps of the rollout and learner.gradient_checkpointing it is plain DRaFT. `renoised` is
-        the number of noised copies of the last step to average over (DRaFT-LV, with `last` 1; published: 2); 0 takes
-        the recorded step.
-        """
+        """Configures DRaFT."""
 
         kind: Literal["draft"] = "draft"
         last: PositiveInt = 1
+        """The number K of last denoising steps that gradients go through. All steps of the rollout, with
+        learner.gradient_checkpointing, are plain DRaFT; each step takes more memory."""
         renoised: NonNegativeInt = 0
+        """The number of noised copies of the last step that the gradient is averaged over, which is DRaFT-LV; it needs
+        `last` 1. 0 takes the step that the rollout recorded. The paper uses 2."""
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
             """Refuse more steps than a rollout has, and several steps that are noised again."""

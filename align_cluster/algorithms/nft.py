@@ -20,24 +20,30 @@ class NFT(Algorithm):
     """
 
     class Config(Section):
-        """Configures DiffusionNFT.
-
-        `timesteps` is the number of noise levels for each sample and update (null: 99 % of the rollout's).
-        `advantage_mode` transforms clipped advantages before they become the optimality. `old` is the lag of the old
-        adapter:
-
-        on_policy   old = default after every step
-        slow        decay min(.001 u, .5) at update u (GenEval, preference rewards)
-        late        decay 0 before update 75, then min(.0075 (u - 75), .999) (OCR, several rewards)
-        """
+        """Configures DiffusionNFT."""
 
         kind: Literal["nft"] = "nft"
         beta: PositiveFloat = 1.0
+        """How far the loss's positive and negative policies stand from the old one, as a multiple of the new one's
+        distance. Smaller values keep them nearer to it and leave the first gradient as it is. DiffusionNFT uses 1 for
+        GenEval, PickScore and HPS, and 0.1 for OCR and several rewards."""
         kl_beta: Annotated[float, Field(ge=0)] = 1e-4
+        """The weight of the squared velocity difference from the base model in the loss; 0 saves its network pass.
+        DiffusionNFT uses 1e-4."""
         advantage_clip: PositiveFloat = 5.0
+        """The bound on |advantage|. Advantages from -advantage_clip to advantage_clip become an optimality from 0 to 1.
+        DiffusionNFT uses 5."""
         advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+        """Which advantages count: all, those above or below 0 only (the others become 0), 1 for every one above 0 and
+        else 0 (`one_only`), or their signs (`binary`). DiffusionNFT's default is all."""
         timesteps: PositiveInt | None = None
+        """The number of noise levels at which an update visits each sample. Null takes 99 % of the rollout's, as
+        DiffusionNFT does; fewer make updates faster."""
         old: Literal["on_policy", "slow", "late"] = "slow"
+        """How the adapter that samplers draw with follows the trained one: it keeps a share of itself after each step.
+        That is 0 with `on_policy`, min(.001 u, .5) at update u with `slow` (GenEval, preference rewards), and 0 before
+        update 75 and then min(.0075 (u - 75), .999) with `late` (OCR, several rewards). All three are
+        DiffusionNFT's."""
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
             """Refuse more noise levels than a rollout has."""

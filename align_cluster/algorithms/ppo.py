@@ -20,47 +20,60 @@ from align_cluster.settings import Root, Section
 
 
 class WarmUp(Section):
-    """At first only the critic learns, from the rewards themselves and without `value_clip`.
-
-    This phase lasts `updates` actor updates' worth of steps, or until the critic explains `explained_variance` of the
-    rewards at noise below .5.
-    """
+    """At first only the critic learns, from the rewards themselves and without `value_clip`."""
 
     updates: Annotated[int, Field(ge=0)] = 30
+    """How long this phase lasts at most, counted in the optimiser updates that its steps would have made. 0 leaves it
+    out."""
     explained_variance: Annotated[float, Field(le=1)] = 0.3
+    """The share of every reward's variance at noise levels below 0.5 beyond which the phase ends early. 1 never ends it
+    early."""
 
 
 class PPO(PolicyGradient):
     """Trains the clipped surrogate with each step's own advantage, and a critic that regresses on returns."""
 
     class Config(Section):
-        """Configures PPO.
-
-        clip             bounds the ratio, as in GRPO
-        advantage_clip   bounds the whitened advantages
-        discount, decay  GAE's
-        value_clip       how far a value may move in a step's updates before its loss has no gradient, in units of the
-                         normalised reward
-        critic_epochs    updates of the critic for each step
-        critic_states    states of every sample that each of these updates reads, drawn anew (null: all)
-        critic_batch     states that the critic reads at once, of any prompts; outside of training of one chunk
-        """
+        """Configures PPO. Defaults that the paper's abstract and summaries do not state are our choice."""
 
         kind: Literal["ppo"] = "ppo"
         clip: PositiveFloat = 1e-4
+        """The distance from 1 at which ratios are clipped, below and, unless clip_high is set, above. Log-probs are
+        means over latent dimensions, so it is tiny: Flow-GRPO uses 1e-4. Small latents need more."""
         clip_high: PositiveFloat | None = None
+        """The distance above 1 at which ratios are clipped. Null takes `clip`."""
         advantage_clip: PositiveFloat = 5.0
+        """The bound on |advantage|, after advantages are whitened over all samples and denoising steps of a training
+        step."""
         discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+        """GAE's discount of what follows a denoising step. 1 counts the reward in full at every step."""
         decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+        """GAE's lambda. 1 compares the reward with the step's value, 0 compares the next value with it: less noise, but
+        more of the critic's errors."""
         value_clip: PositiveFloat = 0.2
+        """How far a value may move in a step's updates before its loss has no gradient, in standard deviations of the
+        reward."""
         kl_beta: Annotated[float, Field(ge=0)] = 0.0
+        """The weight of the KL from the base model in the actor's loss; 0 saves its network pass."""
         kl_mode: Literal["no_dt", "exact_mean", "exact_sum"] = "no_dt"
+        """How the KL is measured: as the mean over latent dimensions without the time step in the variance (`no_dt`,
+        Flow-GRPO's convention), as the exact mean, or as the exact sum. The published values of kl_beta belong to
+        `no_dt`."""
         critic: CriticSection = CriticSection()
+        """The critic's network."""
         critic_lr: PositiveFloat = 1e-4
+        """The learning rate of the critic's own AdamW, which no schedule changes. The betas, eps, weight_decay and
+        max_grad_norm of optimizer hold for it too. Too high a rate makes all values equal."""
         critic_epochs: PositiveInt = 1
+        """The number of the critic's updates in each training step."""
         critic_states: PositiveInt | None = None
+        """The number of denoising states of every sample that one update of the critic reads, drawn anew each time.
+        Null reads all."""
         critic_batch: PositiveInt = 24
+        """The number of states that the critic reads in one forward pass. It decides how much memory the critic takes.
+        In training they are of any prompts; where values are only predicted, they are of one chunk."""
         warm_up: WarmUp = WarmUp()
+        """The phase at the start in which only the critic learns."""
 
         def problems(self, where: str, run: Root) -> Iterator[str]:
             """Refuse what a critic cannot read, or cannot be trained with."""

@@ -1,10 +1,10 @@
 """ReFL (Xu et al. 2023, arXiv 2304.05977, algorithm 1): the gradient of a reward through one late denoising step."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
+from pydantic import NonNegativeInt, PositiveFloat, field_validator
 
 from align_cluster.algorithms.base import REWARD, SATISFIED, Algorithm, Batch, Policy
 from align_cluster.algorithms.reward_gradient import clean, margin_problems
@@ -16,21 +16,18 @@ class ReFL(Algorithm):
     """Samplers record the start of a random late step of each sample; the learner predicts x0 from there."""
 
     class Config(Section):
-        """Configures ReFL.
-
-        `steps` are the first and the last step that a sample's step is drawn from, counted from 0, the noisiest; the
-        default is the published one, for 40 steps. Samples with a reward of at least `margin`, which is on
-        ImageReward's scale, have no gradient (null: all have one). `grad_scale` multiplies the loss; AdamW undoes it,
-        except for the clip norm and its eps.
-        """
+        """Configures ReFL."""
 
         kind: Literal["refl"] = "refl"
-        steps: Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(description="of the rollout, both included")] = (
-            30,
-            39,
-        )
+        steps: tuple[NonNegativeInt, NonNegativeInt] = (30, 39)
+        """The first and the last denoising step of the rollout that a sample's step is drawn from, counted from 0, the
+        noisiest. The default is the official script's, for rollouts of 40 steps."""
         margin: float | None = 2.0
+        """The reward from which on a sample has no gradient; null gives all samples one. 2 is the official script's and
+        belongs to ImageReward's scale."""
         grad_scale: PositiveFloat = 1e-3
+        """The factor of the loss. AdamW undoes it, except for optimizer.max_grad_norm and optimizer.eps. The official
+        script uses 1e-3."""
 
         @field_validator("steps")
         @classmethod

@@ -55,42 +55,56 @@ class SRPO(Algorithm):
     """
 
     class Config(Section):
-        """Configures SRPO.
-
-        `relative: words` compares an image under two control words. `noise` compares an image with a slightly noised
-        copy, for rewards that read no text; `blur` is the copy's noise level. `none` is plain Direct-Align on the
-        reward itself.
-
-        `form` weighs the two scores r+ and r-: `difference` is r+ - r- (paper, eq. 10), `cfg` is k r+ + (1 - k) r-
-        (paper, eq. 11; `strength` is k > 1), `released` is (1 + k) r+ - r-, which the authors found more stable, with k
-        from `discount_denoise` and `discount_inversion`. In a step that inverts, r+ and r- change places.
-
-        The `positive` and `negative` words are used in turn, one pair for each optimiser update; `template` puts them
-        before the prompt. `levels` are the noisiest and the cleanest noise level. A level between them is drawn for
-        each sample, and the model steps over at most `gap` thousandths of the range. The discounts are linear from the
-        clean end to the noisy end, and so is `late`, the weight lambda(t) of a level's loss (eq. 6; the official code:
-        1). `injections` is the number of consecutive levels, one step apart, to which the same x0 is noised. Samples
-        with a reward of at least `margin` have no gradient (null: all have one). `truncate_timesteps` feeds a flow
-        network with int(1000 sigma) / 1000.
-        """
+        """Configures SRPO. In a step that inverts, the positive and the negative score change places."""
 
         kind: Literal["srpo"] = "srpo"
         relative: Literal["words", "noise", "none"] = "words"
+        """What a reward is relative to. `words` compares an image under two control words; `noise` compares it with a
+        slightly noised copy, for rewards that read no text. `none` follows the reward itself, which is plain
+        Direct-Align."""
         form: Literal["released", "difference", "cfg"] = "released"
+        """How the positive score r+ and the negative score r- are weighed. `released` is (1 + k) r+ - r-, with k from
+        the discounts below; the official code has it, and the authors found it more stable. `difference` is r+ - r-
+        (paper, eq. 10), and `cfg` is k r+ + (1 - k) r- with k from `strength` (paper, eq. 11)."""
         strength: Annotated[float, Field(gt=1)] = 1.5
+        """The factor k of `form: cfg`. Other forms do not read it."""
         positive: Words = POSITIVE
+        """The control words that the model moves towards. They are taken in turn, one for each optimiser update. The
+        official code has these."""
         negative: Words = NEGATIVE
+        """The control words that the model moves away from, taken in turn as well. The official code has these."""
         template: Template = "{word}. {prompt}"
+        """The text that a reward reads: {word} stands for the control word, and {prompt} for the prompt."""
         blur: Level = 0.1
+        """The noise level of the copy that `relative: noise` compares with, from 0 to 1."""
         branches: Literal["both", "denoise", "inversion"] = "both"
+        """Which steps an update makes: one that denoises, one that inverts, or both. With `both`, what the reward likes
+        under any words pulls in opposite directions. With `relative: none` it must be denoise."""
         levels: tuple[Level, Level] = (27 / 28, 0.75)
+        """The noisiest and the cleanest noise level; one between them is drawn for each sample. The default is the
+        official script's for HPS; the one for PickScore ends at 2/3. Above 0.99 the authors saw distorted images."""
         gap: Annotated[int, Field(ge=1, le=500)] = 100
+        """The largest step that the model makes, in thousandths of the range of `levels`. The official code uses
+        100."""
         injections: PositiveInt = 1
+        """The number of consecutive levels, one step of `gap` apart, to which the same x0 is noised (paper, eq. 6).
+        Each costs another pass for every branch. The official code uses 1."""
         discount_denoise: tuple[float, float] = (0.1, 0.25)
+        """The factor k of `form: released` in a step that denoises, at the cleanest and at the noisiest level; it is
+        linear between them. The default is the official script's for HPS; the one for PickScore has 0.1 and 0.5. Too
+        high a factor gives over-saturated images."""
         discount_inversion: tuple[float, float] = (0.3, 0.01)
+        """The factor k of `form: released` in a step that inverts, at the cleanest and at the noisiest level. The
+        default is the official script's for HPS; the one for PickScore has 0.6 and 0.01."""
         late: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+        """The weight lambda(t) of a sample's loss at the cleanest and at the noisiest level (paper, eq. 6); it is
+        linear between them. The official code uses 1 everywhere."""
         margin: float | None = 0.7
+        """The reward, relative or not, from which on a sample has no gradient; null gives all samples one. 0.7 is the
+        official code's and belongs to HPS's scale."""
         truncate_timesteps: bool = True
+        """Whether a flow network is fed with noise levels cut to thousandths, int(1000 sigma) / 1000, as in the
+        official code."""
 
         @field_validator("levels")
         @classmethod

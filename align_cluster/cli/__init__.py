@@ -4,8 +4,10 @@ Nothing heavy is imported before a command runs, so `align-cluster --help` answe
 """
 
 import argparse
+import difflib
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -66,8 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _readable(argv: Sequence[str]) -> Sequence[str]:
     """Return the arguments. Raises UserError where one holds what no file, JSON or terminal can: NUL, or no UTF-8."""
-    from align_cluster.errors import UserError
-
     for argument in argv:
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
             raise UserError(f"{argument[:60]!r} holds NUL, or bytes that are no UTF-8; write it otherwise")
@@ -78,9 +78,10 @@ class _Parser(argparse.ArgumentParser):
     """Ends with one sentence, as every mistake of the user does, where argparse prints how the command is used."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError with argparse's message."""
-        from align_cluster.errors import UserError
-
+        """Raise UserError with argparse's message, and the nearest choice where one is misspelt."""
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong and (near := difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), 1)):
+            message += f"; did you mean {near[0]}?"
         raise UserError(f"{' '.join(message.split())}; `{self.prog} --help` explains it")
 
 
@@ -332,6 +333,26 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument("--service", action="store_true", help="of service files instead of run files")
     kinds = add("list", commands.list_kinds, "name the kinds of one part, with a line about each", "list rewards")
     kinds.add_argument("part", choices=PARTS)
+    completion = add(
+        "completion",
+        _complete,
+        "print what makes a shell complete commands and options with the tab key",
+        "completion bash > ~/.local/share/bash-completion/completions/align-cluster",
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+
+
+def _complete(args: argparse.Namespace) -> int:
+    """Print a shell's completion script; what is a file or a folder completes as such."""
+    import shtab
+
+    parser = build_parser()
+    for command in parser._subparsers._group_actions[0].choices.values():
+        for action in command._actions:
+            if re.search("CONFIG|RUN|FILE|DIR|IMAGE", action.metavar or ""):
+                action.complete = shtab.FILE
+    print(shtab.complete(parser, args.shell))
+    return 0
 
 
 # Arguments that several commands share, by name: (flags, settings of `add_argument`).

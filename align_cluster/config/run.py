@@ -21,53 +21,82 @@ from align_cluster.settings import Name, Root, Section, one_of
 
 
 class RolloutConfig(Section):
-    """Says how samplers draw. `group_size` counts initial noises; with exploration, each meets every condition.
-
-    `step: null` takes the algorithm's own step kind. `schedule` gives training rollouts other noise levels than the
-    pipeline's own, which evaluation always uses. `window` says which denoising steps are noisy and which are trained
-    (null: 99 %, the first ones). `same_noise` starts a whole group from one noise, as DanceGRPO can; `step` all groups
-    of a step, as SRPO does. `distilled_guidance` is what a guidance-distilled network is told while it draws for
-    training (null: the backbone's), where the update does not need to draw alike. `offline` takes the images of
-    prompts.kind images in the place of drawn ones.
-    """
+    """Says how samplers draw images for training. Evaluation has its own settings and always draws without noise."""
 
     group_size: PositiveInt = 12
+    """The number of images that are drawn for each prompt in a step, each from a noise of its own unless same_noise is
+    set. With exploration every noise meets every condition, so a group has group_size x exploration.conditions images.
+    Flow-GRPO and DiffusionNFT use 24, DanceGRPO 12 for FLUX; 1 is enough for ppo, srpo, refl and draft."""
     steps: PositiveInt = 10
+    """The number of denoising steps of a training image. Flow-GRPO, DiffusionNFT and E2PO use 10 for SD3.5 Medium, SRPO
+    25 for FLUX."""
     step: one_of(STEPS) | None = None
+    """How one denoising step is taken, and with which noise. Null takes the algorithm's own kind: flow_sde for grpo and
+    ppo, dpm2 for nft, euler for the others, and ddim or euler where the network predicts epsilon or v."""
     schedule: one_of(SCHEDULES) = SCHEDULES["native"].Config()
+    """The noise levels of training rollouts. `native` takes those of the pipeline; evaluation always does. DanceGRPO,
+    MixGRPO and SRPO use `linear`."""
     window: one_of(WINDOWS) | None = None
+    """Which denoising steps draw noise, and which of them are trained. Only grpo and ppo train steps. Null draws noise
+    in all steps and trains the first 99 % of them, as Flow-GRPO does. The last step is never trained."""
     same_noise: bool | Literal["step"] = False
+    """Whether images start from the same noise. True starts all images of a group from one noise, as DanceGRPO can;
+    "step" starts all images of a training step from one, as SRPO does. Images of a group then differ by the noise of
+    their steps alone, so a step kind without noise needs false."""
     distilled_guidance: Annotated[float, Field(ge=0)] | None = None
+    """The guidance strength that a guidance-distilled network, such as FLUX.1-dev, is fed with while it draws for
+    training. Null takes backbone.distilled_guidance, and updates always do. SRPO's official scripts draw with 1 (HPS)
+    or 2 (PickScore); grpo and ppo refuse it, because their updates must predict as the rollout did."""
     offline: bool = False
+    """Whether the model trains on the prompts' own images instead of drawn ones. It needs prompts.kind images and
+    algorithm.kind srpo."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    chunk: PositiveInt | None = Field(None, description="images drawn in one batch, of any groups; null: chosen")
-    merge_lora: bool | None = Field(
-        None,
-        description="samplers add the LoRA into the base's weights, which draws faster; null: where nothing is lost",
-    )
+    """The scale of classifier-free guidance in rollouts and updates. 1 means none, and takes half as many network
+    passes as any other. Flow-GRPO uses 4.5 for SD3.5 Medium, DiffusionNFT 1."""
+    chunk: PositiveInt | None = None
+    """The number of images that a sampler draws in one batch; they may be of any groups. Null lets the run choose it by
+    the number of workers and the memory of a GPU, and keep it when it is resumed. Another size changes the last bits of
+    every image."""
+    merge_lora: bool | None = None
+    """Whether samplers add the LoRA into the weights of the base, which draws faster. Null does so where it costs no
+    accuracy: not for grpo and ppo, whose log-probs it would shift, and not in bf16 on GPUs, where it would round small
+    updates away."""
 
 
 class ClusterConfig(Section):
-    """Says where workers run. Counts of null are derived from the cores or GPUs of the cluster.
-
-    `address: null` starts a Ray of its own on this machine; "auto" joins the running one. A run begins with `samplers`;
-    while chunks wait, up to `max_samplers` draw, where the cluster has room or gets it later. After `late_s`
-    without an answer the log says who is waited for, after `timeout_s` the worker is replaced, and where nothing helps
-    the run ends. A learner rank has `start_timeout_s` to start and to load its model.
-    """
+    """Says where workers run, how many there are, and how long they may take. Only numbers of learners and threads
+    change results, by rounding."""
 
     address: str | None = None
+    """The Ray cluster to run on. Null takes the address in the environment variable RAY_ADDRESS, or starts a private
+    Ray on this machine where that is not set. "auto" joins the Ray that runs on this machine."""
     samplers: PositiveInt | None = None
-    max_samplers: PositiveInt | None = Field(None, description="null: as samplers")
+    """The number of samplers that a run begins with. Null starts one for each GPU, or on CPUs one for every `threads`
+    cores, but no more than a step has chunks."""
+    max_samplers: PositiveInt | None = None
+    """The number of samplers that may draw while chunks wait, where the cluster has room or gets it later. Null never
+    adds any."""
     reward_workers: PositiveInt = 1
+    """The number of workers that score all rewards without a pool of their own, one reward after the other. Raise it
+    where scoring takes longer than drawing."""
     learners: PositiveInt | None = None
+    """The number of DeepSpeed ranks that train. Null starts one for each GPU, or on CPUs one for every `threads` cores,
+    but no more than an update has micro-batches."""
     threads: PositiveInt = 1
-    condition_cache_gib: PositiveFloat | None = Field(
-        None, description="GiB of the object store for encoded prompts; null: a tenth of what is free at the start"
-    )
+    """The number of CPU threads that each worker computes with. More threads mean fewer workers on CPUs."""
+    condition_cache_gib: PositiveFloat | None = None
+    """How much of Ray's object store encoded prompts may take, in GiB. Null takes a tenth of what is free at the start.
+    Raise it where the log says that the prompts of one step do not fit."""
     timeout_s: PositiveFloat = 600.0
+    """How many seconds a sampler or a learner rank may take for one call. A later one counts as lost and is replaced.
+    The run ends where a sampler's call is late twice, or four ranks in a row are lost. Rewards have
+    on_failure.timeout_s."""
     start_timeout_s: PositiveFloat = 1800.0
+    """How many seconds a learner rank may take to start and to load its model. Raise it where weights come from a slow
+    disk or network."""
     late_s: PositiveFloat = 60.0
+    """After how many seconds without an answer the log says which worker is waited for. It says so again whenever that
+    time has doubled."""
 
     @field_validator("max_samplers")
     @classmethod
@@ -79,21 +108,28 @@ class ClusterConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Configures held-out evaluation, by ODE sampling with fixed seeds.
-
-    `every: 0` evaluates before and after the run. Grids show the first `grid_prompts` of the `count` prompts that are
-    scored, or all of them where there are fewer.
-    """
+    """Configures held-out evaluation. It always takes place before and after a run, with ODE steps and fixed seeds."""
 
     prompts: one_of(PROMPTS)
+    """The prompts that are evaluated on. None of them may be among the training prompts."""
     count: PositiveInt = 64
+    """The number of different prompts that are evaluated, taken from each task in turn. The choice does not depend on
+    the seed, and a larger count extends a smaller one."""
     images_per_prompt: PositiveInt = 4
-    steps: PositiveInt | None = Field(None, description="null: as the rollout")
+    """The number of images that are drawn and scored for each prompt. GenEval's official protocol draws 4."""
+    steps: PositiveInt | None = None
+    """The number of denoising steps of an evaluation image. Null takes rollout.steps. Flow-GRPO, DiffusionNFT and E2PO
+    evaluate SD3.5 Medium with 40."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
+    """The scale of classifier-free guidance in evaluations; 1 means none. It is usually that of rollout.guidance."""
     every: Annotated[int, Field(ge=0)] = 0
+    """The number of training steps between evaluations. 0 evaluates before and after the run only."""
     grid_every: Annotated[int, Field(ge=0)] = 10
+    """The number of training steps between grids of sample images. 0 draws them before and after the run only."""
     grid_prompts: PositiveInt = 8
+    """The number of prompts in a grid, one a row: the first of the `count` that are scored, or all of them."""
     grid_columns: PositiveInt = 4
+    """The number of images of each prompt in a grid."""
 
 
 def _not_shared(name: str) -> str:
@@ -107,32 +143,53 @@ RewardName = Annotated[Name, AfterValidator(_not_shared)]
 
 
 class RunConfig(Root):
-    """Holds one alignment run.
-
-    `exploration` draws every group under perturbed conditions too; the update never sees them.
-    """
+    """Holds one alignment run."""
 
     what: ClassVar[str] = "a run"
     sample: ClassVar[str] = "configs/quickstart.yaml"
 
     name: Name
+    """The name of the run and of its directory, OUT/NAME. Where that directory is taken, it becomes NAME-2, NAME-3 and
+    so on."""
     out: str = "runs"
+    """The folder that holds run directories. A relative path counts from the folder that you start from."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The seed of the run's random choices: the order of prompts, the noises, the steps and levels that are trained.
+    Change it to see how far results vary by chance."""
     steps: PositiveInt
+    """The number of training steps. Each one draws images, scores them and updates the model learner.updates_per_step
+    times. A resumed run may change it."""
     prompts_per_step: PositiveInt = 8
+    """The number of prompts in a training step, each with a group of images. Flow-GRPO and DiffusionNFT use 48."""
     backbone: one_of(BACKBONES)
+    """The diffusion model that is aligned, its LoRA, and the size of its images."""
     prompts: one_of(PROMPTS)
+    """Where the training prompts come from. A run goes through all of them in a random order before any prompt comes
+    again."""
     rollout: RolloutConfig = RolloutConfig()
+    """How images for training are drawn."""
     exploration: E2po | None = None
+    """Draws every group under perturbed text conditions as well, as E2PO does; the update never sees them. Null draws
+    under the prompts' own conditions only."""
     rewards: Annotated[dict[RewardName, one_of(REWARDS)], Field(min_length=1)]
+    """The rewards that judge images, each under a name of its choice. The names appear in metrics and reports."""
     advantage: AdvantageConfig = AdvantageConfig()
+    """How rewards become advantages. Algorithms that follow a reward's gradient (srpo, refl, draft) have none, and ppo
+    takes those of its critic."""
     algorithm: one_of(ALGORITHMS)
+    """The loss that the learner trains with, and its settings."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
     learner: LearnerConfig = LearnerConfig()
+    """How a step's images are cut into updates and batches, and how DeepSpeed shares them."""
     cluster: ClusterConfig = ClusterConfig()
+    """Where workers run, how many there are, and how long they may take."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run saves its state, and where."""
     guard: GuardConfig = GuardConfig()
+    """When the run counts as collapsing, and what it does then."""
     evaluate: EvaluateConfig
+    """Which held-out prompts are evaluated, how and how often."""
 
     @property
     def trained(self) -> list[str]:

@@ -32,14 +32,19 @@ class Rule(Section):
 
     below: ClassVar[bool] = False
     limit: PositiveFloat
+    """The value that breaks the rule."""
     patience: PositiveInt = 3
+    """The number of training steps in a row that must break the rule before anything happens."""
     action: Action = "warn"
+    """What happens then. `warn` writes to the log, `rollback` takes the weights of the last good checkpoint and goes on
+    with the prompts that come next, and `stop` ends the run."""
 
 
 class NotFinite(Rule):
     """Watches the updates of a step that did nothing because loss, gradient or all samples were not finite."""
 
     limit: PositiveFloat = 1
+    """The number of skipped updates in one step that breaks the rule."""
     patience: PositiveInt = 5
     action: Action = "stop"
 
@@ -48,18 +53,22 @@ class RewardDrop(Rule):
     """Watches how far a trained reward fell below its best, as means of 5 steps, in deviations of the first step."""
 
     limit: PositiveFloat = 1.5
+    """The fall below the best value that breaks the rule, in standard deviations of the reward over the images of the
+    first step."""
 
 
 class GradNorm(Rule):
     """Watches the gradient norm over the median of the last 20 steps."""
 
     limit: PositiveFloat = 30
+    """The gradient norm that breaks the rule, as a multiple of the median of the last 20 steps."""
 
 
 class ZeroStd(Rule):
     """Watches the share of groups whose images all score the same, so that they teach nothing."""
 
     limit: PositiveFloat = 0.95
+    """The share of groups with equal rewards that breaks the rule, from 0 to 1."""
     patience: PositiveInt = 5
 
 
@@ -68,6 +77,7 @@ class Contrast(Rule):
 
     below: ClassVar[bool] = True
     limit: PositiveFloat = 0.3
+    """The contrast below which the rule is broken, as a share of that of the first step."""
 
 
 class Diversity(Rule):
@@ -75,18 +85,26 @@ class Diversity(Rule):
 
     below: ClassVar[bool] = True
     limit: PositiveFloat = 0.1
+    """The diversity below which the rule is broken, as a share of that of the first step."""
 
 
 class GuardConfig(Section):
-    """Says when a run counts as collapsing. Null switches a rule off; after `rollbacks` rollbacks the run stops."""
+    """Says when a run counts as collapsing. Null switches a rule off."""
 
     not_finite: NotFinite | None = NotFinite()
+    """Watches for updates that were skipped because a loss or gradient was not finite."""
     reward_drop: RewardDrop | None = RewardDrop()
+    """Watches for a trained reward that falls far below its best."""
     grad_norm: GradNorm | None = GradNorm()
+    """Watches for gradients that are far larger than before."""
     zero_std: ZeroStd | None = ZeroStd()
+    """Watches for groups whose images all score the same, which teach nothing."""
     contrast: Contrast | None = Contrast()
+    """Watches for images that turn grey, black or white."""
     diversity: Diversity | None = Diversity()
+    """Watches for images of one prompt that turn into copies of each other."""
     rollbacks: PositiveInt = 3
+    """The number of rollbacks that a run may make. The next one stops it instead."""
 
 
 def no_score(name: str, failure: Failure, when: str) -> str:

@@ -38,8 +38,8 @@ class FailurePolicy(Section):
     """What happens to images that still have no score: `mask` leaves them out of the statistics, `drop_group` leaves
     out all images of their prompt, and `fail` ends the run."""
     stop_after: PositiveInt | None = 3
-    """The number of training steps in a row without a score, because all images failed, after which the run ends; it also
-    ends where its first evaluation has none. null goes on without the reward."""
+    """The number of training steps in a row without any score, because all images failed, after which the run ends. It
+    also ends where its first evaluation has none. null goes on without the reward."""
 
 
 class PoolSection(Section):

@@ -55,10 +55,12 @@ class Sd3Schedule(Schedule):
     """Takes SD3's levels, which apply the shift twice."""
 
     class Config(Section):
-        """Configures SD3's schedule; a larger `shift` means more noisy steps."""
+        """Configures SD3's schedule."""
 
         kind: Literal["sd3"] = "sd3"
         shift: PositiveFloat = 3.0
+        """How far steps move towards high noise; 1 moves none, and larger values give more noisy steps. SD3.5 Medium
+        uses 3."""
 
     tiny_last_level = True
 
@@ -71,10 +73,12 @@ class LinearSchedule(Schedule):
     """Takes equal steps, shifted once, as DanceGRPO, MixGRPO and SRPO do."""
 
     class Config(Section):
-        """Configures the linear schedule; a larger `shift` means more noisy steps."""
+        """Configures the linear schedule."""
 
         kind: Literal["linear"] = "linear"
         shift: PositiveFloat = 3.0
+        """How far steps move towards high noise; 1 moves none, and larger values give more noisy steps. DanceGRPO,
+        MixGRPO and SRPO use 3 for FLUX."""
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
         """Return `linear_sigmas` for the configured shift."""
@@ -85,11 +89,15 @@ class FluxSchedule(Schedule):
     """Takes FLUX's levels, with a shift that grows with the size of the image."""
 
     class Config(Section):
-        """Configures FLUX's schedule: the log of the shift for 256 (`base_shift`) and 4,096 (`max_shift`) tokens."""
+        """Configures FLUX's schedule. Its shift is between the two settings, by the number of image tokens."""
 
         kind: Literal["flux"] = "flux"
         base_shift: float = 0.5
+        """The natural logarithm of the shift for images of 256 tokens, which is 256 x 256 pixels. 0.5 is the FLUX.1-dev
+        pipeline's."""
         max_shift: float = 1.15
+        """The natural logarithm of the shift for images of 4,096 tokens, which is 1024 x 1024 pixels. 1.15 is the
+        FLUX.1-dev pipeline's."""
 
     def sigmas(self, steps: int, native: Callable[[int], np.ndarray], tokens: int) -> np.ndarray:
         """Return `flux_sigmas` for the image's number of tokens."""

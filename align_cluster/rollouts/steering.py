@@ -95,9 +95,11 @@ class Steering:
     """
 
     class Config(Section):
-        """Settings that all modes share. With `step: null` a mode takes the ODE's steps, as plain sampling does."""
+        """Holds the settings that all modes share."""
 
         step: SingleStep | None = None
+        """How one denoising step is taken. Null takes the ODE's steps, as plain sampling does, and for smc the run's
+        own kind, which must draw noise."""
 
         @property
         def tries(self) -> int | None:
@@ -172,13 +174,16 @@ class BestOfN(Steering):
     """Keeps the image of highest reward, or those that the critic values most at some step on the way."""
 
     class Config(Steering.Config):
-        """`n` images are begun for each one that is kept. With `prune_at` only the `keep` rows of highest V go on from
-        that step; where `keep` is 1, no reward is asked."""
+        """Configures best of n."""
 
         kind: Literal["best_of_n"] = "best_of_n"
         n: PositiveInt = 8
+        """The number of images that are begun for each one that is kept."""
         prune_at: NonNegativeInt | None = None
+        """The denoising step from which on only the images that the critic values most go on, counted from 0, the
+        noisiest. Null lets all go on, and the reward decides."""
         keep: PositiveInt = 1
+        """The number of images that go on after `prune_at`. With 1 the critic alone decides, and no reward is asked."""
 
         @property
         def tries(self) -> int:
@@ -228,16 +233,18 @@ class Smc(Steering):
     """
 
     class Config(Steering.Config):
-        """`n` particles are drawn for each image. They are resampled where their effective size falls below the share
-        `resample_below` of n. `pick: best` keeps the particle of highest reward, `sample` draws one by the weights.
-        `step: null` takes the run's own kind of step, which must draw noise.
-        """
+        """Configures sequential Monte Carlo."""
 
         kind: Literal["smc"] = "smc"
         n: PositiveInt = 8
+        """The number of particles that are drawn for each image."""
         strength: PositiveFloat = 1.0
+        """How strongly particles of higher value are preferred: the factor of the value, in units of the normalised
+        reward, in the exponent of their weights. A large one leaves a single family of particles."""
         resample_below: Fraction = 0.5
+        """The share of n below which the particles' effective number makes them be resampled. 0 never resamples."""
         pick: Literal["best", "sample"] = "best"
+        """Which particle is kept: the one of highest reward (`best`), or one drawn by the weights (`sample`)."""
 
         @property
         def tries(self) -> int:
@@ -293,14 +300,18 @@ class Guidance(Steering):
     """Follows the critic's gradient."""
 
     class Config(Steering.Config):
-        """`scale` multiplies grad V, whose length is clipped to the share `clip` of the network's output, at noise
-        levels from `low` to `high`. With a noisy `step` it moves that step's mean, else the ODE's direction."""
+        """Configures guidance by the critic. It moves a noisy step's mean, and without noise the ODE's direction."""
 
         kind: Literal["guidance"] = "guidance"
         scale: NonNegativeFloat = 4.0
+        """The factor of the critic's gradient; 0 is plain sampling. Past some scale the value still rises and the
+        reward falls, so try powers of 2."""
         clip: PositiveFloat = 0.1
+        """The largest length of the gradient before it is scaled, as a share of that of the network's output."""
         low: Fraction = 0.2
+        """The lowest noise level at which the gradient is followed."""
         high: Fraction = 0.95
+        """The highest noise level at which the gradient is followed."""
 
     @classmethod
     def problems(cls, config: Section, sigmas: np.ndarray, unjudged: str | None) -> Iterator[str]:
@@ -330,7 +341,7 @@ class GuidedBestOfN(Guidance, BestOfN):
     """Lets every one of n images follow the gradient, and keeps the best one."""
 
     class Config(Guidance.Config, BestOfN.Config):
-        """The settings of both modes."""
+        """Holds the settings of both modes."""
 
         kind: Literal["guided_best_of_n"] = "guided_best_of_n"
 

@@ -71,15 +71,15 @@ class FractionWindow(WindowKind):
     """Draws noise at every step and trains a fraction of them, as Flow-GRPO and DanceGRPO do."""
 
     class Config(Section):
-        """Configures the fraction and the choice of steps.
-
-        `first` and `random` (a seeded choice for each training step) take the fraction of all steps, as Flow-GRPO does.
-        `per_sample` takes the fraction of the trainable steps, with a choice for each sample: DanceGRPO.
-        """
+        """Configures the fraction and the choice of steps."""
 
         kind: Literal["fraction"] = "fraction"
         fraction: Annotated[float, Field(gt=0, le=1)] = 0.99
+        """The share of denoising steps that are trained, rounded down: of all steps, or with `choice: per_sample` of
+        all but the last one. Flow-GRPO uses 0.99; DanceGRPO uses 0.6 for FLUX and 1 for SD1.4."""
         choice: Literal["first", "random", "per_sample"] = "first"
+        """Which steps are trained: the `first` ones (Flow-GRPO), `random` ones that change with every training step, or
+        random ones for every sample (`per_sample`: DanceGRPO). ppo refuses `per_sample`."""
 
     def plan(self, steps: int, step: int, seed: int) -> Window:
         """All steps are noisy, and the choice decides which ones are trained."""
@@ -108,24 +108,26 @@ class SlidingWindow(WindowKind):
     """
 
     class Config(Section):
-        """Configures the sliding window, and how long it stays at each start.
-
-        progressive   `iters_per_group` training steps
-        random        a seeded start for each training step
-        decay         `max_iters` at the first start, falling linearly to `min_iters` at the last
-        exp_decay     iters_per_group exp(-0.1 (start - 13)) from start 13 on
-
-        After the last window, `roll_back` begins again; without it the window stays there.
-        """
+        """Configures the sliding window, and how long it stays at each start."""
 
         kind: Literal["sliding"] = "sliding"
         size: PositiveInt = 4
+        """The number of denoising steps in the window. MixGRPO uses 4 of 25."""
         stride: PositiveInt = 1
+        """The number of denoising steps that the window moves at once. MixGRPO uses 1."""
         iters_per_group: PositiveInt = 25
+        """The number of training steps that the window stays at a place, with `progressive` and `exp_decay`. MixGRPO
+        uses 25."""
         strategy: Literal["progressive", "random", "decay", "exp_decay"] = "progressive"
+        """How long the window stays at a place. `progressive` stays iters_per_group training steps; `exp_decay` does so
+        until step 13 and then exp(-0.1 (start - 13)) times as long. `decay` falls linearly from max_iters to min_iters,
+        and `random` takes a random place for every training step."""
         max_iters: PositiveInt = 25
+        """The number of training steps that the window stays at its first place, with `decay`."""
         min_iters: PositiveInt = 6
+        """The number of training steps that the window stays at its last place, with `decay`."""
         roll_back: bool = True
+        """Whether the window begins again after its last place. Otherwise it stays there."""
 
     def plan(self, steps: int, step: int, seed: int) -> Window:
         """Walk the starts until the one that training step `step` belongs to."""
@@ -172,14 +174,14 @@ class FastWindow(WindowKind):
     """Draws a short window among the noisier steps, anew for each training step: Flow-GRPO-Fast."""
 
     class Config(Section):
-        """Configures the short window.
-
-        It lies in the steps lo ... hi - 1 of `range` [lo, hi]; null is the first half of the rollout.
-        """
+        """Configures the short window."""
 
         kind: Literal["fast"] = "fast"
         size: PositiveInt = 2
+        """The number of denoising steps in the window. Flow-GRPO-Fast uses 2 to 3."""
         range: tuple[NonNegativeInt, NonNegativeInt] | None = None
+        """The denoising steps [lo, hi] that the window lies in, from lo to hi - 1 and counted from 0, the noisiest.
+        Null takes the first half of the rollout, as Flow-GRPO-Fast does."""
 
     def _range(self, steps: int) -> tuple[int, int]:
         return self.config.range or (0, max(1, steps // 2))

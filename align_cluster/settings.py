@@ -42,7 +42,7 @@ class Section(BaseModel):
     def is_no_huge_number(cls, value: Any) -> Any:
         """Refuse whole numbers of more than 63 bits."""
         if any(isinstance(part, int) and abs(part) >= LARGEST for part in _parts(value)):
-            raise PydanticCustomError("less_than", "smaller", {"lt": LARGEST})
+            raise PydanticCustomError("less_than", "Input should be less than {lt}", {"lt": LARGEST})
         return value
 
     @field_validator("*")

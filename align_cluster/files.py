@@ -49,10 +49,15 @@ def _code(error: SafetensorError) -> int | None:
     return int(told[1]) if told else None
 
 
+def unwritable(text: str) -> bool:
+    """Return whether a text holds what no file can hold or be called: NUL, or half of a surrogate pair."""
+    return bool(_UNNAMEABLE.search(text))
+
+
 def user_path(text: str | Path) -> Path:
     """Return the path that a user typed, with ~ expanded. Raises UserError for a name that no file can have."""
     name = str(text)
-    if _UNNAMEABLE.search(name):
+    if unwritable(name):
         raise UserError(f"{name!r} holds a character that no path here can have; give another path")
     try:
         path = Path(name).expanduser()

@@ -113,7 +113,8 @@ def json_value(text: str | bytes) -> Any:
     try:
         from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise ValueError(str(error).replace("at line 1 column", "at column")) from None
+        deep = str(error).startswith("recursion limit")
+        raise ValueError(_DEEP if deep else str(error).replace("at line 1 column", "at column")) from None
     value = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite)
     if _is_deep(value):
         raise ValueError(_DEEP)

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from align_cluster.errors import UserError
-from align_cluster.files import user_path
+from align_cluster.files import unwritable, user_path
 
+PATHS = ("path", "folder", "file", "exclude", "out")  # settings that are paths in every block
 GIB = 2**30  # bytes: what settings of memory are in
 LARGEST = 2**63  # whole numbers end below it, because seeds and counts reach generators and arrays of 64 bits
 # What names a folder, a metric or a part of an address: `..` and hidden names are none.
@@ -47,14 +48,17 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def is_text_to_write_down(cls, value: Any) -> Any:
-        """Refuse a string, or a list entry, with credentials in an address, or that no file can hold or be called."""
+    def is_text_to_write_down(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a string, or a list entry, with credentials in an address, or that no file can hold; and a path that
+        no file can have."""
         for text in _parts(value):
             if not isinstance(text, str):
                 continue
             if _CREDENTIALS.search(text):
                 raise ValueError("without a user or password in the address: put them into ~/.netrc or a variable")
-            if "://" not in text:
+            if unwritable(text):
+                raise ValueError(f"something else ({text[:60]!r} holds a character that no file can have)")
+            if info.field_name in (*PATHS, *cls.reads) and "://" not in text:
                 try:
                     user_path(text)
                 except UserError as error:

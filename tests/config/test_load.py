@@ -103,8 +103,8 @@ MISTAKES = [
     ("name: test", "name: .x", ["name is '.x'", "inside of it, dots"]),
     ("name: test", f"name: {'a' * 101}", ["name is 'aaa", "at most 100 characters"]),
     ("name: test", "name: test\nout: ~nobodyhere/runs", ["out is '~nobodyhere/runs'", "write the path in full"]),
-    ("name: test", 'name: test\nout: "a\\0b"', ["out is 'a\\x00b'", "a character that no path"]),
-    ("name: test", 'name: test\nout: "a\\ud800"', ["out is 'a\\ud800'", "a character that no path"]),
+    ("name: test", 'name: test\nout: "a\\0b"', ["out is 'a\\x00b'", "a character that no file"]),
+    ("name: test", 'name: test\nout: "a\\ud800"', ["out is 'a\\ud800'", "a character that no file"]),
     ("name: test", f"name: test\nout: runs/{'a' * 300}", ["out is 'runs/aaa", "too long for a path"]),
     ("steps: 3\n", "steps: true\n", ["steps is 'true'", "a whole number"]),
     ("steps: 3\n", "steps: 1:30:00\n", ["steps is '1:30:00'", "a whole number"]),
@@ -217,8 +217,8 @@ def test_what_is_no_file_of_settings_is_refused_and_not_waited_for(tmp_path):
     (tmp_path / "latin").write_bytes(b"name: \xe9")
     (tmp_path / "large").write_text(" " * 2**19)
     said = {tmp_path / "pipe": "is no file", "/dev/zero": "is no file", tmp_path / "latin": "cannot be read"}
-    said |= {tmp_path / "large": "more than", "a\0b": "a character that no path", "~nobodyhere/x": "in full"}
-    said |= {"a" * 300: "too long for a path", "\ud800": "a character that no path"}
+    said |= {tmp_path / "large": "more than", "a\0b": "a character that no file", "~nobodyhere/x": "in full"}
+    said |= {"a" * 300: "too long for a path", "\ud800": "a character that no file"}
     for path, words in said.items():
         with pytest.raises(UserError, match=words) as caught:
             load(path)

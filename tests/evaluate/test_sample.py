@@ -107,7 +107,7 @@ REFUSED = [
     (["--prompts", "empty-line.txt"], "prompt file empty-line.txt, line 2 is empty"),
     (["--prompts", "latin.txt"], "latin.txt cannot be read"),
     (["--prompt", " "], "--prompt ' ' is blank; write what to draw"),
-    (["--prompt", "a\udcff"], "holds half of a character"),
+    (["--prompt", "a\udcff"], "bytes that are no UTF-8"),
     (["--set", "backbone.path=/nowhere"], "'/nowhere' has no readable 'model_index.json' part"),
     (["--set", "backbone.height=40"], "backbone.height"),
     (

@@ -171,7 +171,7 @@ def test_any_manifest_is_a_checkpoint_or_damaged_and_writes_nothing_outside_of_t
         before = listing(Path(folder))
 
         def resume() -> None:
-            with starting_point(config, run.path.parent, "auto", lambda note: None):
+            with starting_point(config, run.path.parent, "auto", lambda note: None, {}):
                 pass
 
         outcome(resume)

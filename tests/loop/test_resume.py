@@ -189,12 +189,12 @@ def test_a_checkpoint_of_other_content_is_damaged_and_the_one_before_is_taken(ru
     files, notes = state(tiny(), 5).files(), []
     change(files)
     Store(str(run.checkpoints)).write(5, files, {})
-    with starting_point(tiny(), tmp_path, "auto", notes.append) as begun:
+    with begin(tiny(), tmp_path, "auto", notes.append) as begun:
         assert begun.steps == 4
     assert "step_000005 is damaged: it is not the state of a run" in notes[1]
     with (
         pytest.raises(UserError, match="cannot be used: it is not the state of a run") as refused,
-        starting_point(tiny(), tmp_path, str(run.checkpoints / "step_000005"), print),
+        begin(tiny(), tmp_path, str(run.checkpoints / "step_000005"), print),
     ):
         pass
     assert "\n" not in str(refused.value)
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_other_content_is_damaged_and_the_one_before_is_taken(ru
 def test_a_checkpoint_brings_back_the_runs_line_files_and_no_other(run, tmp_path):
     Store(str(run.checkpoints)).write(5, state(tiny(), 5).files() | {"other.jsonl": b"", "config.yaml": b""}, {})
     before = run.config.read_text()
-    with starting_point(tiny(), tmp_path, "auto", lambda note: None):
+    with begin(tiny(), tmp_path, "auto", lambda note: None):
         pass
     assert run.config.read_text() == before and not (run.path / "other.jsonl").exists()
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_brings_back_the_runs_line_files_and_no_other(run, tmp_path
 def test_a_place_that_cannot_keep_checkpoints_is_refused_before_a_run_begins(tmp_path):
     for resume in (None, "auto"):
         refused = pytest.raises(UserError, match="checkpoint.path: /dev/null cannot keep checkpoints")
-        with refused, starting_point(tiny("checkpoint.path=/dev/null"), tmp_path, resume, print):
+        with refused, begin(tiny("checkpoint.path=/dev/null"), tmp_path, resume, print):
             pass
     assert not list(tmp_path.iterdir())
 

@@ -58,7 +58,7 @@ def user_path(text: str | Path) -> Path:
     """Return the path that a user typed, with ~ expanded. Raises UserError for a name that no file can have."""
     name = str(text)
     if unwritable(name):
-        raise UserError(f"{name!r} holds a character that no path here can have; give another path")
+        raise UserError(f"{name!r} holds a character that no file can have; give another path")
     try:
         path = Path(name).expanduser()
     except RuntimeError:

@@ -19,16 +19,24 @@ SAVING = "checkpoint of step"  # prefix of the names of threads that must finish
 GRACE_S = 15.0  # seconds for leaving in good order, half of the 30 s after which Kubernetes and Slurm send SIGKILL
 
 
+SAID = {signal.SIGTERM: "ended by SIGTERM; start again with --resume auto", signal.SIGINT: "interrupted"}
+CODES = {signal.SIGTERM: RETRY, signal.SIGINT: INTERRUPTED}
+
+
 class _Interrupts:
-    """The first signal that came, and whether a block holds it back."""
+    """The first signal that came, whether a block holds it back, and whether there is anything to leave in order."""
 
     def __init__(self, alone: bool) -> None:
-        self.alone, self.first, self.held, self.due = alone, None, False, False
+        self.alone, self.importing = alone, alone
+        self.first, self.held, self.due = None, False, False
 
     def receive(self, number: int, _: Any) -> None:
         if self.first is not None:  # another one must not stop the saving
             return
         self.first = number
+        if self.importing:  # an exception in the middle of an import is caught by some library, and the module is half
+            os.write(2, f"{SAID[number]}\n".encode())
+            os._exit(CODES[number])
         if self.alone:
             threading.Thread(target=self._leave, daemon=True).start()
         if self.held:
@@ -41,7 +49,7 @@ class _Interrupts:
         time.sleep(GRACE_S)
         while any(thread.name.startswith(SAVING) for thread in threading.enumerate()):
             time.sleep(0.2)
-        os._exit(RETRY if self.first == signal.SIGTERM else INTERRUPTED)
+        os._exit(CODES[self.first])
 
 
 _now: _Interrupts | None = None
@@ -52,8 +60,8 @@ def interruptible(alone: bool = False) -> Iterator[None]:
     """Let SIGTERM and Ctrl-C stop what runs inside at once, with Preempted and with KeyboardInterrupt.
 
     `alone` says that the process has nothing else to do: it ends within a short time, whatever hangs, and further
-    signals are ignored from then on. Inside of another such context, and in other threads than the main one, this does
-    nothing.
+    signals are ignored from then on. Until `begun` it ends at once. Inside of another such context, and in other
+    threads than the main one, this does nothing.
     """
     global _now
     if _now or threading.current_thread() is not threading.main_thread():
@@ -77,6 +85,12 @@ def interruptible(alone: bool = False) -> Iterator[None]:
         _now = None
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if alone and now.first is not None else handler)
+
+
+def begun() -> None:
+    """Say that imports are done and work begins: from now on signals end this process in good order, not at once."""
+    if _now:
+        _now.importing = False
 
 
 def interrupted() -> bool:

@@ -17,10 +17,11 @@ LEAVING = """
 import os, signal, time
 from align_cluster.cli import main
 from align_cluster.cli import commands
-from align_cluster.interrupts import interruptible
+from align_cluster.interrupts import begun, interruptible
 
 def work(args):
     with interruptible(alone=True):
+        begun()
         try:
             print("at work", flush=True)
             time.sleep(60)
@@ -54,7 +55,7 @@ def test_a_command_that_is_told_to_end_while_it_starts_ends_with_75(tmp_path):
     """Whatever it does at that time: it imports, and then it starts Ray."""
     command = ["train", str(TINY), "--out", str(tmp_path)]
     text = f"import sys; from align_cluster.cli import main; print(1, flush=True); sys.exit(main({command}))"
-    for seconds in (0.2, 1.0, 3.0):
+    for seconds in (0.3, 3.0):
         process = subprocess.Popen(
             [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from align_cluster import __version__
 from align_cluster.cli import commands
 from align_cluster.errors import INTERRUPTED, RETRY, Preempted, UserError
+from align_cluster.interrupts import SAID
 
 DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
 EPILOG = """\
@@ -51,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.command(args)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one would end the ending in a traceback
-        print("interrupted", file=sys.stderr)
+        print(SAID[signal.SIGINT], file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         from align_cluster.settings import masked
 
         if isinstance(error, Preempted):
-            print("ended by SIGTERM; start again with --resume auto", file=sys.stderr)
+            print(SAID[signal.SIGTERM], file=sys.stderr)
             return RETRY
         if not isinstance(error, UserError):
             raise

@@ -42,7 +42,7 @@ class Preload:
         self.folder = Path(tempfile.mkdtemp(prefix="ac-"))
         # -I -S: whoever asks needs nothing but the standard library, and is there in 20 ms.
         self.command = [sys.executable, "-I", "-S", forkserver.__file__, str(self.folder)]
-        self.ending = False
+        self.ending = self.used = False
         self.python = self.folder / "python"
         self.python.write_text(SCRIPT.format(ask=shlex.join(self.command), python=shlex.quote(sys.executable)))
         self.python.chmod(0o700)
@@ -60,6 +60,7 @@ class Preload:
 
     def load(self, names: Sequence[str]) -> None:
         """Name what else this run's workers need, each as `pkgutil.resolve_name` takes it. No fork starts before."""
+        self.used = True
         self._tell(names)
 
     def _tell(self, value: Sequence[str]) -> None:
@@ -96,6 +97,8 @@ class Preload:
     def close(self) -> None:
         """End the process; forks go on."""
         self.ending = True
+        if not self.used:  # nothing came of it, and whoever mistyped something need not wait until its imports end
+            self.process.kill()
         self.process.stdin.close()
         try:
             self.process.wait(PATIENCE_S)

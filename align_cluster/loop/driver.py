@@ -14,7 +14,7 @@ from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import counted
 from align_cluster.files import storage, write_json, write_text
-from align_cluster.interrupts import interruptible, uninterrupted
+from align_cluster.interrupts import begun, interruptible, uninterrupted
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.checkpoints import CheckpointManager
 from align_cluster.loop.clock import Clock
@@ -50,6 +50,7 @@ def train(
     `cluster`. `began` is when the command began, by the monotonic clock (None: now). Raises UserError for what the user
     can mend, and Preempted on SIGTERM.
     """
+    begun()
     began = time.monotonic() if began is None else began
     prompts, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     check_prompts(config, prompts, held_out)

@@ -149,7 +149,7 @@ PATHS = st.sampled_from(
 CHANGES = st.dictionaries(st.sampled_from(["format", "step", "about", "files", "other"]), JSON, max_size=2)
 
 
-@settings(fuzz, max_examples=EXAMPLES // 2)  # each writes a checkpoint to the disk
+@settings(fuzz, max_examples=EXAMPLES // 5)  # each writes a checkpoint to the disk
 @given(CHANGES, st.dictionaries(PATHS, JSON, max_size=3), JSON, st.booleans())
 def test_any_manifest_is_a_checkpoint_or_damaged_and_writes_nothing_outside_of_the_run(changes, files, facts, alone):
     config = load(TINY)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +130,17 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` atomically, as UTF-8."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def writable(path: Path) -> None:
+    """Raise UserError where no file can be written at `path`; nothing is left there."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give a file in a folder that is there") from None
 
 
 def write_json(path: Path, value: Any) -> None:

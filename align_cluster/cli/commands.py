@@ -183,10 +183,12 @@ def evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from align_cluster.evaluate.local import evaluate
-    from align_cluster.files import write_json
+    from align_cluster.files import writable, write_json
     from align_cluster.observe.table import evaluation_tables
 
     config, lora_file, _ = _source(args, args.set)
+    if args.out:
+        writable(args.out)  # an evaluation of hours should not end at a typo
     scores = evaluate(config, lora_file)
     if args.out:
         write_json(args.out, scores)

@@ -26,6 +26,7 @@ BOUNDS = {
     "exclusiveMaximum": "<",
     "minItems": "entries >=",
     "maxItems": "entries <=",
+    "multipleOf": "multiple of",
     "pattern": "like",
 }
 
@@ -141,10 +142,16 @@ def explain(topic: str, root: type[Root]) -> str:
         hint = f"did you mean {' or '.join(near)}?" if near else "`align-cluster explain` lists all"
         raise UserError(f"explain: there is no block of settings {topic!r}; {hint}")
     lines = list(_described(known[topic])) if topic in known else []
-    near = [path for path in below if path.count(".") <= (1 if not topic else topic.count(".") + 1)]
+    near = [path for path in below if _owner(path, known) == topic or topic not in known]
     if near:
         lines += ["", "more by `align-cluster explain ...`:", *(f"    {path}" for path in near)]
     return "\n".join(lines).strip()
+
+
+def _owner(path: str, known: Mapping[str, type[Section]]) -> str:
+    """Return the path of the block that a block stands in."""
+    pieces = path.split(".")
+    return next(outer for end in range(len(pieces) - 1, -1, -1) if (outer := ".".join(pieces[:end])) in known)
 
 
 def _described(block: type[Section]) -> Iterator[str]:

@@ -54,7 +54,7 @@ METRICS = (
     Metric("group/masked", "fraction", "share of images left out of the group statistics: no score, or not finite"),
     Metric("rollout/non_finite", "images", "training images of the step whose latents or pixels are NaN or infinite"),
     Metric("images/contrast", "", "deviation of an image's pixels, of 0 to 1, mean over images"),
-    Metric("images/diversity", "", "deviation of a pixel between a chunk's images, of 0 to 1, mean over pixels"),
+    Metric("images/diversity", "", "deviation of a pixel between a group's images, of 0 to 1, mean over pixels"),
     Metric("advantage/abs_mean", "", "mean magnitude of the advantages, after shaping"),
     Metric("advantage/gamma", "", "SLAS's exponent less 1 that shaped this step's advantages"),
     Metric("advantage/sum", "", "sum of a group's advantages, mean magnitude: 0 unless they are shaped"),

@@ -1,5 +1,8 @@
 """The settings reference: complete, and true to the models."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from align_cluster.cli import PARTS, main
@@ -7,6 +10,8 @@ from align_cluster.config.reference import explain, json_schema, meanings, setti
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.serving.config import ServiceConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_every_setting_of_every_block_says_what_it_means():
@@ -35,7 +40,7 @@ def test_a_block_is_explained_by_its_path_with_what_is_below_it(capsys):
     assert main(["explain", "rewards.hps"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("Configures HPS.") and '(text; default "xswu/HPSv2")' in said
-    assert "    rewards.hps.pool" in said
+    assert "    rewards.hps.pool" in said and "rewards.geneval.detector.detr" in explain("rewards.geneval", RunConfig)
     assert "algorithm.nft" in explain("algorithm", RunConfig) and "rewards.hps.pool" not in explain("", RunConfig)
     assert main(["explain", "--service"]) == 0 and "port  (" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no block of settings 'rewards.hsp'; did you mean .*rewards.hps"):
@@ -54,3 +59,12 @@ def test_every_part_lists_its_kinds_with_a_line_about_each(capsys):
         assert main(["list", part]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) >= 2 and all(len(line.split(maxsplit=1)) == 2 for line in lines), part
+
+
+def test_the_schemas_beside_the_run_files_are_current_and_every_file_names_one():
+    """`align-cluster schema > configs/run.schema.json`, and with --service for service files, writes them again."""
+    for name, root in (("run", RunConfig), ("service", ServiceConfig)):
+        assert json.loads((CONFIGS / f"{name}.schema.json").read_text()) == json_schema(root)
+    for file in CONFIGS.glob("*.yaml"):
+        name = "service" if file.stem == "rewards_service" else "run"
+        assert file.read_text().startswith(f"# yaml-language-server: $schema={name}.schema.json\n"), file

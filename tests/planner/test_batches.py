@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from align_cluster.config.load import load
 from align_cluster.config.plan import ROWS, Rows, derive
 from align_cluster.planner.batches import rows_that_fit
@@ -9,6 +11,7 @@ from align_cluster.planner.memory import measure
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+@pytest.mark.slow
 def test_open_batches_are_as_large_as_a_gpus_memory_allows_and_no_larger():
     config = load(CONFIGS / "quickstart.yaml", [])
     single = derive(config, 8, 1, Rows(1, 1))

@@ -89,10 +89,11 @@ def test_rewards_in_pools_of_their_own_end_in_the_same_lora(runs, tiny, train):
 
 @pytest.mark.parametrize(
     ("kind", "pool", "moments"),
-    [("grpo", "samplers", ("in rollout",)), ("nft", "rewards", ("in scoring",))]
+    [("nft", "rewards", ("in scoring",))]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("grpo", "samplers", ("in rollout",)),
             ("nft", "samplers", MOMENTS),
             ("nft", "samplers", ("in publish",)),
             ("grpo", "rewards", ("before rollout", "in scoring", "after publish")),

@@ -66,7 +66,8 @@ def connect(address: str, preload: Preload | None = None) -> bool:
         private.start(preload.used_by_ray if preload else nullcontext, **quiet)
         return True
     try:
-        ray.init(address=address, **quiet)
+        with private.loopback_only() if private.is_private(address) else nullcontext():
+            ray.init(address=address, **quiet)
         return False
     except Exception as error:  # Ray has many for this, bare ones among them
         reason = str(error).strip().splitlines()[0]

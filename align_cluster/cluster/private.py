@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import stat
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from align_cluster.machine import cores
 
 STARTS = 3  # Ray gives its raylet half a minute, which a busy machine may need several times
 SAME_SIGNAL_S = 0.2  # within which a signal to all processes of a group has come to this one too
+REACH_S = 5.0  # what another port of this machine may take to answer
 RAYLET_DIED = 2  # exit code, as of every error that a sentence explains
 END_S = 5.0  # what a failed start may take to end its processes, before they are killed
 
@@ -120,6 +122,29 @@ def loopback_only() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def is_private(address: str) -> bool:
+    """Tell whether the Ray at `address` listens on the loopback interface only.
+
+    Ray puts this machine's other address in the place of 127.0.0.1, where such a Ray is not found. Raises OSError where
+    nothing listens at an address of host and port: Ray would try for minutes.
+    """
+    from ray._private import services
+
+    if address == "auto":
+        address = services.get_ray_address_from_environment("auto", None)
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        return False
+    socket.create_connection((host, int(port)), REACH_S).close()
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        socket.create_connection((services.get_node_ip_address(), int(port)), REACH_S).close()
+    except OSError:
+        return True
+    return False
 
 
 def token_file() -> Path:

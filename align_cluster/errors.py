@@ -1,4 +1,8 @@
-"""Errors that end a command with one sentence, the exit codes of interrupted ones, and counts in words."""
+"""Errors that end a command with one sentence, the exit codes of interrupted ones, and what sentences are made of."""
+
+import re
+
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and half a character: what is no UTF-8
 
 
 class UserError(Exception):
@@ -16,3 +20,8 @@ class Preempted(Exception):
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 problem, 2 problems."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def unwritable(text: str) -> bool:
+    """Return whether a text holds what no file can hold or be called: NUL, or half of a surrogate pair."""
+    return bool(_UNWRITABLE.search(text))

@@ -15,13 +15,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from align_cluster.errors import UserError
+from align_cluster.errors import UserError, unwritable
 from align_cluster.plain import json_value
 
 # Error numbers of a disk that is full, over its quota, read-only or failing. They are no fault of the program.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
-_UNNAMEABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and half a character: what is no UTF-8
 LONGEST_NAME = 255  # bytes in the name of a file or folder, on the usual file systems
 LONGEST_PATH = 4000  # characters: Linux takes 4095 bytes, with the names of a run's files
 
@@ -50,11 +49,6 @@ def _code(error: SafetensorError) -> int | None:
     return int(told[1]) if told else None
 
 
-def unwritable(text: str) -> bool:
-    """Return whether a text holds what no file can hold or be called: NUL, or half of a surrogate pair."""
-    return bool(_UNNAMEABLE.search(text))
-
-
 def user_path(text: str | Path) -> Path:
     """Return the path that a user typed, with ~ expanded. Raises UserError for a name that no file can have."""
     name = str(text)
@@ -69,23 +63,27 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
-def read_text(path: Path, most: int) -> str:
-    """Return a UTF-8 file of up to `most` bytes, without a byte order mark.
+def read_text(path: Path, most: int, what: str = "") -> str:
+    """Return a UTF-8 file of up to `most` bytes, without a byte order mark. Errors call it `what` before its path.
 
     Raises FileNotFoundError where there is none, and UserError for what is no file of text, such as a device or a pipe.
     """
+    shown = f"{what} {path}".strip()
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would wait for a writer
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is no file; give the path of one")
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise UserError(f"{path} has more than {most} bytes; give a file of settings or text")
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise IsADirectoryError
+            content = file.read(most + 1) if about.st_size <= most else b""
+        if max(about.st_size, len(content)) > most:  # files of /proc have no size
+            raise UserError(f"{shown} has more than {most} bytes; shorten it, or give a file of text")
         return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise
+    except IsADirectoryError:  # or a device, or a pipe
+        raise UserError(f"{shown} is no file; give the path of a text file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give the path of a UTF-8 file") from None
+        raise UserError(f"{shown} cannot be read ({error}); it must be UTF-8 text") from None
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class _Interrupts:
         self.first, self.held, self.due = None, False, False
 
     def receive(self, number: int, _: Any) -> None:
+        """Handle a signal: end at once, remember it for the end of a block, or raise KeyboardInterrupt."""
         if self.first is not None:  # another one must not stop the saving
             return
         self.first = number

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from align_cluster.errors import UserError
-from align_cluster.files import unwritable, user_path
+from align_cluster.errors import UserError, unwritable
+from align_cluster.files import user_path
 
 PATHS = ("path", "folder", "file", "exclude", "out")  # settings that are paths in every block
 GIB = 2**30  # bytes: what settings of memory are in

@@ -26,8 +26,8 @@ class CheckpointConfig(Section):
     with. Otherwise it is refused by the names of what changed."""
     path: str | None = None
     """The folder for checkpoints, in which every run has a folder of its own name. It may be any that fsspec knows,
-    such as s3://bucket/runs. Null takes checkpoints/ in the run directory. A run
-    begins by writing, reading, renaming and deleting a few bytes there."""
+    such as s3://bucket/runs. Null takes checkpoints/ in the run directory. A run begins by writing, reading,
+    renaming and deleting a few bytes there."""
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
         """Refuse a path that names no place which outlives the run."""

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from align_cluster import __version__
 from align_cluster.cli import commands
-from align_cluster.errors import INTERRUPTED, RETRY, Preempted, UserError
+from align_cluster.errors import INTERRUPTED, RETRY, Preempted, UserError, unwritable
 from align_cluster.interrupts import SAID
 
 DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _readable(argv: Sequence[str]) -> Sequence[str]:
     """Return the arguments. Raises UserError where one holds what no file, JSON or terminal can: NUL, or no UTF-8."""
     for argument in argv:
-        if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
+        if unwritable(argument):
             raise UserError(f"{argument[:60]!r} holds NUL, or bytes that are no UTF-8; write it otherwise")
     return argv
 

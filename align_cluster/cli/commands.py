@@ -158,7 +158,7 @@ def sample(args: argparse.Namespace) -> int:
     for note in backbone.text_notes([prompt.text for prompt in prompts]):
         print(f"note: {note}", file=sys.stderr)
     names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
-    out = args.out if args.out else next(path for path in names if not path.exists())
+    out = args.out or next(path for path in names if not path.exists())
     drawn = sample(config, lora_file, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():

@@ -106,13 +106,18 @@ def hardware() -> Iterator[Check]:
         yield size("/dev/shm", shutil.disk_usage("/dev/shm").free, 0.5, remedy)
 
 
+def token_file() -> Path:
+    """Return the file that Ray reads its token from."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
 def ray_settings() -> Check:
     """Check that Ray authenticates whoever connects."""
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode == "disabled":
         remedy = "whoever reaches a Ray's ports can run code in it: use token, or keep it on 127.0.0.1"
         return Check("warn", "RAY_AUTH_MODE", mode, remedy)
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    file = token_file()
     there = file.exists()
     value = f"{mode or 'not set (a private Ray uses tokens)'}, {file} is {'there' if there else 'not there yet'}"
     closed = not there or not stat.S_IMODE(file.stat().st_mode) & 0o077

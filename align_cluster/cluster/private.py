@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import ray
 
+from align_cluster.cluster.checks import token_file
 from align_cluster.errors import UserError
 from align_cluster.interrupts import interrupted
 from align_cluster.machine import cores
@@ -145,11 +146,6 @@ def is_private(address: str) -> bool:
     except OSError:
         return True
     return False
-
-
-def token_file() -> Path:
-    """Return the file that Ray reads its token from."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def make_token() -> None:

@@ -66,21 +66,21 @@ def settings(section: type[Section]) -> list[Setting]:
             default = "its defaults" if not hasattr(value, "kind") else value.kind
         else:
             default = json.dumps(value, default=str)
-        rows.append(Setting(name, _type(schema["properties"][name], schema), default, texts.get(name, "")))
+        rows.append(Setting(name, _type(schema["properties"][name]), default, texts.get(name, "")))
     return rows
 
 
-def _type(schema: dict[str, Any], whole: dict[str, Any]) -> str:
+def _type(schema: dict[str, Any]) -> str:
     """Return a JSON schema of one setting in words."""
     if "$ref" in schema or "discriminator" in schema or "oneOf" in schema:
         return "block"
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_type(one, whole) for one in schema["anyOf"]))
+        return " or ".join(dict.fromkeys(_type(one) for one in schema["anyOf"]))
     if "enum" in schema or "const" in schema:
         return " | ".join(str(value) for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
         inner = schema.get("items") or (schema.get("prefixItems") or [{}])[0]
-        return f"list of {_type(inner, whole)}" if inner else "list"
+        return f"list of {_type(inner)}" if inner else "list"
     if schema.get("type") == "object":
         return "blocks by name" if "$ref" in str(schema) or "oneOf" in str(schema) else "mapping"
     bounds = [f"{sign} {schema[key]}" for key, sign in BOUNDS.items() if key in schema]

@@ -110,7 +110,14 @@ class CheckpointManager:
         note: Callable[[str], None],
     ) -> None:
         self.config, self.store, self.workers, self.estimator = config, store, workers, estimator
-        self.inputs, self.clock, self.guard, self.note = inputs, clock, guard, note
+        self.clock, self.guard, self.note = clock, guard, note
+        # What stays the same for the whole run. It is made once, because every step takes note of its state twice.
+        self.constants = {
+            "config": config.model_dump(mode="json"),
+            "versions": software(),
+            "streams": VERSION,
+            "inputs": inputs,
+        }
         self.rollbacks = self.resumed = 0
         self.writer = Writer(store, config.checkpoint, note)
         self.latest: State | None = None
@@ -168,10 +175,7 @@ class CheckpointManager:
         `evaluated` says that the evaluation after this step is done or not due; else a resumed run makes up for it.
         """
         facts = {
-            "config": self.config.model_dump(mode="json"),
-            "versions": software(),
-            "streams": VERSION,
-            "inputs": self.inputs,
+            **self.constants,
             "version": self.workers.weights.version,
             "images_drawn": self.workers.rollouts.images_drawn,
             "workers_lost": self.workers.lost,

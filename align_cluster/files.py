@@ -81,7 +81,7 @@ def read_text(path: Path, most: int, what: str = "") -> str:
     except FileNotFoundError:
         raise
     except IsADirectoryError:  # or a device, or a pipe
-        raise UserError(f"{shown} is no file; give the path of a text file") from None
+        raise UserError(f"{shown} cannot be read: it is no file; give the path of a text file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{shown} cannot be read ({error}); it must be UTF-8 text") from None
 

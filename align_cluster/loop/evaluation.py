@@ -1,5 +1,7 @@
 """Held-out evaluation and sample grids inside a run, with the run's own workers."""
 
+from dataclasses import replace
+
 from align_cluster.config.plan import evaluation_pieces
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
@@ -38,7 +40,10 @@ class Evaluation:
         batches = {"chunk": config.rollout.chunk, "pieces": evaluation_pieces(config)}
         self.chunks = plan_evaluation(held_out, settings.count, settings.images_per_prompt, seed=seed, **batches)
         shown = spread(held_out, min(settings.grid_prompts, settings.count))
-        self.grid_chunks = plan_evaluation(shown, len(shown), settings.grid_columns, seed=seed + 1, **batches)
+        self.grid_chunks = [
+            replace(chunk, number=len(self.chunks) + chunk.number)  # they are drawn with the others
+            for chunk in plan_evaluation(shown, len(shown), settings.grid_columns, seed=seed + 1, **batches)
+        ]
         self.captions = [prompt.text for prompt in shown]
         write_json(run.grid_prompts, self.captions)
         self.headline = headline(config)
@@ -54,57 +59,52 @@ class Evaluation:
         Raises UserError with the error of a trained reward that fails on every image.
         """
         with self.clock.stage("evaluate"):
-            drawn = self._draw(self.chunks)
+            drawn = self._draw([*self.chunks, *self.grid_chunks])
             for name, failure in silent([item.scores for item in drawn], self.config.rewards).items():
                 if self.config.rewards[name].on_failure.stop_after:
                     raise UserError(no_score(name, failure, "of the first evaluation"))
-            scores = self._summarise(0, drawn)
-            self.grid(0)
-            return scores
+            return self._record(0, drawn)
 
     def between(self, step: int) -> float | None:
         """Do what is due after `step` steps and return the headline score, if it was taken. The last step is `last`'s.
 
         The samplers get the evaluation weights for it, and then their own again.
         """
-        scored, drawn = (every and step % every == 0 for every in (self.settings.every, self.settings.grid_every))
-        if step == self.config.steps or not (scored or drawn):
+        scored, shown = (every and step % every == 0 for every in (self.settings.every, self.settings.grid_every))
+        if step == self.config.steps or not (scored or shown):
             return None
         with self.clock.stage("evaluate"):
             self.workers.weights.publish("evaluation")
-            scores = self.score(step)["overall"] if scored else {}
-            if drawn:
-                self.grid(step)
+            scores = self._record(step, self._draw([*self.chunks * bool(scored), *self.grid_chunks * bool(shown)]))
             self.workers.weights.publish("behaviour")
-            return scores.get(headline_column(self.headline, list(scores)))
+            overall = scores.get("overall", {})
+            return overall.get(headline_column(self.headline, list(overall)))
 
     def last(self) -> tuple[Sync, dict]:
         """Publish the weights that are kept, and take their scores and grid."""
         with self.clock.stage("evaluate"):
-            sync, step = self.workers.weights.publish("evaluation"), self.config.steps
-            scores = self.score(step)
-            self.grid(step)
-            return sync, scores
-
-    def score(self, step: int) -> dict:
-        """Take scores of the weights that the samplers hold, and record them in evaluations.jsonl."""
-        return self._summarise(step, self._draw(self.chunks))
-
-    def _summarise(self, step: int, drawn: list[DrawnChunk]) -> dict:
-        scores = summarise([row for item in drawn for row in rows(item.chunk.prompts, item.scores)])
-        self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
-        return scores
+            sync = self.workers.weights.publish("evaluation")
+            return sync, self._record(self.config.steps, self._draw([*self.chunks, *self.grid_chunks]))
 
     def _draw(self, chunks: list[Chunk]) -> list[DrawnChunk]:
         self.workers.conditions.encode([prompt for chunk in chunks for prompt in chunk.prompts])
         request = evaluation_request(self.config, self.workers.weights.version)
         return self.workers.rollouts.draw(chunks, request).drawn
 
-    def grid(self, step: int) -> None:
-        """Draw the grid's prompts with the weights that the samplers hold, and write the picture."""
-        drawn = self._draw(self.grid_chunks)
-        images, columns = self.workers.rollouts.images(drawn), self.settings.grid_columns
-        save_grid(images, columns, self.run_dir.grid(step), self.captions)
+    def _record(self, step: int, drawn: list[DrawnChunk]) -> dict:
+        """Return the scores of what was drawn for them, and record them in evaluations.jsonl; write the grid, if drawn.
+
+        Either may be missing from what was drawn.
+        """
+        scored = [item for item in drawn if item.chunk.number < len(self.chunks)]
+        scores = {}
+        if scored:
+            scores = summarise([row for item in scored for row in rows(item.chunk.prompts, item.scores)])
+            self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
+        if shown := drawn[len(scored) :]:
+            images = self.workers.rollouts.images(shown)
+            save_grid(images, self.settings.grid_columns, self.run_dir.grid(step), self.captions)
+        return scores
 
 
 def headline(config: RunConfig) -> str:

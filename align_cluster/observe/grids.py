@@ -59,7 +59,7 @@ def save_grid(
             canvas.paste(image, (MARGIN + column * (width + GAP), top + head))
         top += head + height + spacing
     with atomic(path) as temporary:
-        canvas.save(temporary, optimize=True)
+        canvas.save(temporary)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -261,7 +261,12 @@ class PipelineBackbone(Backbone):
     def text_parts(self) -> dict[str, Any]:
         """Return what replaces (None) the pipeline parts that prompts need not: by default all other parts."""
         others = [name for name in self.index if not name.startswith("_") and name not in self.texts]
-        return dict.fromkeys(others)
+        return dict.fromkeys([*others, *self.unread])
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Return the text encoders and tokenizers that this run does without: by default none."""
+        return ()
 
     @property
     def text_device(self) -> torch.device:

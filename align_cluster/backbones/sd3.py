@@ -46,8 +46,12 @@ class SD3(ClipExploration, PipelineBackbone):
 
     def text_parts(self) -> dict[str, Any]:
         """The transformer stays on the meta device: the stock pipeline reads its widths where T5 is missing."""
-        without_t5 = {} if self._has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        return super().text_parts() | {"transformer": self.on_meta(self.network, self.part)} | without_t5
+        return super().text_parts() | {"transformer": self.on_meta(self.network, self.part)}
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """T5 may be left out of the pipeline's folder, and by the settings."""
+        return () if self._has_t5 else ("text_encoder_3", "tokenizer_3")
 
     @property
     def _sequence_length(self) -> int:

@@ -63,7 +63,7 @@ def write_card(result: Result, folder: Path, *, form: str, title: str) -> None:
     licence = base_licence(backbone)
     steps = config.evaluate.steps or config.rollout.steps
     parts = ["folder" if form == "diffusers" else literal(backbone.source)]
-    parts += [f"{name}=None" for name in backbone.texts if name in backbone.text_parts()]
+    parts += [f"{name}=None" for name in backbone.unread]
     classes = ["DDIMScheduler"] * (not backbone.flow) + ["DiffusionPipeline"]
     if form == "merged":
         classes.append(backbone.network)

@@ -15,7 +15,7 @@ def rows_that_fit(config: RunConfig, cores: int, gpus: int, memory: float) -> Ro
     if config.rollout.chunk and config.learner.micro_batch and config.learner.fold:
         return Rows()  # nothing is open
     plan = derive(config, cores, gpus, Rows(1, 1))
-    sizes = measure(plan.config, plan, "cuda")
+    sizes = measure(plan.config, plan, "cuda", alternatives=False)
     left = (1 - SPARE) * memory - fullest_gpu(plan.config, plan, sizes)
     share = max(0.0, left if plan.apart else left / 2)
     drawing = plan.together * sampler_memory(plan.config, plan, sizes).activations / plan.chunk

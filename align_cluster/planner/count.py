@@ -7,8 +7,7 @@ network here: autograd keeps what it would keep of real tensors.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,8 +30,7 @@ FLOPS = flop_registry | {
 FP32_ON_GPUS = "layer_norm rms_norm group_norm softmax.int rsqrt pow.Tensor_Scalar upsample_nearest2d".split()
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """The most bytes that one computation held at once, beyond those held before it, and its FLOPs."""
 
     bytes: int

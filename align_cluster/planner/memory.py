@@ -15,7 +15,8 @@ from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.policy import LearnerPolicy
 from align_cluster.planner.count import Counter, Usage, counting
-from align_cluster.planner.meta_backbone import meta_backbone, text_encoders
+from align_cluster.planner.layers import Layers
+from align_cluster.planner.meta_backbone import meta_backbone, text_parameters
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.steps import STEPS, Step
 
@@ -33,7 +34,7 @@ class LearnerUsage:
                     image
     """
 
-    update: Usage
+    update: Usage = NOTHING
     critic: Usage = NOTHING
     reward_decode: Usage = NOTHING
 
@@ -49,7 +50,7 @@ class Sizes:
     adapter          one adapter in fp32
     adapters         number of adapters that the learner keeps
     draw, decode     one (guided) prediction for a chunk, and the decoding of its images
-    plain            the learner's computations without gradient checkpointing
+    plain            the learner's computations without gradient checkpointing, where they were counted
     checkpointed     the same with gradient checkpointing
     values           one batch of states that the critic judges
     critic_weights   what the critic adds to the base
@@ -65,8 +66,8 @@ class Sizes:
     adapters: int
     draw: Usage
     decode: Usage
-    plain: LearnerUsage
-    checkpointed: LearnerUsage
+    plain: LearnerUsage = LearnerUsage()
+    checkpointed: LearnerUsage = LearnerUsage()
     values: Usage = NOTHING
     critic_weights: int = 0
     critic_trained: int = 0
@@ -76,12 +77,15 @@ class Sizes:
         return self.checkpointed if config.learner.gradient_checkpointing else self.plain
 
 
-def measure(config: RunConfig, plan: Plan, device: str) -> Sizes:
-    """Count a run on `device`, cpu or cuda. This takes seconds and little memory, whatever the model's size."""
+def measure(config: RunConfig, plan: Plan, device: str, alternatives: bool = True) -> Sizes:
+    """Count a run on `device`, cpu or cuda. This takes seconds and little memory, whatever the model's size.
+
+    Without `alternatives` the learner is counted with the gradient checkpointing of `config` alone.
+    """
     networks = Networks(config, device)
     sizes = networks.sizes()
     with counting(device) as counter:
-        return Sizes(**sizes, **networks.usage(counter, plan))
+        return Sizes(**sizes, **networks.usage(counter, plan, alternatives))
 
 
 class Networks:
@@ -94,23 +98,30 @@ class Networks:
         """Build the networks as they are on `device`, cpu or cuda."""
         self.config, self.algorithm = config, ALGORITHMS[config.algorithm.kind](config.algorithm)
         self.backbone = meta_backbone(config.backbone, device)
-        self.text_encoders, self.vae = text_encoders(self.backbone), self.backbone._vae
-        self.denoiser = add_adapters(self.backbone, self.backbone.load_denoiser(), self.algorithm.adapters)
-        critic, rewards = self.algorithm.critic, len(config.trained)
+        self.text, self.vae = text_parameters(self.backbone), self.backbone._vae
+        denoiser, critic, rewards = self.backbone.load_denoiser(), self.algorithm.critic, len(config.trained)
+        self.base = _tensors(denoiser)
+        # A critic reads features of certain layers, which must stay where they are.
+        self.layers = Layers(torch.nn.Module() if critic else denoiser)
+        self.denoiser = add_adapters(self.backbone, denoiser, self.algorithm.adapters)
         self.critic = Critic(self.backbone, self.denoiser, rewards, critic) if critic else None
         self.predictions = predictions(config, self.algorithm, self.backbone)
 
     def sizes(self) -> dict[str, Any]:
         """Return the fields of `Sizes` that describe weights."""
-        denoiser, vae = _tensors(self.denoiser, without="lora_"), _tensors(self.vae)
-        text = {name: _parameters(_tensors(encoder)) for name, encoder in self.text_encoders.items()}
-        adapter = sum(parameter.numel() for parameter in adapter_parameters(self.denoiser, "default").values())
+        vae = _tensors(self.vae)
+        [adapter] = self.layers.whole(lambda: [_parameters(adapter_parameters(self.denoiser, "default"))])
         sizes = {
-            "parameters": {self.backbone.part: _parameters(denoiser), "vae": _parameters(vae), **text, "lora": adapter},
+            "parameters": {
+                self.backbone.part: _parameters(self.base),
+                "vae": _parameters(vae),
+                **self.text,
+                "lora": adapter,
+            },
             "itemsize": self.backbone.dtype.itemsize,
-            "denoiser": _bytes(denoiser),
+            "denoiser": _bytes(self.base),
             "vae": _bytes(vae),
-            "text": sum(text.values()) * self.backbone.dtype.itemsize,
+            "text": sum(self.text.values()) * self.backbone.dtype.itemsize,
             "adapter": 4 * adapter,
             "adapters": len(self.algorithm.adapters),
         }
@@ -121,7 +132,7 @@ class Networks:
             sizes["critic_trained"] = 4 * sum(parameter.numel() for parameter in self.critic.trainable)
         return sizes
 
-    def usage(self, counter: Counter, plan: Plan) -> dict[str, Any]:
+    def usage(self, counter: Counter, plan: Plan, alternatives: bool) -> dict[str, Any]:
         """Run the computations and return the fields of `Sizes` that describe them. Checkpointing stays on at the end.
 
         An update is counted at the noise levels of one pass: the losses go through the passes one after the other.
@@ -133,19 +144,28 @@ class Networks:
             inputs = self.inputs(size)
             return counter.measure(lambda: compute(*inputs))
 
+        def through_layers(compute: Callable[..., object], size: int) -> Usage:
+            return Usage(*self.layers.whole(lambda: taken(compute, size)))
+
         def learner(decoded: int) -> LearnerUsage:
             return LearnerUsage(
-                update=taken(self.update, plan.rows_per_pass),
+                update=through_layers(self.update, plan.rows_per_pass),
                 critic=taken(self.train_critic, self.config.algorithm.critic_batch) if self.critic else NOTHING,
                 reward_decode=taken(self.reward_decode, decoded) if self.algorithm.reward_gradient else NOTHING,
             )
 
-        draw, decode = taken(self.draw, plan.chunk), taken(self.decode, plan.chunk)
+        draw, decode = through_layers(self.draw, plan.chunk), taken(self.decode, plan.chunk)
         values = taken(self.values, self.config.algorithm.critic_batch) if self.critic else NOTHING
-        plain = learner(plan.rows_per_pass)
-        self.enable_gradient_checkpointing()
-        checkpointed = learner(1)
-        return {"draw": draw, "decode": decode, "values": values, "plain": plain, "checkpointed": checkpointed}
+        found, checkpointing = (
+            {"draw": draw, "decode": decode, "values": values},
+            self.config.learner.gradient_checkpointing,
+        )
+        if alternatives or not checkpointing:
+            found["plain"] = learner(plan.rows_per_pass)
+        if alternatives or checkpointing:
+            self.enable_gradient_checkpointing()
+            found["checkpointed"] = learner(1)
+        return found
 
     def inputs(self, size: int) -> Inputs:
         """Make the inputs of one computation for `size` images."""

@@ -51,17 +51,25 @@ def meta_backbone(config: BackboneSection, device: str) -> PipelineBackbone:
     return MetaBackbone(config.model_copy(update={"compile": False, "attention": None}), "cpu")
 
 
-def text_encoders(backbone: PipelineBackbone) -> dict[str, torch.nn.Module]:
-    """Build the text encoders that a run loads, by name, on the meta device."""
+def text_parameters(backbone: PipelineBackbone) -> dict[str, int]:
+    """Return the numbers of parameters of the text encoders that a run loads, by name.
+
+    Those of pipelines in published/ are known. Others are built on the meta device, which imports their classes.
+    """
+    encoders = [name for name in backbone.texts if name.startswith("text_encoder") and name not in backbone.unread]
+    known = (backbone.published or {}).get("parameters", {})
+    return {
+        name: known.get(name) or built_parameters(backbone, name)
+        for name in encoders
+        if backbone.index.get(name, (None, None))[0]
+    }
+
+
+def built_parameters(backbone: PipelineBackbone, name: str) -> int:
+    """Count the parameters of a text encoder that is built from its settings."""
     import transformers
 
-    encoders = {}
-    left_out = {name for name, part in backbone.text_parts().items() if part is None}
-    for name in backbone.texts:
-        library, cls = backbone.index.get(name) or (None, None)
-        if not name.startswith("text_encoder") or name in left_out or library is None:
-            continue
-        model = getattr(transformers, cls)
-        with torch.device("meta"):
-            encoders[name] = model(model.config_class.from_dict(backbone.part_config(backbone.network, name)))
-    return encoders
+    model = getattr(transformers, backbone.index[name][1])
+    with torch.device("meta"):
+        built = model(model.config_class.from_dict(backbone.part_config(backbone.network, name)))
+    return sum(parameter.numel() for parameter in built.parameters())

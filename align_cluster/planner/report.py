@@ -65,7 +65,7 @@ class Estimate:
 
 
 def estimate(config: RunConfig, plan: Plan, memory: float | None = None, device_name: str = "") -> Estimate:
-    """Count a run on the GPUs of its plan, with `memory` bytes each, or on CPUs. The largest models take half a minute.
+    """Count a run on the GPUs of its plan, with `memory` bytes each, or on CPUs. That takes seconds of a core.
 
     UserError where the settings of the run's model cannot be read.
     """

@@ -22,12 +22,12 @@ from align_cluster.interrupts import SAID
 DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
 EPILOG = """\
 start here:
-  align-cluster train configs/quickstart.yaml        minutes on two cores, no GPU
+  align-cluster train quickstart                     minutes on two cores, no GPU
   align-cluster sample runs/quickstart --prompt "a photo of a red circle"
 
 Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
 
-PARTS = ["algorithms", "backbones", "prompts", "rewards", "schedules", "steps", "windows"]
+PARTS = ["algorithms", "backbones", "configs", "prompts", "rewards", "schedules", "steps", "windows"]
 
 RESUME = (
     "go on with the newest run of this name that has a checkpoint, or begin one (auto); or with a run directory; or "
@@ -155,6 +155,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that take a run file."""
+    init = add(
+        "init",
+        commands.init,
+        "copy a run file that ships with align-cluster, to start from",
+        "init quickstart --out mine.yaml",
+    )
+    init.add_argument(
+        "name", nargs="?", default="quickstart", metavar="NAME", help="such as quickstart, which is the default"
+    )
+    init.add_argument("--out", type=_path, metavar="FILE", help="file to write (default: NAME.yaml)")
+    init.add_argument("--force", action="store_true", help="write over FILE, and over the schema beside it")
     train = add(
         "train",
         commands.train,
@@ -358,8 +369,8 @@ def _complete(args: argparse.Namespace) -> int:
 
 # Arguments that several commands share, by name: (flags, settings of `add_argument`).
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "config": (("config",), {"metavar": "CONFIG", "help": "run file, such as configs/quickstart.yaml"}),
-    "service": (("config",), {"metavar": "CONFIG", "help": "service file, such as configs/rewards_service.yaml"}),
+    "config": (("config",), {"metavar": "CONFIG", "help": "run file, or the name of a shipped one"}),
+    "service": (("config",), {"metavar": "CONFIG", "help": "service file, or rewards_service"}),
     "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
     "set": (
         ("--set",),

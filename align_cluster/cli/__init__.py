@@ -261,6 +261,8 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="lora (files for diffusers and for ComfyUI), merged (the denoiser) or diffusers (the whole pipeline)",
     )
     export.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to make")
+    export.add_argument("--base-model", metavar="ID", help="the base model's id on the hub, if RUN has a local copy")
+    export.add_argument("--license", metavar="ID", help="id of the base model's licence, such as apache-2.0")
     export.add_argument("--precision", help="of merged weights: fp32 (default), bf16 or fp16")
 
 

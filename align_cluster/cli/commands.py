@@ -184,7 +184,9 @@ def export(args: argparse.Namespace) -> int:
     """Write a run's result for other tools into a new folder."""
     from align_cluster.evaluate.export import export
 
-    export(args.run, args.to, args.out, precision=args.precision, overrides=args.set)
+    names = {"base_model": args.base_model, "license": args.license}
+    for note in export(args.run, args.to, args.out, precision=args.precision, overrides=args.set, **names):
+        print(f"note: {note}", file=sys.stderr)
     print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
     return 0
 

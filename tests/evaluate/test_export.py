@@ -207,7 +207,8 @@ def test_the_code_of_each_card_runs_as_it_stands_where_align_cluster_is_installe
         assert ("ships in align-cluster" in text) == (form != "diffusers")
     lines = (f"exec({code!r}, scope := {{}}); scope['image'].save('{i}.png')" for i, code in enumerate(codes))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-c", "\n".join(lines)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     drawn = [np.asarray(Image.open(tmp_path / f"{i}.png"), dtype=int) for i in range(len(codes))]
     assert all(one.shape == (48, 48, 3) and one.std() > 5 for one in drawn)
     assert np.abs(drawn[1] - drawn[2]).max() == 0  # the merged denoiser is the pipeline's

@@ -331,8 +331,15 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--config", metavar="CONFIG", help="also try whether this run would get its share of the cluster"
     )
     doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip")
-    report = add("report", commands.report, "write a run's report.html again", "report runs/quickstart")
+    report = add(
+        "report",
+        commands.report,
+        "write a run's report.html again, or a page about two runs side by side",
+        "report runs/quickstart\n  align-cluster report runs/quickstart runs/quickstart-2",
+    )
     report.add_argument("run", type=_path, metavar="RUN", help="run folder")
+    report.add_argument("other", type=_path, nargs="?", metavar="RUN2", help="folder of a run to set beside it")
+    report.add_argument("--out", type=_path, metavar="FILE", help="page to write (of two runs: RUN/report-RUN2.html)")
     schema = add(
         "schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json"
     )

@@ -293,10 +293,12 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write a run's report again, and print where it is."""
+    """Write a run's report again, or a page about two runs, and print where it is."""
     from align_cluster.observe.report import write_report
 
-    print(write_report(args.run))
+    runs = [args.run, *([args.other] if args.other else [])]
+    beside = args.run / f"report-{args.other.resolve().name}.html" if args.other else None
+    print(write_report(*runs, out=args.out or beside))
     return 0
 
 

@@ -13,7 +13,7 @@ from align_cluster.observe.grids import save_grid
 from align_cluster.observe.guards import no_score
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
-from align_cluster.observe.table import headline_column, rows, summarise
+from align_cluster.observe.table import by_prompt, headline_column, rows, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.mix import silent
@@ -91,8 +91,9 @@ class Evaluation:
         return self._summarise(step, self._draw(self.chunks))
 
     def _summarise(self, step: int, drawn: list[DrawnChunk]) -> dict:
-        scores = summarise([row for item in drawn for row in rows(item.chunk.prompts, item.scores)])
-        self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
+        images = [row for item in drawn for row in rows(item.chunk.prompts, item.scores)]
+        scores, name = summarise(images), "evaluation" if step else "base"
+        self.metrics.evaluation(step, self.workers.weights.version, name, scores | {"by_prompt": by_prompt(images)})
         return scores
 
     def _draw(self, chunks: list[Chunk]) -> list[DrawnChunk]:

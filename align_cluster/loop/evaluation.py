@@ -93,7 +93,8 @@ class Evaluation:
     def _summarise(self, step: int, drawn: list[DrawnChunk]) -> dict:
         images = [row for item in drawn for row in rows(item.chunk.prompts, item.scores)]
         scores, name = summarise(images), "evaluation" if step else "base"
-        self.metrics.evaluation(step, self.workers.weights.version, name, scores | {"by_prompt": by_prompt(images)})
+        for_report = {"headline": self.headline, "by_prompt": by_prompt(images)}
+        self.metrics.evaluation(step, self.workers.weights.version, name, scores | for_report)
         return scores
 
     def _draw(self, chunks: list[Chunk]) -> list[DrawnChunk]:

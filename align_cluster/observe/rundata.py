@@ -88,7 +88,7 @@ def load(files: RunDir) -> RunData:
         summary=summary,
         before=before,
         after=after,
-        headline=headline_column(summary.get("headline"), list(before.get("overall", {}))),
+        headline=headline_column(summary.get("headline", first.get("headline")), list(before.get("overall", {}))),
         grids=[(step, files.grid(step)) for step in files.grid_steps()],
         grid_prompts=[str(prompt) for prompt in read_json(files.grid_prompts) or []],
         checkpoints=sorted(step for step in kept if step is not None),

@@ -46,7 +46,7 @@ def held_out(progress: float, seed: int) -> dict:
                 }
                 row["reward/clip"] = 0.24 + 0.05 * graded if rng.random() > 0.02 else None
                 rows.append({"task": task, "prompt_id": prompt, **row})
-    return summarise(rows, resamples=300) | {"by_prompt": by_prompt(rows)}
+    return summarise(rows, resamples=300) | {"headline": "reward/geneval/graded", "by_prompt": by_prompt(rows)}
 
 
 def step_values(step: int, steps: int, rng: np.random.Generator) -> dict[str, float]:

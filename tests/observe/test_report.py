@@ -146,7 +146,7 @@ def test_a_run_that_stopped_half_way_has_a_report(make_run):
     text = report(run)[1].text
     assert "1 checkpoint (the last after step 12), and no LoRA yet. It ended with: interrupted. `align-cluster" in text
     assert "goes on from its last checkpoint" in text
-    assert "up to step 10" in page.text and "Time" in page.text and "Provenance" in page.text
+    assert "held-out geneval/graded, up to step 10" in page.text and "Time" in page.text and "Provenance" in page.text
 
 
 def test_each_file_may_be_missing_and_takes_only_its_own_part_along(make_run):

@@ -18,7 +18,7 @@ from align_cluster.evaluate.result import Result
 from align_cluster.files import write_text
 from align_cluster.observe.charts import STAGES, Series, line_chart, smoothing
 from align_cluster.observe.rundata import RunData
-from align_cluster.observe.table import compare, short
+from align_cluster.observe.table import compare, short, within_noise
 from align_cluster.plain import yaml_value
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -47,7 +47,9 @@ def literal(value: object) -> str:
 
 FILTERS = {
     "number": lambda value: "–" if value is None else f"{value:.3f}",
-    "signed": lambda value: "–" if value is None else f"{value:+.3f}",
+    "change": lambda cell: (
+        "–" if cell["change"] is None else f"{cell['change']:+.3f}{' within the noise' * bool(within_noise(cell))}"
+    ),
     "literal": literal,
     "code": code,
     "fence": fence,
@@ -146,7 +148,7 @@ def _copy_grids(folder: Path, run: RunData) -> bool:
     return True
 
 
-def _scores(run: RunData) -> dict[str, dict[str, float | None]]:
+def _scores(run: RunData) -> dict[str, dict[str, Any]]:
     """Return the held-out scores before and after: each column overall, and the headline by task."""
     if not run.headline:
         return {}

@@ -247,11 +247,13 @@ def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _shown(cell: dict[str, float | None] | None) -> tuple[str, str, str]:
+def _shown(cell: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Return both sides and the change as text, whose colour says better or worse where it is no noise."""
     if cell is None:
         return "–", "–", "–"
-    change = cell["change"]
-    if change is None:
-        return _score(cell["before"]), _score(cell["after"]), "–"
-    colour = "green" if change > 0 else "red" if change < 0 else "dim"
-    return _score(cell["before"]), _score(cell["after"]), f"[{colour}]{change:+.3f}[/]"
+    change = "–" if cell["change"] is None else f"{cell['change']:+.3f}"
+    if within_noise(cell):
+        change += " within the noise"
+    elif cell["interval"]:
+        change = f"[{'green' if cell['change'] > 0 else 'red'}]{change}[/]"
+    return _score(cell["before"]), _score(cell["after"]), change

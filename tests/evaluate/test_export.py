@@ -30,6 +30,8 @@ from align_cluster.evaluate.sample import SampleRequest, sample
 from align_cluster.files import write_json, write_text
 from align_cluster.observe.charts import PALETTE
 from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import append_jsonl
+from align_cluster.observe.table import by_prompt, summarise
 from align_cluster.streams import stream
 from align_cluster.types import Prompt
 
@@ -212,6 +214,24 @@ def test_the_code_of_each_card_runs_as_it_stands_where_align_cluster_is_installe
     drawn = [np.asarray(Image.open(tmp_path / f"{i}.png"), dtype=int) for i in range(len(codes))]
     assert all(one.shape == (48, 48, 3) and one.std() > 5 for one in drawn)
     assert np.abs(drawn[1] - drawn[2]).max() == 0  # the merged denoiser is the pipeline's
+
+
+def test_a_card_says_which_change_is_within_the_noise(finished, tmp_path):
+    run = RunDir(shutil.copytree(finished("sd3").path, tmp_path / "run"))
+    run.evaluations.unlink()
+    columns = [("task", "prompt_id", "reward/size", "reward/clip")] * 10
+    sides = [
+        [dict(zip(names, ("a", p, p / 9 + side, (-1) ** (p + side)), strict=True)) for p, names in enumerate(columns)]
+        for side in (0, 1)
+    ]
+    for step, rows in enumerate(sides):
+        append_jsonl(run.evaluations, {"step": step, **summarise(rows), "by_prompt": by_prompt(rows)})
+    before, after = map(summarise, sides)
+    write_json(run.summary, json.loads(run.summary.read_text()) | {"before": before, "after": after})
+    export(run.path, "lora", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| `size` | 0.500 | 1.500 | +1.000 |" in text
+    assert "| `clip` | 0.000 | 0.000 | +0.000 within the noise |" in text
 
 
 HOSTILE = (

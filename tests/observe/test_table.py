@@ -162,3 +162,15 @@ def test_the_comparison_table_signs_the_change():
     before, after = (summarise([row("a", 0, s=value)]) for value in (0.5, 0.4))
     assert "-0.100" in printed(comparison_table(before, after, "s"))
     assert "–" in printed(comparison_table(before, {}, "s"))
+
+
+def test_the_comparison_table_colours_what_is_no_noise():
+    rows = [[row("a", p, s=p / 10 + better, t=p % 2 * better) for p in range(20)] for better in (0, 0.5, -0.5)]
+    old, *new = (evaluated(side) for side in rows)
+    console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system="standard")
+    for side, colour, change in zip(new, ("32", "31"), ("+0.500", "-0.500"), strict=True):
+        console.print(comparison_table(old, side, "s"))
+        assert f"\x1b[{colour}m{change}\x1b[0m" in console.file.getvalue()
+    new[0]["by_prompt"]["a"]["s"] = {p: s - 0.5 for p, s in new[0]["by_prompt"]["a"]["s"].items()}
+    assert "+0.500 within the noise" in printed(comparison_table(old, new[0], "s"))
+    assert "within" not in printed(comparison_table(summarise(rows[0]), summarise(rows[1]), "s"))

@@ -5,7 +5,7 @@ This file decides what the page says, `panels.py` makes its curves and pictures,
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,24 +27,6 @@ GRIDS = 9  # sample grids that a page shows of a run at most, spread from the fi
 FIRST = ("group/", "images/", "advantage/", "slas/", "explore/", "train/", "lr")  # order of the metrics of an update
 ELSEWHERE = ("reward/", "time/", "throughput/", "weights/", "scoring/")  # metrics that other sections show
 SPEED = "/images_per_s"  # how the speed of a reward ends, which stands among its scores
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Holds the held-out scores of two sides: before and after one run, or the last ones of two runs.
-
-    `cells` are those of `observe.table.compare`, and `change` is what their change is called. `interval` is that of the
-    right side's headline; `scale` holds the ends of the bars' axis.
-    """
-
-    change: str
-    labels: tuple[str, str]
-    colours: tuple[str, str]
-    column: str
-    cells: dict[str, Any]
-    interval: list[float] | None
-    count: int | None
-    scale: tuple[float, float]
 
 
 def write_report(*folders: Path | str, out: Path | None = None) -> Path:
@@ -113,16 +95,10 @@ def _unfinished(run: RunData) -> str:
     """Say what a run that has not finished has, and how it goes on."""
     if not run.rows and not run.evaluations:
         return "No step and no evaluation is finished yet."
-    steps = [record["step"] for record in run.evaluations]
-    kinds = {
-        "held-out evaluation": steps,
-        "sample grid": [step for step, _ in run.grids],
-        "checkpoint": run.checkpoints,
-    }
+    evaluated, drawn = [record["step"] for record in run.evaluations], [step for step, _ in run.grids]
     parts = [counted(len(run.rows), "training step")]
-    parts += [
-        f"{counted(len(steps), kind)} (the last after step {steps[-1]})" for kind, steps in kinds.items() if steps
-    ]
+    for kind, at in (("held-out evaluation", evaluated), ("sample grid", drawn), ("checkpoint", run.checkpoints)):
+        parts += [f"{counted(len(at), kind)} (the last after step {at[-1]})"] if at else []
     ended = f" It ended with: {run.error}." if run.error else ""
     on = " `align-cluster train CONFIG --resume RUN` goes on from its last checkpoint." if run.checkpoints else ""
     return f"There are {', '.join(parts)}, and no LoRA yet.{ended}{on}"
@@ -166,24 +142,34 @@ def _headline(run: RunData) -> tuple[str, str, str]:
     return label, f"{cell['before']:.3f} → {cell['after']:.3f} ({cell['change']:+.3f})", note
 
 
-def _scores(runs: list[RunData]) -> Scores | None:
-    """Return the held-out scores of both sides. Runs on different held-out prompts are not paired by prompt."""
-    change, labels, colours, sides = "change", ("before", "after"), ("muted", "accent"), [runs[0].before, runs[0].after]
-    if len(runs) > 1:
-        change = "difference"
-        labels, colours, sides = tuple(run.name for run in runs), COLOURS, [run.after or run.before for run in runs]
-        first, second = (run.config.get("evaluate", {}).get("prompts") for run in runs)
-        if first != second:
-            sides = [side | {"by_prompt": {}} for side in sides]
+def _scores(runs: list[RunData]) -> dict[str, Any] | None:
+    """Return the held-out scores of two sides: before and after one run, or the last ones of two runs.
+
+    Runs on different held-out prompts are not paired by prompt. `interval` is that of the right side's headline, and
+    `scale` holds the ends of the bars' axis.
+    """
     column = runs[0].headline
     if not column:
         return None
+    change, labels, colours, sides = "change", ("before", "after"), ("muted", "accent"), [runs[0].before, runs[0].after]
+    if len(runs) > 1:
+        change, labels, colours = "difference", [run.name for run in runs], COLOURS
+        sides = [run.after or run.before for run in runs]
+        first, second = (run.config.get("evaluate", {}).get("prompts") for run in runs)
+        if first != second:
+            sides = [side | {"by_prompt": {}} for side in sides]
     means = [means for side in sides for means in (side.get("overall", {}), *side.get("tasks", {}).values())]
     values = [0.0, *(one[column] for one in means if one.get(column) is not None)]
-    scale = (0.0, 1.0) if all(0 <= value <= 1 for value in values) else (min(values), max(values))
-    interval = sides[1].get("interval", {}).get(column)
-    count = sides[1].get("count") or sides[0].get("count")
-    return Scores(change, labels, colours, column, compare(*sides), interval, count, scale)
+    return {
+        "column": column,
+        "change": change,
+        "labels": labels,
+        "colours": colours,
+        "cells": compare(*sides),
+        "interval": sides[1].get("interval", {}).get(column),
+        "count": sides[1].get("count") or sides[0].get("count"),
+        "scale": (0.0, 1.0) if all(0 <= value <= 1 for value in values) else (min(values), max(values)),
+    }
 
 
 def _strips(runs: list[RunData]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

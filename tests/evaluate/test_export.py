@@ -200,6 +200,7 @@ def embedded_run(lora, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_code_of_each_card_runs_as_it_stands_where_align_cluster_is_installed(embedded_run, tmp_path):
     codes = []
     for form in FORMS:

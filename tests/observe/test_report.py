@@ -51,6 +51,12 @@ def report(run: RunDir) -> tuple[str, Page]:
     return html, Page(html)
 
 
+def without_curves(run: RunDir) -> RunDir:
+    """The run without the numbers of its steps, whose charts take most of a page's time."""
+    run.metrics.unlink()
+    return run
+
+
 def test_a_finished_run_shows_its_figures(make_run):
     html, page = report(make_run(steps=20))
     for part in ("quickstart", "finished", "5:04", "4,800", "15.8", "xxh3:9f2c41d07be5a813", "self-check", "2.13.0"):
@@ -72,7 +78,7 @@ def test_a_finished_run_shows_its_figures(make_run):
 
 def test_a_change_inside_of_its_noise_is_no_finding(make_run):
     """Two tasks get better in the fixture's run, and two stay where they were, but for noise."""
-    run = make_run(steps=20)
+    run = without_curves(make_run(steps=20))
     records = [json.loads(line) for line in run.evaluations.read_text().splitlines()]
     summary = json.loads(run.summary.read_text())
     rng, column = np.random.default_rng(0), "reward/geneval/graded"
@@ -220,7 +226,7 @@ def test_a_folder_without_a_run_is_left_as_it_is(tmp_path, capsys):
 
 
 def test_grids_of_every_stage_are_in_a_strip_without_a_script(make_run):
-    run = make_run(steps=30)
+    run = without_curves(make_run(steps=30))
     html, page = report(run)
     assert "before base model after step 10 step 20 step 30" in page.text
     chosen = [attributes for tag, attributes in page.tags if tag == "input"]
@@ -231,7 +237,7 @@ def test_grids_of_every_stage_are_in_a_strip_without_a_script(make_run):
 
 
 def test_a_long_run_shows_some_grids_from_the_first_to_the_last(make_run):
-    run = make_run(steps=2)
+    run = without_curves(make_run(steps=2))
     for step in range(1, 40):
         run.grid(step).write_bytes(run.grid(0).read_bytes())
     html, page = report(run)
@@ -256,7 +262,7 @@ def test_two_runs_stand_side_by_side(make_run, tmp_path, capsys):
 
 
 def test_runs_on_other_held_out_prompts_are_not_paired(make_run):
-    runs = [make_run("one", steps=20), make_run("two", steps=20)]
+    runs = [without_curves(make_run(name, steps=20)) for name in ("one", "two")]
     out = runs[0].path / "both.html"
     assert "within the noise" in write_report(*(run.path for run in runs), out=out).read_text()  # the same scores
     write_text(runs[1].config, runs[1].config.read_text() + "evaluate: {prompts: {kind: txt, path: other.txt}}\n")
@@ -265,7 +271,7 @@ def test_runs_on_other_held_out_prompts_are_not_paired(make_run):
 
 
 def test_two_runs_of_one_name_are_told_apart_by_their_folders(make_run, tmp_path):
-    first, second = make_run("one", steps=3), make_run("two", steps=3)
+    first, second = (without_curves(make_run(name, steps=3)) for name in ("one", "two"))
     (tmp_path / "b").mkdir()
     second.path.rename(tmp_path / "b" / "one")
     text = write_report(first.path, tmp_path / "b" / "one", out=tmp_path / "both.html").read_text()

@@ -116,8 +116,9 @@ def front_matter(form: str, config: RunConfig, licence: dict[str, str]) -> dict[
 
 def licence_of(backbone: PipelineBackbone, given: str | None = None) -> dict[str, str]:
     """Return the hub's metadata of a licence: the `given` one, else the base's as its own card names it, or `other`."""
-    if given and given != "other":
-        return {"license": given}
+    other = {"license": "other", "license_name": "as-the-base-model"}
+    if given:
+        return other if given == "other" else {"license": given}
     if backbone.config.path == "embedded":
         return {"license": "apache-2.0"}
     card = Path(backbone.source) / "README.md"
@@ -126,7 +127,7 @@ def licence_of(backbone: PipelineBackbone, given: str | None = None) -> dict[str
     with suppress(UserError):  # a card that nobody can read names no licence
         known = yaml_value(front[1], str(card)) if front else {}
     named = {key: str(known[key]) for key in ("license", "license_name", "license_link") if key in (known or {})}
-    return named if "license" in named else {"license": "other", "license_name": "as-the-base-model"}
+    return named if "license" in named else other
 
 
 def _what(result: Result, form: str) -> str:

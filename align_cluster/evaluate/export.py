@@ -61,7 +61,7 @@ def export(
     notes, base = [], result.config.backbone.path
     if base != "embedded" and not re.fullmatch(HUB_ID, base):
         notes.append(f"the card calls the base model {base}, as its folder here; add --base-model, its id on the hub")
-    if licence["license"] == "other" and "license_link" not in licence:
+    if not license and licence["license"] == "other" and "license_link" not in licence:
         notes.append("the card does not name the base model's licence; add --license, such as --license apache-2.0")
     return notes
 

@@ -1,6 +1,7 @@
 """The result of a finished run: its LoRA, and what is known of it."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "file:")) else value
+    return Path(value).name if isinstance(value, str) and re.match(r"/|~\w*/|file:/", value) else value
 
 
 def read_result(run: Path, overrides: Sequence[str] = ()) -> Result:

@@ -185,6 +185,8 @@ def test_a_local_base_gets_the_names_that_are_given_for_it(finished, tmp_path, c
     assert main([*command, *named]) == 0 and capsys.readouterr().err == ""
     text = (tmp_path / "named" / "README.md").read_text()
     assert "base_model: acme/tiny\nbase_model_relation: adapter\n" in text and "license: cc-by-nc-sa-4.0\n" in text
+    assert main([*command, "--license", "other", "--out", str(tmp_path / "other")]) == 0
+    assert "licence" not in capsys.readouterr().err
     assert "under its licence: `cc-by-nc-sa-4.0`" in text and 'base = "acme/tiny"  # its id on the hub' in text
     assert tensors(tmp_path / "named" / "pytorch_lora_weights.safetensors")[1]["base_model"] == "acme/tiny"
 

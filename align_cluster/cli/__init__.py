@@ -22,12 +22,12 @@ from align_cluster.interrupts import SAID
 DESCRIPTION = "Align text-to-image models with rewards, on a laptop or on a Ray cluster."
 EPILOG = """\
 start here:
-  align-cluster train configs/quickstart.yaml        minutes on two cores, no GPU
+  align-cluster train quickstart                     minutes on two cores, no GPU
   align-cluster sample runs/quickstart --prompt "a photo of a red circle"
 
 Every command explains itself: align-cluster train --help. Mistakes in a run file are reported in one line each."""
 
-PARTS = ["algorithms", "backbones", "prompts", "rewards", "schedules", "steps", "windows"]
+PARTS = ["algorithms", "backbones", "configs", "prompts", "rewards", "schedules", "steps", "windows"]
 
 RESUME = (
     "go on with the newest run of this name that has a checkpoint, or begin one (auto); or with a run directory; or "
@@ -155,6 +155,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_planning(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that take a run file."""
+    init = add(
+        "init",
+        commands.init,
+        "copy a run file that ships with align-cluster, to start from",
+        "init quickstart --out mine.yaml",
+    )
+    init.add_argument(
+        "name", nargs="?", default="quickstart", metavar="NAME", help="such as quickstart, which is the default"
+    )
+    init.add_argument("--out", type=_path, metavar="FILE", help="file to write (default: NAME.yaml)")
+    init.add_argument("--force", action="store_true", help="write over FILE, and over the schema beside it")
     train = add(
         "train",
         commands.train,
@@ -250,6 +261,8 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="lora (files for diffusers and for ComfyUI), merged (the denoiser) or diffusers (the whole pipeline)",
     )
     export.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to make")
+    export.add_argument("--base-model", metavar="ID", help="the base model's id on the hub, if RUN has a local copy")
+    export.add_argument("--license", metavar="ID", help="id of the base model's licence, such as apache-2.0")
     export.add_argument("--precision", help="of merged weights: fp32 (default), bf16 or fp16")
 
 
@@ -318,8 +331,15 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--config", metavar="CONFIG", help="also try whether this run would get its share of the cluster"
     )
     doctor.add_argument("--quick", action="store_true", help="skip the weight-sync round trip")
-    report = add("report", commands.report, "write a run's report.html again", "report runs/quickstart")
+    report = add(
+        "report",
+        commands.report,
+        "write a run's report.html again, or a page about two runs side by side",
+        "report runs/quickstart\n  align-cluster report runs/quickstart runs/quickstart-2",
+    )
     report.add_argument("run", type=_path, metavar="RUN", help="run folder")
+    report.add_argument("other", type=_path, nargs="?", metavar="RUN2", help="folder of a run to set beside it")
+    report.add_argument("--out", type=_path, metavar="FILE", help="page to write (of two runs: RUN/report-RUN2.html)")
     schema = add(
         "schema", commands.schema, "print the JSON schema of run files, for editors", "schema > run.schema.json"
     )
@@ -358,8 +378,8 @@ def _complete(args: argparse.Namespace) -> int:
 
 # Arguments that several commands share, by name: (flags, settings of `add_argument`).
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "config": (("config",), {"metavar": "CONFIG", "help": "run file, such as configs/quickstart.yaml"}),
-    "service": (("config",), {"metavar": "CONFIG", "help": "service file, such as configs/rewards_service.yaml"}),
+    "config": (("config",), {"metavar": "CONFIG", "help": "run file, or the name of a shipped one"}),
+    "service": (("config",), {"metavar": "CONFIG", "help": "service file, or rewards_service"}),
     "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
     "set": (
         ("--set",),

@@ -5,6 +5,7 @@ Everything heavy is imported inside the functions, so that `align-cluster --help
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -55,6 +56,16 @@ def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
     lora = args.lora or (target if target.is_dir() and not args.base else None)
     file = RunDir(target).config if target.is_dir() else target
     return Source(load(file, overrides), find_lora(lora) if lora else None, file.parent)
+
+
+def init(args: argparse.Namespace) -> int:
+    """Copy a shipped run file or service file, and say how to go on."""
+    from align_cluster.config.shipped import copy
+
+    out = args.out or Path(f"{args.name}.yaml")
+    command = "serve-rewards" if copy(args.name, out, args.force) else "train"
+    print(f"{out} is a copy of {args.name}: change it, then `align-cluster {command} {shlex.quote(str(out))}`")
+    return 0
 
 
 def train(args: argparse.Namespace) -> int:
@@ -173,7 +184,9 @@ def export(args: argparse.Namespace) -> int:
     """Write a run's result for other tools into a new folder."""
     from align_cluster.evaluate.export import export
 
-    export(args.run, args.to, args.out, precision=args.precision, overrides=args.set)
+    names = {"base_model": args.base_model, "license": args.license}
+    for note in export(args.run, args.to, args.out, precision=args.precision, overrides=args.set, **names):
+        print(f"note: {note}", file=sys.stderr)
     print(f"{args.to} in {args.out}, described in {args.out / 'README.md'}")
     return 0
 
@@ -280,10 +293,12 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write a run's report again, and print where it is."""
+    """Write a run's report again, or a page about two runs, and print where it is."""
     from align_cluster.observe.report import write_report
 
-    print(write_report(args.run))
+    runs = [args.run, *([args.other] if args.other else [])]
+    beside = args.run / f"report-{args.other.resolve().name}.html" if args.other else None
+    print(write_report(*runs, out=args.out or beside))
     return 0
 
 
@@ -308,10 +323,11 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def list_kinds(args: argparse.Namespace) -> int:
-    """Print the kinds of one part with a line about each."""
+    """Print the kinds of one part, or the shipped run files, with a line about each."""
     from align_cluster.algorithms import ALGORITHMS
     from align_cluster.backbones import BACKBONES
-    from align_cluster.config.reference import kinds
+    from align_cluster.config.reference import columns, kinds
+    from align_cluster.config.shipped import summaries
     from align_cluster.prompts import PROMPTS
     from align_cluster.rewards import REWARDS
     from align_cluster.rollouts.schedule import SCHEDULES
@@ -320,5 +336,5 @@ def list_kinds(args: argparse.Namespace) -> int:
 
     parts = {"algorithms": ALGORITHMS, "backbones": BACKBONES, "prompts": PROMPTS, "rewards": REWARDS}
     parts |= {"schedules": SCHEDULES, "steps": STEPS, "windows": WINDOWS}
-    print(kinds(parts[args.part]))
+    print(columns(summaries()) if args.part == "configs" else kinds(parts[args.part]))
     return 0

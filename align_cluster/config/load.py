@@ -3,7 +3,6 @@
 Every mistake becomes one line that names the file or override, the dotted path, and what to write instead.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -17,8 +16,9 @@ from pydantic import ValidationError
 
 from align_cluster.config.messages import explain, short
 from align_cluster.config.run import RunConfig
+from align_cluster.config.shipped import find, nearest
 from align_cluster.errors import UserError
-from align_cluster.files import read_text, user_path
+from align_cluster.files import read_text
 from align_cluster.plain import MAX_CHARACTERS, MAX_DEPTH, yaml_value
 from align_cluster.settings import Root
 
@@ -47,14 +47,14 @@ _Dumper.add_implicit_resolver(
 def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] = RunConfig) -> Settings:
     """Read a file of settings and apply `a.b=value` overrides, whose values are YAML.
 
-    UserError lists every mistake, one a line.
+    Where there is no file `path`, the shipped one of that name is read. UserError lists every mistake, one a line.
     """
-    file = user_path(path)
+    file = find(path)
     try:
         text = read_text(file, MAX_CHARACTERS)
     except FileNotFoundError:
-        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], n=1)
-        hint = f"did you mean {file.parent / near[0]}?" if near else f"give the path of a file such as {model.sample}"
+        near = nearest(file)
+        hint = f"did you mean {near}?" if near else f"give the path of a file such as {model.sample}"
         raise UserError(f"{path} does not exist; {hint}") from None
     return loads(text, str(path), overrides, model)
 

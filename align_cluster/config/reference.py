@@ -164,6 +164,11 @@ def _described(block: type[Section]) -> Iterator[str]:
 
 def kinds(classes: Mapping[str, type]) -> str:
     """Return a line for each kind of a folder's dict: its name, and the first sentence about it."""
-    width = max(map(len, classes))
     first = {kind: inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0] for kind, cls in classes.items()}
-    return "\n".join(f"{kind:<{width}}  {' '.join(text.split())}" for kind, text in first.items())
+    return columns({kind: " ".join(text.split()) for kind, text in first.items()})
+
+
+def columns(rows: Mapping[str, str]) -> str:
+    """Return a line for each name and what is said about it."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())

@@ -18,10 +18,11 @@ from align_cluster.evaluate.result import Result
 from align_cluster.files import write_text
 from align_cluster.observe.charts import STAGES, Series, line_chart, smoothing
 from align_cluster.observe.rundata import RunData
-from align_cluster.observe.table import compare, short
+from align_cluster.observe.table import compare, short, within_noise
 from align_cluster.plain import yaml_value
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
+HUB_ID = r"[\w.-]+/[\w.-]+"  # what the hub calls a model
 # What the code of a card was tried with. torch and torchvision belong together: torchvision has compiled operators.
 NEEDS = ("torch==2.13.0", "torchvision==0.28.0", "diffusers==0.42.1", "peft==0.21.2", "transformers>=5.23,<6")
 
@@ -46,23 +47,24 @@ def literal(value: object) -> str:
 
 FILTERS = {
     "number": lambda value: "–" if value is None else f"{value:.3f}",
-    "signed": lambda value: "–" if value is None else f"{value:+.3f}",
+    "change": lambda cell: (
+        "–" if cell["change"] is None else f"{cell['change']:+.3f}{' within the noise' * bool(within_noise(cell))}"
+    ),
     "literal": literal,
     "code": code,
     "fence": fence,
 }
 
 
-def write_card(result: Result, folder: Path, *, form: str, title: str) -> None:
+def write_card(result: Result, folder: Path, *, form: str, title: str, licence: dict[str, str]) -> None:
     """Write README.md about the `form` of a result in `folder`, which will be called `title` in the end.
 
     before.png, after.png and reward.svg stand beside it where the run has what they show. The code in it draws one
     image in stock diffusers with the settings of the run's evaluation.
     """
     run, config, backbone = result.run, result.config, result.backbone
-    licence = base_licence(backbone)
     steps = config.evaluate.steps or config.rollout.steps
-    parts = ["folder" if form == "diffusers" else literal(backbone.source)]
+    parts = ["folder" if form == "diffusers" else "base"]
     parts += [f"{name}=None" for name in backbone.unread]
     classes = ["DDIMScheduler"] * (not backbone.flow) + ["DiffusionPipeline"]
     if form == "merged":
@@ -99,14 +101,9 @@ def comfyui_name(run: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', run)}_comfyui.safetensors"
 
 
-def hub_id(path: str) -> str | None:
-    """Return a backbone's path where it names a model of the hub, and None where it is a folder."""
-    return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else None
-
-
 def front_matter(form: str, config: RunConfig, licence: dict[str, str]) -> dict[str, Any]:
     """Return the hub's metadata. A base that is a local folder is left out, because the hub knows ids alone."""
-    base = hub_id(config.backbone.path)
+    base = config.backbone.path if re.fullmatch(HUB_ID, config.backbone.path) else None
     relation = "adapter" if form == "lora" else "finetune"
     return {
         **({"base_model": base, "base_model_relation": relation} if base else {}),
@@ -117,8 +114,11 @@ def front_matter(form: str, config: RunConfig, licence: dict[str, str]) -> dict[
     }
 
 
-def base_licence(backbone: PipelineBackbone) -> dict[str, str]:
-    """Return the base model's licence as its own card names it, else `other`."""
+def licence_of(backbone: PipelineBackbone, given: str | None = None) -> dict[str, str]:
+    """Return the hub's metadata of a licence: the `given` one, else the base's as its own card names it, or `other`."""
+    other = {"license": "other", "license_name": "as-the-base-model"}
+    if given:
+        return other if given == "other" else {"license": given}
     if backbone.config.path == "embedded":
         return {"license": "apache-2.0"}
     card = Path(backbone.source) / "README.md"
@@ -127,7 +127,7 @@ def base_licence(backbone: PipelineBackbone) -> dict[str, str]:
     with suppress(UserError):  # a card that nobody can read names no licence
         known = yaml_value(front[1], str(card)) if front else {}
     named = {key: str(known[key]) for key in ("license", "license_name", "license_link") if key in (known or {})}
-    return named if "license" in named else {"license": "other", "license_name": "as-the-base-model"}
+    return named if "license" in named else other
 
 
 def _what(result: Result, form: str) -> str:
@@ -149,7 +149,7 @@ def _copy_grids(folder: Path, run: RunData) -> bool:
     return True
 
 
-def _scores(run: RunData) -> dict[str, dict[str, float | None]]:
+def _scores(run: RunData) -> dict[str, dict[str, Any]]:
     """Return the held-out scores before and after: each column overall, and the headline by task."""
     if not run.headline:
         return {}

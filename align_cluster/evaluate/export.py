@@ -1,7 +1,9 @@
 """A run's result for other tools: a LoRA file, a merged denoiser or a whole pipeline folder, each with a model card."""
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
-from align_cluster.evaluate.card import comfyui_name, write_card
+from align_cluster.evaluate.card import HUB_ID, comfyui_name, licence_of, write_card
 from align_cluster.evaluate.lora import Lora, bind
-from align_cluster.evaluate.result import Result, read_result
+from align_cluster.evaluate.result import Result, public, read_result
 from align_cluster.files import new_folder, save_tensors, write_text
 from align_cluster.machine import cores
 from align_cluster.observe.rundir import RunDir
@@ -21,12 +23,23 @@ from align_cluster.rollouts.sampler import Sampler
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(run: Path, form: str, out: Path, *, precision: str | None = None, overrides: Sequence[str] = ()) -> None:
+def export(
+    run: Path,
+    form: str,
+    out: Path,
+    *,
+    precision: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[str]:
     """Write the result of the run folder `run` as `form` (a key of FORMS) into the new folder `out`.
 
-    `precision` is that of merged weights, fp32 by default. `overrides` change settings of the run, such as a
-    backbone.path that has moved. Raises UserError for an unknown form or precision, for a run that has not finished,
-    and for a LoRA that does not fit the base model; after any error there is no folder.
+    `precision` is that of merged weights, fp32 by default. `base_model` is the hub's id of the base model, for a run on
+    a local copy, and `license` the hub's id of its licence; what is written names no folder of this machine.
+    `overrides` change settings of the run, such as a backbone.path that has moved. Returns notes on what the card could
+    not say. Raises UserError for an unknown form or precision, for what is no id, for a run that has not finished, and
+    for a LoRA that does not fit the base model; after any error there is no folder.
     """
     if form not in FORMS:
         raise UserError(f"--to {form} is no form of a result; choose {', '.join(FORMS)}")
@@ -34,11 +47,23 @@ def export(run: Path, form: str, out: Path, *, precision: str | None = None, ove
         raise UserError("--precision is of merged weights, and a LoRA file is always fp32; leave it out with --to lora")
     if precision and precision not in PRECISIONS:
         raise UserError(f"--precision {precision} is not there; choose {', '.join(PRECISIONS)}")
+    if base_model and not re.fullmatch(HUB_ID, base_model):
+        raise UserError(f"--base-model {base_model!r} is no id of the hub; write it as OWNER/NAME")
+    if license and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
+        raise UserError(f"--license {license!r} is no id of the hub; write it as the hub does, such as apache-2.0")
     with new_folder(out) as folder:
         result = read_result(run, overrides)
+        result = replace(result, config=public(result.config, base_model))
+        licence = licence_of(result.backbone, license)
         FORMS[form](result, folder, PRECISIONS[precision or "fp32"])
         write_text(RunDir(folder).config, dump(result.config))
-        write_card(result, folder, form=form, title=out.name)
+        write_card(result, folder, form=form, title=out.name, licence=licence)
+    notes, base = [], result.config.backbone.path
+    if base != "embedded" and not re.fullmatch(HUB_ID, base):
+        notes.append(f"the card calls the base model {base}, as its folder here; add --base-model, its id on the hub")
+    if not license and licence["license"] == "other" and "license_link" not in licence:
+        notes.append("the card does not name the base model's licence; add --license, such as --license apache-2.0")
+    return notes
 
 
 def write_lora(result: Result, folder: Path, dtype: torch.dtype) -> None:
@@ -77,7 +102,9 @@ def merge(result: Result, dtype: torch.dtype) -> Any:
 
 def write_merged(result: Result, folder: Path, dtype: torch.dtype) -> None:
     """Write the merged denoiser as its class's `from_pretrained` reads it."""
-    merge(result, dtype).save_pretrained(folder)
+    denoiser = merge(result, dtype)
+    denoiser.register_to_config(_name_or_path=result.config.backbone.path)  # else the folder that it was read from
+    denoiser.save_pretrained(folder)
 
 
 def write_pipeline(result: Result, folder: Path, dtype: torch.dtype) -> None:

@@ -1,9 +1,11 @@
 """The result of a finished run: its LoRA, and what is known of it."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align_cluster import __version__
 from align_cluster.backbones import BACKBONES
@@ -12,6 +14,7 @@ from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.evaluate.lora import Lora, check_fits, read_lora
+from align_cluster.files import user_path
 from align_cluster.observe import rundata
 from align_cluster.observe.rundata import RunData
 from align_cluster.observe.rundir import RunDir
@@ -44,6 +47,23 @@ class Result:
             **{f"reward_{side}": json.dumps(scores) for side, scores in rewards.items()},
             "align_cluster": __version__,
         }
+
+
+def public(config: RunConfig, base_model: str | None = None) -> RunConfig:
+    """Return settings that others may read: the base model by its id, if given, and no folder but by its last name."""
+    path, folder = config.backbone.path, user_path(config.backbone.path)
+    base = base_model or (folder.resolve().name if path != "embedded" and folder.is_dir() else path)
+    data = _without_folders(config.model_dump(mode="json"))
+    return RunConfig.model_validate(data | {"backbone": data["backbone"] | {"path": base}})
+
+
+def _without_folders(value: Any) -> Any:
+    """Replace every absolute path by its last name, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and re.match(r"/|~\w*/|file:/", value) else value
 
 
 def read_result(run: Path, overrides: Sequence[str] = ()) -> Result:

@@ -15,7 +15,7 @@ from align_cluster.observe.grids import save_grid
 from align_cluster.observe.guards import no_score
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
-from align_cluster.observe.table import headline_column, rows, summarise
+from align_cluster.observe.table import by_prompt, headline_column, rows, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.mix import silent
@@ -99,11 +99,13 @@ class Evaluation:
         scored = [item for item in drawn if item.chunk.number < len(self.chunks)]
         scores = {}
         if scored:
-            scores = summarise([row for item in scored for row in rows(item.chunk.prompts, item.scores)])
-            self.metrics.evaluation(step, self.workers.weights.version, "evaluation" if step else "base", scores)
+            images = [row for item in scored for row in rows(item.chunk.prompts, item.scores)]
+            scores, adapter = summarise(images), "evaluation" if step else "base"
+            facts = {"headline": self.headline, "by_prompt": by_prompt(images)}
+            self.metrics.evaluation(step, self.workers.weights.version, adapter, scores | facts)
         if shown := drawn[len(scored) :]:
-            images = self.workers.rollouts.images(shown)
-            save_grid(images, self.settings.grid_columns, self.run_dir.grid(step), self.captions)
+            pictures = self.workers.rollouts.images(shown)
+            save_grid(pictures, self.settings.grid_columns, self.run_dir.grid(step), self.captions)
         return scores
 
 

@@ -84,7 +84,7 @@ def line_chart(
     from_zero: bool = False,
     y_label: str = "",
 ) -> str:
-    """Draw lines over steps; several lines have a legend at their right.
+    """Draw lines over steps; several lines with labels have a legend at their right.
 
     `smooth` > 1 draws each point faintly and the mean of the last `smooth` points boldly. `ys` fixes the y range;
     `from_zero` lets it begin at 0 unless there are negative values.
@@ -106,10 +106,11 @@ def line_chart(
             axes.set_ylim(*ys)
         elif from_zero and axes.dataLim.ymin >= 0:
             axes.set_ylim(bottom=0)
-        if len(series) > 1:
+        if legend:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1.04))
 
-    legend = max(len(one.label) for one in series) * 5.5 + 30 if len(series) > 1 else 0
+    longest = max(len(one.label) for one in series)
+    legend = longest * 5.5 + 30 if len(series) > 1 and longest else 0
     return _draw(paint, size, "step", y_label, legend)
 
 

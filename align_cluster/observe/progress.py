@@ -14,6 +14,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from align_cluster.observe.rundata import load
+from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.table import comparison_table, headline_column, short
 
 SHOWN_REWARDS = 3  # rewards that fit into one line of a terminal
@@ -146,6 +148,9 @@ def table(summary: dict[str, Any], run_dir: Path | None = None) -> Table:
     """
     outer = Table.grid(padding=(0, 0, 1, 0))
     before, after = summary.get("before") or {}, summary.get("after") or {}
+    if run_dir and RunDir(run_dir).holds_a_run():  # its evaluations also say what is within the noise
+        run = load(RunDir(run_dir))
+        before, after = run.before, run.after
     column = headline_column(summary.get("headline"), list(before.get("overall", {})))
     if column:
         title = f"held-out {short(column)}"

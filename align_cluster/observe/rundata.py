@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align_cluster.checkpoint.store import MANIFEST, step_of
 from align_cluster.errors import UserError
 from align_cluster.files import read_json, read_text
 from align_cluster.observe.charts import Point
@@ -19,7 +20,8 @@ class RunData:
     """The content of a run's files. Everything but `name` may be missing.
 
     `rows` and `evaluations` hold one record a step, in order. `before` and `after` are the held-out scores of the base
-    model and of the last evaluation, as `observe.table.summarise` returns them; `headline` is the column to show first.
+    model and of the last evaluation, as `observe.table.summarise` returns them, with `by_prompt` where the run has it;
+    `headline` is the column to show first. `checkpoints` are the steps of those in the run directory.
     """
 
     name: str
@@ -33,6 +35,8 @@ class RunData:
     headline: str | None = None
     grids: list[tuple[int, Path]] = field(default_factory=list)
     grid_prompts: list[str] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    error: str | None = None
 
     def points(self, metric: str) -> list[Point]:
         """Return (step, value) of every step that wrote `metric`."""
@@ -71,8 +75,9 @@ def load(files: RunDir) -> RunData:
         )
     summary = read_json(files.summary) or {}
     evaluations = _last_of_each_step(read_jsonl(files.evaluations))
-    before = summary.get("before") or (evaluations[0] if evaluations else {})
-    after = summary.get("after") or (evaluations[-1] if len(evaluations) > 1 else {})
+    first, last = (evaluations or [{}])[0], (evaluations[1:] or [{}])[-1]
+    before, after = _fuller(summary.get("before"), first), _fuller(summary.get("after"), last)
+    kept = [step_of(path.parent.name) for path in files.checkpoints.glob(f"*/{MANIFEST}")]
     config_text = read_text(files.config, MAX_CHARACTERS) if files.config.exists() else ""
     return RunData(
         name=str(summary.get("name", files.path.resolve().name)),
@@ -83,10 +88,17 @@ def load(files: RunDir) -> RunData:
         summary=summary,
         before=before,
         after=after,
-        headline=headline_column(summary.get("headline"), list(before.get("overall", {}))),
+        headline=headline_column(summary.get("headline", first.get("headline")), list(before.get("overall", {}))),
         grids=[(step, files.grid(step)) for step in files.grid_steps()],
         grid_prompts=[str(prompt) for prompt in read_json(files.grid_prompts) or []],
+        checkpoints=sorted(step for step in kept if step is not None),
+        error=(read_json(files.state) or {}).get("error"),
     )
+
+
+def _fuller(told: dict[str, Any] | None, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the summary's scores, or the record of the same evaluation, which also has the scores by prompt."""
+    return told if told and told.get("overall") != record.get("overall") else record
 
 
 def _last_of_each_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

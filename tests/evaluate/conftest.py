@@ -51,13 +51,13 @@ def finished(tiny_pipeline: Callable[[str], Path], tmp_path_factory: pytest.Temp
         backbone = case.backbone(lora={"rank": 3, "alpha": 6})
         denoiser = add_adapters(backbone, backbone.load_denoiser(), ("default",)).eval()
         backbone.save_lora(random_state(denoiser, 0.2), run.lora)
-        _record(run, config_hash(config))
+        record(run, config_hash(config))
         return Finished(case, run.path, backbone, denoiser)
 
     return make
 
 
-def _record(run: RunDir, digest: str) -> None:
+def record(run: RunDir, digest: str) -> None:
     """Steps, grids and evaluations of a run."""
     rows = [{"task": "colors", "prompt_id": 0, "reward/size": -2.0}, {"task": "a|b", "prompt_id": 1, "reward/size": -1}]
     before, after = summarise(rows), summarise([row | {"reward/size": row["reward/size"] / 2} for row in rows])

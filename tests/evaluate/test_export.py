@@ -1,9 +1,12 @@
 """What `export` writes, read back with stock diffusers and the hub's own reader of cards."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -18,18 +21,22 @@ from safetensors import safe_open
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.attention import shorten_attention
 from align_cluster.cli import main
-from align_cluster.config.load import load
+from align_cluster.config.load import config_hash, dump, load
 from align_cluster.errors import UserError
 from align_cluster.evaluate.card import NEEDS
 from align_cluster.evaluate.export import export
+from align_cluster.evaluate.result import public
 from align_cluster.evaluate.sample import SampleRequest, sample
-from align_cluster.files import write_json
+from align_cluster.files import write_json, write_text
 from align_cluster.observe.charts import PALETTE
 from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import append_jsonl
+from align_cluster.observe.table import by_prompt, summarise
 from align_cluster.streams import stream
 from align_cluster.types import Prompt
 
 from ..backbones.contract import TEXT, noise_of
+from .conftest import TINY, record
 
 FORMS = ("lora", "merged", "diffusers")
 
@@ -80,7 +87,7 @@ def test_a_lora_in_the_stock_pipeline_draws_exactly_the_runs_network(run, export
 def test_a_lora_says_where_it_comes_from(run, exported):
     _, facts = tensors(exported / "lora" / "pytorch_lora_weights.safetensors")
     config = load(run.path / "config.yaml")
-    assert (facts["rank"], facts["alpha"], facts["base_model"]) == ("3", "3", config.backbone.path)
+    assert (facts["rank"], facts["alpha"], facts["base_model"]) == ("3", "3", Path(config.backbone.path).name)
     assert facts["config_hash"] == json.loads((run.path / "summary.json").read_text())["config_hash"]
     assert json.loads(facts["reward_before"]) == {"reward/size": -1.5}
     assert json.loads(facts["reward_after"]) == {"reward/size": -0.75}
@@ -144,7 +151,90 @@ def test_the_card_is_the_hubs_and_has_what_the_run_has(run, exported):
         assert picture.tag == f"{svg}svg"
         assert {"reward", "step"} <= {text.strip() for text in picture.itertext()}
         assert any(PALETTE["accent"] in path.get("style", "") for path in picture.iter(f"{svg}path"))
-        assert load(folder / "config.yaml") == load(run.path / "config.yaml")
+        assert load(folder / "config.yaml") == public(load(run.path / "config.yaml"))
+
+
+def test_nothing_that_is_exported_names_a_folder_of_this_machine(run, exported):
+    folders = (str(run.case.folder.parents[1]), str(Path(__file__).parents[2]), str(Path.home()))
+    files = [file for file in exported.rglob("*") if file.is_file()]
+    assert run.case.folder.parents[1] == exported.parent and len(files) > 20
+    for file in files:
+        assert not any(folder.encode() in file.read_bytes() for folder in folders), file
+
+
+def test_settings_for_others_hold_no_path_but_its_last_name():
+    settings = [
+        "prompts={kind: txt, path: /home/me/prompts.txt}",
+        "out: ~/runs",
+        "checkpoint.path=file:///home/me/kept",
+    ]
+    config = load(TINY, [setting.replace("out: ", "out=") for setting in settings])
+    shown = public(config)
+    assert (shown.prompts.path, shown.out, shown.checkpoint.path) == ("prompts.txt", "runs", "kept")
+    assert shown.backbone == config.backbone and public(config, "acme/tiny").backbone.path == "acme/tiny"
+
+
+def test_a_local_base_gets_the_names_that_are_given_for_it(finished, tmp_path, capsys):
+    run = finished("sd3")
+    command = ["export", str(run.path), "--to", "lora"]
+    assert main([*command, "--out", str(tmp_path / "plain")]) == 0
+    notes = capsys.readouterr().err
+    assert "note: the card calls the base model pipeline, as its folder here; add --base-model" in notes
+    assert "note: the card does not name the base model's licence; add --license" in notes
+    named = ["--base-model", "acme/tiny", "--license", "cc-by-nc-sa-4.0", "--out", str(tmp_path / "named")]
+    assert main([*command, *named]) == 0 and capsys.readouterr().err == ""
+    text = (tmp_path / "named" / "README.md").read_text()
+    assert "base_model: acme/tiny\nbase_model_relation: adapter\n" in text and "license: cc-by-nc-sa-4.0\n" in text
+    assert main([*command, "--license", "other", "--out", str(tmp_path / "other")]) == 0
+    assert "licence" not in capsys.readouterr().err
+    assert "under its licence: `cc-by-nc-sa-4.0`" in text and 'base = "acme/tiny"  # its id on the hub' in text
+    assert tensors(tmp_path / "named" / "pytorch_lora_weights.safetensors")[1]["base_model"] == "acme/tiny"
+
+
+@pytest.fixture
+def embedded_run(lora, tmp_path):
+    """A finished run on the embedded model."""
+    run = RunDir.create(tmp_path / "runs", "shapes")
+    config = load(TINY, ["backbone.lora={rank: 4, alpha: 8}"])
+    write_text(run.config, dump(config))
+    shutil.copytree(lora[0].parent, run.lora)
+    record(run, config_hash(config))
+    return run
+
+
+@pytest.mark.slow
+def test_the_code_of_each_card_runs_as_it_stands_where_align_cluster_is_installed(embedded_run, tmp_path):
+    codes = []
+    for form in FORMS:
+        assert export(embedded_run.path, form, tmp_path / form) == []
+        text = (tmp_path / form / "README.md").read_text()
+        codes.append(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+        assert ("ships in align-cluster" in text) == (form != "diffusers")
+    lines = (f"exec({code!r}, scope := {{}}); scope['image'].save('{i}.png')" for i, code in enumerate(codes))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    drawn = [np.asarray(Image.open(tmp_path / f"{i}.png"), dtype=int) for i in range(len(codes))]
+    assert all(one.shape == (48, 48, 3) and one.std() > 5 for one in drawn)
+    assert np.abs(drawn[1] - drawn[2]).max() == 0  # the merged denoiser is the pipeline's
+
+
+def test_a_card_says_which_change_is_within_the_noise(finished, tmp_path):
+    run = RunDir(shutil.copytree(finished("sd3").path, tmp_path / "run"))
+    run.evaluations.unlink()
+    columns = [("task", "prompt_id", "reward/size", "reward/clip")] * 10
+    sides = [
+        [dict(zip(names, ("a", p, p / 9 + side, (-1) ** (p + side)), strict=True)) for p, names in enumerate(columns)]
+        for side in (0, 1)
+    ]
+    for step, rows in enumerate(sides):
+        append_jsonl(run.evaluations, {"step": step, **summarise(rows), "by_prompt": by_prompt(rows)})
+    before, after = map(summarise, sides)
+    write_json(run.summary, json.loads(run.summary.read_text()) | {"before": before, "after": after})
+    export(run.path, "lora", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| `size` | 0.500 | 1.500 | +1.000 |" in text
+    assert "| `clip` | 0.000 | 0.000 | +0.000 within the noise |" in text
 
 
 HOSTILE = (
@@ -215,6 +305,7 @@ def test_the_cards_code_draws_what_sample_draws(run, tmp_path, monkeypatch):
     facts = sample(config, lora, request, tmp_path / "drawn")
     ours = np.asarray(Image.open(tmp_path / "drawn" / "000_00.png"), dtype=int)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / run.case.folder.name).symlink_to(run.case.folder)  # what the code calls the base model
     for form in FORMS:
         export(run.path, form, tmp_path / form, overrides=guided)
         code = re.search(r"```python\n(.*?)```", (tmp_path / form / "README.md").read_text(), re.DOTALL)[1]
@@ -308,6 +399,8 @@ def test_what_is_not_there_is_refused_in_one_sentence(tmp_path, capsys):
         "--to gguf is no form of a result; choose lora, merged, diffusers": ["--to", "gguf"],
         "--precision int8 is not there; choose fp32, bf16, fp16": ["--to", "merged", "--precision", "int8"],
         "a LoRA file is always fp32": ["--to", "lora", "--precision", "bf16"],
+        "--base-model 'tiny' is no id of the hub; write it as OWNER/NAME": ["--to", "lora", "--base-model", "tiny"],
+        "--license 'MIT licence' is no id of the hub": ["--to", "lora", "--license", "MIT licence"],
     }
     for words, arguments in refused.items():
         assert main(["export", str(tmp_path), *arguments, "--out", str(tmp_path / "out")]) == 2

@@ -12,7 +12,7 @@ from align_cluster.files import write_json, write_text
 from align_cluster.observe.grids import save_grid
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
-from align_cluster.observe.table import summarise
+from align_cluster.observe.table import by_prompt, summarise
 
 TASKS = {"single_object": (0.58, 0.86), "colors": (0.5, 0.81), "two_object": (0.41, 0.47), "counting": (0.46, 0.6)}
 CONFIG = """name: {name}
@@ -46,7 +46,7 @@ def held_out(progress: float, seed: int) -> dict:
                 }
                 row["reward/clip"] = 0.24 + 0.05 * graded if rng.random() > 0.02 else None
                 rows.append({"task": task, "prompt_id": prompt, **row})
-    return summarise(rows, resamples=300)
+    return summarise(rows, resamples=300) | {"headline": "reward/geneval/graded", "by_prompt": by_prompt(rows)}
 
 
 def step_values(step: int, steps: int, rng: np.random.Generator) -> dict[str, float]:
@@ -55,6 +55,7 @@ def step_values(step: int, steps: int, rng: np.random.Generator) -> dict[str, fl
     values = {"reward/geneval/mean": 0.49 + 0.2 * progress + rng.normal(0, 0.025)}
     for task, (low, high) in TASKS.items():
         values[f"reward/geneval/{task}"] = low + progress * (high - low) + rng.normal(0, 0.05)
+    values["reward/geneval/images_per_s"] = 40 + rng.normal(0, 1)
     values["reward/clip/mean"] = 0.265 + 0.012 * progress + rng.normal(0, 0.002)
     values |= {"group/reward_std_mean": 0.17 - 0.05 * progress + rng.normal(0, 0.008)}
     values |= {"group/zero_std_ratio": max(0.0, rng.normal(0.04 + 0.1 * progress, 0.05))}
@@ -116,8 +117,8 @@ def build_run(out: Path, name: str, steps: int, done: int, finished: bool) -> Ru
                 "name": name,
                 "seed": 7,
                 "headline": "reward/geneval/graded",
-                "before": first,
-                "after": last,
+                "before": {key: value for key, value in first.items() if key != "by_prompt"},
+                "after": {key: value for key, value in last.items() if key != "by_prompt"},
                 "images_drawn": 4800,
             }
             | {"images_per_s": 15.8, "wall_seconds": 303.7, "stage_seconds": stage_seconds, "steps": done}

@@ -65,6 +65,12 @@ def test_the_summary_counts_what_was_done(runs, kind):
     evaluations = read_jsonl(RunDir(run.path).evaluations)
     assert [(row["step"], row["adapter"]) for row in evaluations] == [(0, "base"), (2, "evaluation")]
     assert evaluations[-1]["overall"] == summary["after"]["overall"]
+    for row in evaluations:
+        means = [one[row["headline"]].values() for one in row["by_prompt"].values()]
+        assert row["headline"] == summary["headline"] and sum(map(len, means)) == row["prompts"] == 2
+        assert math.isclose(
+            sum(sum(one) / len(one) for one in means) / len(means), row["overall"][row["headline"]], rel_tol=1e-5
+        )
 
 
 def test_before_the_first_update_the_learner_has_exactly_the_rollouts_log_probs(runs):

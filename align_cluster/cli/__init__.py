@@ -34,6 +34,8 @@ RESUME = (
     "branch off from a checkpoint's folder"
 )
 
+CHECKPOINT = "a checkpoint: RUN/checkpoints/step_000040, RUN@40, or RUN@best by held-out score"
+
 # These silence libraries that print much which users need not read; Ray's workers inherit them.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
@@ -199,7 +201,9 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         'sample --run runs/quickstart --prompt "a photo of a red circle" --count 8 --compare base',
         *("set", "lora", "base", "seed"),
     )
-    sample.add_argument("target", nargs="?", metavar="CONFIG|RUN", help="run file, or the folder of a run")
+    sample.add_argument(
+        "target", nargs="?", metavar="CONFIG|RUN", help=f"run file, or the folder of a run, or {CHECKPOINT}"
+    )
     sample.add_argument(
         *("--run", "--config"),
         dest="source",
@@ -242,7 +246,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         "export runs/quickstart --to lora --out quickstart-lora",
         "set",
     )
-    export.add_argument("run", type=_path, metavar="RUN", help="folder of a run that has finished")
+    export.add_argument("run", metavar="RUN", help=f"folder of a run that has finished, or {CHECKPOINT}")
     export.add_argument(
         "--to",
         required=True,
@@ -360,7 +364,10 @@ def _complete(args: argparse.Namespace) -> int:
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "config": (("config",), {"metavar": "CONFIG", "help": "run file, such as configs/quickstart.yaml"}),
     "service": (("config",), {"metavar": "CONFIG", "help": "service file, such as configs/rewards_service.yaml"}),
-    "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
+    "target": (
+        ("target",),
+        {"metavar": "CONFIG|RUN", "help": f"run file, or the folder of a run (brings its LoRA), or {CHECKPOINT}"},
+    ),
     "set": (
         ("--set",),
         {
@@ -373,7 +380,7 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "name": (("--name",), {"help": "name of the run (default: the run file's)"}),
     "out": (("--out",), {"help": "folder that holds runs (default: the run file's)"}),
-    "lora": (("--lora",), {"type": _path, "metavar": "FILE|RUN", "help": "LoRA file, or a run whose LoRA to use"}),
+    "lora": (("--lora",), {"metavar": "FILE|RUN", "help": f"LoRA file, or a run, or {CHECKPOINT}, whose LoRA to use"}),
     "base": (("--base",), {"action": "store_true", "help": "the base model, although RUN has a LoRA"}),
     "seed": (("--seed",), {"type": _whole(0), "default": 0, "help": "seed of the images (default 0)"}),
     "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),

@@ -7,22 +7,27 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from align_cluster.config.run import RunConfig
+    from align_cluster.evaluate.lora import Lora
 
 
 class Source(NamedTuple):
-    """Says what CONFIG|RUN, --lora and --base name: settings, a LoRA file if any, and the folder of the settings."""
+    """Says what CONFIG|RUN, --lora and --base name: settings, a LoRA if any, and the folder of the settings.
+
+    `checkpoint` is how users call the folder where it is unfolded from a checkpoint.
+    """
 
     config: "RunConfig"
-    lora_file: Path | None
+    lora: "Lora | None"
     folder: Path
+    checkpoint: Path | None
 
 
 def _config(args: argparse.Namespace) -> "RunConfig":
@@ -40,21 +45,26 @@ def _config(args: argparse.Namespace) -> "RunConfig":
     return config
 
 
-def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
+@contextmanager
+def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Iterator[Source]:
     """Find and load what CONFIG|RUN, --lora and --base name. Raises UserError where they name none or two."""
     from align_cluster.config.load import load
     from align_cluster.errors import UserError
-    from align_cluster.evaluate.lora import find_config, find_lora
-    from align_cluster.files import user_path
+    from align_cluster.evaluate.checkpoints import opened
+    from align_cluster.evaluate.lora import find_config, find_lora, read_lora
     from align_cluster.observe.rundir import RunDir
 
     named, source = args.target, getattr(args, "source", None)
     if named and source or not (named or source or args.lora):
         raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
-    target = user_path(named or source or find_config(args.lora))
-    lora = args.lora or (target if target.is_dir() and not args.base else None)
-    file = RunDir(target).config if target.is_dir() else target
-    return Source(load(file, overrides), find_lora(lora) if lora else None, file.parent)
+    with ExitStack() as stack:
+        lora = stack.enter_context(opened(args.lora)) if args.lora else None
+        target = stack.enter_context(opened(named or source)) if named or source else lora
+        file = find_config(lora.path) if target is lora else target.path
+        if file.is_dir():
+            file, lora = RunDir(file).config, lora or (None if args.base else target)
+        weights = read_lora(find_lora(lora.path), lora.checkpoint) if lora else None
+        yield Source(load(file, overrides), weights, file.parent, target.checkpoint)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -135,31 +145,32 @@ def sample(args: argparse.Namespace) -> int:
     from align_cluster.backbones import BACKBONES
     from align_cluster.errors import UserError
     from align_cluster.evaluate.sample import SampleRequest, read_prompts, sample
-    from align_cluster.evaluate.steer import describe_compute, read_settings
+    from align_cluster.evaluate.steer import SavedCritic, describe_compute, read_settings
 
     prompts = read_prompts(args.prompt, args.prompts)
     of_mode = [override for override in args.set if override.startswith("steer.")]
     if of_mode and not args.steer:
         raise UserError(f"--set {of_mode[0]} needs --steer with the name of a mode, such as --steer best_of_n")
     steer = read_settings(args.steer, of_mode) if args.steer else None
-    config, lora_file, folder = _source(args, [override for override in args.set if override not in of_mode])
-    request = SampleRequest(
-        prompts=prompts,
-        count=args.count,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        compare=bool(args.compare),
-        score=not args.no_score,
-        steer=steer,
-        run=folder,
-    )
+    with _source(args, [override for override in args.set if override not in of_mode]) as source:
+        config = source.config
+        request = SampleRequest(
+            prompts=prompts,
+            count=args.count,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            compare=bool(args.compare),
+            score=not args.no_score,
+            steer=steer,
+            critic=SavedCritic.read(source.folder, config, source.checkpoint) if steer else None,
+        )
     backbone = BACKBONES[config.backbone.kind](config.backbone)
     for note in backbone.text_notes([prompt.text for prompt in prompts]):
         print(f"note: {note}", file=sys.stderr)
     names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
     out = args.out or next(path for path in names if not path.exists())
-    drawn = sample(config, lora_file, request, out)
+    drawn = sample(config, source.lora, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():
         print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
@@ -186,17 +197,18 @@ def evaluate(args: argparse.Namespace) -> int:
     from align_cluster.files import writable, write_json
     from align_cluster.observe.table import evaluation_tables
 
-    config, lora_file, _ = _source(args, args.set)
+    with _source(args, args.set) as source:
+        config, lora = source.config, source.lora
     if args.out:
         writable(args.out)  # an evaluation of hours should not end at a typo
-    scores = evaluate(config, lora_file)
+    scores = evaluate(config, lora)
     if args.out:
         write_json(args.out, scores)
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        console = Console()
-        console.print(evaluation_tables(scores, console.width, f"held-out scores, {lora_file or 'base model'}"))
+        console, drawn_with = Console(), lora.path if lora else "base model"
+        console.print(evaluation_tables(scores, console.width, f"held-out scores, {drawn_with}"))
     return 0
 
 

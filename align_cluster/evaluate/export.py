@@ -11,6 +11,7 @@ import torch
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
 from align_cluster.evaluate.card import comfyui_name, write_card
+from align_cluster.evaluate.checkpoints import opened
 from align_cluster.evaluate.lora import Lora, bind
 from align_cluster.evaluate.result import Result, read_result
 from align_cluster.files import new_folder, save_tensors, write_text
@@ -21,8 +22,10 @@ from align_cluster.rollouts.sampler import Sampler
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(run: Path, form: str, out: Path, *, precision: str | None = None, overrides: Sequence[str] = ()) -> None:
-    """Write the result of the run folder `run` as `form` (a key of FORMS) into the new folder `out`.
+def export(
+    run: str | Path, form: str, out: Path, *, precision: str | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Write the result of the run or checkpoint `run` as `form` (a key of FORMS) into the new folder `out`.
 
     `precision` is that of merged weights, fp32 by default. `overrides` change settings of the run, such as a
     backbone.path that has moved. Raises UserError for an unknown form or precision, for a run that has not finished,
@@ -34,8 +37,8 @@ def export(run: Path, form: str, out: Path, *, precision: str | None = None, ove
         raise UserError("--precision is of merged weights, and a LoRA file is always fp32; leave it out with --to lora")
     if precision and precision not in PRECISIONS:
         raise UserError(f"--precision {precision} is not there; choose {', '.join(PRECISIONS)}")
-    with new_folder(out) as folder:
-        result = read_result(run, overrides)
+    with new_folder(out) as folder, opened(run) as source:
+        result = read_result(source, overrides)
         FORMS[form](result, folder, PRECISIONS[precision or "fp32"])
         write_text(RunDir(folder).config, dump(result.config))
         write_card(result, folder, form=form, title=out.name)

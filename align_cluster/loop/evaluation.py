@@ -15,7 +15,6 @@ from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.observe.table import headline_column, rows, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
-from align_cluster.rewards import REWARDS
 from align_cluster.rewards.mix import silent
 from align_cluster.types import Chunk, Prompt
 
@@ -41,7 +40,6 @@ class Evaluation:
         self.grid_chunks = plan_evaluation(shown, len(shown), settings.grid_columns, seed=seed + 1, **batches)
         self.captions = [prompt.text for prompt in shown]
         write_json(run.grid_prompts, self.captions)
-        self.headline = headline(config)
 
     @property
     def images(self) -> int:
@@ -76,7 +74,7 @@ class Evaluation:
             if drawn:
                 self.grid(step)
             self.workers.weights.publish("behaviour")
-            return scores.get(headline_column(self.headline, list(scores)))
+            return scores.get(headline_column(self.config.headline, list(scores)))
 
     def last(self) -> tuple[Sync, dict]:
         """Publish the weights that are kept, and take their scores and grid."""
@@ -105,10 +103,3 @@ class Evaluation:
         drawn = self._draw(self.grid_chunks)
         images, columns = self.workers.rollouts.images(drawn), self.settings.grid_columns
         save_grid(images, columns, self.run_dir.grid(step), self.captions)
-
-
-def headline(config: RunConfig) -> str:
-    """Return the column that is shown first: the first trained reward, or the detail that its class names."""
-    name = config.trained[0]
-    detail = REWARDS[config.rewards[name].kind].headline
-    return f"reward/{name}/{detail}" if detail else f"reward/{name}"

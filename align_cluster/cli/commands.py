@@ -221,11 +221,13 @@ def submit(args: argparse.Namespace) -> int:
 
 def serve_rewards(args: argparse.Namespace) -> int:
     """Serve rewards over HTTP until interrupted."""
+    from align_cluster.config.check import check_settings
     from align_cluster.config.load import load
     from align_cluster.errors import UserError
     from align_cluster.serving.config import ServiceConfig
 
     config = load(args.config, args.set, ServiceConfig)
+    check_settings(config)
     try:
         from align_cluster.serving.service import run
     except ImportError as error:

@@ -375,7 +375,8 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "nargs": "+",
             "default": [],
             "metavar": "PATH=VALUE",
-            "help": "override settings by dotted path, such as optimizer.lr=1e-4; a new kind starts its block anew",
+            "help": "override settings by dotted path, such as optimizer.lr=1e-4; several, after one --set or more, "
+            "apply in their order; a new kind starts its block anew; rewards.geneval=null removes that reward",
         },
     ),
     "name": (("--name",), {"help": "name of the run (default: the run file's)"}),

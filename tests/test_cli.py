@@ -148,6 +148,8 @@ REFUSED = [
     (["validate", "~nobodyhere/run.yaml"], "~nobodyhere/run.yaml begins with the home of a user who is not here"),
     (["validate", "a" * 300], "too long for a path"),
     (["evaluate", "a" * 300], "too long for a path"),
+    (["doctor", "runs/x", "--address", "auto"], "doctor RUN looks at what runs/x does; leave --address out"),
+    (["doctor", "runs/x", "--config", CONFIG], "doctor RUN looks at what runs/x does; leave --config out"),
     (["evaluate", CONFIG, "--out", "nowhere/scores.json"], "nowhere/scores.json cannot be written (No such file"),
     (["evaluate", CONFIG, "--out", "configs"], "configs cannot be written (it is a folder)"),
     (["evaluate", "~nobodyhere"], "the home of a user who is not here"),

@@ -283,6 +283,9 @@ def doctor(args: argparse.Namespace) -> int:
     from align_cluster.cluster.run_status import examine_run
     from align_cluster.errors import UserError
 
+    if args.run and (args.address or args.config):
+        given = "--address" if args.address else "--config"
+        raise UserError(f"doctor RUN looks at what {args.run} does; leave {given} out, or RUN, to look at a cluster")
     if args.config and not args.address:
         raise UserError("--config is tried on a cluster; add --address auto, or ask `plan` about this machine")
     if args.run:

@@ -14,14 +14,16 @@ import torch
 from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.base import Backbone
 from align_cluster.backbones.levels import pipeline_sigmas
-from align_cluster.backbones.parts import cut, settings_of
+from align_cluster.backbones.parts import cut, settings_of, unknown
 from align_cluster.conditions.address import address
 from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.conditions.precision import to_array
-from align_cluster.embedded import pipeline_path
+from align_cluster.embedded import WORLD, pipeline_path
 from align_cluster.errors import UserError
 from align_cluster.files import atomic, sort_metadata
 from align_cluster.types import Condition, Perturbation
+
+SHOWN = 5  # unknown words that a note names
 
 # The projections of a block with joint attention between text and image.
 JOINT_ATTENTION = tuple(
@@ -232,10 +234,19 @@ class PipelineBackbone(Backbone):
         return {"tokenizer": self.clip_tokens}
 
     def text_notes(self, texts: Sequence[str]) -> Iterator[str]:
-        """Count the texts that every text encoder cuts, and those that are the same to all of them."""
+        """Count the texts that every text encoder cuts, those that are the same to all of them, and those with words
+        that the first of them does not know."""
         if settings_of(self.source, "text_encoder") is None:
             return
         readers, texts = self.readers(), list(dict.fromkeys(texts))
+        if strange := unknown(self.source, "tokenizer", texts):
+            words = list(dict.fromkeys(word for found in strange.values() for word in found))
+            more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+            world = f"; the embedded model knows {WORLD}" if self.config.path == "embedded" else ""
+            yield (
+                f"{len(strange)} of {len(texts)} prompts have words that the text encoder does not know, and nothing "
+                f"of them is drawn: {', '.join(map(repr, words[:SHOWN]))}{more}{world}"
+            )
         left = cut(self.source, readers, texts)
         if left:
             heads = Counter(left.values())

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -244,7 +244,7 @@ class PipelineBackbone(Backbone):
             more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
             world = f"; the embedded model knows {WORLD}" if self.config.path == "embedded" else ""
             yield (
-                f"{len(strange)} of {len(texts)} prompts have words that the text encoder does not know, and nothing "
+                f"{_share(strange, texts)} words that the text encoder does not know, and nothing "
                 f"of them is drawn: {', '.join(map(repr, words[:SHOWN]))}{more}{world}"
             )
         left = cut(self.source, readers, texts)
@@ -252,7 +252,7 @@ class PipelineBackbone(Backbone):
             heads = Counter(left.values())
             same = sum(heads[head] > 1 for head in left.values())
             yield (
-                f"{len(left)} of {len(texts)} prompts have more than the {max(readers.values())} tokens that the text "
+                f"{_share(left, texts)} more than the {max(readers.values())} tokens that the text "
                 f"encoders read, such as {next(iter(left))[:60]!r}...: the rest is not drawn"
                 + (f", and {same} of them draw the same as another" if same else "")
             )
@@ -419,6 +419,13 @@ class ClipExploration:
     @abstractmethod
     def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (sequence, pooled) of the condition with CLIP's hidden states [S, d] and pooled vector in place."""
+
+
+def _share(some: Sized, texts: Sized) -> str:
+    """Return how many of the prompts have what the sentence goes on with."""
+    if len(texts) == 1:
+        return "the prompt has"
+    return f"{len(some)} of {len(texts)} prompts {'has' if len(some) == 1 else 'have'}"
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -134,7 +134,7 @@ def test_what_cannot_be_drawn_is_one_sentence_and_no_folder(tmp_path, capsys, mo
     Path(coarse, "vae", "config.json").write_text(json.dumps(vae | {"block_out_channels": [8] * 5}))
     before = {path.name for path in tmp_path.iterdir()}
     for arguments, words in REFUSED:
-        prompt = [] if "--prompts" in arguments else ["--prompt", "x"]
+        prompt = [] if "--prompts" in arguments else ["--prompt", "a star"]
         assert main(["sample", str(QUICKSTART), *prompt, *arguments]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1

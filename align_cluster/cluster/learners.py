@@ -158,7 +158,7 @@ class LearnerGroup:
 
     def ready(self) -> None:
         """Wait until every rank has loaded its model and joined the process group."""
-        self._call(list)
+        self._survive(lambda: self._wait(self.built, "start_timeout_s"))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from the state of a checkpoint, or from an earlier one of this run."""

@@ -56,12 +56,12 @@ def test_a_run_is_compared_with_what_a_dashboard_says_of_its_nodes(tiny):
     fits = fit_on([{"CPU": 1.0}, {"CPU": 4.0, "memory": 1e9}], config)
     assert (fits.state, fits.value) == ("ok", "fits on 2 idle nodes: 1 samplers, 1 learners, 1 reward workers")
     cases = {
-        "rewards ask for more CPU cores": (tiny("nft", "rewards.clip.pool.cpus=9"), [{"CPU": 4.0}]),
-        "no node has the 3 CPU of one place": (tiny("nft", "rewards.clip.pool.cpus=3"), [{"CPU": 2.0}, {"CPU": 2.0}]),
-        "the cluster lacks ": (tiny("nft", "cluster.samplers=9", "rewards.clip.pool.cpus=1"), [{"CPU": 2.0}]),
+        "rewards ask for more CPU cores": ("rewards.clip.pool.cpus=9", [{"CPU": 4.0}]),
+        "rewards ask for 1 GPUs in their pools, and there are 0": ("rewards.clip.pool.gpus=1", [{"CPU": 8.0}]),
+        "no node has the 3 CPU of one place for workers": ("rewards.clip.pool.cpus=3", 4 * [{"CPU": 2.0}]),
     }
-    for said, (config, nodes) in cases.items():
-        found = fit_on(nodes, config)
+    for said, (override, nodes) in cases.items():
+        found = fit_on(nodes, tiny("nft", "cluster.samplers=1", "cluster.learners=1", override))
         assert found.state == "fail" and said in found.value, found
 
 

@@ -333,7 +333,8 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
         "say what the settings of a block mean, with types, defaults and bounds",
         "explain rewards.hps",
     )
-    explain.add_argument("topic", nargs="?", default="", metavar="BLOCK", help="such as algorithm.nft (default: all)")
+    block = "such as algorithm.nft, or steer.smc for --steer smc (default: all)"
+    explain.add_argument("topic", nargs="?", default="", metavar="BLOCK", help=block)
     for command in (schema, explain):
         command.add_argument("--service", action="store_true", help="of service files instead of run files")
     kinds = add("list", commands.list_kinds, "name the kinds of one part, with a line about each", "list rewards")

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from align_cluster.config.load import Settings
     from align_cluster.config.run import RunConfig
     from align_cluster.evaluate.lora import Lora
+    from align_cluster.settings import Section
 
 
 class Source(NamedTuple):
@@ -30,16 +32,36 @@ class Source(NamedTuple):
     checkpoint: Path | None
 
 
+def _load(path: str | Path, overrides: Sequence[str], model: "type[Settings]") -> "Settings":
+    """Load a file of settings. Raises UserError, which says so where it is the file of another command."""
+    from align_cluster.config.load import is_rather, load
+    from align_cluster.config.run import RunConfig
+    from align_cluster.errors import UserError
+    from align_cluster.serving.config import ServiceConfig
+
+    try:
+        return load(path, overrides, model)
+    except UserError:
+        other = ServiceConfig if model is RunConfig else RunConfig
+        if not is_rather(path, other, model):
+            raise
+        does = "checks and serves it" if other is ServiceConfig else "checks it"
+        raise UserError(
+            f"{path} describes {other.what}, and this command takes the file of {model.what}, such as {model.sample}; "
+            f"`align-cluster {'serve-rewards' if other is ServiceConfig else 'validate'} {path}` {does}"
+        ) from None
+
+
 def _config(args: argparse.Namespace) -> "RunConfig":
     """Load and check the config that CONFIG, --set, --name and --out describe; notes go to stderr."""
     from align_cluster.config.check import check
-    from align_cluster.config.load import load
+    from align_cluster.config.run import RunConfig
 
     overrides = list(args.set)
     for key in ("name", "out"):
         if getattr(args, key, None) is not None:
             overrides.append(f"{key}={json.dumps(getattr(args, key))}")
-    config = load(args.config, overrides)
+    config = _load(args.config, overrides, RunConfig)
     for note in check(config):
         print(f"note: {note}", file=sys.stderr)
     return config
@@ -48,7 +70,7 @@ def _config(args: argparse.Namespace) -> "RunConfig":
 @contextmanager
 def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Iterator[Source]:
     """Find and load what CONFIG|RUN, --lora and --base name. Raises UserError where they name none or two."""
-    from align_cluster.config.load import load
+    from align_cluster.config.run import RunConfig
     from align_cluster.errors import UserError
     from align_cluster.evaluate.checkpoints import opened
     from align_cluster.evaluate.lora import find_config, find_lora, read_lora
@@ -64,7 +86,7 @@ def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Iterator[Sour
         if file.is_dir():
             file, lora = RunDir(file).config, lora or (None if args.base else target)
         weights = read_lora(find_lora(lora.path), lora.checkpoint) if lora else None
-        yield Source(load(file, overrides), weights, file.parent, target.checkpoint)
+        yield Source(_load(file, overrides, RunConfig), weights, file.parent, target.checkpoint)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -222,11 +244,10 @@ def submit(args: argparse.Namespace) -> int:
 def serve_rewards(args: argparse.Namespace) -> int:
     """Serve rewards over HTTP until interrupted."""
     from align_cluster.config.check import check_settings
-    from align_cluster.config.load import load
     from align_cluster.errors import UserError
     from align_cluster.serving.config import ServiceConfig
 
-    config = load(args.config, args.set, ServiceConfig)
+    config = _load(args.config, args.set, ServiceConfig)
     check_settings(config)
     try:
         from align_cluster.serving.service import run
@@ -320,8 +341,19 @@ def explain(args: argparse.Namespace) -> int:
     from align_cluster.config.run import RunConfig
     from align_cluster.serving.config import ServiceConfig
 
-    print(explain(args.topic, ServiceConfig if args.service else RunConfig))
+    print(explain(args.topic, ServiceConfig) if args.service else explain(args.topic, RunConfig, elsewhere()))
     return 0
+
+
+def elsewhere() -> "dict[str, type[Section]]":
+    """Return the blocks that no run file holds, by the path under which `explain` has them: those of --steer, and the
+    clauses in lines of prompt files."""
+    from align_cluster.prompts.files import CLAUSES
+    from align_cluster.rollouts.steering import STEERING
+
+    return {f"prompts.jsonl.{name}": clause for name, clause in CLAUSES.items()} | {
+        f"steer.{mode}": steering.Config for mode, steering in STEERING.items()
+    }
 
 
 def list_kinds(args: argparse.Namespace) -> int:

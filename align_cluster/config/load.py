@@ -59,6 +59,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] 
     return loads(text, str(path), overrides, model)
 
 
+def is_rather(path: str | Path, other: type[Root], than: type[Root]) -> bool:
+    """Return whether a file has settings of the file `other`, and not of `than`, by the names in its first level."""
+    try:
+        names = set(yaml_value(read_text(user_path(path), MAX_CHARACTERS), str(path)) or ())
+    except (UserError, FileNotFoundError, TypeError):
+        return False
+    strange, own = len(names - set(other.model_fields)), len(names - set(than.model_fields))
+    complete = all(name in names for name, field in other.model_fields.items() if field.is_required())
+    return strange < own or (strange == own == 0 and complete)
+
+
 def loads(
     text: str, source: str = "config", overrides: Sequence[str] = (), model: type[Settings] = RunConfig
 ) -> Settings:

@@ -147,9 +147,8 @@ def unfold(state: State, place: Place, run: RunDir) -> None:
             "versions": state.facts["versions"],
         }
         write_json(run.summary, facts)
-    for step in place.run.grid_steps():
-        if step <= state.step:
-            run.grids.mkdir(exist_ok=True)
-            shutil.copy(place.run.grid(step), run.grid(step))
+    for step in {0, state.step} & set(place.run.grid_steps()):  # grids of other steps show other weights
+        run.grids.mkdir(exist_ok=True)
+        shutil.copy(place.run.grid(step), run.grid(step))
     if place.run.grid_prompts.is_file() and run.grids.is_dir():
         shutil.copy(place.run.grid_prompts, run.grid_prompts)

@@ -125,12 +125,14 @@ def test_an_exported_checkpoint_says_what_is_known_of_it_and_of_no_later_step(ru
     assert main(["export", f"{run.path}@4", "--to", "lora", "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "4 of 2 prompts x 4 images" in card and "0.900" in card and "+0.900" in card
-    assert not (tmp_path / "out" / "after.png").exists()  # the second grid is of step 6
+    assert not (tmp_path / "out" / "after.png").exists()  # the grids are of steps 0 and 6
     ours, theirs = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors"), shipped(tmp_path, weights[4])
     assert all(np.array_equal(ours[name], value) for name, value in load_file(theirs).items())
     assert main(["export", f"{run.path}@8", "--to", "lora", "--out", str(tmp_path / "unscored")]) == 0
     card = (tmp_path / "unscored" / "README.md").read_text()
-    assert "| 0.000 | – | – |" in card.replace("`", "") and (tmp_path / "unscored" / "after.png").is_file()
+    assert "| 0.000 | – | – |" in card and not (tmp_path / "unscored" / "after.png").exists()
+    assert main(["export", f"{run.path}@6", "--to", "lora", "--out", str(tmp_path / "shown")]) == 0
+    assert (tmp_path / "shown" / "after.png").read_bytes() == run.grid(6).read_bytes()
 
 
 def test_a_checkpoint_of_an_object_store_is_found_by_its_run(tmp_path, weights):

@@ -101,7 +101,7 @@ def test_a_checkpoint_draws_what_the_run_would_have_drawn_that_ended_there(run, 
     assert f"held-outscores,{run.path}@4" in "".join(capsys.readouterr().out.split())  # the terminal breaks lines
 
 
-@pytest.mark.parametrize(("given", "step"), [("{}@2", 2), ("{}@best", 4), ("{}/checkpoints/step_000008", 8)])
+@pytest.mark.parametrize(("given", "step"), [("{}@2", 2), ("{}@best", 4), ("{}/checkpoints/step_8", 8)])
 def test_a_checkpoint_has_the_file_that_the_run_would_have_left(run, tmp_path, weights, given, step):
     with opened(given.format(run.path)) as found:
         assert RunDir(found.path).lora_weights.read_bytes() == shipped(tmp_path, weights[step]).read_bytes()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -17,7 +18,39 @@ LARGEST = 2**63  # whole numbers end below it, because seeds and counts reach ge
 # What names a folder, a metric or a part of an address: `..` and hidden names are none.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 _CREDENTIALS = re.compile(r"(?<=://)(?!git@)[^/\s@]+(?=@)")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Says what a setting that names a model may hold besides null, so that a missing model is found before a run.
+
+    give    how the sentence about a missing one ends
+    holds   files that a folder must have, where braces stand for other settings of the block; None allows no folder
+    file    whether it may be a single file
+    ids     pattern of what is looked up elsewhere, such as a hub id: nobody asks there before a run begins
+    words   what stands for a model of this package
+    """
+
+    give: str
+    holds: tuple[str, ...] | None = ()
+    file: bool = False
+    ids: str = HUB_ID
+    words: tuple[str, ...] = ()
+
+    def problem(self, block: "Section", value: str) -> str | None:
+        """Say why nothing can be loaded from the value, as the end of a sentence; None where something may be."""
+        path, folders = user_path(value), self.holds is not None
+        if path.is_dir() and folders and value not in self.words:
+            wanted = [name.format(**vars(block)) for name in self.holds]
+            lacks = next((name for name in wanted if not (path / name).is_file()), None)
+            return f"a folder without {lacks}" if lacks else None
+        elsewhere = value in self.words or re.fullmatch(self.ids, value)
+        if self.file if path.is_file() else elsewhere:
+            return None
+        kinds = "file or folder" if self.file and folders else "folder" if folders else "file"
+        return f"which is no {kinds} here" + (" and no hub id" if HUB_ID in self.ids else "")
 
 
 class Section(BaseModel):
@@ -28,7 +61,8 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    reads: ClassVar[tuple[str, ...]] = ()  # settings that name models: files or folders that results depend on
+    # Settings that name models, which results depend on. Each says what it may hold; None where a rule says that.
+    reads: ClassVar[Mapping[str, ModelSource | None]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -71,6 +105,13 @@ class Section(BaseModel):
         A sentence names the setting's path, says what is wrong, and gives the nearest valid choice.
         """
         yield from ()
+
+    def missing(self, where: str) -> Iterator[str]:
+        """Yield a sentence for each setting of this block that names a model which is not there."""
+        for name, source in self.reads.items():
+            value = getattr(self, name)
+            if source and value is not None and (problem := source.problem(self, value)):
+                yield f"{where}.{name} is {value}, {problem}; give {source.give}"
 
     def notes(self, where: str, run: "Root") -> Iterator[str]:
         """Yield a sentence for each thing that is allowed but probably not meant."""

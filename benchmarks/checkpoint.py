@@ -22,7 +22,7 @@ from align_cluster.checkpoint.writer import Job, Writer
 from align_cluster.learner.engine import Engine, join
 from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.learner.state import Snapshot
-from align_cluster.loop.checkpoints import State
+from align_cluster.loop.state import State
 
 WEIGHTS, TENSORS = 19_000_000, 382
 

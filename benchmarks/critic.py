@@ -64,8 +64,9 @@ def run(arm: str, seed: int) -> dict:
 def steer(run_dir: Path, name: str, seed: int) -> dict:
     """Held-out prompts drawn with a run's LoRA and one mode: mean scores, and passes an image that is kept."""
     from align_cluster.config.load import load
+    from align_cluster.evaluate.lora import read_lora
     from align_cluster.evaluate.sample import SampleRequest, sample
-    from align_cluster.evaluate.steer import read_settings
+    from align_cluster.evaluate.steer import SavedCritic, read_settings
     from align_cluster.prompts import PROMPTS as SOURCES
     from align_cluster.prompts.groups import spread
 
@@ -73,8 +74,11 @@ def steer(run_dir: Path, name: str, seed: int) -> dict:
     prompts = spread(SOURCES["embedded"](config.evaluate.prompts).load(), PROMPTS_STEERED)
     mode, settings, steps = STEERED[name]
     steering = read_settings(mode, settings) if mode else None
-    request = SampleRequest(prompts=prompts, count=IMAGES_STEERED, seed=seed, steps=steps, steer=steering, run=run_dir)
-    lora = run_dir / "lora" / "pytorch_lora_weights.safetensors"
+    critic = SavedCritic.read(run_dir, config) if mode else None
+    request = SampleRequest(
+        prompts=prompts, count=IMAGES_STEERED, seed=seed, steps=steps, steer=steering, critic=critic
+    )
+    lora = read_lora(run_dir / "lora" / "pytorch_lora_weights.safetensors")
     found = sample(config, lora, request, run_dir / f"steered {name}")
     images = IMAGES_STEERED * len(prompts)
     spent = found["steer"]["compute"] if mode else {"actor": steps * images, "images": images}

@@ -126,7 +126,7 @@ def test_resume_is_refused_with_one_sentence(quickstart, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-CONFIG = "configs/quickstart.yaml"
+CONFIG, SERVICE = "configs/quickstart.yaml", "configs/rewards_service.yaml"
 REFUSED = [
     (["train", "missing.yaml"], "missing.yaml does not exist"),
     (["sample", "configs/quickstart.yaml"], "sample needs prompts"),
@@ -148,6 +148,21 @@ REFUSED = [
     (["validate", "~nobodyhere/run.yaml"], "~nobodyhere/run.yaml begins with the home of a user who is not here"),
     (["validate", "a" * 300], "too long for a path"),
     (["evaluate", "a" * 300], "too long for a path"),
+    *(
+        (
+            [*command, SERVICE],
+            f"{SERVICE} describes a service, and this command takes the file of a run, such as {CONFIG}; ",
+        )
+        for command in (["validate"], ["train"], ["evaluate"], ["sample", "--prompt", "a star", "--config"])
+    ),
+    (["validate", SERVICE, "--set", "port=9000"], f"; `align-cluster serve-rewards {SERVICE}` checks and serves it"),
+    (
+        ["serve-rewards", CONFIG],
+        f"{CONFIG} describes a run, and this command takes the file of a service, such as {SERVICE}; ",
+    ),
+    (["serve-rewards", CONFIG, "--set", "steps=x"], f"; `align-cluster validate {CONFIG}` checks it"),
+    (["doctor", "runs/x", "--address", "auto"], "doctor RUN looks at what runs/x does; leave --address out"),
+    (["doctor", "runs/x", "--config", CONFIG], "doctor RUN looks at what runs/x does; leave --config out"),
     (["evaluate", CONFIG, "--out", "nowhere/scores.json"], "nowhere/scores.json cannot be written (No such file"),
     (["evaluate", CONFIG, "--out", "configs"], "configs cannot be written (it is a folder)"),
     (["evaluate", "~nobodyhere"], "the home of a user who is not here"),

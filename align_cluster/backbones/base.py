@@ -55,7 +55,7 @@ class CriticSection(Section):
 class BackboneSection(Section):
     """Holds the settings that every backbone shares."""
 
-    reads: ClassVar[tuple[str, ...]] = ("path",)
+    reads = {"path": None}
     path: str
     """The model: a local folder in diffusers' format, a hub id, or with kind sd3 "embedded", the small model of this
     package."""

@@ -1,6 +1,7 @@
 """Files of a pipeline's parts that are on this machine, its settings and tokenizers. Nothing here asks the hub."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -81,3 +82,23 @@ def cut(source: str, readers: Mapping[str, int], texts: Sequence[str]) -> Left:
         found = zip(left.items(), tokenizer.encode_batch(list(left)), strict=True)
         left = {text: (*ids, tuple(now.ids)) for (text, ids), now in found if now.overflowing}
     return left
+
+
+def unknown(source: str, part: str, texts: Sequence[str]) -> dict[str, list[str]]:
+    """Return the words of each text that a tokenizer has no token for; texts without such a word are left out.
+
+    Tokenizers that split words into bytes know all of them. One that is not here leaves nothing to say.
+    """
+    tokenizer = tokenizer_of(source, part)
+    mark = getattr(tokenizer.model, "unk_token", None) if tokenizer else None
+    if mark is None:
+        return {}
+    tokenizer.no_truncation()
+    found = {}
+    for text, encoding in zip(texts, tokenizer.encode_batch(list(texts)), strict=True):
+        pieces = zip(encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True)
+        places = {start for token, special, (start, _) in pieces if token == mark and not special}
+        spans = (match for match in re.finditer(r"\S+", text) if places & set(range(*match.span())))
+        if words := [match[0] for match in spans]:
+            found[text] = words
+    return found

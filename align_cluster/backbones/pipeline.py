@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,14 +14,16 @@ import torch
 from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.base import Backbone
 from align_cluster.backbones.levels import pipeline_sigmas
-from align_cluster.backbones.parts import cut, settings_of
+from align_cluster.backbones.parts import cut, settings_of, unknown
 from align_cluster.conditions.address import address
 from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.conditions.precision import to_array
-from align_cluster.embedded import pipeline_path
+from align_cluster.embedded import WORLD, pipeline_path
 from align_cluster.errors import UserError
 from align_cluster.files import atomic, sort_metadata
 from align_cluster.types import Condition, Perturbation
+
+SHOWN = 5  # unknown words that a note names
 
 # The projections of a block with joint attention between text and image.
 JOINT_ATTENTION = tuple(
@@ -232,16 +234,25 @@ class PipelineBackbone(Backbone):
         return {"tokenizer": self.clip_tokens}
 
     def text_notes(self, texts: Sequence[str]) -> Iterator[str]:
-        """Count the texts that every text encoder cuts, and those that are the same to all of them."""
+        """Count the texts that every text encoder cuts, those that are the same to all of them, and those with words
+        that the first of them does not know."""
         if settings_of(self.source, "text_encoder") is None:
             return
         readers, texts = self.readers(), list(dict.fromkeys(texts))
+        if strange := unknown(self.source, "tokenizer", texts):
+            words = list(dict.fromkeys(word for found in strange.values() for word in found))
+            more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+            world = f"; the embedded model knows {WORLD}" if self.config.path == "embedded" else ""
+            yield (
+                f"{_share(strange, texts)} words that the text encoder does not know, and nothing "
+                f"of them is drawn: {', '.join(map(repr, words[:SHOWN]))}{more}{world}"
+            )
         left = cut(self.source, readers, texts)
         if left:
             heads = Counter(left.values())
             same = sum(heads[head] > 1 for head in left.values())
             yield (
-                f"{len(left)} of {len(texts)} prompts have more than the {max(readers.values())} tokens that the text "
+                f"{_share(left, texts)} more than the {max(readers.values())} tokens that the text "
                 f"encoders read, such as {next(iter(left))[:60]!r}...: the rest is not drawn"
                 + (f", and {same} of them draw the same as another" if same else "")
             )
@@ -413,6 +424,13 @@ class ClipExploration:
     @abstractmethod
     def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (sequence, pooled) of the condition with CLIP's hidden states [S, d] and pooled vector in place."""
+
+
+def _share(some: Sized, texts: Sized) -> str:
+    """Return how many of the prompts have what the sentence goes on with."""
+    if len(texts) == 1:
+        return "the prompt has"
+    return f"{len(some)} of {len(texts)} prompts {'has' if len(some) == 1 else 'have'}"
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

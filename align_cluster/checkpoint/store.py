@@ -157,6 +157,14 @@ class Store:
         """Return the facts that `write` stored beside the files. Raises Damaged if they cannot be read."""
         return self._manifest(step)["about"]
 
+    def known(self) -> dict[int, dict[str, Any]]:
+        """Return the facts of each complete checkpoint by its step, ascending, without those that cannot be read."""
+        found = {}
+        for step in self.steps():
+            with suppress(Damaged):
+                found[step] = self.about(step)
+        return found
+
     def write(self, step: int, files: dict[str, bytes], about: dict[str, Any]) -> None:
         """Write one checkpoint, and replace an earlier one of the same step.
 
@@ -259,10 +267,7 @@ class Store:
 
     def prune(self, keep: int, keep_best: bool) -> None:
         """Delete all checkpoints but the newest `keep`, the newest good one and, with `keep_best`, the best one."""
-        steps, told = self.steps(), {}
-        for step in steps:
-            with suppress(Damaged):
-                told[step] = self.about(step)
+        steps, told = self.steps(), self.known()
         good = [step for step, about in told.items() if about.get("good", True)]
         scored = [step for step, about in told.items() if about.get("score") is not None] if keep_best else []
         best = sorted(scored, key=lambda step: (told[step]["score"], step))

@@ -34,6 +34,8 @@ RESUME = (
     "branch off from a checkpoint's folder"
 )
 
+CHECKPOINT = "a checkpoint: RUN/checkpoints/step_000040, RUN@40, or RUN@best by held-out score"
+
 # These silence libraries that print much which users need not read; Ray's workers inherit them.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
@@ -210,7 +212,9 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         'sample --run runs/quickstart --prompt "a photo of a red circle" --count 8 --compare base',
         *("set", "lora", "base", "seed"),
     )
-    sample.add_argument("target", nargs="?", metavar="CONFIG|RUN", help="run file, or the folder of a run")
+    sample.add_argument(
+        "target", nargs="?", metavar="CONFIG|RUN", help=f"run file, or the folder of a run, or {CHECKPOINT}"
+    )
     sample.add_argument(
         *("--run", "--config"),
         dest="source",
@@ -253,7 +257,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         "export runs/quickstart --to lora --out quickstart-lora",
         "set",
     )
-    export.add_argument("run", type=_path, metavar="RUN", help="folder of a run that has finished")
+    export.add_argument("run", metavar="RUN", help=f"folder of a run that has finished, or {CHECKPOINT}")
     export.add_argument(
         "--to",
         required=True,
@@ -349,7 +353,8 @@ def _add_inspection(add: Callable[..., argparse.ArgumentParser]) -> None:
         "say what the settings of a block mean, with types, defaults and bounds",
         "explain rewards.hps",
     )
-    explain.add_argument("topic", nargs="?", default="", metavar="BLOCK", help="such as algorithm.nft (default: all)")
+    block = "such as algorithm.nft, or steer.smc for --steer smc (default: all)"
+    explain.add_argument("topic", nargs="?", default="", metavar="BLOCK", help=block)
     for command in (schema, explain):
         command.add_argument("--service", action="store_true", help="of service files instead of run files")
     kinds = add("list", commands.list_kinds, "name the kinds of one part, with a line about each", "list rewards")
@@ -380,7 +385,10 @@ def _complete(args: argparse.Namespace) -> int:
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "config": (("config",), {"metavar": "CONFIG", "help": "run file, or the name of a shipped one"}),
     "service": (("config",), {"metavar": "CONFIG", "help": "service file, or rewards_service"}),
-    "target": (("target",), {"metavar": "CONFIG|RUN", "help": "run file, or the folder of a run (brings its LoRA)"}),
+    "target": (
+        ("target",),
+        {"metavar": "CONFIG|RUN", "help": f"run file, or the folder of a run (brings its LoRA), or {CHECKPOINT}"},
+    ),
     "set": (
         ("--set",),
         {
@@ -388,12 +396,13 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "nargs": "+",
             "default": [],
             "metavar": "PATH=VALUE",
-            "help": "override settings by dotted path, such as optimizer.lr=1e-4; a new kind starts its block anew",
+            "help": "override settings by dotted path, such as optimizer.lr=1e-4; several, after one --set or more, "
+            "apply in their order; a new kind starts its block anew; rewards.geneval=null removes that reward",
         },
     ),
     "name": (("--name",), {"help": "name of the run (default: the run file's)"}),
     "out": (("--out",), {"help": "folder that holds runs (default: the run file's)"}),
-    "lora": (("--lora",), {"type": _path, "metavar": "FILE|RUN", "help": "LoRA file, or a run whose LoRA to use"}),
+    "lora": (("--lora",), {"metavar": "FILE|RUN", "help": f"LoRA file, or a run, or {CHECKPOINT}, whose LoRA to use"}),
     "base": (("--base",), {"action": "store_true", "help": "the base model, although RUN has a LoRA"}),
     "seed": (("--seed",), {"type": _whole(0), "default": 0, "help": "seed of the images (default 0)"}),
     "json": (("--json",), {"action": "store_true", "help": "print JSON instead of a table"}),

@@ -8,54 +8,86 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from align_cluster.config.load import Settings
     from align_cluster.config.run import RunConfig
+    from align_cluster.evaluate.lora import Lora
+    from align_cluster.settings import Section
 
 
 class Source(NamedTuple):
-    """Says what CONFIG|RUN, --lora and --base name: settings, a LoRA file if any, and the folder of the settings."""
+    """Says what CONFIG|RUN, --lora and --base name: settings, a LoRA if any, and the folder of the settings.
+
+    `checkpoint` is how users call the folder where it is unfolded from a checkpoint.
+    """
 
     config: "RunConfig"
-    lora_file: Path | None
+    lora: "Lora | None"
     folder: Path
+    checkpoint: Path | None
+
+
+def _load(path: str | Path, overrides: Sequence[str], model: "type[Settings]") -> "Settings":
+    """Load a file of settings. Raises UserError, which says so where it is the file of another command."""
+    from align_cluster.config.load import is_rather, load
+    from align_cluster.config.run import RunConfig
+    from align_cluster.errors import UserError
+    from align_cluster.serving.config import ServiceConfig
+
+    try:
+        return load(path, overrides, model)
+    except UserError:
+        other = ServiceConfig if model is RunConfig else RunConfig
+        if not is_rather(path, other, model):
+            raise
+        does = "checks and serves it" if other is ServiceConfig else "checks it"
+        raise UserError(
+            f"{path} describes {other.what}, and this command takes the file of {model.what}, such as {model.sample}; "
+            f"`align-cluster {'serve-rewards' if other is ServiceConfig else 'validate'} {path}` {does}"
+        ) from None
 
 
 def _config(args: argparse.Namespace) -> "RunConfig":
     """Load and check the config that CONFIG, --set, --name and --out describe; notes go to stderr."""
     from align_cluster.config.check import check
-    from align_cluster.config.load import load
+    from align_cluster.config.run import RunConfig
 
     overrides = list(args.set)
     for key in ("name", "out"):
         if getattr(args, key, None) is not None:
             overrides.append(f"{key}={json.dumps(getattr(args, key))}")
-    config = load(args.config, overrides)
+    config = _load(args.config, overrides, RunConfig)
     for note in check(config):
         print(f"note: {note}", file=sys.stderr)
     return config
 
 
-def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Source:
+@contextmanager
+def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Iterator[Source]:
     """Find and load what CONFIG|RUN, --lora and --base name. Raises UserError where they name none or two."""
-    from align_cluster.config.load import load
+    from align_cluster.config.run import RunConfig
     from align_cluster.errors import UserError
-    from align_cluster.evaluate.lora import find_config, find_lora
-    from align_cluster.files import user_path
+    from align_cluster.evaluate.checkpoints import opened
+    from align_cluster.evaluate.lora import find_config, find_lora, read_lora
     from align_cluster.observe.rundir import RunDir
 
     named, source = args.target, getattr(args, "source", None)
     if named and source or not (named or source or args.lora):
         raise UserError("name one model: --run with a run's folder, --config with a run file, or --lora")
-    target = user_path(named or source or find_config(args.lora))
-    lora = args.lora or (target if target.is_dir() and not args.base else None)
-    file = RunDir(target).config if target.is_dir() else target
-    return Source(load(file, overrides), find_lora(lora) if lora else None, file.parent)
+    with ExitStack() as stack:
+        lora = stack.enter_context(opened(args.lora)) if args.lora else None
+        target = stack.enter_context(opened(named or source)) if named or source else lora
+        file = find_config(lora.path) if target is lora else target.path
+        if file.is_dir():
+            file, lora = RunDir(file).config, lora or (None if args.base else target)
+        weights = read_lora(find_lora(lora.path), lora.checkpoint) if lora else None
+        yield Source(_load(file, overrides, RunConfig), weights, file.parent, target.checkpoint)
 
 
 def init(args: argparse.Namespace) -> int:
@@ -146,31 +178,32 @@ def sample(args: argparse.Namespace) -> int:
     from align_cluster.backbones import BACKBONES
     from align_cluster.errors import UserError
     from align_cluster.evaluate.sample import SampleRequest, read_prompts, sample
-    from align_cluster.evaluate.steer import describe_compute, read_settings
+    from align_cluster.evaluate.steer import SavedCritic, describe_compute, read_settings
 
     prompts = read_prompts(args.prompt, args.prompts)
     of_mode = [override for override in args.set if override.startswith("steer.")]
     if of_mode and not args.steer:
         raise UserError(f"--set {of_mode[0]} needs --steer with the name of a mode, such as --steer best_of_n")
     steer = read_settings(args.steer, of_mode) if args.steer else None
-    config, lora_file, folder = _source(args, [override for override in args.set if override not in of_mode])
-    request = SampleRequest(
-        prompts=prompts,
-        count=args.count,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        compare=bool(args.compare),
-        score=not args.no_score,
-        steer=steer,
-        run=folder,
-    )
+    with _source(args, [override for override in args.set if override not in of_mode]) as source:
+        config = source.config
+        request = SampleRequest(
+            prompts=prompts,
+            count=args.count,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            compare=bool(args.compare),
+            score=not args.no_score,
+            steer=steer,
+            critic=SavedCritic.read(source.folder, config, source.checkpoint) if steer else None,
+        )
     backbone = BACKBONES[config.backbone.kind](config.backbone)
     for note in backbone.text_notes([prompt.text for prompt in prompts]):
         print(f"note: {note}", file=sys.stderr)
     names = (Path(f"samples-{number}" if number > 1 else "samples") for number in count(1))
     out = args.out or next(path for path in names if not path.exists())
-    drawn = sample(config, lora_file, request, out)
+    drawn = sample(config, source.lora, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
     for model, means in drawn["means"].items():
         print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
@@ -199,17 +232,18 @@ def evaluate(args: argparse.Namespace) -> int:
     from align_cluster.files import writable, write_json
     from align_cluster.observe.table import evaluation_tables
 
-    config, lora_file, _ = _source(args, args.set)
+    with _source(args, args.set) as source:
+        config, lora = source.config, source.lora
     if args.out:
         writable(args.out)  # an evaluation of hours should not end at a typo
-    scores = evaluate(config, lora_file)
+    scores = evaluate(config, lora)
     if args.out:
         write_json(args.out, scores)
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        console = Console()
-        console.print(evaluation_tables(scores, console.width, f"held-out scores, {lora_file or 'base model'}"))
+        console, drawn_with = Console(), lora.path if lora else "base model"
+        console.print(evaluation_tables(scores, console.width, f"held-out scores, {drawn_with}"))
     return 0
 
 
@@ -222,11 +256,12 @@ def submit(args: argparse.Namespace) -> int:
 
 def serve_rewards(args: argparse.Namespace) -> int:
     """Serve rewards over HTTP until interrupted."""
-    from align_cluster.config.load import load
+    from align_cluster.config.check import check_settings
     from align_cluster.errors import UserError
     from align_cluster.serving.config import ServiceConfig
 
-    config = load(args.config, args.set, ServiceConfig)
+    config = _load(args.config, args.set, ServiceConfig)
+    check_settings(config)
     try:
         from align_cluster.serving.service import run
     except ImportError as error:
@@ -282,6 +317,9 @@ def doctor(args: argparse.Namespace) -> int:
     from align_cluster.cluster.run_status import examine_run
     from align_cluster.errors import UserError
 
+    if args.run and (args.address or args.config):
+        given = "--address" if args.address else "--config"
+        raise UserError(f"doctor RUN looks at what {args.run} does; leave {given} out, or RUN, to look at a cluster")
     if args.config and not args.address:
         raise UserError("--config is tried on a cluster; add --address auto, or ask `plan` about this machine")
     if args.run:
@@ -318,8 +356,19 @@ def explain(args: argparse.Namespace) -> int:
     from align_cluster.config.run import RunConfig
     from align_cluster.serving.config import ServiceConfig
 
-    print(explain(args.topic, ServiceConfig if args.service else RunConfig))
+    print(explain(args.topic, ServiceConfig) if args.service else explain(args.topic, RunConfig, elsewhere()))
     return 0
+
+
+def elsewhere() -> "dict[str, type[Section]]":
+    """Return the blocks that no run file holds, by the path under which `explain` has them: those of --steer, and the
+    clauses in lines of prompt files."""
+    from align_cluster.prompts.files import CLAUSES
+    from align_cluster.rollouts.steering import STEERING
+
+    return {f"prompts.jsonl.{name}": clause for name, clause in CLAUSES.items()} | {
+        f"steer.{mode}": steering.Config for mode, steering in STEERING.items()
+    }
 
 
 def list_kinds(args: argparse.Namespace) -> int:

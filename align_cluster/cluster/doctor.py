@@ -19,11 +19,12 @@ def examine(address: str | None = None, quick: bool = False, config: "RunConfig 
 
     `address` adds checks of that cluster: its nodes, whether a run with `config` would get its share of it, and a
     weight sync to a sampler on every node instead of one through a Ray of this machine. The URL of a dashboard is only
-    asked for its jobs. `quick` leaves the weight sync out.
+    asked for its jobs and its nodes, and so `config` is only compared with what they have. `quick` leaves the weight
+    sync out.
     """
     checks = list(this_machine())
     if address and address.startswith(("http://", "https://")):
-        checks.append(dashboard(address))
+        checks += dashboard(address, config)
         address = None
     elif address:
         checks += reach(address, config)
@@ -33,14 +34,20 @@ def examine(address: str | None = None, quick: bool = False, config: "RunConfig 
     return checks
 
 
-def dashboard(address: str) -> Check:
-    """Check that a dashboard, to which jobs are submitted, answers."""
+def dashboard(address: str, config: "RunConfig | None" = None) -> list[Check]:
+    """Check that a dashboard, to which jobs are submitted, answers, and that its nodes have what a run needs."""
     from align_cluster.cluster.submit import connect
 
     try:
-        return Check("ok", f"cluster {address}", f"answers, {len(connect(address).list_jobs())} jobs so far")
+        client = connect(address)
+        found = [Check("ok", f"cluster {address}", f"answers, {counted(len(client.list_jobs()), 'job')} so far")]
+        if config:
+            from align_cluster.cluster.nodes import fit_on, listed
+
+            found.append(fit_on(listed(client.get_address()), config))
+        return found
     except UserError as error:
-        return Check("fail", f"cluster {address}", str(error), "correct --address")
+        return [Check("fail", f"cluster {address}", str(error), "correct --address")]
 
 
 def reach(address: str, config: "RunConfig | None" = None) -> list[Check]:

@@ -56,9 +56,9 @@ class LearnerGroup:
         self.timeout_s, self.start_timeout_s = config.cluster.timeout_s, config.cluster.start_timeout_s
         self.ranks: list[Any] = []
         self.locations: list[str] = []
-        self.asked: list[Any] = []  # references of the call in work; `pending` are those that have not come, since when
-        self.pending: list[Any] = []
+        self.asked: list[Any] = []  # references of the last call, one a rank or several, made `since`
         self.since = time.monotonic()
+        self.waiting = False  # whether the driver waits for them
         self.events: deque[tuple[float, str]] = deque(maxlen=20)
         self.built: list[Any] = []
         self.snapshot: Snapshot | None = None
@@ -81,6 +81,11 @@ class LearnerGroup:
         if self.snapshot:
             state = ray.put(self.snapshot)
             self.built += [rank.restore.remote(state) for rank in self.ranks]
+        self._note(self.built)
+
+    def _note(self, refs: list[Any]) -> None:
+        """Take note of a call that was just made. The driver may wait for it much later, as for loading models."""
+        self.asked, self.since = refs, time.monotonic()
 
     def _survive(self, call: Callable[[], Any]) -> Any:
         """Return a call's result. Where a rank is lost meanwhile, all ranks start anew and the call is made again."""
@@ -109,12 +114,13 @@ class LearnerGroup:
     def _wait(self, refs: list, setting: str = "timeout_s") -> list[Any]:
         """Return the results of one call on every rank. Raises RankLost where one is lost, or later than a setting."""
         pending, limit_s = list(refs), getattr(self, setting)
-        self.asked, self.pending, self.since = refs, pending, time.monotonic()
+        if refs is not self.asked:
+            self._note(refs)
+        self.waiting = True
         try:
             while pending:
                 # Any rank's error must surface at once: the others would wait for that rank in a collective.
                 ready, pending = ray.wait(pending, num_returns=1, timeout=limit_s)
-                self.pending = pending
                 if not ready:
                     doing = "finish" if setting == "timeout_s" else "load their model"
                     raise RankLost(
@@ -132,6 +138,8 @@ class LearnerGroup:
             raise RankLost(f"a learner rank was lost: {reason(error)}") from error
         except GetTimeoutError as error:
             raise RankLost("a learner rank's result did not arrive") from error
+        finally:
+            self.waiting = False
 
     def _blame(self, pending: list, error: Exception) -> None:
         """Raise RankLost if one rank's error comes of another rank's death, which breaks their collective.
@@ -150,7 +158,7 @@ class LearnerGroup:
 
     def ready(self) -> None:
         """Wait until every rank has loaded its model and joined the process group."""
-        self._call(list)
+        self._survive(lambda: self._wait(self.built, "start_timeout_s"))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from the state of a checkpoint, or from an earlier one of this run."""
@@ -195,13 +203,17 @@ class LearnerGroup:
         return self._call(ask)[0], buffers[-1]
 
     def status(self) -> list[WorkerStatus]:
-        """Say which ranks have not yet answered. Another thread may call it."""
-        pending, count = self.pending, max(1, len(self.ranks))
-        late = {index % count for index, ref in enumerate(self.asked) if ref in pending}
-        phases = ["at work" if rank in late else "idle" for rank in range(count)]
+        """Say which ranks have not yet answered, and since when they were asked. Another thread may call it."""
+        asked, count, work = self.asked, max(1, len(self.ranks)), "at work"
+        if asked is self.built:
+            work = "loading its model"
+        pending = ray.wait(asked, num_returns=len(asked), timeout=0, fetch_local=False)[1] if asked else []
+        busy = {index % count for index, ref in enumerate(asked) if ref in pending}
         return [
-            WorkerStatus(f"learner-{rank}", location, phase, self.since, rank in late)
-            for rank, (location, phase) in enumerate(zip(self.locations, phases, strict=False))
+            WorkerStatus(
+                f"learner-{rank}", location, work if rank in busy else "idle", self.since, self.waiting and rank in busy
+            )
+            for rank, location in enumerate(self.locations)
         ]
 
     def shutdown(self) -> None:

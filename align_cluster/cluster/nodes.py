@@ -15,15 +15,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from align_cluster import __version__
 from align_cluster.cluster.checks import GIB, Check
 from align_cluster.cluster.errors import reason
-from align_cluster.cluster.placement import reserve, resources
-from align_cluster.config.plan import derive
+from align_cluster.cluster.placement import reserve, resources, slots
+from align_cluster.config.plan import Plan, derive
 from align_cluster.config.run import RunConfig
-from align_cluster.errors import UserError
+from align_cluster.errors import UserError, counted
 
 ANSWER_S = 60.0  # seconds for all nodes to answer, since each starts a process first
 DECIDE_RESULTS = ("align_cluster", "torch", "ray")  # another version of these fails; of the other packages, it warns
 LEAST_STORE = 0.25  # GiB of object store below which images and weights hardly fit
 FULLEST_DISK = 0.95  # share of a disk from which on Ray stops spilling objects
+MOST_NODES = 10_000  # that a dashboard lists; it refuses to be asked for more
 SKEW_S = 5.0  # seconds between two clocks from which on logs are hard to put in order
 
 
@@ -109,8 +110,40 @@ def fit(config: RunConfig) -> Check:
     try:
         plan = derive(config, *resources())
         with reserve(plan):
-            most = f" (up to {plan.most_samplers})" if plan.most_samplers > plan.samplers else ""
-            pools = f"{plan.samplers} samplers{most}, {plan.learners} learners, {plan.reward_workers} reward workers"
-            return Check("ok", name, f"fits: {pools}")
+            return Check("ok", name, f"fits: {_pools(plan)}")
     except UserError as error:
         return Check("fail", name, str(error))
+
+
+def _pools(plan: Plan) -> str:
+    most = f" (up to {plan.most_samplers})" if plan.most_samplers > plan.samplers else ""
+    return f"{plan.samplers} samplers{most}, {plan.learners} learners, {plan.reward_workers} reward workers"
+
+
+def listed(dashboard: str) -> list[dict[str, float]]:
+    """Return the resources of every node that is alive, as a cluster's dashboard lists them.
+
+    Raises UserError where it does not.
+    """
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        return [node.resources_total for node in list_nodes(dashboard, limit=MOST_NODES) if node.state == "ALIVE"]
+    except RayStateApiException as error:
+        raise UserError(f"{dashboard} does not list its nodes ({reason(error)}); look at its dashboard") from error
+
+
+def fit_on(nodes: list[dict[str, float]], config: RunConfig) -> Check:
+    """Check that a run would fit on nodes with these resources if nobody else used them."""
+    name = f"run {config.name}"
+    cores, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    try:
+        plan = derive(config, cores, gpus)  # which shares out what all of them have together
+    except UserError as error:
+        return Check("fail", name, str(error))
+    for bundle in slots(plan)[0]:
+        if not any(all(node.get(kind, 0) >= count - 1e-6 for kind, count in bundle.items()) for node in nodes):
+            wanted = " and ".join(f"{count:g} {kind}" for kind, count in bundle.items())
+            return Check("fail", name, f"no node has the {wanted} of one place for workers", "add larger nodes")
+    return Check("ok", name, f"fits on {counted(len(nodes), 'idle node')}: {_pools(plan)}")

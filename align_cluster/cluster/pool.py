@@ -148,7 +148,9 @@ class Pool:
         self.broadcast_state = (method, args)
         asked = [worker for worker in self.workers if worker.ready]
         for worker in self.workers:
-            worker.adopting, worker.since = getattr(worker.actor, method).remote(*args), time.monotonic()
+            worker.adopting = getattr(worker.actor, method).remote(*args)
+            if worker.starting is None:  # else it still starts, since it was made
+                worker.since = time.monotonic()
 
         def answered() -> bool:
             late = any(worker in self.workers and not worker.ready for worker in asked)
@@ -196,7 +198,8 @@ class Pool:
         given_up = self._give_up(calls, slot, error)
         self.waiting.extendleft(reversed(calls))
         pause = QUARANTINE_S if slot.quarantined else BACKOFF_S * 2 ** (slot.failures - 2) if slot.failures > 1 else 0.0
-        slot.due = time.monotonic() + pause
+        slot.lost = time.monotonic()
+        slot.due = slot.lost + pause
         self._log_event(self._loss_message(worker, calls, pause))
         for other in list(self.workers):
             if other.spare and other.starting is not None and not worker.spare:
@@ -311,7 +314,7 @@ class Pool:
         for slot in self.empty_slots:
             state = "quarantined" if slot.quarantined else "lost"
             text = f"{state}, next try in {max(0.0, slot.due - now):.0f} s; last error: {slot.error}"
-            found.append(WorkerStatus(f"{self.name} slot {slot.index}", "", text, now))
+            found.append(WorkerStatus(f"{self.name} slot {slot.index}", "", text, slot.lost, waiting=False))
         return found
 
     def shutdown(self) -> None:

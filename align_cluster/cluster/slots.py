@@ -32,11 +32,12 @@ class Slot:
     """Keeps the history of one place for a worker.
 
     `failures` counts the workers lost there since one of them finished a call, and `error` says why the last one was
-    lost. The next worker starts at `due` (monotonic seconds).
+    lost. That was at `lost`, and the next worker starts at `due` (monotonic seconds).
     """
 
     index: int
     failures: int = 0
+    lost: float = 0.0
     due: float = 0.0
     error: str = ""
 

@@ -8,12 +8,13 @@ its name in PROMPT_RULES, or in NOTES, which never refuses.
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.backbones import BACKBONES
-from align_cluster.config.rules import RULES, Problems
+from align_cluster.config.rules import RULES, Problems, settings_refuse
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.prompts import PROMPTS
 from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.steps import STEPS
+from align_cluster.settings import Root
 from align_cluster.types import Prompt
 
 
@@ -22,6 +23,11 @@ def check(config: RunConfig) -> list[str]:
     _refuse(sentence for rule in RULES for sentence in rule(config))
     train, held_out = (PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts))
     return check_prompts(config, train, held_out)
+
+
+def check_settings(config: Root) -> None:
+    """Raise UserError with every problem of a file's settings alone, one a line; of a run, `check` finds more."""
+    _refuse(settings_refuse(config))
 
 
 def check_prompts(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> list[str]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -59,6 +59,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), model: type[Settings] 
     return loads(text, str(path), overrides, model)
 
 
+def is_rather(path: str | Path, other: type[Root], than: type[Root]) -> bool:
+    """Return whether a file has settings of the file `other`, and not of `than`, by the names in its first level."""
+    try:
+        names = set(yaml_value(read_text(find(path), MAX_CHARACTERS), str(path)) or ())
+    except (UserError, FileNotFoundError, TypeError):
+        return False
+    strange, own = len(names - set(other.model_fields)), len(names - set(than.model_fields))
+    complete = all(name in names for name, field in other.model_fields.items() if field.is_required())
+    return strange < own or (strange == own == 0 and complete)
+
+
 def loads(
     text: str, source: str = "config", overrides: Sequence[str] = (), model: type[Settings] = RunConfig
 ) -> Settings:
@@ -68,21 +79,22 @@ def loads(
         raise UserError(f"{source} is empty; start from {model.sample}")
     if not isinstance(data, dict):
         raise UserError(f"{source} holds a {type(data).__name__}; it must be a mapping of settings such as steps: 60")
-    changed = apply(data, overrides)
+    changed = apply(data, overrides, model)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, source, changed, model))) from None
 
 
-def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
-    """Set dotted paths of `data` in place, and return the paths.
+def apply(data: dict[str, Any], overrides: Sequence[str], model: type[Root] = RunConfig) -> set[str]:
+    """Set dotted paths of `data` in place, one after the other, and return the paths.
 
     An override of `x.kind` to another kind than the file's starts block x anew, since one kind's settings mean nothing
-    to another; further overrides then fill it, whatever their order.
+    to another; overrides of x then fill it, also those given before. Null removes an entry that has a name of the
+    user's, such as rewards.geneval.
     """
-    pairs = [_split(override) for override in overrides]
-    for path, value in sorted(pairs, key=lambda pair: pair[0][-1] != "kind"):
+    pairs = _kinds_first([_split(override) for override in overrides])
+    for path, value in pairs:
         block = data
         for depth, part in enumerate(path[:-1]):
             if block.get(part) is None:
@@ -95,8 +107,35 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
             block = block[part]
         if path[-1] == "kind" and block.get("kind") != value:
             block.clear()
-        block[path[-1]] = value
+        if value is not None or not _is_named(path, model):
+            block[path[-1]] = value
+        elif block.pop(path[-1], None) is None:
+            there = " ".join(".".join(path).split())
+            raise UserError(
+                f"--set {there}=null: there is none to remove; {path[0]} has {', '.join(map(str, block)) or 'none'}"
+            )
     return {".".join(path) for path, _ in pairs}
+
+
+def _kinds_first(pairs: list[tuple[list[str], Any]]) -> list[tuple[list[str], Any]]:
+    """Return overrides in their order, but each kind before the settings of its block that were given before it."""
+    ordered: list[tuple[list[str], Any]] = []
+    for path, value in pairs:
+        place = len(ordered)
+        if path[-1] == "kind":
+            # What sets the block as a whole, or the kind itself, stays before it.
+            whole = [index for index, (other, _) in enumerate(ordered) if other == path[: len(other)]]
+            begin = whole[-1] + 1 if whole else 0
+            inside = (index for index in range(begin, place) if ordered[index][0][: len(path) - 1] == path[:-1])
+            place = next(inside, place)
+        ordered.insert(place, (path, value))
+    return ordered
+
+
+def _is_named(path: list[str], model: type[Root]) -> bool:
+    """Return whether a path is that of an entry of a mapping of blocks, whose names are the user's."""
+    field = model.model_fields.get(path[0])
+    return len(path) == 2 and field is not None and get_origin(field.annotation) is dict
 
 
 def _split(override: str) -> tuple[list[str], Any]:

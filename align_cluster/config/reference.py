@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -66,7 +67,8 @@ def settings(section: type[Section]) -> list[Setting]:
             default = "its defaults" if not hasattr(value, "kind") else value.kind
         else:
             default = json.dumps(value, default=str)
-        rows.append(Setting(name, _type(schema["properties"][name]), default, texts.get(name, "")))
+        key = field.alias or name  # as users write it
+        rows.append(Setting(key, _type(schema["properties"][key]), default, texts.get(name, "")))
     return rows
 
 
@@ -129,13 +131,13 @@ def _blocks(annotation: Any) -> Iterator[type[Section]]:
         yield from _blocks(inner)
 
 
-def explain(topic: str, root: type[Root]) -> str:
+def explain(topic: str, root: type[Root], more: Mapping[str, type[Section]] = MappingProxyType({})) -> str:
     """Return a block's settings as text, with the blocks below it; the empty topic is the whole file.
 
-    A topic may also stand before kinds, such as algorithm, and then all of them are listed. Raises UserError where
-    there is no such block, with the nearest ones.
+    `more` has blocks that stand elsewhere than in the file. A topic may also stand before kinds, such as algorithm, and
+    then all of them are listed. Raises UserError where there is no such block, with the nearest ones.
     """
-    known = topics(root)
+    known = topics(root) | more
     below = [path for path in known if path and path != topic and (not topic or path.startswith(f"{topic}."))]
     if topic not in known and not below:
         near = difflib.get_close_matches(topic, known, 3, 0.5) or [path for path in known if topic in path][:5]

@@ -25,6 +25,7 @@ from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
+from align_cluster.settings import HUB_ID, Root
 
 Problems = Iterator[str]
 COMPILED = 1e-3  # |log ratio| a dimension by which compiled passes with and without gradient differ (measured: 4e-4)
@@ -35,10 +36,11 @@ def names(kinds: Mapping[str, type], when: Callable[[type], bool]) -> str:
     return " or ".join(kind for kind, implementation in kinds.items() if when(implementation))
 
 
-def settings_refuse(config: RunConfig) -> Problems:
-    """Ask every block of settings, and so every kind that is chosen."""
+def settings_refuse(config: Root) -> Problems:
+    """Ask every block of settings of a file, and so every kind that is chosen."""
     for where, block in config.blocks():
         yield from block.problems(where, config)
+        yield from block.missing(where)
 
 
 def work_can_be_cut(config: RunConfig) -> Problems:
@@ -235,7 +237,7 @@ def backbone_is_there(config: RunConfig) -> Problems:
     if not taken:
         return
     if not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        if not re.fullmatch(HUB_ID, path):
             yield (
                 f"backbone.path is {path}, which is no folder here and no hub id; give embedded, a folder, "
                 "or an id such as stabilityai/stable-diffusion-3.5-medium"

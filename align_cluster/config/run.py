@@ -197,6 +197,13 @@ class RunConfig(Root):
         return [name for name, reward in self.rewards.items() if reward.role == "train"]
 
     @property
+    def headline(self) -> str:
+        """Return the column that is shown first: the first trained reward, or the detail that its class names."""
+        name = self.trained[0]
+        detail = REWARDS[self.rewards[name].kind].headline
+        return f"reward/{name}/{detail}" if detail else f"reward/{name}"
+
+    @property
     def step_kind(self) -> Section:
         """Return the settings of the sampler step that training rollouts take."""
         flow = BACKBONES[self.backbone.kind].flow

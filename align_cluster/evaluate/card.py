@@ -162,10 +162,11 @@ def _scores(run: RunData) -> dict[str, dict[str, Any]]:
 
 def _training(run: RunData, config: RunConfig) -> dict[str, str]:
     """Return facts about the training by what they are called; those that are empty do not apply."""
+    steps = run.summary.get("steps", config.steps)  # of a checkpoint they are fewer
     return {
         "rewards trained on": ", ".join(map(code, config.trained)),
         "only monitored": ", ".join(code(name) for name in config.rewards if name not in config.trained),
-        "steps": f"{config.steps} of {config.prompts_per_step} prompts x {config.group_members} images",
+        "steps": f"{steps} of {config.prompts_per_step} prompts x {config.group_members} images",
         "seed": str(config.seed),
         "config hash": code(run.summary["config_hash"]),
         "versions": ", ".join(code(f"{name} {text}") for name, text in run.summary.get("versions", {}).items()),

@@ -13,6 +13,7 @@ import torch
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
 from align_cluster.evaluate.card import HUB_ID, comfyui_name, licence_of, write_card
+from align_cluster.evaluate.checkpoints import opened
 from align_cluster.evaluate.lora import Lora, bind
 from align_cluster.evaluate.result import Result, public, read_result
 from align_cluster.files import new_folder, save_tensors, write_text
@@ -24,7 +25,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def export(
-    run: Path,
+    run: str | Path,
     form: str,
     out: Path,
     *,
@@ -33,7 +34,7 @@ def export(
     license: str | None = None,
     overrides: Sequence[str] = (),
 ) -> list[str]:
-    """Write the result of the run folder `run` as `form` (a key of FORMS) into the new folder `out`.
+    """Write the result of the run or checkpoint `run` as `form` (a key of FORMS) into the new folder `out`.
 
     `precision` is that of merged weights, fp32 by default. `base_model` is the hub's id of the base model, for a run on
     a local copy, and `license` the hub's id of its licence; what is written names no folder of this machine.
@@ -51,8 +52,8 @@ def export(
         raise UserError(f"--base-model {base_model!r} is no id of the hub; write it as OWNER/NAME")
     if license and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise UserError(f"--license {license!r} is no id of the hub; write it as the hub does, such as apache-2.0")
-    with new_folder(out) as folder:
-        result = read_result(run, overrides)
+    with new_folder(out) as folder, opened(run) as source:
+        result = read_result(source, overrides)
         result = replace(result, config=public(result.config, base_model))
         licence = licence_of(result.backbone, license)
         FORMS[form](result, folder, PRECISIONS[precision or "fp32"])

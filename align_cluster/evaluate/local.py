@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ from align_cluster.backbones import BACKBONES
 from align_cluster.config.plan import evaluation_pieces, local_resources, settle
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
-from align_cluster.evaluate.lora import bind, check_fits, read_lora
+from align_cluster.evaluate.lora import Lora, bind, check_fits
 from align_cluster.observe.table import rows, summarise
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation
@@ -53,13 +52,13 @@ class LocalModel:
     def __init__(
         self,
         config: RunConfig,
-        lora_file: Path | None = None,
+        lora: Lora | None = None,
         *,
         steps: int | None = None,
         guidance: float | None = None,
         score: bool = True,
     ) -> None:
-        """Read the settings of the model and the safetensors file `lora_file`, and no weights of the base model.
+        """Read the settings of the model, and no weights of the base model. `lora` is what `bind` adds.
 
         `steps` and `guidance` are by default those of the run's evaluation. With `score` the run's rewards score every
         image. Raises UserError for numbers below 1, for a LoRA that does not fit the base model, and for an image size
@@ -70,8 +69,7 @@ class LocalModel:
         self.guidance = config.evaluate.guidance if guidance is None else guidance
         if self.steps < 1 or self.guidance < 1:
             raise UserError(f"--steps {self.steps} and --guidance {self.guidance} must be at least 1")
-        self.lora = read_lora(lora_file) if lora_file else None
-        backbone = config.backbone
+        self.lora, backbone = lora, config.backbone
         if self.lora:
             sizes = {"rank": self.lora.rank, "alpha": self.lora.alpha}
             backbone = backbone.model_copy(update={"lora": backbone.lora.model_copy(update=sizes)})
@@ -135,16 +133,15 @@ class LocalModel:
         return scores
 
 
-def evaluate(config: RunConfig, lora_file: Path | None = None) -> dict[str, Any]:
+def evaluate(config: RunConfig, lora: Lora | None = None) -> dict[str, Any]:
     """Score the held-out prompts under every reward of the run; return what `table.summarise` does, and `failures`.
 
-    `lora_file` is a safetensors file, None for the base model. Prompts, seeds and batches are those of the run's own
-    evaluations, so both give the same scores for the same LoRA on the same kind of device. Raises UserError where every
-    score failed.
+    Without a `lora` the base model draws. Prompts, seeds and batches are those of the run's own evaluations, so both
+    give the same scores for the same LoRA on the same kind of device. Raises UserError where every score failed.
     """
     settings = config.evaluate
     prompts = PROMPTS[settings.prompts.kind](settings.prompts).load()
-    model = LocalModel(config, lora_file)
+    model = LocalModel(config, lora)
     model.bind()
     chunk, pieces = model.config.rollout.chunk, evaluation_pieces(model.config)
     chunks = plan_evaluation(prompts, settings.count, settings.images_per_prompt, chunk, config.seed, pieces)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.errors import UserError
+from align_cluster.evaluate.checkpoints import offer
 from align_cluster.files import user_path
 from align_cluster.observe.rundir import RunDir
 from align_cluster.plain import json_value
@@ -23,7 +24,7 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' nam
 
 @dataclass(frozen=True)
 class Lora:
-    """Holds the contents of one LoRA file.
+    """Holds the contents of one LoRA file, which messages call `path`.
 
     `state` has the adapter's weights (fp32) by parameter name, without the `prefix` that the names have in the file.
     `rank` and `alpha` are the LoRA's own, and `metadata` is the file's.
@@ -45,7 +46,9 @@ def find_lora(path: Path | str) -> Path:
     for file in (RunDir(path).lora_weights, path / "pytorch_lora_weights.safetensors"):
         if file.is_file():
             return file
-    raise UserError(f"{path} holds no LoRA; give a .safetensors file, or the folder of a run that has finished")
+    raise UserError(
+        f"{path} holds no LoRA; give a .safetensors file, or the folder of a run that has finished{offer(path)}"
+    )
 
 
 def find_config(lora: Path) -> Path:
@@ -57,36 +60,38 @@ def find_config(lora: Path) -> Path:
     raise UserError(f"{lora} has no config.yaml beside it that names its base model; add --config with a run file")
 
 
-def read_lora(file: Path) -> Lora:
+def read_lora(file: Path, shown: Path | None = None) -> Lora:
     """Read a LoRA of a denoiser, as diffusers' `save_lora_weights` writes it, in any type of float.
 
-    Raises UserError for any other file, and for weights or a scale that are no finite numbers.
+    Messages call it `shown`, by default the file. Raises UserError for any other file, and for weights or a scale that
+    are no finite numbers.
     """
+    shown = shown or file
     try:
         with safe_open(file, framework="pt") as tensors:
             types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
             odd = next((name for name, dtype in types.items() if dtype not in FLOATS), None)
             if odd:
                 raise UserError(
-                    f"{file}: its {odd!r} is {types[odd]}, and a LoRA's weights are floats; convert it first"
+                    f"{shown}: its {odd!r} is {types[odd]}, and a LoRA's weights are floats; convert it first"
                 )
             raw = {name: tensors.get_tensor(name).float().numpy() for name in types}
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read as safetensors ({reason}); give the file that a run wrote") from None
+        raise UserError(f"{shown} cannot be read as safetensors ({reason}); give the file that a run wrote") from None
     prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in raw)), None)
     state = {name.removeprefix(prefix or ""): value for name, value in raw.items()}
     ranks = {value.shape[0] if value.ndim > 1 else 0 for name, value in state.items() if ".lora_A." in name}
     if len(ranks) != 1 or not prefix or 0 in ranks or not all(map(str.isprintable, raw)):
-        raise UserError(f"{file} is no LoRA of a denoiser with one rank; give the file that a run wrote")
+        raise UserError(f"{shown} is no LoRA of a denoiser with one rank; give the file that a run wrote")
     broken = next((name for name, value in raw.items() if not np.isfinite(value).all()), None)
     if broken:
         raise UserError(
-            f"{file}: its {broken!r} holds NaN or infinity, as of training that diverged; give another file"
+            f"{shown}: its {broken!r} holds NaN or infinity, as of training that diverged; give another file"
         )
     (rank,) = ranks
-    return Lora(file, state, prefix, rank, _alpha(file, metadata, prefix, rank), metadata)
+    return Lora(shown, state, prefix, rank, _alpha(shown, metadata, prefix, rank), metadata)
 
 
 def _alpha(file: Path, metadata: dict[str, str], prefix: str, rank: int) -> float:

@@ -13,6 +13,7 @@ from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
+from align_cluster.evaluate.checkpoints import Opened, offer
 from align_cluster.evaluate.lora import Lora, check_fits, read_lora
 from align_cluster.files import user_path
 from align_cluster.observe import rundata
@@ -22,12 +23,18 @@ from align_cluster.observe.rundir import RunDir
 
 @dataclass(frozen=True)
 class Result:
-    """Holds what a finished run left: its record, its settings, its LoRA, and the base model that this LoRA is for."""
+    """Holds what a run left, or would have left at a checkpoint: its record, its settings, its LoRA, and the base model
+    that this LoRA is for."""
 
     run: RunData
     config: RunConfig
     backbone: PipelineBackbone
     lora: Lora
+
+    @property
+    def steps(self) -> int:
+        """Return the number of steps that the LoRA has been trained for."""
+        return self.run.summary.get("steps", self.config.steps)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -39,7 +46,7 @@ class Result:
             "base_model": config.backbone.path,
             "backbone": config.backbone.kind,
             "algorithm": config.algorithm.kind,
-            "steps": str(config.steps),
+            "steps": str(self.steps),
             "rank": str(self.lora.rank),
             "alpha": f"{self.lora.alpha:g}",
             "config_hash": run.summary["config_hash"],
@@ -66,23 +73,26 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and re.match(r"/|~\w*/|file:/", value) else value
 
 
-def read_result(run: Path, overrides: Sequence[str] = ()) -> Result:
-    """Read the folder of a run that has ended, with `overrides` of its settings.
+def read_result(run: Opened, overrides: Sequence[str] = ()) -> Result:
+    """Read the folder of a run that has ended, or of a checkpoint, with `overrides` of its settings.
 
     No weights of the base model are read. Raises UserError where the run has not finished, and where its LoRA is
     missing or fits neither its settings nor its base model.
     """
-    files = RunDir(run.expanduser())
+    files = RunDir(run.path)
     data = rundata.load(files)
     if not data.summary:
         steps = f"{len(data.rows)} of {data.config.get('steps', '?')} steps are there"
         raise UserError(
-            f"{run} has not finished ({steps}), so it has no LoRA; export it once its summary.json is there"
+            f"{run.path} has not finished ({steps}), so it has no LoRA; export it once its summary.json is "
+            f"there{offer(run.path)}"
         )
     config = load(files.config, overrides)
     if not files.lora_weights.is_file():
-        raise UserError(f"{run} has lost its {files.lora_weights.relative_to(files.path)}; give the folder as it was")
-    lora, settings = read_lora(files.lora_weights), config.backbone.lora
+        raise UserError(
+            f"{run.path} has lost its {files.lora_weights.relative_to(files.path)}; give the folder as it was"
+        )
+    lora, settings = read_lora(files.lora_weights, run.checkpoint), config.backbone.lora
     if lora.rank != settings.rank:
         raise UserError(
             f"{lora.path} has rank {lora.rank}, and the run's config.yaml says rank {settings.rank}; "

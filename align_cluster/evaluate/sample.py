@@ -13,6 +13,7 @@ from PIL import Image
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.evaluate.local import DrawnChunk, LocalModel
+from align_cluster.evaluate.lora import Lora
 from align_cluster.evaluate.steer import SavedCritic, SteeredDrawing
 from align_cluster.files import new_folder, write_json
 from align_cluster.observe.grids import save_grid
@@ -30,7 +31,7 @@ class SampleRequest:
 
     `steps` and `guidance` are by default those of the run's evaluation. `compare` also draws the base model from the
     same noise. `score` lets the run's rewards score the images. `steer` holds the settings of a steering mode, which
-    follows the critic in the run folder `run`.
+    follows `critic`.
     """
 
     prompts: list[Prompt]
@@ -41,7 +42,7 @@ class SampleRequest:
     compare: bool = False
     score: bool = True
     steer: Steering.Config | None = None
-    run: Path | None = None
+    critic: SavedCritic | None = None
 
 
 def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
@@ -66,7 +67,7 @@ def read_prompts(texts: list[str], file: str | None) -> list[Prompt]:
     return prompts
 
 
-def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, out: Path) -> dict[str, Any]:
+def sample(config: RunConfig, lora: Lora | None, request: SampleRequest, out: Path) -> dict[str, Any]:
     """Draw the requested images into the new folder `out`, and return what samples.json there says.
 
     Image 002_01.png is member 1 of prompt 2; where both models are drawn, 002_01_base.png is the base model's. One seed
@@ -76,26 +77,26 @@ def sample(config: RunConfig, lora_file: Path | None, request: SampleRequest, ou
     """
     if request.count < 1:
         raise UserError(f"--count {request.count} must be at least 1")
-    if request.compare and lora_file is None:
+    if request.compare and lora is None:
         raise UserError("--compare base needs a LoRA to compare with the base; name a run that has finished, or --lora")
     with new_folder(out) as folder:
-        model = LocalModel(config, lora_file, steps=request.steps, guidance=request.guidance, score=request.score)
+        model = LocalModel(config, lora, steps=request.steps, guidance=request.guidance, score=request.score)
         steered = None
         if request.steer:
-            steered = SteeredDrawing(model, request.steer, SavedCritic.read(request.run, config))
+            steered = SteeredDrawing(model, request.steer, request.critic)
             steered.check(request.prompts)
         images, entries = {}, {}
         if request.compare:
             drawn = model.draw(plan(request), "drawing base")
             images["base"], entries["base"] = write_images(folder, "base", drawn, ending="_base")
         model.bind()
-        name = "steered" if steered else "aligned" if lora_file else "base"
+        name = "steered" if steered else "aligned" if lora else "base"
         drawn = model.draw(plan(request, request.steer), f"drawing {name}", steered.draw if steered else None)
         images[name], entries[name] = write_images(folder, name, drawn)
         _write_overview(folder, request, images)
         facts = {
             "backbone": config.backbone.path,
-            "lora": str(lora_file) if lora_file else None,
+            "lora": str(lora.path) if lora else None,
             "steps": model.steps,
             "guidance": model.guidance,
             "seed": request.seed,

@@ -75,7 +75,7 @@ class _CriticFacts(BaseModel):
 
 @dataclass(frozen=True)
 class SavedCritic:
-    """Holds the critic of the run folder `run`, as the run left it.
+    """Holds the critic of a run, as the run left it; messages call the run `run`.
 
     `rewards` are the names of the rewards that it predicts, in the order of its outputs. `moments` normalise each of
     them. `section` and `state` are the critic's settings and weights, and `lora` configures its adapter.
@@ -89,10 +89,12 @@ class SavedCritic:
     state: dict[str, torch.Tensor]
 
     @classmethod
-    def read(cls, run: Path, config: RunConfig) -> "SavedCritic":
-        """Read a run's critic. Raises UserError where there is none, or where it predicts other rewards than `config`
-        trains on."""
-        folder = RunDir(run).critic
+    def read(cls, folder: Path, config: RunConfig, shown: Path | None = None) -> "SavedCritic":
+        """Read the critic of a run's folder, which messages call `shown`, by default the folder.
+
+        Raises UserError where there is none, or where it predicts other rewards than `config` trains on.
+        """
+        run, folder = shown or folder, RunDir(folder).critic
         content = read_json(folder / "critic.json")
         if content is None:
             raise UserError(

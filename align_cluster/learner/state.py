@@ -60,6 +60,11 @@ class Snapshot:
         """Return views of the buffer by name."""
         return {tensor.name: view(self.buffer, tensor) for tensor in self.manifest.tensors}
 
+    def shipped(self) -> dict[str, np.ndarray]:
+        """Return the weights that are evaluated and shipped, by name: the EMA where there is one, as `publish` does."""
+        named = self.tensors()
+        return under("ema/", named) or under("adapter/default/", named)
+
     def critic(self) -> dict[str, np.ndarray]:
         """Return the critic's weights by name."""
         found = under("critic/", self.tensors())

@@ -1,6 +1,5 @@
 """Turns scores and a critic's values into an advantage for each denoising step, by GAE over normalised rewards."""
 
-import json
 from collections import deque
 
 import numpy as np
@@ -8,10 +7,11 @@ import numpy as np
 from align_cluster.algorithms.advantage import usable
 from align_cluster.algorithms.gae import RunningMoments, explained_variance, gae, whiten
 from align_cluster.config.run import RunConfig
-from align_cluster.files import atomic, write_text
+from align_cluster.files import write_text
 from align_cluster.learner.batching import Reduced
 from align_cluster.loop.learning import CriticValues
 from align_cluster.loop.rollouts import DrawnChunk
+from align_cluster.loop.state import write_critic
 from align_cluster.observe.charts import Series, scatter_chart
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rewards.base import sound
@@ -136,13 +136,7 @@ def save_critic(
     run: RunDir, config: RunConfig, state: dict[str, np.ndarray], estimator: CriticAdvantageEstimator
 ) -> None:
     """Write the critic's weights, what its values mean, and pictures of how well it knew, into the run's folder."""
-    from safetensors.numpy import save_file
-
-    run.critic.mkdir(exist_ok=True)
-    with atomic(run.critic / "critic.safetensors") as file:
-        save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, file)
-    facts = {"rewards": estimator.names, "critic": config.algorithm.critic.model_dump(), **estimator.state()}
-    write_text(run.critic / "critic.json", json.dumps(facts, indent=1))
+    write_critic(run.critic, config, state, estimator.state())
     for r, name in enumerate(estimator.names):
         write_text(run.critic / f"{name}.svg", scatter(name, r, list(estimator.recent)))
 

@@ -17,7 +17,6 @@ from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.observe.table import by_prompt, headline_column, rows, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
-from align_cluster.rewards import REWARDS
 from align_cluster.rewards.mix import silent
 from align_cluster.types import Chunk, Prompt
 
@@ -46,7 +45,6 @@ class Evaluation:
         ]
         self.captions = [prompt.text for prompt in shown]
         write_json(run.grid_prompts, self.captions)
-        self.headline = headline(config)
 
     @property
     def images(self) -> int:
@@ -78,7 +76,7 @@ class Evaluation:
             scores = self._record(step, self._draw([*self.chunks * bool(scored), *self.grid_chunks * bool(shown)]))
             self.workers.weights.publish("behaviour")
             overall = scores.get("overall", {})
-            return overall.get(headline_column(self.headline, list(overall)))
+            return overall.get(headline_column(self.config.headline, list(overall)))
 
     def last(self) -> tuple[Sync, dict]:
         """Publish the weights that are kept, and take their scores and grid."""
@@ -101,16 +99,9 @@ class Evaluation:
         if scored:
             images = [row for item in scored for row in rows(item.chunk.prompts, item.scores)]
             scores, adapter = summarise(images), "evaluation" if step else "base"
-            facts = {"headline": self.headline, "by_prompt": by_prompt(images)}
+            facts = {"headline": self.config.headline, "by_prompt": by_prompt(images)}
             self.metrics.evaluation(step, self.workers.weights.version, adapter, scores | facts)
         if shown := drawn[len(scored) :]:
             pictures = self.workers.rollouts.images(shown)
             save_grid(pictures, self.settings.grid_columns, self.run_dir.grid(step), self.captions)
         return scores
-
-
-def headline(config: RunConfig) -> str:
-    """Return the column that is shown first: the first trained reward, or the detail that its class names."""
-    name = config.trained[0]
-    detail = REWARDS[config.rewards[name].kind].headline
-    return f"reward/{name}/{detail}" if detail else f"reward/{name}"

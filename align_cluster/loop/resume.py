@@ -12,7 +12,7 @@ from align_cluster.config.load import as_before, differences
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.files import read_json, user_path, write_text
-from align_cluster.loop.checkpoints import State
+from align_cluster.loop.state import State, store_of
 from align_cluster.observe.rundir import RunDir
 from align_cluster.streams import VERSION
 
@@ -71,7 +71,7 @@ def starting_point(
     if run:
         run.path.mkdir(parents=True, exist_ok=True)
         with run.lock():
-            store = _store(config, run)
+            store = store_of(config, run)
             state = store.newest(note, make=State.of)
             if state is None:
                 raise UserError(f"{store.path} holds no checkpoint that can be read; start again without --resume")
@@ -84,7 +84,7 @@ def starting_point(
     run = RunDir.create(out, config.name)
     with run.lock():
         try:
-            store = _store(config, run)
+            store = store_of(config, run)
             if store.steps():
                 raise UserError(
                     f"checkpoint.path: {store.path} holds checkpoints of another run; go on with it by --resume auto, "
@@ -98,11 +98,6 @@ def starting_point(
             raise
 
 
-def _store(config: RunConfig, run: RunDir) -> Store:
-    path = config.checkpoint.path
-    return Store(f"{path.rstrip('/')}/{run.path.resolve().name}" if path else str(run.checkpoints))
-
-
 def _newest(config: RunConfig, out: Path) -> RunDir | None:
     """Return the last of name, name-2, name-3 ... that has a checkpoint."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -111,7 +106,7 @@ def _newest(config: RunConfig, out: Path) -> RunDir | None:
     numbers = [match for name in names if (match := re.fullmatch(rf"{re.escape(config.name)}(?:-(\d+))?", name))]
     for match in sorted(numbers, key=lambda match: int(match[1] or 1), reverse=True):
         run = RunDir(out / match[0])
-        if _store(config, run).steps():
+        if store_of(config, run).steps():
             return run
     return None
 

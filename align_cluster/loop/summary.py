@@ -14,7 +14,6 @@ from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.learner.batching import Reduced
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.evaluation import headline
 from align_cluster.loop.learning import Sync
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.loop.workers import WorkerGroup
@@ -109,7 +108,7 @@ def summary(
         "name": config.name,
         "seed": config.seed,
         "steps": config.steps,
-        "headline": headline(config),
+        "headline": config.headline,
         "before": results.before,
         "after": results.after,
         "images_drawn": workers.rollouts.images_drawn,

@@ -82,6 +82,9 @@ class Exclude(Section):
     """The number of objects that is already too many."""
 
 
+CLAUSES = {"include": Include, "exclude": Exclude}
+
+
 class Record(BaseModel):
     """Holds what rewards read of a prompt's metadata: GenEval's fields, or the text of an OCR prompt. Other keys are
     kept."""

@@ -5,8 +5,9 @@ v2.5  github.com/discus0434/aesthetic-predictor-v2-5, on SigLIP so400m-patch14-3
 """
 
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 from align_cluster.rewards.base import DifferentiableReward, ModelSize, RewardSection
 from align_cluster.rewards.clip import CLIPS
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head, stretched
-from align_cluster.rewards.loading import loading, model_size
+from align_cluster.rewards.loading import MODEL, loading, model_size
+from align_cluster.settings import HUB_ID, ModelSource
 from align_cluster.types import Prompt
 
 
@@ -62,7 +64,12 @@ class Aesthetic(DifferentiableReward):
     class Config(RewardSection):
         """Configures aesthetic scores."""
 
-        reads: ClassVar[tuple[str, ...]] = ("encoder", "head")
+        reads = {
+            "encoder": ModelSource("a folder with the encoder of `version`, or a hub id", MODEL),
+            "head": ModelSource(
+                "a .pth file, an address, or owner/repository/file", None, True, rf"{HUB_ID}/.+|.+://.+"
+            ),
+        }
         kind: Literal["aesthetic"] = "aesthetic"
         version: Literal["v1", "v2.5"] = "v2.5"
         """The published predictor: v1 is LAION's on CLIP ViT-L/14, and v2.5 is Aesthetic Predictor v2.5 on SigLIP.
@@ -121,7 +128,7 @@ class Aesthetic(DifferentiableReward):
 
         tower = CLIPVisionModelWithProjection if self.config.version == "v1" else SiglipVisionModel
         tower._keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_"]  # the text half is left out on purpose
-        model, report = tower.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, report = tower.from_pretrained(expanduser(source), dtype=torch.float32, output_loading_info=True)
         if report["missing_keys"]:  # transformers would draw these weights at random, without an error
             raise ValueError(f"the encoder's weights are missing, such as {min(report['missing_keys'])}")
         return model

@@ -1,10 +1,13 @@
 """Shared code of rewards on transformers' CLIPModel."""
 
+from os.path import expanduser
+
 import torch
 
 from align_cluster.rewards.base import ModelSize
 from align_cluster.rewards.heads import stretched
-from align_cluster.rewards.loading import loading
+from align_cluster.rewards.loading import MODEL, loading
+from align_cluster.settings import ModelSource
 
 # Counted on the meta device as transformers builds them; they agree with open_clip's model_profile.csv. Activations are
 # those of the image's tower in fp32, counted by align_cluster/planner/count.py.
@@ -17,6 +20,9 @@ CLIPS = {
     "apple/DFN5B-CLIP-ViT-H-14-378": ModelSize(986.7e6, 1007.0e9, 1729e6),
     "google/siglip-so400m-patch14-384": ModelSize(428.2e6, 670.3e9, 913e6),
 }
+
+CLIP_MODEL = ModelSource("a folder with a transformers model, or an id such as openai/clip-vit-large-patch14", MODEL)
+PROCESSOR = ModelSource("a folder with a tokenizer and a preprocessor_config.json, or a hub id")
 
 
 class Clip:
@@ -34,6 +40,7 @@ class Clip:
             "preprocessor_config.json"
         )
         with loading(kind, f"{model!r} with the processor {processor!r}", remedy):
+            model, processor = expanduser(model), expanduser(processor)
             loaded, report = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
             if report["missing_keys"]:
                 raise ValueError(f"the checkpoint has no {min(report['missing_keys'])}")

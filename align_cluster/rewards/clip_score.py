@@ -1,12 +1,13 @@
 """CLIP score (Hessel et al. 2021, arXiv 2104.08718): the cosine of the image's and the prompt's CLIP embedding."""
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 
 from align_cluster.embedded import pipeline_path
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
-from align_cluster.rewards.clip import CLIPS, IMPORTS, Clip
+from align_cluster.rewards.clip import CLIP_MODEL, CLIPS, IMPORTS, Clip
 from align_cluster.rewards.loading import model_size
 from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
@@ -20,7 +21,7 @@ class ClipScore(EmbeddingReward):
     class Config(RewardSection):
         """Configures the CLIP score."""
 
-        reads: ClassVar[tuple[str, ...]] = ("path",)
+        reads = {"path": replace(CLIP_MODEL, give=f"embedded, {CLIP_MODEL.give}", words=("embedded",))}
         kind: Literal["clip_score"] = "clip_score"
         path: str = "embedded"
         """The CLIP model: a hub id, a folder of a transformers CLIPModel with its processor, or "embedded", which knows

@@ -17,14 +17,15 @@ from align_cluster.embedded.detector import Detection, detect
 from align_cluster.embedded.scene import SHAPES
 from align_cluster.prompts.geneval import CLASSES
 from align_cluster.rewards.base import ModelSize
-from align_cluster.rewards.loading import extra, loading, model_size
-from align_cluster.settings import Section
+from align_cluster.rewards.loading import MODEL, extra, loading, model_size
+from align_cluster.settings import ModelSource, Section
 
 # Counted as the sizes in clip.py, on square images: 800 x 800 pixels for Mask2Former and 640 x 640 for RT-DETR.
 PUBLISHED = {
     "facebook/mask2former-swin-small-coco-instance": ModelSize(68.7e6, 448.7e9),
     "PekingU/rtdetr_r50vd_coco_o365": ModelSize(42.7e6, 137.4e9),
 }
+DETECTOR = ModelSource("a folder with a detector of transformers for COCO's labels, or a hub id", MODEL)
 BATCH = 8  # images in one forward pass, whatever the size of a chunk
 
 # Labels that GenEval words differently: COCO's own, and mmdetection's, which most checkpoints with 80 labels have.
@@ -176,7 +177,7 @@ class Masks(Photographs):
     class Config(Section):
         """Configures the detector of masks, which is GenEval's kind."""
 
-        reads: ClassVar[tuple[str, ...]] = ("path",)
+        reads = {"path": DETECTOR}
         kind: Literal["mask2former"] = "mask2former"
         path: str = "facebook/mask2former-swin-small-coco-instance"
         """A hub id or a folder of a Mask2Former or MaskFormer with COCO's 80 labels. The default is GenEval's
@@ -226,7 +227,7 @@ class Boxes(Photographs):
     class Config(Section):
         """Configures the detector of boxes."""
 
-        reads: ClassVar[tuple[str, ...]] = ("path",)
+        reads = {"path": DETECTOR}
         kind: Literal["detr"] = "detr"
         path: str = "PekingU/rtdetr_r50vd_coco_o365"
         """A hub id or a folder of a DETR, conditional or deformable DETR, RT-DETR or similar model with COCO's 80

@@ -6,7 +6,7 @@ The rules are those of GenEval's evaluate_images.py. The graded score is the tra
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -16,7 +16,7 @@ from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection,
 from align_cluster.rewards.clip import CLIP_L, CLIPS
 from align_cluster.rewards.colors import ColorNamer, cutout
 from align_cluster.rewards.detectors import DETECTORS, Embedded, geneval_name
-from align_cluster.rewards.loading import model_size
+from align_cluster.rewards.loading import OPEN_CLIP, model_size
 from align_cluster.settings import one_of
 from align_cluster.types import Prompt
 
@@ -119,7 +119,7 @@ class GenEval(Reward):
     class Config(RewardSection):
         """Configures GenEval. It scores only prompts that name objects: those of kind embedded, geneval and jsonl."""
 
-        reads: ClassVar[tuple[str, ...]] = ("color_clip",)
+        reads = {"color_clip": OPEN_CLIP}
         kind: Literal["geneval"] = "geneval"
         detector: one_of(DETECTORS) = Embedded.Config()
         """The model that finds objects, as a block or as the name of its kind alone. `embedded` knows the embedded

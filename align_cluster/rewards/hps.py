@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -11,8 +11,9 @@ from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
 from align_cluster.rewards.clip import CLIP_H
 from align_cluster.rewards.loading import extra, file_of, loading
 from align_cluster.rewards.words import Vocabulary, open_clip_vocabulary
+from align_cluster.settings import ModelSource
 
-CHECKPOINTS = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}  # file names at the hub
+CHECKPOINT = "HPS_{version}_compressed.pt"  # file name at the hub
 
 
 def squared(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -38,7 +39,14 @@ class Hps(EmbeddingReward):
     class Config(RewardSection):
         """Configures HPS."""
 
-        reads: ClassVar[tuple[str, ...]] = ("path", "model")
+        reads = {
+            "path": ModelSource(
+                "a checkpoint, a folder with that of `version`, or an id such as xswu/HPSv2",
+                (CHECKPOINT,),
+                file=True,
+            ),
+            "model": ModelSource("a name that open_clip knows, or a json", None, file=True, ids=r"[^/]+(?<!\.json)"),
+        }
         kind: Literal["hps"] = "hps"
         path: str = "xswu/HPSv2"
         """The checkpoint: a hub id, a folder with the checkpoint of `version` under its official name, or a file."""
@@ -58,7 +66,7 @@ class Hps(EmbeddingReward):
             import open_clip
         remedy = (
             "give a hub id that this machine can reach, a folder with "
-            f"{CHECKPOINTS[self.config.version]}, or such a file"
+            f"{CHECKPOINT.format(version=self.config.version)}, or such a file"
         )
         with loading(self.config.kind, f"{self.config.path!r} as {self.config.model!r}", remedy):
             architecture = self._architecture()
@@ -98,4 +106,4 @@ class Hps(EmbeddingReward):
 
     def _checkpoint(self) -> Path:
         path = Path(self.config.path).expanduser()
-        return path if path.is_file() else file_of(self.config.path, CHECKPOINTS[self.config.version])
+        return path if path.is_file() else file_of(self.config.path, CHECKPOINT.format(version=self.config.version))

@@ -5,7 +5,8 @@ The text encoder attends to the image.
 
 import json
 import re
-from typing import Any, ClassVar, Literal
+from os.path import expanduser
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,9 +15,11 @@ from align_cluster.rewards.base import DifferentiableReward, ModelSize, RewardSe
 from align_cluster.rewards.heads import CLIP_MEAN, CLIP_STD, cropped, linear_head
 from align_cluster.rewards.loading import file_of, loading, model_size
 from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
+from align_cluster.settings import HUB_ID, ModelSource
 from align_cluster.types import Prompt
 
 CHECKPOINT, TEXT_CONFIG = "ImageReward.pt", "med_config.json"  # file names at the hub
+BERT_ID = rf"bert-[a-z-]+|{HUB_ID}"  # the hub's oldest models have no owner
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # mean and deviation of ImageReward-v1.0's raw scores
 TOKENS = 35  # length of a tokenized prompt, [CLS] and [SEP] included
 PUBLISHED = {"THUDM/ImageReward": ModelSize(446.0e6, 137.8e9, 241e6)}  # counted as the sizes in clip.py
@@ -99,7 +102,12 @@ class ImageReward(DifferentiableReward):
     class Config(RewardSection):
         """Configures ImageReward."""
 
-        reads: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
+        reads = {
+            "path": ModelSource(
+                f"a folder with {CHECKPOINT} and {TEXT_CONFIG}, or a hub id", (CHECKPOINT, TEXT_CONFIG)
+            ),
+            "tokenizer": ModelSource("a folder with BERT's tokenizer, or an id such as bert-base-uncased", ids=BERT_ID),
+        }
         kind: Literal["image_reward"] = "image_reward"
         path: str = "THUDM/ImageReward"
         """The model: a hub id, or a folder with ImageReward.pt and med_config.json."""
@@ -123,7 +131,7 @@ class ImageReward(DifferentiableReward):
             text = text_tower(part(weights, TEXT), settings, vision.config.hidden_size)
             head = linear_head(text.config.hidden_size, HEAD_PLACES)
             head.load_state_dict(part(weights, HEAD))
-            self.tokenizer = BertTokenizer.from_pretrained(self.config.tokenizer)
+            self.tokenizer = BertTokenizer.from_pretrained(expanduser(self.config.tokenizer))
             # BLIP's two own tokens. Scoring never adds them; a prompt that spells one out gets its id, as officially.
             self.tokenizer.add_special_tokens({"bos_token": "[DEC]"})
             self.tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})

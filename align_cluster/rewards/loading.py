@@ -11,6 +11,7 @@ from torch import nn
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import ModelSize
+from align_cluster.settings import ModelSource
 
 # torch, transformers and open_clip raise these for files that are missing, truncated or of another model.
 UNREADABLE = (
@@ -24,6 +25,9 @@ UNREADABLE = (
     pickle.UnpicklingError,
     SafetensorError,
 )
+
+MODEL = ("config.json",)  # what a folder of transformers' has, whatever the model
+OPEN_CLIP = ModelSource("a folder with open_clip_config.json and its weights, or a hub id", ("open_clip_config.json",))
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """CLIP score with any model of open_clip, such as DFN (Fang et al. 2023, arXiv 2309.17425)."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
 from align_cluster.rewards.clip import CLIPS
-from align_cluster.rewards.loading import model_size, open_clip_model
+from align_cluster.rewards.loading import OPEN_CLIP, model_size, open_clip_model
 from align_cluster.rewards.words import Vocabulary, open_clip_vocabulary
 
 
@@ -20,7 +20,7 @@ class OpenClipScore(EmbeddingReward):
     class Config(RewardSection):
         """Configures the CLIP score of an open_clip model."""
 
-        reads: ClassVar[tuple[str, ...]] = ("path",)
+        reads = {"path": OPEN_CLIP}
         kind: Literal["open_clip_score"] = "open_clip_score"
         path: str = "apple/DFN5B-CLIP-ViT-H-14-378"
         """The model: a hub id, or a folder with open_clip_config.json and open_clip_pytorch_model.bin (or

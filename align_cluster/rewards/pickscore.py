@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 
 from align_cluster.rewards.base import EmbeddingReward, ModelSize, RewardSection
-from align_cluster.rewards.clip import CLIPS, IMPORTS, Clip
+from align_cluster.rewards.clip import CLIP_MODEL, CLIPS, IMPORTS, PROCESSOR, Clip
 from align_cluster.rewards.loading import model_size
 from align_cluster.rewards.words import Vocabulary, transformers_vocabulary
 
@@ -19,7 +19,7 @@ class PickScore(EmbeddingReward):
     class Config(RewardSection):
         """Configures PickScore."""
 
-        reads: ClassVar[tuple[str, ...]] = ("path", "processor")
+        reads = {"path": CLIP_MODEL, "processor": PROCESSOR}
         kind: Literal["pickscore"] = "pickscore"
         path: str = "yuvalkirstain/PickScore_v1"
         """The model: a hub id or a folder."""

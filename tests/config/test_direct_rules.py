@@ -91,7 +91,7 @@ def test_images_that_are_left_out_are_noted_with_their_number(run_config, tmp_pa
     rows = []
     for index in range(7):
         Image.new("RGB", (48, 48), (30 * index, 0, 0)).save(tmp_path / f"{index}.png")
-        rows.append({"file_name": f"{index}.png", "text": f"a photo of {index} cats"})
+        rows.append({"file_name": f"{index}.png", "text": f"a photo of {index} stars"})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[:5])))
     offline = ["rollout.offline=true", "prompts.kind=images", f"prompts.folder={tmp_path}"]
     (note,) = check(run_config(*SRPO, *offline))

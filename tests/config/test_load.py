@@ -12,6 +12,7 @@ from align_cluster.config.plan import settle
 from align_cluster.config.reference import json_schema
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
+from align_cluster.serving.config import ServiceConfig
 
 
 def complaint(text, *overrides):
@@ -316,9 +317,26 @@ def test_an_override_can_add_a_reward(run_config):
     assert list(config.rewards) == ["judge", "clip"]
 
 
+def test_null_removes_a_reward_and_overrides_apply_in_their_order(run_config):
+    clip = ["rewards.clip.kind=clip_score", "rewards.clip.role=monitor"]
+    assert list(run_config(*clip, "rewards.judge=null").rewards) == ["clip"]
+    assert list(run_config(*clip, "rewards.clip=null").rewards) == ["judge"]
+    again = run_config("rewards.judge.weight=3", "rewards.judge=null", "rewards.judge.kind=jpeg", *clip)
+    assert (again.rewards["judge"].kind, again.rewards["judge"].weight) == ("jpeg", 1)
+    assert again.rewards["clip"].role == "monitor"
+    late = run_config("rewards.judge=null", "rewards.judge.weight=3", "steps=4", "rewards.judge.kind=jpeg")
+    assert (late.rewards["judge"].weight, late.steps) == (3, 4)
+    service = "rewards: {a: {kind: jpeg}, b: {kind: jpeg}}\ndeployments: {a: {cpus: 2}, b: {cpus: 2}}"
+    left = loads(service, "service.yaml", ["rewards.a=null", "deployments.a=null"], ServiceConfig)
+    assert list(left.rewards) == list(left.deployments) == ["b"]
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
+        ("rewards.jugde=null", ["--set rewards.jugde=null: there is none to remove", "rewards has judge"]),
+        ("rewards.judge=null", ["rewards is {}", "at least 1 entry"]),
+        ("algorithm.beta=null", ["--set: algorithm.beta is null", "a number"]),
         ("steps", ["--set steps", "path=value"]),
         ("=3", ["--set =3", "path=value"]),
         ("a..b=3", ["--set a..b=3", "path=value"]),

@@ -1,24 +1,55 @@
 """The settings reference: complete, and true to the models."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from align_cluster.cli import PARTS, main
+from align_cluster.cli.commands import elsewhere
 from align_cluster.config.reference import explain, json_schema, meanings, settings, topics
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.serving.config import ServiceConfig
+from align_cluster.settings import Root, Section
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def explained() -> set[type[Section]]:
+    """The blocks that `explain` knows."""
+    return {*topics(RunConfig).values(), *topics(ServiceConfig).values(), *elsewhere().values()}
+
+
+def leaves(section: type[Section]) -> Iterator[type[Section]]:
+    """The classes of settings that no other class builds on."""
+    below = section.__subclasses__()
+    yield from (leaf for one in below for leaf in leaves(one))
+    if not below and not issubclass(section, Root):
+        yield section
+
+
+def test_every_block_that_users_write_is_explained():
+    messages = ("rewards.wire", "serving.flow_grpo")  # what programs say to each other
+    ours = {leaf for leaf in leaves(Section) if leaf.__module__.startswith("align_cluster.")}
+    unknown = {leaf for leaf in ours - explained() if not leaf.__module__.endswith(messages)}
+    assert len(ours) > 50 and not unknown
+
+
+def test_the_settings_of_a_mode_of_steering_are_explained(capsys):
+    for topic in ("", "steer"):
+        assert main(["explain", topic]) == 0
+        assert all(f"    steer.{mode}\n" in f"{capsys.readouterr().out}\n" for mode in ["smc"])
+    assert main(["explain", "steer.smc"]) == 0 and "resample_below  (" in capsys.readouterr().out
+    assert main(["explain", "prompts.jsonl.include"]) == 0 and "class  (text; must be given)" in capsys.readouterr().out
+    assert main(["explain", "steer.scm"]) == 2 and "did you mean steer.smc" in capsys.readouterr().err
 
 
 def test_every_setting_of_every_block_says_what_it_means():
     missing = {
         f"{block.__module__}.{block.__qualname__}.{name}"
-        for root in (RunConfig, ServiceConfig)
-        for block in topics(root).values()
+        for block in explained()
         for name in block.model_fields
         if name != "kind" and len(meanings(block).get(name, "")) < 10
     }

@@ -4,6 +4,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from align_cluster.backbones.sd3 import SD3
 from align_cluster.embedded import pipeline_path, scene
 from align_cluster.embedded.render import coverage, render
 from align_cluster.pretraining.networks import MAX_LENGTH, new_tokenizer
@@ -88,3 +89,24 @@ def test_the_shipped_pipeline_is_small_and_the_stock_pipeline_draws_with_it():
     ).images
     assert images.shape == (2, 48, 48, 3)
     assert images.std() > 0.05
+
+
+def test_words_outside_of_the_world_are_named_and_those_of_the_world_are_known():
+    backbone = SD3(SD3.Config())
+    (note,) = backbone.text_notes(["a cat on a skateboard", "a photo of a Red circle!", "a photo of a red circle"])
+    assert note.startswith(
+        "2 of 3 prompts have words that the text encoder does not know, and nothing of them is drawn: "
+        "'cat', 'skateboard', 'Red', 'circle!'; the embedded model knows circles, squares"
+    )
+    (note,) = backbone.text_notes(["one five six seven eight nine"])
+    assert (
+        note.startswith("the prompt has words")
+        and "is drawn: 'one', 'five', 'six', 'seven', 'eight' and 1 more; the embedded model" in note
+    )
+    known = [
+        record["prompt"]
+        for task in scene.TASKS
+        for split in ("train", "held_out")
+        for record in scene.prompts(task, split)
+    ]
+    assert not list(backbone.text_notes(known))

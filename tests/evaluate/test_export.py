@@ -25,6 +25,7 @@ from align_cluster.config.load import config_hash, dump, load
 from align_cluster.errors import UserError
 from align_cluster.evaluate.card import NEEDS
 from align_cluster.evaluate.export import export
+from align_cluster.evaluate.lora import read_lora
 from align_cluster.evaluate.result import public
 from align_cluster.evaluate.sample import SampleRequest, sample
 from align_cluster.files import write_json, write_text
@@ -300,7 +301,7 @@ def test_a_card_names_the_packages_that_this_one_needs(run, exported):
 
 def test_the_cards_code_draws_what_sample_draws(run, tmp_path, monkeypatch):
     guided = ["evaluate.guidance=1.5"]
-    config, lora = load(run.path / "config.yaml", guided), RunDir(run.path).lora_weights
+    config, lora = load(run.path / "config.yaml", guided), read_lora(RunDir(run.path).lora_weights)
     request = SampleRequest(prompts=[Prompt(0, TEXT)], count=1, seed=3, score=False)
     facts = sample(config, lora, request, tmp_path / "drawn")
     ours = np.asarray(Image.open(tmp_path / "drawn" / "000_00.png"), dtype=int)

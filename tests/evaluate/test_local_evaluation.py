@@ -29,7 +29,7 @@ def test_a_lora_file_is_read_with_its_rank_and_scale_whatever_the_config_says(lo
     assert (read.rank, read.alpha) == (4, 4)
     scaled = {name: value * (8 / 4 if ".lora_B." in name else 1) for name, value in state.items()}
     assert read.state.keys() == state.keys() and all(np.array_equal(read.state[k], scaled[k]) for k in state)
-    model = LocalModel(load(QUICKSTART), file)
+    model = LocalModel(load(QUICKSTART), read_lora(file))
     model.bind()
     assert model.sampler.backbone.config.lora.rank == 4 and model.sampler.version == 1
 
@@ -139,7 +139,7 @@ def test_a_lora_of_another_base_is_refused_before_weights_are_read(tmp_path, lor
     for words, change in changes.items():
         file = rewritten(tmp_path / "other.safetensors", lora[0], change)
         with pytest.raises(UserError, match="does not fit embedded") as caught:
-            LocalModel(load(QUICKSTART), file)
+            LocalModel(load(QUICKSTART), read_lora(file))
         assert words in str(caught.value) and str(caught.value).count("\n") == 0
 
 
@@ -151,7 +151,7 @@ def test_evaluation_scores_every_task_and_repeats_exactly(lora):
     assert set(scores["tasks"]) == set(config.evaluate.prompts.tasks)
     assert {"reward/geneval", "reward/geneval/accuracy", "reward/clip"} <= set(scores["overall"])
     assert evaluate(config) == scores
-    assert evaluate(config, lora[0])["overall"]["reward/clip"] != scores["overall"]["reward/clip"]
+    assert evaluate(config, read_lora(lora[0]))["overall"]["reward/clip"] != scores["overall"]["reward/clip"]
     apart = evaluate(load(QUICKSTART, [*small, "rollout.chunk=2"]))  # images of one prompt at once, not of six
     for column, value in scores["overall"].items():
         assert apart["overall"][column] == pytest.approx(value, abs=0.01), column

@@ -12,6 +12,7 @@ from align_cluster.cli import main
 from align_cluster.config.load import dump, load
 from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
+from align_cluster.evaluate.lora import read_lora
 from align_cluster.evaluate.sample import SampleRequest, read_prompts, sample
 from align_cluster.observe.grids import GAP, LINE, MARGIN
 from align_cluster.types import Prompt
@@ -23,7 +24,7 @@ PROMPTS = [Prompt(0, "a photo of a red circle", METADATA), Prompt(1, "a photo of
 
 def draw(out, lora=None, **settings):
     settings = {"count": 2, "steps": 2, "guidance": 1.0, "score": False} | settings
-    facts = sample(load(QUICKSTART), lora, SampleRequest(prompts=PROMPTS, **settings), out)
+    facts = sample(load(QUICKSTART), lora and read_lora(lora), SampleRequest(prompts=PROMPTS, **settings), out)
     assert json.loads((out / "samples.json").read_text()) == facts
     return facts, np.stack([np.asarray(Image.open(out / image["file"])) for image in facts["images"]])
 
@@ -133,7 +134,7 @@ def test_what_cannot_be_drawn_is_one_sentence_and_no_folder(tmp_path, capsys, mo
     Path(coarse, "vae", "config.json").write_text(json.dumps(vae | {"block_out_channels": [8] * 5}))
     before = {path.name for path in tmp_path.iterdir()}
     for arguments, words in REFUSED:
-        prompt = [] if "--prompts" in arguments else ["--prompt", "x"]
+        prompt = [] if "--prompts" in arguments else ["--prompt", "a star"]
         assert main(["sample", str(QUICKSTART), *prompt, *arguments]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1

@@ -18,8 +18,8 @@ from align_cluster.checkpoint.store import MANIFEST, Damaged, Store
 from align_cluster.config.load import dump, load, loads
 from align_cluster.errors import UserError
 from align_cluster.evaluate.lora import read_lora
-from align_cluster.loop.checkpoints import State
 from align_cluster.loop.resume import starting_point
+from align_cluster.loop.state import State
 from align_cluster.observe.rundir import RunDir
 
 EXAMPLES = 100

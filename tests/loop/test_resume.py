@@ -18,9 +18,9 @@ from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.files import write_json, write_text
 from align_cluster.learner.state import Snapshot
-from align_cluster.loop.checkpoints import State
 from align_cluster.loop.inputs import BLOCK, WHOLE, digest, inputs
 from align_cluster.loop.resume import StartingPoint, starting_point
+from align_cluster.loop.state import State
 from align_cluster.observe.rundir import RunDir
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.images import survey

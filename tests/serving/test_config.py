@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from align_cluster.config.load import load, loads
+from align_cluster.config.load import is_rather, load, loads
+from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.rewards.http import Token
 from align_cluster.serving.config import ServiceConfig
@@ -78,3 +79,21 @@ def test_a_token_is_one_word(tmp_path, monkeypatch):
                 token.read()
     file.write_text("secret\n")
     assert Token(file=str(file)).read() == "secret"
+
+
+@pytest.mark.parametrize(
+    ("text", "service"),
+    [
+        ("rewards: {a: {kind: jpg}}", True),  # all that a service needs, and too little for a run
+        ("rewards: {a: {kind: jpeg}}\ndeployments: {b: {}}\nprot: 1", True),
+        ("rewards: {a: {kind: jpeg}}\nsteps: 3\nport: 1", False),
+        ("steps: 3\nname: x", False),
+        ("", False),
+        ("[1, 2]", False),
+        ("rewards: [", False),
+    ],
+)
+def test_a_service_file_is_told_from_a_run_file_by_its_first_level(tmp_path, text, service):
+    (tmp_path / "file.yaml").write_text(text)
+    assert is_rather(tmp_path / "file.yaml", ServiceConfig, RunConfig) == service
+    assert not is_rather(tmp_path / "nowhere.yaml", ServiceConfig, RunConfig)

@@ -83,7 +83,7 @@ def test_a_backbone_takes_two_steps(kind, algorithm, device, job, in_process):
     lora = read_lora(done.lora)
     assert lora.rank == 4
     if algorithm == "grpo" and device == "cpu":  # all backbones take it, and `evaluate` knows nothing of algorithms
-        assert evaluate(config, lora.path)["overall"] == done.after
+        assert evaluate(config, lora)["overall"] == done.after
     assert any(np.abs(value).max() > 0 for name, value in lora.state.items() if "lora_B" in name)
 
 

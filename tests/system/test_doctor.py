@@ -7,7 +7,7 @@ import pytest
 
 from align_cluster.cluster import checks
 from align_cluster.cluster.checks import GIB
-from align_cluster.cluster.nodes import fit, node_checks
+from align_cluster.cluster.nodes import fit, fit_on, node_checks
 
 NODE = {"NodeManagerHostname": "a", "Resources": {"CPU": 8.0, "object_store_memory": 4.0 * GIB}}
 FACTS = {
@@ -49,6 +49,34 @@ def test_the_doctor_proves_a_weight_sync_through_a_real_ray():
     assert found["weight sync"]["state"] == "ok", found["weight sync"]
     assert "to samplers on 1 node in" in found["weight sync"]["value"]
     assert "proven" in found["weight sync"]["value"] and done.returncode == 0
+
+
+def test_a_run_is_compared_with_what_a_dashboard_says_of_its_nodes(tiny):
+    config = tiny("nft", "cluster.samplers=1", "cluster.learners=1")
+    fits = fit_on([{"CPU": 1.0}, {"CPU": 4.0, "memory": 1e9}], config)
+    assert (fits.state, fits.value) == ("ok", "fits on 2 idle nodes: 1 samplers, 1 learners, 1 reward workers")
+    cases = {
+        "rewards ask for more CPU cores": ("rewards.clip.pool.cpus=9", [{"CPU": 4.0}]),
+        "rewards ask for 1 GPUs in their pools, and there are 0": ("rewards.clip.pool.gpus=1", [{"CPU": 8.0}]),
+        "no node has the 3 CPU of one place for workers": ("rewards.clip.pool.cpus=3", 4 * [{"CPU": 2.0}]),
+    }
+    for said, (override, nodes) in cases.items():
+        found = fit_on(nodes, tiny("nft", "cluster.samplers=1", "cluster.learners=1", override))
+        assert found.state == "fail" and said in found.value, found
+
+
+def test_torchvision_is_tested_as_plain_diffusers_imports_it(tmp_path, monkeypatch):
+    def found(source):
+        (tmp_path / "torchvision.py").write_text(source)
+        monkeypatch.chdir(tmp_path)
+        return checks.torchvision()
+
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    monkeypatch.setattr(checks, "package_version", lambda name: "1.0")
+    assert found("").state == "ok"
+    mended = found("import sys\nif 'align_cluster' not in sys.modules: raise RuntimeError('no operators')")
+    assert mended.state == "warn" and "plain diffusers cannot be imported" in mended.value and mended.remedy
+    assert found("raise RuntimeError('no operators')").state == "fail"
 
 
 def test_a_missing_package_is_named_with_its_extra_and_what_it_is_for(monkeypatch):

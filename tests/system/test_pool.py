@@ -232,6 +232,7 @@ def test_a_seat_whose_workers_die_again_and_again_is_quarantined_and_the_others_
     assert slot.index == 1 and slot.quarantined and 200 < slot.due - time.monotonic() <= 300
     (doing,) = [doing for doing in pool.status() if "slot 1" in doing.worker]
     assert doing.phase.startswith("quarantined, next try in") and slot.error in doing.phase
+    assert doing.since == slot.lost == slot.due - 300 and not doing.waiting
     assert "slot 1 is quarantined for 300 s after 5 workers in a row" in pool.events[-1][1]
     slot.due, make = time.monotonic(), pool.make  # time goes by, and the node was mended
     pool.make = lambda name, index: make(name, 0)
@@ -291,7 +292,7 @@ def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of, monkeypatch):
     quick, late = (worker.actor for worker in make_pool(2).workers)
     pid_of(quick), pid_of(late)
     ranks = learners.LearnerGroup.__new__(learners.LearnerGroup)  # its waiting alone, without a learner
-    ranks.timeout_s = ranks.start_timeout_s = 2.0
+    ranks.timeout_s, ranks.start_timeout_s, ranks.asked = 2.0, 2.0, []
     assert ranks._wait([actor.add.remote(1) for actor in (quick, late)]) == [1, 1]
     with pytest.raises(
         learners.RankLost, match=r"1 of 2 learner ranks did not finish within the 2 s of cluster.timeout_s"
@@ -363,6 +364,17 @@ def test_the_time_that_a_worker_takes_to_start_does_not_count_as_work(local_ray,
     pool = Pool("sleeper", lambda name, index: actor.remote(), 1, 60.0, retry_policy=RetryPolicy(1.0, 1))
     pool.submit(0, "add", 5)
     assert [done.value for done in stream(pool)] == [5] and pool.lost == 0
+    pool.shutdown()
+
+
+def test_a_worker_starts_since_it_was_made_whatever_the_others_are_told_meanwhile(local_ray, by_value):
+    kinds = [local_ray.remote(kind).options(num_cpus=0) for kind in (Adder, Sleeper)]
+    pool = Pool("mixed", lambda name, index: kinds[index].remote(), 2, 60.0)
+    made = [worker.since for worker in pool.workers]
+    pool.wait_until(lambda: pool.workers[0].ready)
+    pool.broadcast("add", 1)
+    quick, slow = pool.status()
+    assert slow.phase == "starting" and slow.since == made[1] and quick.since > made[0]
     pool.shutdown()
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from align_cluster.checkpoint.store import Store
 from align_cluster.errors import Preempted, UserError
 from align_cluster.loop import driver
-from align_cluster.loop.checkpoints import State
+from align_cluster.loop.state import State
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
 

@@ -77,10 +77,17 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
 
 def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, train, monkeypatch, caplog):
     """In the second step's draw one sampler stands still; a look from outside then sees it, and so does the log."""
-    seen, watches = [], []
+    seen, watches, ranks = [], [], []
 
     class Slow(HookedWorkers):
+        def publish(self, source):
+            if len(ranks) == 1:  # the driver has just waited for the learner's model, for the first time
+                ranks.append((self.ranks.status()[0], self.ranks.asked is self.ranks.built))
+            return super().publish(source)
+
         def draw(self, chunks, request):
+            if not ranks:
+                ranks.append((self.ranks.status()[0], self.ranks.asked is self.ranks.built))
             if chunks[0].step == 1:
                 self.samplers.wait_until(lambda: len(self.samplers.ready_workers) == self.samplers.size)
                 process = int(self.samplers.workers[0].location.split()[-1])
@@ -98,6 +105,9 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     monkeypatch.setattr(driver, "Heartbeat", Seen)
     with caplog.at_level(logging.WARNING):
         done = train(tiny("nft", "cluster.late_s=3", "evaluate.grid_every=0"))
+    (asked, loads), (answered, loaded) = ranks
+    assert loads and loaded and answered.since == asked.since  # since it was asked, and not since the driver waited
+    assert not asked.waiting and asked.phase in ("loading its model", "idle") and answered.phase == "idle"
     (state,) = seen
     assert (state["step"], state["phase"], state["pid"]) == (2, "draw", os.getpid()) and state["seconds"] > 4
     (worker,) = [worker for worker in state["workers"] if worker["name"] == "sampler-0"]

@@ -107,6 +107,19 @@ def test_a_submitted_run_streams_its_log_and_leaves_its_lora(cluster, tmp_path):
     assert summary["steps"] == 1 and (tmp_path / "job" / "lora" / "pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_the_doctor_compares_a_run_file_with_the_nodes_that_a_dashboard_lists(cluster):
+    address, env = cluster
+    asked = ["--address", address, "--config", "configs/quickstart.yaml", "--quick"]
+    for overrides, code, said in (
+        ([], 0, "fits on 1 idle node: 2 samplers"),
+        (["--set", "rewards.clip.pool.cpus=9"], 1, "rewards ask for more CPU cores"),
+    ):
+        command = [sys.executable, "-m", "align_cluster.cli", "doctor", *asked, *overrides]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.exhaustive
 def test_a_failed_job_exits_with_1_and_shows_why(cluster, tmp_path):
     blocked = tmp_path / "file"

@@ -104,10 +104,19 @@ def test_the_stock_pipeline_loads_the_lora_and_draws_other_images(runs, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_checkpoint_of_the_last_step_is_the_model_that_the_run_ends_with(runs, kind):
+    from align_cluster.evaluate.checkpoints import opened
+
+    with opened(f"{runs[kind].path}@2") as unfolded:
+        assert RunDir(unfolded.path).lora_weights.read_bytes() == RunDir(runs[kind].path).lora_weights.read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_evaluate_command_repeats_the_runs_own_scores(runs, kind):
     from align_cluster.evaluate.local import evaluate
+    from align_cluster.evaluate.lora import read_lora
 
     run = runs[kind]
-    scores = evaluate(load(run.path / "config.yaml", []), Path(run.summary["lora_path"]))
+    scores = evaluate(load(run.path / "config.yaml", []), read_lora(Path(run.summary["lora_path"])))
     assert scores["overall"] == run.summary["after"]["overall"]
     assert scores["tasks"] == run.summary["after"]["tasks"]

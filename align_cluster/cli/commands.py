@@ -65,9 +65,11 @@ def train(args: argparse.Namespace) -> int:
     print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
     with interruptible(alone=True):
         from align_cluster.cluster.preload import imports, preload
+        from align_cluster.cluster.sealing import check
 
         with preload() as ready:
             config = _config(args)
+            check(config)
             if ready and config.cluster.address:
                 ready.close()
             elif ready:
@@ -204,7 +206,7 @@ def submit(args: argparse.Namespace) -> int:
     """Run `train` as a job on a Ray cluster, and follow its log unless --no-wait is given."""
     from align_cluster.cluster.submit import submit
 
-    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume)
+    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume, args.env)
 
 
 def serve_rewards(args: argparse.Namespace) -> int:

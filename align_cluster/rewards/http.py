@@ -6,6 +6,7 @@ Runs on other machines share the rewards of one service, which `align-cluster se
 import asyncio
 import math
 import os
+import platform
 import ssl
 import threading
 from collections.abc import Sequence
@@ -49,13 +50,18 @@ class Token(Section):
             raise ValueError("either env, the name of a variable, or file, a path")
         return self
 
-    def read(self) -> str:
-        """Return the token. UserError says what is wrong with its place."""
+    def read(self, whose: str = "") -> str:
+        """Return the token. UserError says what is wrong with its place, and in the environment of `whose` process."""
+        whose = whose or f"this process on {platform.node()}"
         try:
             text = os.environ.get(self.env, "") if self.env else _start_of(Path(self.file).expanduser())
         except (OSError, ValueError, RuntimeError) as error:  # also of a path with NUL, and of ~nobody
-            raise UserError(f"token.file: {self.file} cannot be read ({error}); put the token there") from None
+            raise UserError(
+                f"token.file: {self.file} cannot be read by {whose} ({error}); put the token there"
+            ) from None
         token, source = text.strip(), f"token.env: {self.env}" if self.env else f"token.file: {self.file}"
+        if self.env and not token:
+            raise UserError(f"{source} is not set in the environment of {whose}")
         if not token or not token.isascii() or not token.isprintable() or " " in token:
             raise UserError(f"{source} holds no token; put one word of ASCII there, as `openssl rand -hex 32` prints")
         return token
@@ -209,8 +215,8 @@ class Http(Reward):
         reward: str
         """The name that the reward has in the service's own file. GET /v1/rewards lists all names."""
         token: Token | None = None
-        """Where the token of the service is. It is read on the workers that score, so the variable or the file has to
-        be there. null sends none, which suits a service on this machine."""
+        """Where the token of the service is. A variable is the driver's, which sends it to the workers (see `submit
+        --env`), and a file must be there on all nodes. null sends none, which suits a service on this machine."""
         timeout_s: PositiveFloat = 60.0
         """The seconds that one request has, from the connection to the last byte of the answer. A request over them
         fails, and `on_failure` says how often it is tried again."""

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from align_cluster.config.run import RunConfig
+    from align_cluster.serving.config import ServiceConfig
 
 
 class Source(NamedTuple):
@@ -211,6 +212,23 @@ def submit(args: argparse.Namespace) -> int:
 
 def serve_rewards(args: argparse.Namespace) -> int:
     """Serve rewards over HTTP until interrupted."""
+    from align_cluster.errors import RETRY, Preempted
+    from align_cluster.interrupts import begun, interruptible
+
+    print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
+    try:
+        with interruptible(alone=True):
+            run, config = _service(args)
+            begun()
+            run(config)
+    except Preempted:
+        print("ended by SIGTERM before the service was ready", file=sys.stderr)
+        return RETRY
+    return 0
+
+
+def _service(args: argparse.Namespace) -> tuple[Callable[["ServiceConfig"], None], "ServiceConfig"]:
+    """Load what runs a service, and its file."""
     from align_cluster.config.load import load
     from align_cluster.errors import UserError
     from align_cluster.serving.config import ServiceConfig
@@ -220,8 +238,7 @@ def serve_rewards(args: argparse.Namespace) -> int:
         from align_cluster.serving.service import run
     except ImportError as error:
         raise UserError(f"serving needs a package more ({error}); pip install 'align-cluster[serve]'") from None
-    run(config)
-    return 0
+    return run, config
 
 
 def score(args: argparse.Namespace) -> int:

@@ -80,7 +80,7 @@ def check_workers(config: "RunConfig") -> None:
     UserError names the nodes that lack one.
     """
     names = variables(config)
-    if not names or has_token() or not _joined(config):
+    if not names or has_token() or not _joined(config.cluster.address):
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -99,14 +99,18 @@ def check_workers(config: "RunConfig") -> None:
 
 
 def for_workers(config: "RunConfig") -> str:
-    """Return, sealed, what workers on a cluster need of the driver's environment.
+    """Return, sealed, what a run's workers need of the driver's environment."""
+    return seal_for(config.cluster.address, [*variables(config), *opened(os.environ.get(SEALED, ""))])
 
-    It is "" where they have that environment, as those of a private Ray do, and where nothing can be sealed.
+
+def seal_for(address: str | None, names: Iterable[str]) -> str:
+    """Return variables of this process, sealed, and HF_TOKEN with them, for workers on the cluster at `address`.
+
+    It is "" where they have them anyway, as the workers of a private Ray do, and where nothing can be sealed.
     """
-    if not _joined(config) or not has_token():
+    if not _joined(address) or not has_token():
         return ""
-    names = [*variables(config), HUB, *opened(os.environ.get(SEALED, ""))]
-    return seal({name: os.environ[name] for name in names if name in os.environ})
+    return seal({name: os.environ[name] for name in (*names, HUB) if name in os.environ})
 
 
 def variables(config: "RunConfig") -> list[str]:
@@ -120,8 +124,8 @@ def _tokens(config: "RunConfig") -> Iterable[tuple[str, "Token"]]:
     return [(where, block) for where, block in config.blocks() if isinstance(block, Token)]
 
 
-def _joined(config: "RunConfig") -> bool:
-    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+def _joined(address: str | None) -> bool:
+    return bool(address or os.environ.get("RAY_ADDRESS"))
 
 
 def _missing(names: list[str]) -> list[str]:

@@ -3,10 +3,15 @@
 import base64
 import http.client
 import json
+import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +31,7 @@ from align_cluster.types import Failure, Prompt
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "a-secret-of-the-tests"
 RECORDS = scene.prompts("colors", "held_out")[:4]
 IMAGES = render(RECORDS, 1).permute(0, 2, 3, 1).numpy()
@@ -55,12 +61,18 @@ def config() -> ServiceConfig:
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: object, config: ServiceConfig) -> Iterator[str]:
+def said() -> list[str]:
+    """What the service says while it starts."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: object, config: ServiceConfig, said: list[str]) -> Iterator[str]:
     from align_cluster.serving.service import serving
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REWARD_SERVICE_TOKEN", TOKEN)
-        with serving(config) as url:
+        with serving(config, said.append) as url:
             yield url
 
 
@@ -94,6 +106,27 @@ def test_a_service_gives_the_values_of_a_worker_here(url, worker):
             assert getattr(here, part).keys() == getattr(there, part).keys()
             for name, column in getattr(here, part).items():
                 np.testing.assert_array_equal(getattr(there, part)[name], column)
+
+
+def test_a_service_says_what_its_start_waits_for_and_waits_for_a_listener_that_comes_late(url, config, said):
+    from align_cluster.serving.service import _wait_until_ready
+
+    assert said[:2] == ["starting Ray", "loading objects, clip"]
+    late, over, heard = free_port(), threading.Event(), []
+
+    def listen_late() -> None:
+        over.wait(1.0)
+        with socket.create_server(("127.0.0.1", late)) as server:
+            connection, _ = server.accept()
+            connection.recv(10_000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            connection.close()
+
+    listener = threading.Thread(target=listen_late)
+    listener.start()
+    _wait_until_ready(config, f"http://127.0.0.1:{late}", heard.append)
+    listener.join()
+    assert heard == [f"waiting for http://127.0.0.1:{late}"]
 
 
 def test_many_callers_at_once_get_their_own_scores(url, worker):
@@ -243,3 +276,22 @@ def test_a_port_that_is_taken_and_a_cluster_that_is_too_small_are_told_at_once(l
     large = loads(SERVICE, "service.yaml", ["deployments.clip.cpus=64"], ServiceConfig)
     with pytest.raises(UserError, match="need 64.3 CPU"):
         _fits(large)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after, said, code", [("loading clip", "interrupted", 130), (" serves ", "finishing what", 0)])
+def test_ctrl_c_ends_a_service_in_one_line(tmp_path, after, said, code):
+    """As a terminal does it: every process of the group gets the signal."""
+    file = tmp_path / "service.yaml"
+    file.write_text(f"rewards: {{clip: {{kind: clip_score}}}}\nport: {free_port()}\n")
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "align_cluster.cli", "serve-rewards", str(file)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    service = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+    lines = []
+    while not lines or after not in lines[-1]:
+        lines.append(service.stdout.readline())
+        assert lines[-1], "".join(lines)
+    os.killpg(service.pid, signal.SIGINT)
+    rest = service.communicate(timeout=60)[0]
+    assert rest.startswith(said) and rest.count("\n") == 1 and service.returncode == code

@@ -246,7 +246,7 @@ def score(args: argparse.Namespace) -> int:
     from align_cluster.errors import UserError
     from align_cluster.plain import json_value
     from align_cluster.rewards.base import RewardError
-    from align_cluster.rewards.http import RewardClient, Token, read_image
+    from align_cluster.rewards.http import RewardClient, Token, Unauthorized, read_image
     from align_cluster.rewards.wire import one_line
     from align_cluster.types import Prompt
 
@@ -267,11 +267,18 @@ def score(args: argparse.Namespace) -> int:
         image = read_image(path)
         try:
             scores = client.score([args.reward], image[None], [prompt])
+        except Unauthorized as error:
+            given = "correct what the given variable or file holds" if token else "name its variable with --token-env"
+            raise UserError(f"{path} has no score: {error}; {given}") from None
         except RewardError as error:
             raise UserError(f"{path} has no score: {error}") from None
         failure = scores.failures.get(args.reward)
         value = float(scores.values[args.reward][0]) if scores.valid[args.reward][0] else None
         rows.append({"image": str(path), "score": value, "failure": failure and failure.message})
+    if any(row["score"] is None and not row["failure"] for row in rows):
+        with suppress(RewardError):  # the scores are here, and count without the note
+            for name, meaning in client.metadata(args.reward).items():
+                print(f"note: {args.reward} reads {name} of --metadata: {meaning}", file=sys.stderr)
     if args.json:
         print(json.dumps(rows, indent=2))
     else:

@@ -36,7 +36,7 @@ def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: A
     rewards = {name: config.rewards[name] for name in pool.rewards}
     device = "cuda" if pool.gpus else "cpu"
     actor = ray.remote(RemoteRewardWorker).options(**options)
-    return actor.remote(rewards, plan.threads, device, pool.batch, sealed=for_workers(config))
+    return actor.remote(rewards, plan.threads, device, pool.batch, config.name, sealed=for_workers(config))
 
 
 def make_learner_rank(plan: Plan, place: Any) -> Any:

@@ -9,6 +9,7 @@ import align_cluster.cluster  # noqa: F401 - before ray, see there
 # isort: split
 import asyncio
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -98,17 +99,22 @@ class Deployments:
 
 
 def describe(rewards: Mapping[str, RewardSection]) -> list[dict[str, object]]:
-    """Tell clients about each reward. Its version changes with the package and with its own settings."""
+    """Tell clients about each reward. Its version changes with the package and with its own settings.
+
+    An end of the range is None where nothing bounds the score.
+    """
     described = []
     for name, config in rewards.items():
         own = config.model_dump(mode="json", exclude=set(RewardSection.model_fields))
-        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+        kind, digest = REWARDS[config.kind], hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
         described.append(
             {
                 "name": name,
                 "kind": config.kind,
-                "about": (REWARDS[config.kind].__doc__ or "").strip(),
-                "inputs": {"images": "RGB, 8 bits", "prompts": "text, and the metadata that the kind reads"},
+                "about": inspect.cleandoc(kind.__doc__ or ""),
+                "range": list(kind(config).bounds),
+                "inputs": {"images": "RGB, 8 bits", "prompts": "text", "metadata": dict(kind.metadata)},
+                "needs": kind.needs,
                 "version": f"{__version__}+{digest}",
             }
         )

@@ -111,7 +111,7 @@ def test_a_service_gives_the_values_of_a_worker_here(url, worker):
 def test_a_service_says_what_its_start_waits_for_and_waits_for_a_listener_that_comes_late(url, config, said):
     from align_cluster.serving.service import _wait_until_ready
 
-    assert said[:2] == ["starting Ray", "loading objects, clip"]
+    assert said[0] == "starting Ray" and said[1].startswith("loading objects, clip")
     late, over, heard = free_port(), threading.Event(), []
 
     def listen_late() -> None:
@@ -126,7 +126,7 @@ def test_a_service_says_what_its_start_waits_for_and_waits_for_a_listener_that_c
     listener.start()
     _wait_until_ready(config, f"http://127.0.0.1:{late}", heard.append)
     listener.join()
-    assert heard == [f"waiting for http://127.0.0.1:{late}"]
+    assert heard[0].startswith(f"waiting for http://127.0.0.1:{late}")
 
 
 def test_many_callers_at_once_get_their_own_scores(url, worker):
@@ -187,13 +187,16 @@ def test_the_service_tells_what_it_has_and_how_it_is(url):
         assert ask(url, "GET", path, Authorization="")[0] == 401
     served = RewardClient(url, TOKEN).rewards()
     assert {name: reward["kind"] for name, reward in served.items()} == {"objects": "geneval", "clip": "clip_score"}
-    assert all(reward["inputs"] and reward["version"] and reward["about"] for reward in served.values())
+    assert all(reward["version"] and reward["about"] for reward in served.values())
+    assert (served["objects"]["range"], served["clip"]["range"]) == ([None, 1.0], [-1.0, 1.0])
+    assert list(served["objects"]["inputs"]["metadata"]) == ["include", "exclude", "tag"]
+    assert served["clip"]["inputs"]["metadata"] == {}
     status, document = ask(url, "GET", "/openapi.json")
     assert status == 200 and MEDIA_TYPE in json.loads(document)["paths"]["/v1/score"]["post"]["requestBody"]["content"]
     RewardClient(url, TOKEN).score(["clip"], IMAGES, PROMPTS)
     status, text = ask(url, "GET", "/metrics")
-    assert status == 200 and 'align_cluster_requests_total{status="200"}' in text
-    assert 'align_cluster_images_total{reward="clip"}' in text and "align_cluster_request_seconds_bucket" in text
+    assert status == 200 and 'align_cluster_requests_total{job="",status="200"}' in text
+    assert 'align_cluster_images_total{job="",reward="clip"}' in text and "align_cluster_request_seconds_bucket" in text
 
 
 def test_a_run_uses_the_service_as_one_of_its_rewards(url, worker, monkeypatch):
@@ -227,8 +230,20 @@ def test_people_ask_with_the_command_line(url, worker, monkeypatch, capsys, tmp_
     here = worker.score(IMAGES[:1], PROMPTS[:1]).values["clip"][0]
     assert capsys.readouterr().out == f"{here:.4f}  {file}\n"
     assert main([*command, "objects", "--token-env", "REWARD_SERVICE_TOKEN"]) == 0
-    assert capsys.readouterr().out == f"does not apply  {file}\n"
-    assert main([*command, "clip"]) == 2 and "401" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == f"does not apply  {file}\n"
+    assert said.err.startswith("note: objects reads include of --metadata: objects that an image must show: [{")
+    include = ["--metadata", json.dumps(PROMPTS[0].metadata)]
+    assert main([*command, "objects", "--token-env", "REWARD_SERVICE_TOKEN", *include]) == 0
+    here = worker.score(IMAGES[:1], PROMPTS[:1]).values["objects"][0]
+    assert capsys.readouterr().out == f"{here:.4f}  {file}\n"
+    assert main([*command, "clip"]) == 2
+    said = capsys.readouterr().err
+    assert "says 401: no token came" in said and said.endswith("; name its variable with --token-env\n")
+    monkeypatch.setenv("ANOTHER_TOKEN", "wrong")
+    assert main([*command, "clip", "--token-env", "ANOTHER_TOKEN"]) == 2
+    said = capsys.readouterr().err
+    assert "the token that came is not the service's" in said and "correct what the given variable" in said
 
 
 def test_a_worker_that_dies_costs_nobody_a_score(local_ray, url, worker):

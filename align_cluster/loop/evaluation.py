@@ -105,6 +105,7 @@ class Evaluation:
         drawn = self._draw(self.grid_chunks)
         images, columns = self.workers.rollouts.images(drawn), self.settings.grid_columns
         save_grid(images, columns, self.run_dir.grid(step), self.captions)
+        self.metrics.grid(step)
 
 
 def headline(config: RunConfig) -> str:

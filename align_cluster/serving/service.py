@@ -199,8 +199,9 @@ def _remove(config: ServiceConfig) -> None:
     worker = ray._private.worker
     printer, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
     try:
-        for name in config.rewards:
-            serve.delete(app_name(name))
+        for wait in (False, True):  # they end together, also where this process does not live to see it
+            for name in config.rewards:
+                serve.delete(app_name(name), _blocking=wait)
         if not serve.status().applications:
             serve.shutdown()  # Ray tells of each call that waited for the controller.
     finally:

@@ -1,6 +1,11 @@
 """Secrets reach a run's driver and its workers, and nothing writes them down."""
 
+import json
 import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 
@@ -67,6 +72,53 @@ def test_where_nothing_can_be_sealed_the_nodes_that_lack_a_variable_are_named(lo
     node = local_ray.nodes()[0]["NodeManagerAddress"]
     with pytest.raises(UserError, match=f"{NAME} is set for the run's driver, and not for Ray's workers on {node}"):
         sealing.check_workers(far)
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """Answers as the dashboard of a cluster without a token does, and keeps the headers that came."""
+
+    seen: ClassVar[list[dict[str, str]]] = []
+
+    def do_GET(self):
+        self.seen.append(dict(self.headers))
+        body = json.dumps({"version": "4", "ray_version": version("ray"), "ray_commit": ""}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_cluster_without_a_token_is_sent_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv(NAME, VALUE)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which asking the cluster changes
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Proxy": "let me in"}')
+    server = HTTPServer(("127.0.0.1", 0), Dashboard)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        command = [
+            "submit",
+            str(TINY),
+            "--out",
+            "/x",
+            "--address",
+            f"http://127.0.0.1:{server.server_port}",
+            "--set",
+            FAR,
+        ]
+        assert main([*command, "--env", NAME]) == 2
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert f"--env {NAME}: this cluster asks for no token" in capsys.readouterr().err
+    assert Dashboard.seen and all(headers.get("X-Proxy") == "let me in" for headers in Dashboard.seen)
+    monkeypatch.setenv("RAY_JOB_HEADERS", "X-Proxy: let me in")
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"note: the run reads the cluster's own {NAME}; --env {NAME} sends yours" in said
+    assert "RAY_JOB_HEADERS is no JSON object" in said
 
 
 def test_submit_refuses_to_send_what_is_not_set_here(monkeypatch, capsys):

@@ -259,7 +259,7 @@ class Http(Reward):
         try:
             served = self.client.rewards()
         except Unauthorized as error:
-            raise UserError(f"the reward service cannot be used ({error}); name its place as token") from None
+            raise UserError(f"the reward service cannot be used ({error}); give or correct its token") from None
         except RewardError as error:
             raise UserError(
                 f"the reward service cannot be used ({error}); correct url, or start one with "

@@ -15,6 +15,7 @@ import pytest
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.http import Http, RewardClient
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
+from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.config import Limits
 from align_cluster.types import Failure, Prompt, Scores
 
@@ -142,11 +143,14 @@ def test_a_service_counts_by_job_and_no_stranger_makes_it_count_many(service, mo
         connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
         return connection.getresponse().read().decode()
 
-    RewardClient(service[0], TOKEN, job="sd35-nft").score(["bright", "broken"], IMAGES, PROMPTS)
+    monkeypatch.setenv("SERVICE_TOKEN", TOKEN)
+    far = Http.Config(url=service[0], reward="bright", token={"env": "SERVICE_TOKEN"})
+    RewardWorker({"far": far}, job="sd35-nft").score(IMAGES, PROMPTS)
+    RewardClient(service[0], TOKEN, job="sd35-nft").score(["broken"], IMAGES, PROMPTS)
     text = counted()
     assert 'align_cluster_images_total{job="sd35-nft",reward="bright"} 3.0' in text
     assert 'align_cluster_failures_total{job="sd35-nft",kind="bad_input",reward="broken"} 3.0' in text
-    assert 'align_cluster_requests_total{job="sd35-nft",status="200"} 1.0' in text
+    assert 'align_cluster_requests_total{job="sd35-nft",status="200"} 2.0' in text
     with pytest.raises(RewardError, match="401"):
         RewardClient(service[0], "wrong", job="stranger").score(["bright"], IMAGES, PROMPTS)
     RewardClient(service[0], TOKEN, job="no name").score(["bright"], IMAGES, PROMPTS)

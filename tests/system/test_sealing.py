@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from threading import Thread
@@ -11,7 +12,7 @@ import pytest
 
 from align_cluster.cli import main
 from align_cluster.cluster import sealing
-from align_cluster.cluster.actors import make_learner_rank
+from align_cluster.cluster.actors import make_learner_rank, make_reward_worker
 from align_cluster.config.load import load
 from align_cluster.config.plan import derive
 from align_cluster.errors import UserError
@@ -64,6 +65,15 @@ def test_a_worker_on_a_cluster_has_the_drivers_variable(local_ray, by_value, far
     rank = make_learner_rank(derive(far, 2, 0), "DEFAULT")
     assert local_ray.get(rank.__ray_call__.remote(lambda _: os.environ.get(NAME))) == VALUE
     local_ray.kill(rank)
+
+
+def test_a_runs_reward_workers_know_its_name(local_ray, by_value, tiny):
+    config = tiny("nft")
+    plan = derive(config, 2, 0)
+    worker = make_reward_worker(config, plan, replace(plan.reward_pools[0], cpus=0.01), None)
+    jobs = local_ray.get(worker.__ray_call__.remote(lambda self: {reward.job for reward in self.rewards.values()}))
+    assert jobs == {config.name}
+    local_ray.kill(worker)
 
 
 def test_where_nothing_can_be_sealed_the_nodes_that_lack_a_variable_are_named(local_ray, far, monkeypatch):

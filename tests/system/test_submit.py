@@ -128,6 +128,15 @@ def test_a_submitted_run_streams_its_log_leaves_its_lora_and_writes_its_secret_n
     assert not any(secret.encode() in text for text in written)
 
 
+@pytest.mark.slow
+def test_a_job_without_its_token_ends_before_it_draws_and_says_whose_environment_lacks_it(cluster, tmp_path):
+    far = "rewards.far={kind: http, url: 'http://10.0.0.5:8000', reward: clip, token: {env: SERVICE_TOKEN}}"
+    done = submit(cluster, "configs/quickstart.yaml", "--out", str(tmp_path), "--set", *TINY, far)
+    whose = f"the run's driver, a Ray job on {os.uname().nodename}; `submit --env SERVICE_TOKEN` sends yours"
+    assert done.returncode == 1 and f"SERVICE_TOKEN is not set in the environment of {whose}" in done.stdout
+    assert "note: the run reads the cluster's own SERVICE_TOKEN" in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.exhaustive
 def test_a_failed_job_exits_with_1_and_shows_why(cluster, tmp_path):
     blocked = tmp_path / "file"

@@ -19,7 +19,7 @@ from align_cluster.conditions.address import address
 from align_cluster.conditions.perturb import E2po, learn
 from align_cluster.conditions.precision import to_array
 from align_cluster.embedded import WORLD, pipeline_path
-from align_cluster.errors import UserError
+from align_cluster.errors import UserError, hub_refusal
 from align_cluster.files import atomic, sort_metadata
 from align_cluster.types import Condition, Perturbation
 
@@ -80,7 +80,7 @@ class PipelineBackbone(Backbone):
             raise UserError(
                 f"backbone.path: {self.config.path!r} has no readable {part!r} part: give 'embedded', a diffusers "
                 f"folder of {self.family} pipeline, or a hub id that this machine can reach "
-                f"({str(error).splitlines()[0]})"
+                f"({hub_refusal(error) or str(error).splitlines()[0]})"
             ) from error
 
     def stock(self, name: str) -> Any:

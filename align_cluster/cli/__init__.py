@@ -288,6 +288,13 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--file", action="append", default=[], type=_path, help="another file that the job needs; repeatable"
     )
     submit.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="send a variable such as a token or HF_TOKEN to the job, sealed with the cluster's token; repeatable",
+    )
+    submit.add_argument(
         "--python", default="python", help="Python on the cluster that has align_cluster (default: python)"
     )
     submit.add_argument(

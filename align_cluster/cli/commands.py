@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from align_cluster.config.load import Settings
     from align_cluster.config.run import RunConfig
     from align_cluster.evaluate.lora import Lora
+    from align_cluster.serving.config import ServiceConfig
     from align_cluster.settings import Section
 
 
@@ -108,9 +109,11 @@ def train(args: argparse.Namespace) -> int:
     print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
     with interruptible(alone=True):
         from align_cluster.cluster.preload import imports, preload
+        from align_cluster.cluster.sealing import check
 
         with preload() as ready:
             config = _config(args)
+            check(config)
             if ready and config.cluster.address:
                 ready.close()
             elif ready:
@@ -251,11 +254,28 @@ def submit(args: argparse.Namespace) -> int:
     """Run `train` as a job on a Ray cluster, and follow its log unless --no-wait is given."""
     from align_cluster.cluster.submit import submit
 
-    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume)
+    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume, args.env)
 
 
 def serve_rewards(args: argparse.Namespace) -> int:
     """Serve rewards over HTTP until interrupted."""
+    from align_cluster.errors import RETRY, Preempted
+    from align_cluster.interrupts import begun, interruptible
+
+    print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
+    try:
+        with interruptible(alone=True):
+            run, config = _service(args)
+            begun()
+            run(config)
+    except Preempted:
+        print("ended by SIGTERM before the service was ready", file=sys.stderr)
+        return RETRY
+    return 0
+
+
+def _service(args: argparse.Namespace) -> tuple[Callable[["ServiceConfig"], None], "ServiceConfig"]:
+    """Load what runs a service, and its file."""
     from align_cluster.config.check import check_settings
     from align_cluster.errors import UserError
     from align_cluster.serving.config import ServiceConfig
@@ -266,8 +286,7 @@ def serve_rewards(args: argparse.Namespace) -> int:
         from align_cluster.serving.service import run
     except ImportError as error:
         raise UserError(f"serving needs a package more ({error}); pip install 'align-cluster[serve]'") from None
-    run(config)
-    return 0
+    return run, config
 
 
 def score(args: argparse.Namespace) -> int:
@@ -275,7 +294,7 @@ def score(args: argparse.Namespace) -> int:
     from align_cluster.errors import UserError
     from align_cluster.plain import json_value
     from align_cluster.rewards.base import RewardError
-    from align_cluster.rewards.http import RewardClient, Token, read_image
+    from align_cluster.rewards.http import RewardClient, Token, Unauthorized, read_image
     from align_cluster.rewards.wire import one_line
     from align_cluster.types import Prompt
 
@@ -296,11 +315,18 @@ def score(args: argparse.Namespace) -> int:
         image = read_image(path)
         try:
             scores = client.score([args.reward], image[None], [prompt])
+        except Unauthorized as error:
+            given = "correct what the given variable or file holds" if token else "name its variable with --token-env"
+            raise UserError(f"{path} has no score: {error}; {given}") from None
         except RewardError as error:
             raise UserError(f"{path} has no score: {error}") from None
         failure = scores.failures.get(args.reward)
         value = float(scores.values[args.reward][0]) if scores.valid[args.reward][0] else None
         rows.append({"image": str(path), "score": value, "failure": failure and failure.message})
+    if any(row["score"] is None and not row["failure"] for row in rows):
+        with suppress(RewardError):  # the scores are here, and count without the note
+            for name, meaning in client.metadata(args.reward).items():
+                print(f"note: {args.reward} reads {name} of --metadata: {meaning}", file=sys.stderr)
     if args.json:
         print(json.dumps(rows, indent=2))
     else:

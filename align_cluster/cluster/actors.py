@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from align_cluster.cluster.sealing import for_workers, take
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import StepWork, TrainingChunk
@@ -23,7 +24,8 @@ def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
     device = "cuda" if plan.sampler_gpus else "cpu"
     shares = {"num_cpus": plan.sampler_cpus, "num_gpus": plan.sampler_gpus}
     actor = ray.remote(RemoteSampler).options(**shares, scheduling_strategy=place or "DEFAULT")
-    return actor.remote(config.backbone, plan.threads, name, device, config.rollout.merge_lora)
+    arguments = (config.backbone, plan.threads, name, device, config.rollout.merge_lora)
+    return actor.remote(*arguments, sealed=for_workers(config))
 
 
 def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: Any) -> Any:
@@ -33,17 +35,23 @@ def make_reward_worker(config: RunConfig, plan: Plan, pool: RewardPool, place: A
         options["runtime_env"] = {"pip": list(pool.pip)}
     rewards = {name: config.rewards[name] for name in pool.rewards}
     device = "cuda" if pool.gpus else "cpu"
-    return ray.remote(RewardWorker).options(**options).remote(rewards, plan.threads, device, pool.batch)
+    actor = ray.remote(RemoteRewardWorker).options(**options)
+    return actor.remote(rewards, plan.threads, device, pool.batch, config.name, sealed=for_workers(config))
 
 
 def make_learner_rank(plan: Plan, place: Any) -> Any:
     """Start the process of one learner rank at `place`; `LearnerRank.build` then makes its learner."""
     shares = {"num_cpus": plan.learner_cpus, "num_gpus": plan.learner_gpus}
-    return ray.remote(LearnerRank).options(**shares, scheduling_strategy=place).remote()
+    return ray.remote(LearnerRank).options(**shares, scheduling_strategy=place).remote(for_workers(plan.config))
 
 
 class RemoteSampler(Sampler):
     """A sampler behind Ray, which resolves references only where they are arguments of their own."""
+
+    def __init__(self, *arguments: Any, sealed: str = "") -> None:
+        """Make a sampler in an environment with the sealed variables."""
+        take(sealed)
+        super().__init__(*arguments)
 
     def draw_chunk(self, chunk: Chunk, null: Condition | None, request: DrawRequest, *encodings: Any) -> Any:
         """Draw a chunk; conditions of its texts and then perturbations of its perturbed texts come in their order."""
@@ -53,12 +61,25 @@ class RemoteSampler(Sampler):
         return self.draw(chunk, conditions, null, request, perturbations)
 
 
+class RemoteRewardWorker(RewardWorker):
+    """A reward worker behind Ray."""
+
+    def __init__(self, *arguments: Any, sealed: str = "") -> None:
+        """Load the rewards in an environment with the sealed variables."""
+        take(sealed)
+        super().__init__(*arguments)
+
+
 class LearnerRank:
     """Wraps one rank's Learner. It is built in two calls, because the other ranks need rank 0's address first.
 
     Ray resolves references only where they are arguments of their own, so a chunk arrives as its record and then the
     conditions of its texts. They are paired here and nowhere else.
     """
+
+    def __init__(self, sealed: str = "") -> None:
+        """Put the sealed variables into the environment, for the model that `build` loads."""
+        take(sealed)
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a free port, for the ranks to meet at."""

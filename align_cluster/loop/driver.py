@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cluster.algorithms import ALGORITHMS
+from align_cluster.cluster import sealing
 from align_cluster.cluster.placement import cluster, plan_run, reserve, resources
 from align_cluster.cluster.preload import Preload
 from align_cluster.config.check import check_prompts
@@ -66,6 +67,7 @@ def train(
             return run.path
         bars.phase(f"joining the Ray at {config.cluster.address}" if config.cluster.address else "starting Ray")
         with cluster(config.cluster, preload):
+            sealing.check_workers(config)
             plan = plan_run(start.settled(config), *resources())
             config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:

@@ -104,4 +104,5 @@ class Evaluation:
         if shown := drawn[len(scored) :]:
             pictures = self.workers.rollouts.images(shown)
             save_grid(pictures, self.settings.grid_columns, self.run_dir.grid(step), self.captions)
+            self.metrics.grid(step)
         return scores

@@ -1,15 +1,22 @@
-"""Sinks take a run's numbers: metrics.jsonl and evaluations.jsonl for machines, TensorBoard events for people."""
+"""Sinks take a run's numbers: metrics.jsonl and evaluations.jsonl for machines, TensorBoard events for people.
+
+TensorBoard also gets the run's settings, as text and in its table of hyperparameters, and its sample grids.
+"""
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from align_cluster.files import STORAGE
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
+from align_cluster.plain import yaml_value
 from align_cluster.texts import lines
 
 
@@ -37,12 +44,32 @@ class MetricWriter:
         fresh = done is None or not any(self.files.tensorboard.glob("events.*"))
         self.board = self._open_board(None if fresh else done + 1)
         if fresh:
+            self._settings()
             self._replay(rows, read_jsonl(self.files.evaluations) if done is not None else [])
+            for step in self.files.grid_steps():
+                if done is not None and step <= done:
+                    self.grid(step)
 
     def _open_board(self, purge: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self.files.tensorboard), flush_secs=10, purge_step=purge)
+
+    def _settings(self) -> None:
+        """Show the settings of config.yaml, if the run has written it."""
+        if not self.files.config.exists():
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        text = self.files.config.read_text(encoding="utf-8")
+        settings = dict(_settings(yaml_value(text, str(self.files.config))))
+        _, values, _ = hparams(settings, {})  # TensorBoard finds out itself which metrics and runs there are
+
+        def add(board: Any) -> None:
+            board.add_text("settings", f"```yaml\n{text}\n```", 0)
+            board.file_writer.add_summary(values)
+
+        self._show(add)
 
     def _replay(self, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -69,6 +96,12 @@ class MetricWriter:
         self._append(self.files.evaluations, {"step": step, "version": version, "adapter": adapter, **scores})
         self._scalars(step, {f"held_out/{column}": value for column, value in scores["overall"].items()})
 
+    def grid(self, step: int) -> None:
+        """Show the sample grid of `step`, whose file is there."""
+        with Image.open(self.files.grid(step)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._show(lambda board: board.add_image("grid", pixels, step, dataformats="HWC"))
+
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         told = bool(self.held)
         self.held.append((path, record))
@@ -86,10 +119,16 @@ class MetricWriter:
                 )
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
+        def add(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._show(add)
+
+    def _show(self, add: Callable[[Any], None]) -> None:
         try:
             self.board = self.board or self._open_board()
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            add(self.board)
         except OSError:  # an earlier write failed: TensorBoard writes in a thread, which has ended with that error
             self.board = None
 
@@ -143,6 +182,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1].decode()
     return [json.loads(line) for _, line in lines(whole)]
+
+
+def _settings(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each setting with its dotted path; TensorBoard takes numbers, text and truth, so a list becomes text."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _settings(part, f"{where}.{name}".lstrip("."))
+    elif value is not None:
+        yield where, value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
 def _start_of(path: Path, size: int) -> bytes:

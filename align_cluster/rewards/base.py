@@ -1,7 +1,7 @@
 """The contract of a reward: a pure function of (image, prompt), with a validity mask."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from align_cluster.rewards.words import Vocabulary
 from align_cluster.settings import Section
 from align_cluster.types import Failure, FailureKind, Prompt
 
+Bounds = tuple[float | None, float | None]
 MOST = 1e30  # largest magnitude of a score, weighted or not: squares stay far inside fp64, and advantages inside fp32
 
 
@@ -155,15 +156,19 @@ class Reward(ABC):
     them. A reward that knows these images names them in its result's failure. It never returns a stand-in value.
 
     `needs` says what a prompt must have to be judged ("": its text will do), as the end of a sentence; `judges` tests
-    it. `headline` names the detail that a run shows first in place of the score. `remote` says that a service computes
-    the score. `imports` names what `load` imports, in the form of `pkgutil.resolve_name`: a worker may start with it.
+    it. `metadata` says what each of a prompt's fields means that the reward reads beside the text. `headline` names the
+    detail that a run shows first in place of the score. `remote` says that a service computes the score. `imports`
+    names what `load` imports, in the form of `pkgutil.resolve_name`: a worker may start with it. `job` is the name of
+    the run that is scored for, "" outside of one.
     """
 
     Config: type[RewardSection]
     needs: ClassVar[str] = ""
+    metadata: ClassVar[Mapping[str, str]] = {}
     headline: ClassVar[str] = ""
     remote: ClassVar[bool] = False
     imports: ClassVar[tuple[str, ...]] = ()
+    job: str = ""
 
     def __init__(self, config: RewardSection) -> None:
         self.config = config
@@ -177,6 +182,11 @@ class Reward(ABC):
     def usual(self) -> float:
         """The score that ordinary images have, where it is far from 0."""
         return 0.0
+
+    @property
+    def bounds(self) -> Bounds:
+        """The least and the largest score that there can be, each None where nothing bounds it."""
+        return None, None
 
     def vocabulary(self) -> Vocabulary | None:
         """Return what the reward's tokenizer knows; None where it is not on this machine, or no text is read."""
@@ -236,6 +246,11 @@ class EmbeddingReward(DifferentiableReward):
 
     factor: float = 1.0
     kept: ClassVar[int] = 4096
+
+    @property
+    def bounds(self) -> Bounds:
+        """Those of a cosine. A model's own factor, which another `scale` brings in, is known once it is loaded."""
+        return (-1.0, 1.0) if getattr(self.config, "scale", "cosine") == "cosine" else (None, None)
 
     @abstractmethod
     def see(self, images: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from align_cluster.embedded.detector import Detection
-from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection, malformed
+from align_cluster.rewards.base import Bounds, ModelSize, Result, Reward, RewardSection, malformed
 from align_cluster.rewards.clip import CLIP_L, CLIPS
 from align_cluster.rewards.colors import ColorNamer, cutout
 from align_cluster.rewards.detectors import DETECTORS, Embedded, geneval_name
@@ -148,12 +148,22 @@ class GenEval(Reward):
             return {"kind": value} if isinstance(value, str) else value
 
     needs = "it needs metadata with include clauses, as prompts of kind embedded, geneval and jsonl have"
+    metadata = {
+        "include": 'objects that an image must show: [{"class": "circle", "count": 1, "color": "red"}, ...]',
+        "exclude": 'objects that it must show fewer of: [{"class": "star", "count": 1}, ...]',
+        "tag": "the name of the prompt's task; counting has a threshold of its own",
+    }
     headline = "graded"
 
     @classmethod
     def judges(cls, prompt: Prompt) -> bool:
         """Return whether the prompt names objects."""
         return bool(prompt.metadata.get("include"))
+
+    @property
+    def bounds(self) -> Bounds:
+        """0 and 1, or without an end below: many extra objects make the graded score negative."""
+        return (None if self.config.score in ("graded", "mixed") else 0.0), 1.0
 
     def prompt_problems(self, where: str, prompts: Iterable[Prompt]) -> Iterator[str]:
         """Refuse prompts that ask for objects that the detector does not know."""
@@ -182,7 +192,7 @@ class GenEval(Reward):
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Judge the images with an `include`; the others stay invalid. Records that break GenEval's format fail."""
-        failure = malformed(prompts, ("include", "exclude", "tag"))
+        failure = malformed(prompts, tuple(self.metadata))
         valid = np.array([self.judges(prompt) for prompt in prompts], dtype=bool)
         valid[list(failure.rows if failure else ())] = False
         columns = {name: np.full(len(prompts), np.nan) for name in ("accuracy", "strict", "graded")}

@@ -6,6 +6,7 @@ Runs on other machines share the rewards of one service, which `align-cluster se
 import asyncio
 import math
 import os
+import platform
 import ssl
 import threading
 from collections.abc import Sequence
@@ -22,10 +23,11 @@ from pydantic_core import from_json
 
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import ModelSize, Result, Reward, RewardError, RewardSection
-from align_cluster.rewards.wire import MAX_DETAILS, MEDIA_TYPE, Encoding, decode_answer, encode_request, one_line
+from align_cluster.rewards.wire import JOB, MAX_DETAILS, MEDIA_TYPE, Encoding, decode_answer, encode_request, one_line
 from align_cluster.settings import Section
 from align_cluster.types import FailureKind, Prompt, Scores
 
+UNKNOWN = 401  # the status of a refusal for the token
 STARTING = threading.Lock()  # Threads that ask for the first time at once must not start a loop each.
 ANSWER_BYTES = 2**20  # of an answer without scores, which holds some sentences about each reward
 SCORE_BYTES = 32 * MAX_DETAILS  # more of an answer for each image and reward: about 25 bytes a column
@@ -49,13 +51,18 @@ class Token(Section):
             raise ValueError("either env, the name of a variable, or file, a path")
         return self
 
-    def read(self) -> str:
-        """Return the token. UserError says what is wrong with its place."""
+    def read(self, whose: str = "") -> str:
+        """Return the token. UserError says what is wrong with its place, and in the environment of `whose` process."""
+        whose = whose or f"this process on {platform.node()}"
         try:
             text = os.environ.get(self.env, "") if self.env else _start_of(Path(self.file).expanduser())
         except (OSError, ValueError, RuntimeError) as error:  # also of a path with NUL, and of ~nobody
-            raise UserError(f"token.file: {self.file} cannot be read ({error}); put the token there") from None
+            raise UserError(
+                f"token.file: {self.file} cannot be read by {whose} ({error}); put the token there"
+            ) from None
         token, source = text.strip(), f"token.env: {self.env}" if self.env else f"token.file: {self.file}"
+        if self.env and not token:
+            raise UserError(f"{source} is not set in the environment of {whose}")
         if not token or not token.isascii() or not token.isprintable() or " " in token:
             raise UserError(f"{source} holds no token; put one word of ASCII there, as `openssl rand -hex 32` prints")
         return token
@@ -78,6 +85,10 @@ def service_address(url: str) -> str:
     return url
 
 
+class Unauthorized(RewardError):
+    """A service refuses a token, or the lack of one."""
+
+
 class RewardClient:
     """Asks the service at `url` for scores. Its errors are RewardErrors: timeout, unavailable or bad_input.
 
@@ -86,9 +97,12 @@ class RewardClient:
     """
 
     def __init__(
-        self, url: str, token: str | None = None, *, timeout_s: float = 120, encoding: Encoding = "png"
+        self, url: str, token: str | None = None, *, timeout_s: float = 120, encoding: Encoding = "png", job: str = ""
     ) -> None:
-        """Prepare to ask; nothing is sent. UserError says where `url` is no address, or `timeout_s` no time."""
+        """Prepare to ask; nothing is sent. The service counts what is asked by `job`, the name of a run.
+
+        UserError says where `url` is no address, or `timeout_s` no time.
+        """
         try:
             self.url = service_address(url).rstrip("/")
         except ValueError as error:
@@ -96,8 +110,9 @@ class RewardClient:
         if not 0 < timeout_s < math.inf:
             raise UserError(f"a request cannot have {timeout_s:g} s; give it a positive number of seconds")
         self.timeout_s, self.encoding = timeout_s, encoding
+        headers = {"Accept-Encoding": "identity", "Authorization": token and f"Bearer {token}", JOB: job}
         self._client = httpx2.AsyncClient(
-            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
+            headers={name: value for name, value in headers.items() if value},
             # httpx2's own timeouts hold for each read and write, so a slow service could stretch them without an end.
             timeout=None,
             # A request fails when the service closes an idle connection in that moment, so each has a new one.
@@ -113,6 +128,12 @@ class RewardClient:
             return {one_line(reward["name"]): dict(reward) for reward in served}
         except (ValueError, KeyError, TypeError):
             raise RewardError("unavailable", f"{self.url} is no reward service") from None
+
+    def metadata(self, reward: str) -> dict[str, str]:
+        """Return what a reward reads of a prompt beside its text, by the name of the field, with its meaning."""
+        inputs = self.rewards().get(reward, {}).get("inputs")
+        fields = inputs.get("metadata") if isinstance(inputs, dict) else None
+        return {one_line(name): one_line(meaning) for name, meaning in dict(fields or {}).items()}
 
     def ready(self) -> None:
         """Return if the service can score with every reward. RewardError says why it cannot."""
@@ -155,7 +176,8 @@ class RewardClient:
             return answer
         kind = KINDS.get(response.status_code, "unavailable")
         reason = one_line(_detail(answer) or response.reason_phrase)
-        raise RewardError(kind, f"{self.url} says {response.status_code}: {reason}")
+        refusal = Unauthorized if response.status_code == UNKNOWN else RewardError
+        raise refusal(kind, f"{self.url} says {response.status_code}: {reason}")
 
     async def _exchange(self, method: str, path: str, body: bytes | None, most: int) -> tuple[httpx2.Response, bytes]:
         answer = bytearray()
@@ -209,8 +231,8 @@ class Http(Reward):
         reward: str
         """The name that the reward has in the service's own file. GET /v1/rewards lists all names."""
         token: Token | None = None
-        """Where the token of the service is. It is read on the workers that score, so the variable or the file has to
-        be there. null sends none, which suits a service on this machine."""
+        """Where the token of the service is. A variable is the driver's, which sends it to the workers (see `submit
+        --env`), and a file must be there on all nodes. null sends none, which suits a service on this machine."""
         timeout_s: PositiveFloat = 60.0
         """The seconds that one request has, from the connection to the last byte of the answer. A request over them
         fails, and `on_failure` says how often it is tried again."""
@@ -232,12 +254,15 @@ class Http(Reward):
         """Ask the service whether it has the reward. UserError says why it cannot be used."""
         config = self.config
         token = config.token.read() if config.token else None
-        self.client = RewardClient(config.url, token, timeout_s=config.timeout_s, encoding=config.encoding)
+        settings = {"timeout_s": config.timeout_s, "encoding": config.encoding, "job": self.job}
+        self.client = RewardClient(config.url, token, **settings)
         try:
             served = self.client.rewards()
+        except Unauthorized as error:
+            raise UserError(f"the reward service cannot be used ({error}); give or correct its token") from None
         except RewardError as error:
             raise UserError(
-                f"the reward service cannot be used ({error}); correct url or token, or start one with "
+                f"the reward service cannot be used ({error}); correct url, or start one with "
                 "`align-cluster serve-rewards`"
             ) from None
         if config.reward not in served:

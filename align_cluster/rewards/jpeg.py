@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
+from align_cluster.rewards.base import Bounds, ModelSize, Result, Reward, RewardSection
 from align_cluster.types import Prompt
 
 
@@ -20,6 +20,11 @@ class Jpeg(Reward):
         incompressible: bool = False
         """Whether large files are preferred, so that the score is plus the kilobytes and detail pays. false prefers
         small files, and so smooth images."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """Those of a size, or of minus a size."""
+        return (0.0, None) if self.config.incompressible else (None, 0.0)
 
     def model_sizes(self) -> list[ModelSize | None]:
         """Return nothing, because no model is loaded."""

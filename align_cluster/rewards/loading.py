@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from align_cluster.errors import UserError
+from align_cluster.errors import UserError, hub_refusal
 from align_cluster.rewards.base import ModelSize
 from align_cluster.settings import ModelSource
 
@@ -49,7 +49,8 @@ def loading(who: str, what: str, remedy: str) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         raise UserError(
-            f"rewards: {who} cannot load {what}: {remedy} ({type(error).__name__}: {_line(error)})"
+            f"rewards: {who} cannot load {what}: {remedy} "
+            f"({hub_refusal(error) or f'{type(error).__name__}: {_line(error)}'})"
         ) from error
 
 

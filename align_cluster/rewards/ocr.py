@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from align_cluster.prompts.files import quoted
-from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection, malformed
+from align_cluster.rewards.base import Bounds, ModelSize, Result, Reward, RewardSection, malformed
 from align_cluster.rewards.loading import extra
 from align_cluster.types import Prompt
 
@@ -64,11 +64,17 @@ class Ocr(Reward):
         kind: Literal["ocr"] = "ocr"
 
     needs = "it needs prompts that quote text, as the embedded task ocr does"
+    metadata = {"text": "the text that an image must show, in place of the first one that the prompt quotes"}
 
     @classmethod
     def judges(cls, prompt: Prompt) -> bool:
         """Return whether the prompt asks for text."""
         return bool(prompt.metadata.get("text") or quoted(prompt.text))
+
+    @property
+    def bounds(self) -> Bounds:
+        """Those of a share."""
+        return 0.0, 1.0
 
     def model_sizes(self) -> list[ModelSize | None]:
         """Return nothing: the reader's models take a few megabytes."""
@@ -94,7 +100,7 @@ class Ocr(Reward):
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Result:
         """Read each image with a quoted text; the others stay invalid."""
         values, exact = (np.full(len(prompts), np.nan) for _ in range(2))
-        failure = malformed(prompts, ("text",))
+        failure = malformed(prompts, tuple(self.metadata))
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             if failure and index in failure.rows:
                 continue

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pydantic import PositiveFloat, field_validator
 
-from align_cluster.rewards.base import ModelSize, Result, Reward, RewardSection
+from align_cluster.rewards.base import Bounds, ModelSize, Result, Reward, RewardSection
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.open_clip_score import OpenClipScore
@@ -50,6 +50,11 @@ class Sgp(Reward):
                 if getattr(of, name) != getattr(RewardSection(), name):
                     raise ValueError(f"without {name}, which is to stand beside `of` and not in it")
             return of
+
+    @property
+    def bounds(self) -> Bounds:
+        """Those of a difference of two cosines."""
+        return -2.0, 2.0
 
     def model_sizes(self) -> list[ModelSize | None]:
         """Return the sizes of the model that judges."""

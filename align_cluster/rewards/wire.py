@@ -24,6 +24,7 @@ from align_cluster.settings import Section
 from align_cluster.types import Failure, FailureKind, Prompt, Scores
 
 MEDIA_TYPE = "application/vnd.align-cluster.score"
+JOB = "X-Align-Cluster-Job"  # the header with the name of the run that asks, by which a service counts
 PREFIX = struct.Struct("<Q")  # the length of the JSON
 Encoding = Literal["png", "webp", "raw"]
 MAX_DETAILS = 256  # columns of one reward; the kinds here have fewer than ten, and each becomes a metric of the run

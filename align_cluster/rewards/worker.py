@@ -24,13 +24,19 @@ class RewardWorker:
     """
 
     def __init__(
-        self, configs: Mapping[str, RewardSection], threads: int = 1, device: str = "cpu", batch: int | None = None
+        self,
+        configs: Mapping[str, RewardSection],
+        threads: int = 1,
+        device: str = "cpu",
+        batch: int | None = None,
+        job: str = "",
     ) -> None:
-        """Load the rewards to `device`, to run on `threads` CPU threads."""
+        """Load the rewards to `device`, to run on `threads` CPU threads. `job` is the name of their run, if any."""
         torch.set_num_threads(threads)
         self.batch = batch
         self.rewards = {name: REWARDS[config.kind](config) for name, config in configs.items()}
         for reward in self.rewards.values():
+            reward.job = job
             reward.load(device, threads)
 
     def score(self, images: np.ndarray, prompts: list[Prompt]) -> Scores:

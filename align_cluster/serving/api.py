@@ -4,16 +4,18 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path as FilePath
 from typing import Annotated, Protocol
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request, Response
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from jinja2 import Environment
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
@@ -21,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from align_cluster import __version__
 from align_cluster.rewards.failure import classify
 from align_cluster.rewards.mix import beside, unscored
-from align_cluster.rewards.wire import MEDIA_TYPE, Answer, Head, encode_answer, one_line
+from align_cluster.rewards.wire import JOB, MEDIA_TYPE, Answer, Head, encode_answer, one_line
 from align_cluster.serving import flow_grpo
 from align_cluster.serving.config import Limits
 from align_cluster.serving.decoding import check_limit, decode_request
@@ -29,7 +31,8 @@ from align_cluster.types import Prompt, Scores
 
 ABOUT = f"""Scores images with reward models. A body is of type `{MEDIA_TYPE}`: 8 bytes with the length of the JSON
 (little-endian), the JSON, and the bytes of the images one after the other. Every refusal has a sentence
-in `detail`. Scores that failed are null, with the reason in `failure`."""
+in `detail`. Scores that failed are null, with the reason in `failure`. /metrics counts by the job that the header
+`{JOB}` names."""
 NO_PICKLE = "pickles are refused, because unpickling runs whatever code their sender put there"
 WANTED = (
     f"send {MEDIA_TYPE}: 8 bytes with the length of the JSON, the JSON, and the images; see /docs, or use "
@@ -44,7 +47,10 @@ BODY = {
     "description": f"8 bytes, JSON, images. The JSON's schema:\n```json\n"
     f"{json.dumps(Head.model_json_schema(), indent=1)}\n```",
 }
+DOCS = FilePath(__file__).with_name("docs.html.j2")
 HEADER_BYTES = 2**16
+JOB_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")  # what a run can be called
+MOST_JOBS = 100  # names that become a label: a monitoring system keeps a series for each
 
 
 class Refusal(BaseModel):
@@ -86,11 +92,23 @@ class Metrics:
         """Register all metrics with the value 0."""
         self.registry = CollectorRegistry()
         made = {"registry": self.registry, "namespace": "align_cluster"}
-        self.requests = Counter("requests", "requests to score by HTTP status", ["status"], **made)
-        self.images = Counter("images", "images scored by reward", ["reward"], **made)
-        self.failures = Counter("failures", "images without a score, by reward and kind", ["reward", "kind"], **made)
+        self.requests = Counter("requests", "requests to score by HTTP status", ["status", "job"], **made)
+        self.images = Counter("images", "images scored by reward", ["reward", "job"], **made)
+        self.failures = Counter(
+            "failures", "images without a score, by reward and kind", ["reward", "kind", "job"], **made
+        )
+        self.jobs: set[str] = set()
         self.seconds = Histogram("request_seconds", "whole requests to score", **made)
         self.reward_seconds = Histogram("reward_seconds", "one reward, waiting included", ["reward"], **made)
+
+    def job(self, name: str) -> str:
+        """Return the label of a run: its name, "" for none, or "other" where it is no name or MOST_JOBS have come."""
+        if not name or name in self.jobs:
+            return name
+        if len(self.jobs) >= MOST_JOBS or not JOB_NAME.fullmatch(name):
+            return "other"
+        self.jobs.add(name)
+        return name
 
 
 class Frontend:
@@ -114,31 +132,36 @@ class Frontend:
         """Refuse with 401 without the token, and with 431 where the headers are too long to look for one."""
         headers = sum(len(name) + len(value) for name, value in request.headers.raw)
         if headers > HEADER_BYTES:
-            self.metrics.requests.labels("431").inc()
+            self.metrics.requests.labels("431", "").inc()
             raise HTTPException(431, f"the headers have {headers} bytes; send at most {HEADER_BYTES}")
         digest = hashlib.sha256(given.credentials.encode() if given else b"").digest()
         if self.token is not None and not hmac.compare_digest(digest, self.token):
-            self.metrics.requests.labels("401").inc()
+            self.metrics.requests.labels("401", "").inc()
+            what = "the token that came is not the service's" if given else "no token came"
+            challenge = 'Bearer error="invalid_token"' if given else "Bearer"
             raise HTTPException(
-                401, "give the service's token as `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"}
+                401, f"{what}; give the service's as `Authorization: Bearer TOKEN`", {"WWW-Authenticate": challenge}
             )
 
     @asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
-        """Hold a place for the work on one request, and count it. It refuses with 429 where all places are taken."""
-        started, status = time.perf_counter(), 500
+    async def request(self, request: Request) -> AsyncIterator[str]:
+        """Hold a place for the work on one request, count it, and yield its job as the metrics name it.
+
+        It refuses with 429 where all places are taken.
+        """
+        started, status, job = time.perf_counter(), 500, self.metrics.job(request.headers.get(JOB, ""))
         try:
             if self.room.locked():
                 busy = f"{self.limits.concurrency} requests are in work, the most; try again soon"
                 raise HTTPException(429, busy, {"Retry-After": "1"})
             async with self.room:
-                yield
+                yield job
             status = 200
         except HTTPException as refusal:
             status = refusal.status_code
             raise
         finally:
-            self.metrics.requests.labels(str(status)).inc()
+            self.metrics.requests.labels(str(status), job).inc()
             self.metrics.seconds.observe(time.perf_counter() - started)
 
     async def body(self, request: Request, *types: str, wanted: str) -> bytes:
@@ -165,11 +188,11 @@ class Frontend:
             self.checking = asyncio.create_task(self.backend.unready())
         return await asyncio.shield(self.checking)
 
-    async def score(self, rewards: Sequence[str], images: np.ndarray, prompts: list[Prompt]) -> Scores:
+    async def score(self, rewards: Sequence[str], images: np.ndarray, prompts: list[Prompt], job: str) -> Scores:
         """Score images uint8 [B, H, W, 3] with each reward. What goes wrong with one is a failure of that one alone."""
-        return beside(await asyncio.gather(*(self._score(name, images, prompts) for name in rewards)), rewards)
+        return beside(await asyncio.gather(*(self._score(name, images, prompts, job) for name in rewards)), rewards)
 
-    async def _score(self, reward: str, images: np.ndarray, prompts: list[Prompt]) -> Scores:
+    async def _score(self, reward: str, images: np.ndarray, prompts: list[Prompt], job: str) -> Scores:
         started, count, limit = time.perf_counter(), len(images), self.limits.score_timeout_s
         try:
             async with asyncio.timeout(limit) as timeout:
@@ -180,9 +203,9 @@ class Frontend:
             scores = unscored([reward], kind, message, count)
         self.metrics.reward_seconds.labels(reward).observe(time.perf_counter() - started)
         if failure := scores.failures.get(reward):
-            self.metrics.failures.labels(reward, failure.kind).inc(failure.images)
+            self.metrics.failures.labels(reward, failure.kind, job).inc(failure.images)
             count -= failure.images
-        self.metrics.images.labels(reward).inc(count)
+        self.metrics.images.labels(reward, job).inc(count)
         return scores
 
 
@@ -214,7 +237,7 @@ def create_app(
     app.include_router(_rewards(frontend, described), **ask)
     app.include_router(_health(frontend))
     app.include_router(_metrics(frontend), **({} if "metrics" in without_token else ask))
-    app.include_router(_docs(app), **({} if "docs" in without_token else ask))
+    app.include_router(_docs(app, frontend, described), **({} if "docs" in without_token else ask))
     return app
 
 
@@ -230,14 +253,14 @@ def _scoring(frontend: Frontend) -> APIRouter:
     )
     async def score(request: Request) -> Response:
         """Score images with one reward or several."""
-        async with frontend.request():
+        async with frontend.request(request) as job:
             body = await frontend.body(request, MEDIA_TYPE, wanted=WANTED)
             rewards, images, prompts = await asyncio.to_thread(decode_request, body, frontend.limits)
             for name in rewards:
                 if name not in frontend.names:
                     raise HTTPException(422, f"there is no reward {name[:80]!r} here; {has}")
             started = time.perf_counter()
-            scores = await frontend.score(rewards, images, prompts)
+            scores = await frontend.score(rewards, images, prompts, job)
             answer = encode_answer(scores, time.perf_counter() - started)
             return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -251,13 +274,14 @@ def _scoring(frontend: Frontend) -> APIRouter:
         reward: Annotated[str, Path(json_schema_extra={"enum": list(frontend.names)})], request: Request
     ) -> Response:
         """Score images as flow_grpo's reward servers do, without pickle."""
-        async with frontend.request():
+        async with frontend.request(request) as job:
             if reward not in frontend.names:
                 raise HTTPException(404, f"there is no reward {reward[:80]!r} here; {has}")
             body = await frontend.body(request, flow_grpo.JSON, flow_grpo.FORM, wanted=WANTED_OF_FLOW_GRPO)
             content_type = request.headers["content-type"]
             images, prompts = await asyncio.to_thread(flow_grpo.decode_request, body, content_type, frontend.limits)
-            answer = flow_grpo.encode_scores(await frontend.score([reward], images, prompts), reward, prompts)
+            scores = await frontend.score([reward], images, prompts, job)
+            answer = flow_grpo.encode_scores(scores, reward, prompts)
             return Response(answer.model_dump_json(), media_type="application/json")
 
     return router
@@ -268,7 +292,7 @@ def _rewards(frontend: Frontend, described: Sequence[dict[str, object]]) -> APIR
 
     @router.get("/v1/rewards")
     async def rewards() -> dict[str, object]:
-        """Tell the names, kinds, inputs and versions of the rewards, and what a request may hold."""
+        """Tell the names, kinds, ranges, inputs and versions of the rewards, and what a request may hold."""
         return {"rewards": described, "limits": frontend.limits.model_dump(), "version": __version__}
 
     return router
@@ -304,8 +328,10 @@ def _metrics(frontend: Frontend) -> APIRouter:
     return router
 
 
-def _docs(app: FastAPI) -> APIRouter:
+def _docs(app: FastAPI, frontend: Frontend, described: Sequence[dict[str, object]]) -> APIRouter:
     router = APIRouter(include_in_schema=False)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(DOCS.read_text(encoding="utf-8"))
 
     @router.get("/openapi.json")
     async def openapi() -> dict[str, object]:
@@ -313,8 +339,10 @@ def _docs(app: FastAPI) -> APIRouter:
         return app.openapi()
 
     @router.get("/docs")
-    async def docs() -> HTMLResponse:
-        """Answer with a page that shows the document."""
-        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
+    async def docs(request: Request) -> HTMLResponse:
+        """Answer with a page about the rewards and the routes. A browser needs nothing else, and no network, for it."""
+        facts = {"document": app.openapi(), "rewards": described, "limits": frontend.limits.model_dump()}
+        page = template.render(facts, token=frontend.token, url=str(request.base_url).rstrip("/"))
+        return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 
     return router

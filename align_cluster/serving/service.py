@@ -9,13 +9,15 @@ import align_cluster.cluster  # noqa: F401 - before ray, see there
 # isort: split
 import asyncio
 import hashlib
+import inspect
 import json
 import logging
+import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -27,9 +29,11 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from align_cluster import __version__
+from align_cluster.cluster import sealing
 from align_cluster.cluster.placement import cluster
 from align_cluster.config.run import ClusterConfig
-from align_cluster.errors import UserError
+from align_cluster.errors import INTERRUPTED, UserError
+from align_cluster.interrupts import SIGNALS
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import FailurePolicy, RewardError, RewardSection
 from align_cluster.rewards.http import RewardClient
@@ -41,6 +45,7 @@ from align_cluster.serving.listening import bound, listening
 from align_cluster.types import Prompt, Scores
 
 APP = "align-cluster-rewards"
+SAY_S = 10.0  # between two lines about the same wait
 TRIES = 4  # A request whose worker dies goes to another one this often; scoring it again is harmless.
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 ONCE = FailurePolicy(retries=0)  # The run that asks tries again, as its own policy says.
@@ -49,8 +54,9 @@ ONCE = FailurePolicy(retries=0)  # The run that asks tries again, as its own pol
 class Scorer:
     """Scores with one reward: a replica of its deployment."""
 
-    def __init__(self, name: str, config: RewardSection, settings: DeploymentConfig) -> None:
-        """Load the reward, whose name is `name`."""
+    def __init__(self, name: str, config: RewardSection, settings: DeploymentConfig, sealed: str = "") -> None:
+        """Load the reward, whose name is `name`, in an environment with the sealed variables."""
+        sealing.take(sealed)
         rewards = {name: config.model_copy(update={"on_failure": ONCE})}
         device = "cuda" if settings.gpus else "cpu"
         self.batcher = MicroBatcher(lambda: RewardWorker(rewards, settings.threads, device), settings.batch)
@@ -93,24 +99,30 @@ class Deployments:
 
 
 def describe(rewards: Mapping[str, RewardSection]) -> list[dict[str, object]]:
-    """Tell clients about each reward. Its version changes with the package and with its own settings."""
+    """Tell clients about each reward. Its version changes with the package and with its own settings.
+
+    An end of the range is None where nothing bounds the score.
+    """
     described = []
     for name, config in rewards.items():
         own = config.model_dump(mode="json", exclude=set(RewardSection.model_fields))
-        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+        kind, digest = REWARDS[config.kind], hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
         described.append(
             {
                 "name": name,
                 "kind": config.kind,
-                "about": (REWARDS[config.kind].__doc__ or "").strip(),
-                "inputs": {"images": "RGB, 8 bits", "prompts": "text, and the metadata that the kind reads"},
+                "about": inspect.cleandoc(kind.__doc__ or ""),
+                "range": list(kind(config).bounds),
+                "inputs": {"images": "RGB, 8 bits", "prompts": "text", "metadata": dict(kind.metadata)},
+                "needs": kind.needs,
                 "version": f"{__version__}+{digest}",
             }
         )
     return described
 
 
-def _deployment(name: str, reward: RewardSection, settings: DeploymentConfig) -> Any:
+def _deployment(config: ServiceConfig, name: str, sealed: str) -> Any:
+    settings = config.deployment(name)
     autoscaling = AutoscalingConfig(
         min_replicas=settings.min_replicas,
         max_replicas=settings.max_replicas or settings.min_replicas,
@@ -129,7 +141,7 @@ def _deployment(name: str, reward: RewardSection, settings: DeploymentConfig) ->
         graceful_shutdown_timeout_s=settings.drain_s,
         max_constructor_retry_count=1,
         autoscaling_config=autoscaling,
-    ).bind(name, reward, settings)
+    ).bind(name, config.rewards[name], settings, sealed)
 
 
 def app_name(reward: str) -> str:
@@ -138,24 +150,19 @@ def app_name(reward: str) -> str:
 
 
 @contextmanager
-def serving(config: ServiceConfig) -> Iterator[str]:
+def serving(config: ServiceConfig, say: Callable[[str], None] = lambda text: None) -> Iterator[str]:
     """Run the service for the length of a with block, and yield its URL once every reward answers.
 
-    The service finishes what it has in work before it ends. UserError says why it cannot start.
+    The service finishes what it has in work before it ends. `say` is told what the start waits for. UserError says why
+    the service cannot start.
     """
     token = config.token.read() if config.token else None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with closing(_bound(config)) as listener, cluster(ClusterConfig(address=config.address)):
-        _fits(config)
-        serve.start(proxy_location="Disabled")
-        targets = [
-            serve.RunTarget(_deployment(name, reward, config.deployment(name)), name=app_name(name), route_prefix=None)
-            for name, reward in config.rewards.items()
-        ]
-        try:
-            handles = serve.run_many(targets, wait_for_applications_running=False)
+    with closing(_bound(config)) as listener:
+        say(f"joining the Ray at {config.address}" if config.address else "starting Ray")
+        with _deployed(config) as backend:
             app = create_app(
-                Deployments(dict(zip(config.rewards, handles, strict=True))),
+                backend,
                 describe(config.rewards),
                 limits=config.limits,
                 token=hashlib.sha256(token.encode()).digest() if token else None,
@@ -163,24 +170,59 @@ def serving(config: ServiceConfig) -> Iterator[str]:
             )
             with listening(app, listener, config.limits):
                 url = _url(config)
-                _wait_until_ready(config, url)
+                _wait_until_ready(config, url, say)
                 yield url
+
+
+@contextmanager
+def _deployed(config: ServiceConfig) -> Iterator[Deployments]:
+    """Deploy the rewards on Ray for the length of a with block, without waiting until they have loaded."""
+    own = not (config.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+    with cluster(ClusterConfig(address=config.address)):
+        _fits(config)
+        serve.start(proxy_location="Disabled")
+        sealed = sealing.seal_for(config.address, ())
+        targets = [
+            serve.RunTarget(_deployment(config, name, sealed), name=app_name(name), route_prefix=None)
+            for name in config.rewards
+        ]
+        try:
+            handles = serve.run_many(targets, wait_for_applications_running=False)
+            yield Deployments(dict(zip(config.rewards, handles, strict=True)))
         finally:
+            if not own:  # A Ray of this service ends with all that it serves.
+                _remove(config)
+
+
+def _remove(config: ServiceConfig) -> None:
+    """Delete the rewards' applications, and Ray Serve where nobody else uses it."""
+    worker = ray._private.worker
+    printer, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
+    try:
+        for wait in (False, True):  # they end together, also where this process does not live to see it
             for name in config.rewards:
-                serve.delete(app_name(name))
-            if not serve.status().applications:  # A cluster that was joined may serve other things.
-                serve.shutdown()
+                serve.delete(app_name(name), _blocking=wait)
+        if not serve.status().applications:
+            serve.shutdown()  # Ray tells of each call that waited for the controller.
+    finally:
+        worker.print_to_stdstream = printer
 
 
 def run(config: ServiceConfig) -> None:
-    """Run the service until the process is told to end, and then finish what has begun."""
+    """Run the service until the process is told to end, and then finish what has begun; told again, end at once."""
     end = threading.Event()
-    with serving(config) as url:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: end.set())
+
+    def stop(*_: Any) -> None:
+        if end.is_set():
+            os._exit(INTERRUPTED)
+        end.set()
+
+    with serving(config, lambda text: print(text, flush=True)) as url:
+        for number in SIGNALS:
+            signal.signal(number, stop)
         print(f"{url} serves {', '.join(config.rewards)}; documentation at {url}/docs, Ctrl-C ends it", flush=True)
         end.wait()
-        print("finishing what has begun", flush=True)
+        print("finishing what has begun; Ctrl-C again ends it at once", flush=True)
 
 
 def _fits(config: ServiceConfig) -> None:
@@ -209,21 +251,29 @@ def _url(config: ServiceConfig) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
-def _wait_until_ready(config: ServiceConfig, url: str) -> None:
-    client = RewardClient(url, timeout_s=10)
-    deadline = time.monotonic() + config.start_timeout_s
+def _wait_until_ready(config: ServiceConfig, url: str, say: Callable[[str], None]) -> None:
+    client, began, told, due = RewardClient(url, timeout_s=10), time.monotonic(), "", 0.0
     while True:
         status = serve.status().applications
         for name in config.rewards:
             if status[app_name(name)].status == "DEPLOY_FAILED":
                 raise UserError(f"the service cannot start: {_reason(status[app_name(name)])}")
-        try:
-            client.ready()
-            return
-        except RewardError as error:
-            late = str(error)
-        if time.monotonic() > deadline:
-            raise UserError(f"the service was not ready within start_timeout_s, {config.start_timeout_s:g} s: {late}")
+        loading = [name for name in config.rewards if status[app_name(name)].status != "RUNNING"]
+        waits_for, late = f"loading {', '.join(loading)}", ""
+        if not loading:
+            try:
+                client.ready()
+                return
+            except RewardError as error:
+                waits_for, late = f"waiting for {url}", f" ({error})"
+        waited = time.monotonic() - began
+        if waited > config.start_timeout_s:
+            raise UserError(
+                f"the service was not ready within start_timeout_s, {config.start_timeout_s:g} s: {waits_for}{late}"
+            )
+        if waits_for != told or waited > due:
+            say(f"{waits_for}, since {waited:.0f} s{late}" if waited >= 1 else waits_for)
+            told, due = waits_for, waited + SAY_S
         time.sleep(0.2)
 
 

@@ -2,9 +2,13 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from align_cluster.files import write_text
+from align_cluster.observe.grids import save_grid
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter, append_jsonl, read_jsonl
 
@@ -104,6 +108,37 @@ def test_where_the_events_are_gone_tensorboard_is_written_again_from_the_rows(tm
     events = EventAccumulator(str(RunDir(tmp_path).tensorboard)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
     assert [event.step for event in events.Scalars("held_out/reward/clip")] == [0]
+
+
+def test_tensorboard_shows_settings_and_grids_and_they_come_again_where_the_events_are_gone(tmp_path):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run = RunDir(tmp_path)
+    run.grids.mkdir()
+    write_text(run.config, "name: job\nalgorithm:\n  kind: nft\n  beta: 0.5\nlayers: [1, 2]\nseed: null\n")
+
+    def shown():
+        """The settings as text and as hyperparameters, and the size of the grid by its step."""
+        events = EventAccumulator(str(run.tensorboard)).Reload()
+        (text,) = events.Tensors("settings/text_summary")
+        content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        values = HParamsPluginData.FromString(content).session_start_info.hparams
+        named = {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
+        return text.tensor_proto.string_val[0], named, {e.step: (e.width, e.height) for e in events.Images("grid")}
+
+    with MetricWriter(tmp_path) as writer:
+        for step in (0, 2):
+            save_grid(np.zeros((2, 64, 64, 3), np.uint8), 2, run.grid(step))
+            writer.grid(step)
+    text, named, grids = shown()
+    assert text == b"```yaml\n%s\n```" % run.config.read_bytes()
+    assert named == {"name": "job", "algorithm.kind": "nft", "algorithm.beta": 0.5, "layers": "[1, 2]"}
+    with Image.open(run.grid(2)) as image:
+        assert grids == {0: image.size, 2: image.size}
+    shutil.rmtree(run.tensorboard)
+    with MetricWriter(tmp_path, done=2):
+        pass
+    assert shown() == (text, named, grids)
 
 
 def test_a_mark_gives_the_files_as_they_stood(tmp_path):

@@ -143,6 +143,9 @@ def test_every_image_has_a_number_or_is_not_valid(loaded, material, case):
     np.testing.assert_array_equal(np.isfinite(result.values), result.valid)
     assert len(set(result.values[result.valid])) > 1 or case.world  # what was rendered as asked is right
     assert all(column.shape == (len(images),) for column in result.details.values())
+    low, high = loaded(case).bounds
+    assert low is None or result.values[result.valid].min() >= low - 1e-6
+    assert high is None or result.values[result.valid].max() <= high + 1e-6
 
 
 @each("case", ALL)

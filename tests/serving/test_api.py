@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import http.client
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from align_cluster.rewards.base import RewardError
 from align_cluster.rewards.http import Http, RewardClient
 from align_cluster.rewards.wire import MEDIA_TYPE, encode_request
+from align_cluster.rewards.worker import RewardWorker
 from align_cluster.serving.config import Limits
 from align_cluster.types import Failure, Prompt, Scores
 
@@ -122,13 +124,73 @@ def test_a_service_counts_images_and_failures(service):
     client.score(["bright", "broken"], IMAGES, PROMPTS)
     after = read()
     for name, more in [
-        ('align_cluster_images_total{reward="bright"}', 3),
-        ('align_cluster_failures_total{kind="bad_input",reward="broken"}', 3),
-        ('align_cluster_requests_total{status="200"}', 1),
+        ('align_cluster_images_total{job="",reward="bright"}', 3),
+        ('align_cluster_failures_total{job="",kind="bad_input",reward="broken"}', 3),
+        ('align_cluster_requests_total{job="",status="200"}', 1),
         ("align_cluster_request_seconds_count", 1),
         ('align_cluster_reward_seconds_count{reward="bright"}', 1),
     ]:
         assert after[name] - before.get(name, 0) == more
+
+
+def test_a_service_counts_by_job_and_no_stranger_makes_it_count_many(service, monkeypatch):
+    from align_cluster.serving import api
+
+    monkeypatch.setattr(api, "MOST_JOBS", 2)
+
+    def counted():
+        connection = http.client.HTTPConnection(service[0].removeprefix("http://"))
+        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
+        return connection.getresponse().read().decode()
+
+    monkeypatch.setenv("SERVICE_TOKEN", TOKEN)
+    far = Http.Config(url=service[0], reward="bright", token={"env": "SERVICE_TOKEN"})
+    RewardWorker({"far": far}, job="sd35-nft").score(IMAGES, PROMPTS)
+    RewardClient(service[0], TOKEN, job="sd35-nft").score(["broken"], IMAGES, PROMPTS)
+    text = counted()
+    assert 'align_cluster_images_total{job="sd35-nft",reward="bright"} 3.0' in text
+    assert 'align_cluster_failures_total{job="sd35-nft",kind="bad_input",reward="broken"} 3.0' in text
+    assert 'align_cluster_requests_total{job="sd35-nft",status="200"} 2.0' in text
+    with pytest.raises(RewardError, match="401"):
+        RewardClient(service[0], "wrong", job="stranger").score(["bright"], IMAGES, PROMPTS)
+    RewardClient(service[0], TOKEN, job="no name").score(["bright"], IMAGES, PROMPTS)
+    for number in range(3):
+        with pytest.raises(RewardError, match="no reward 'x' here"):
+            RewardClient(service[0], TOKEN, job=f"job-{number}").score(["x"], IMAGES[:1], PROMPTS[:1])
+    jobs = set(re.findall('job="([^"]*)"', counted()))
+    assert jobs == {"", "sd35-nft", "job-0", "other"}
+
+
+def test_a_refusal_says_whether_a_token_came_and_nothing_of_it(service):
+    for given, words, challenge in (
+        (None, "no token came", "Bearer"),
+        ("Basic c2VjcmV0", "no token came", "Bearer"),
+        ("Bearer guess", "the token that came is not the service's", 'Bearer error="invalid_token"'),
+    ):
+        connection = http.client.HTTPConnection(service[0].removeprefix("http://"))
+        connection.request("GET", "/v1/rewards", headers={"Authorization": given} if given else {})
+        with connection.getresponse() as response:
+            detail = json.loads(response.read())["detail"]
+            assert (response.status, response.headers["WWW-Authenticate"]) == (401, challenge)
+        assert detail == f"{words}; give the service's as `Authorization: Bearer TOKEN`"
+
+
+def test_the_page_of_the_documentation_shows_all_routes_and_loads_nothing():
+    from starlette.testclient import TestClient
+
+    from align_cluster.rewards.geneval import GenEval
+    from align_cluster.serving.api import create_app
+    from align_cluster.serving.service import describe
+
+    described = describe({"objects": GenEval.Config(), "<b>": GenEval.Config(score="strict")})
+    app = create_app(Backend(), described, limits=LIMITS, token=None)
+    page = TestClient(app).get("/docs")
+    assert page.headers["Content-Security-Policy"] == "default-src 'none'; style-src 'unsafe-inline'"
+    assert not re.search(r"<script|<link|<img|src=|@import|url\(", page.text)
+    assert re.findall('href="([^"]*)"', page.text) == ["/openapi.json"]
+    assert all(path in page.text for path in app.openapi()["paths"])
+    assert "<td>at most 1</td>" in page.text and "<td>0 to 1</td>" in page.text
+    assert "objects that an image must show" in page.text and "<b>" not in page.text
 
 
 def test_more_requests_than_the_limit_are_answered_at_once(service):

@@ -3,10 +3,15 @@
 import base64
 import http.client
 import json
+import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +31,7 @@ from align_cluster.types import Failure, Prompt
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "a-secret-of-the-tests"
 RECORDS = scene.prompts("colors", "held_out")[:4]
 IMAGES = render(RECORDS, 1).permute(0, 2, 3, 1).numpy()
@@ -55,12 +61,18 @@ def config() -> ServiceConfig:
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: object, config: ServiceConfig) -> Iterator[str]:
+def said() -> list[str]:
+    """What the service says while it starts."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: object, config: ServiceConfig, said: list[str]) -> Iterator[str]:
     from align_cluster.serving.service import serving
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REWARD_SERVICE_TOKEN", TOKEN)
-        with serving(config) as url:
+        with serving(config, said.append) as url:
             yield url
 
 
@@ -94,6 +106,27 @@ def test_a_service_gives_the_values_of_a_worker_here(url, worker):
             assert getattr(here, part).keys() == getattr(there, part).keys()
             for name, column in getattr(here, part).items():
                 np.testing.assert_array_equal(getattr(there, part)[name], column)
+
+
+def test_a_service_says_what_its_start_waits_for_and_waits_for_a_listener_that_comes_late(url, config, said):
+    from align_cluster.serving.service import _wait_until_ready
+
+    assert said[0] == "starting Ray" and said[1].startswith("loading objects, clip")
+    late, over, heard = free_port(), threading.Event(), []
+
+    def listen_late() -> None:
+        over.wait(1.0)
+        with socket.create_server(("127.0.0.1", late)) as server:
+            connection, _ = server.accept()
+            connection.recv(10_000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            connection.close()
+
+    listener = threading.Thread(target=listen_late)
+    listener.start()
+    _wait_until_ready(config, f"http://127.0.0.1:{late}", heard.append)
+    listener.join()
+    assert heard[0].startswith(f"waiting for http://127.0.0.1:{late}")
 
 
 def test_many_callers_at_once_get_their_own_scores(url, worker):
@@ -154,13 +187,16 @@ def test_the_service_tells_what_it_has_and_how_it_is(url):
         assert ask(url, "GET", path, Authorization="")[0] == 401
     served = RewardClient(url, TOKEN).rewards()
     assert {name: reward["kind"] for name, reward in served.items()} == {"objects": "geneval", "clip": "clip_score"}
-    assert all(reward["inputs"] and reward["version"] and reward["about"] for reward in served.values())
+    assert all(reward["version"] and reward["about"] for reward in served.values())
+    assert (served["objects"]["range"], served["clip"]["range"]) == ([None, 1.0], [-1.0, 1.0])
+    assert list(served["objects"]["inputs"]["metadata"]) == ["include", "exclude", "tag"]
+    assert served["clip"]["inputs"]["metadata"] == {}
     status, document = ask(url, "GET", "/openapi.json")
     assert status == 200 and MEDIA_TYPE in json.loads(document)["paths"]["/v1/score"]["post"]["requestBody"]["content"]
     RewardClient(url, TOKEN).score(["clip"], IMAGES, PROMPTS)
     status, text = ask(url, "GET", "/metrics")
-    assert status == 200 and 'align_cluster_requests_total{status="200"}' in text
-    assert 'align_cluster_images_total{reward="clip"}' in text and "align_cluster_request_seconds_bucket" in text
+    assert status == 200 and 'align_cluster_requests_total{job="",status="200"}' in text
+    assert 'align_cluster_images_total{job="",reward="clip"}' in text and "align_cluster_request_seconds_bucket" in text
 
 
 def test_a_run_uses_the_service_as_one_of_its_rewards(url, worker, monkeypatch):
@@ -194,8 +230,20 @@ def test_people_ask_with_the_command_line(url, worker, monkeypatch, capsys, tmp_
     here = worker.score(IMAGES[:1], PROMPTS[:1]).values["clip"][0]
     assert capsys.readouterr().out == f"{here:.4f}  {file}\n"
     assert main([*command, "objects", "--token-env", "REWARD_SERVICE_TOKEN"]) == 0
-    assert capsys.readouterr().out == f"does not apply  {file}\n"
-    assert main([*command, "clip"]) == 2 and "401" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == f"does not apply  {file}\n"
+    assert said.err.startswith("note: objects reads include of --metadata: objects that an image must show: [{")
+    include = ["--metadata", json.dumps(PROMPTS[0].metadata)]
+    assert main([*command, "objects", "--token-env", "REWARD_SERVICE_TOKEN", *include]) == 0
+    here = worker.score(IMAGES[:1], PROMPTS[:1]).values["objects"][0]
+    assert capsys.readouterr().out == f"{here:.4f}  {file}\n"
+    assert main([*command, "clip"]) == 2
+    said = capsys.readouterr().err
+    assert "says 401: no token came" in said and said.endswith("; name its variable with --token-env\n")
+    monkeypatch.setenv("ANOTHER_TOKEN", "wrong")
+    assert main([*command, "clip", "--token-env", "ANOTHER_TOKEN"]) == 2
+    said = capsys.readouterr().err
+    assert "the token that came is not the service's" in said and "correct what the given variable" in said
 
 
 def test_a_worker_that_dies_costs_nobody_a_score(local_ray, url, worker):
@@ -243,3 +291,22 @@ def test_a_port_that_is_taken_and_a_cluster_that_is_too_small_are_told_at_once(l
     large = loads(SERVICE, "service.yaml", ["deployments.clip.cpus=64"], ServiceConfig)
     with pytest.raises(UserError, match="need 64.3 CPU"):
         _fits(large)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after, said, code", [("loading clip", "interrupted", 130), (" serves ", "finishing what", 0)])
+def test_ctrl_c_ends_a_service_in_one_line(tmp_path, after, said, code):
+    """As a terminal does it: every process of the group gets the signal."""
+    file = tmp_path / "service.yaml"
+    file.write_text(f"rewards: {{clip: {{kind: clip_score}}}}\nport: {free_port()}\n")
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "align_cluster.cli", "serve-rewards", str(file)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    service = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+    lines = []
+    while not lines or after not in lines[-1]:
+        lines.append(service.stdout.readline())
+        assert lines[-1], "".join(lines)
+    os.killpg(service.pid, signal.SIGINT)
+    rest = service.communicate(timeout=60)[0]
+    assert rest.startswith(said) and rest.count("\n") == 1 and service.returncode == code

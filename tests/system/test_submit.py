@@ -99,12 +99,42 @@ def submit(cluster, *arguments):
 
 
 @pytest.mark.slow
-def test_a_submitted_run_streams_its_log_and_leaves_its_lora(cluster, tmp_path):
-    done = submit(cluster, "configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", "--set", *TINY)
+def test_a_submitted_run_streams_its_log_leaves_its_lora_and_writes_its_secret_nowhere(cluster, tmp_path):
+    address, env = cluster
+    secret, sent = "hunter2-of-the-tests", ("--env", "SERVICE_TOKEN", "--file", str(tmp_path / "kept.txt"))
+    (tmp_path / "kept.txt").write_text("a file of the job, which Ray's folder holds")
+    arguments = ["configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", *sent, "--set", *TINY]
+    done = submit((address, env | {"SERVICE_TOKEN": secret}), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 1/1" in done.stdout and done.stdout.rstrip().endswith("succeeded")
     summary = json.loads((tmp_path / "job" / "summary.json").read_text())
     assert summary["steps"] == 1 and (tmp_path / "job" / "lora" / "pytorch_lora_weights.safetensors").exists()
+    pasted = done.stdout.split("stop it with\n")[1].splitlines()[0]
+    bare = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    stopped = subprocess.run(pasted, shell=True, env=bare, capture_output=True, text=True, timeout=60)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    told = subprocess.run(
+        pasted.replace(" stop ", " list ").rsplit(" ", 1)[0], shell=True, env=bare, capture_output=True
+    )
+    assert b"ALIGN_CLUSTER_SEALED" in told.stdout and secret.encode() not in told.stdout + told.stderr
+    written = [
+        file.read_bytes()
+        for folder in (Path(env["RAY_AUTH_TOKEN_PATH"]).parent, tmp_path)
+        for file in folder.rglob("*")
+        if file.is_file()
+    ]
+    assert any(b"which Ray's folder holds" in text for text in written)
+    assert any(b"ALIGN_CLUSTER_SEALED" in text for text in written), "Ray writes a job's variables into its log"
+    assert not any(secret.encode() in text for text in written)
+
+
+@pytest.mark.slow
+def test_a_job_without_its_token_ends_before_it_draws_and_says_whose_environment_lacks_it(cluster, tmp_path):
+    far = "rewards.far={kind: http, url: 'http://10.0.0.5:8000', reward: clip, token: {env: SERVICE_TOKEN}}"
+    done = submit(cluster, "configs/quickstart.yaml", "--out", str(tmp_path), "--set", *TINY, far)
+    whose = f"the run's driver, a Ray job on {os.uname().nodename}; `submit --env SERVICE_TOKEN` sends yours"
+    assert done.returncode == 1 and f"SERVICE_TOKEN is not set in the environment of {whose}" in done.stdout
+    assert "note: the run reads the cluster's own SERVICE_TOKEN" in done.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

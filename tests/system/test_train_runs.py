@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from align_cluster.config.load import config_hash, load
 from align_cluster.observe.metrics import describe
@@ -32,7 +33,9 @@ def test_a_run_leaves_every_file_of_the_contract(runs, kind):
     assert files.grid_steps() == [0, 1, 2]
     assert len(json.loads(files.grid_prompts.read_text())) == 2
     assert Image.open(files.grid(0)).size == Image.open(files.grid(2)).size
-    assert list(files.tensorboard.glob("events.*"))
+    events = EventAccumulator(str(files.tensorboard)).Reload()
+    assert [event.step for event in events.Images("grid")] == [0, 1, 2]
+    assert kind.encode() in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
     report = files.report.read_text()
     assert report.startswith("<!doctype html>") and "data:image/png;base64," in report
     assert {path.name for path in files.path.iterdir()} == {

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from align_cluster.config.reference import settings, topics
 from align_cluster.config.run import RunConfig
-from align_cluster.settings import Root, Section
 from align_cluster.serving.config import ServiceConfig
+from align_cluster.settings import Root, Section
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/settings"
 INTRO = """# Settings
 
 A run file holds these settings. Each block has a page. `align-cluster explain BLOCK` prints the same in a terminal, and
-`align-cluster schema` gives it to editors. A dot leads into a block: `--set optimizer.lr=1e-4` sets `lr` of `optimizer`.
+`align-cluster schema` gives it to editors. A dot leads into a block: `--set optimizer.lr=1e-4` sets `optimizer`'s `lr`.
 A block with a `kind` has the settings of that kind, such as `algorithm.nft` for `algorithm: {kind: nft}`.
 
 """

@@ -28,7 +28,7 @@ def fences(page: Path) -> list[tuple[str, str]]:
 def commands(page: Path) -> list[str]:
     """The lines of code blocks that call align-cluster, however it is started."""
     text = "\n".join(block for _, block in fences(page)).replace("\\\n", " ")
-    return re.findall(r"^(?:\S*bin/)?align-cluster (.*)$|python command.py (.*)$", text, re.MULTILINE)
+    return re.findall(r"^(?:\S*bin/)?align-cluster ([^>\n]*)|python command.py (.*)$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

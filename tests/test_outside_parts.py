@@ -24,9 +24,9 @@ from align_cluster.rewards import REWARDS
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests/system/tiny.yaml"
 FILES = {
-    "brightness": ("rewards", "README.md", 'REWARDS["brightness"] = Brightness'),
-    "reinforce": ("algorithms", "align_cluster/algorithms/README.md", 'ALGORITHMS["reinforce"] = Reinforce'),
-    "sd3_wide": ("backbones", "align_cluster/backbones/README.md", 'BACKBONES["sd3_wide"] = SD3Wide'),
+    "brightness": "README.md",
+    "reinforce": "align_cluster/algorithms/README.md",
+    "sd3_wide": "align_cluster/backbones/README.md",
 }
 OUTSIDE = ["rewards.bright.kind=brightness", "algorithm.kind=reinforce", "backbone.kind=sd3_wide"]
 
@@ -39,9 +39,8 @@ def example(readme: str, start: str) -> str:
 
 
 def outside(name: str) -> str:
-    """The text of a file outside the package: the README's example, and the line that makes it a choice."""
-    part, readme, line = FILES[name]
-    return f"from align_cluster.{part} import {line.split('[')[0]}\n{example(readme, 'from typing')}\n\n{line}\n"
+    """The text of a file outside the package, which is the example of a README as it is printed."""
+    return example(FILES[name], "from typing")
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ac-", dir="/tmp"))  # short: Ray puts Unix sockets there
     for name in FILES:
         (folder / f"{name}.py").write_text(outside(name))
-    (folder / "command.py").write_text(example("README.md", "import brightness"))
+    (folder / "command.py").write_text(example("docs/howto/parts.md", "import brightness"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

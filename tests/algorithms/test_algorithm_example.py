@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import align_cluster.algorithms
+from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig, normalise
 
 README = Path(align_cluster.algorithms.__file__).with_name("README.md")
@@ -19,9 +20,10 @@ def example() -> tuple[type, str]:
     return names["Reinforce"], text
 
 
-def test_the_readmes_algorithm_has_fewer_than_20_lines_and_aligns_the_toy(make_policy):
+def test_the_readmes_algorithm_has_fewer_than_25_lines_and_aligns_the_toy(make_policy, monkeypatch):
+    monkeypatch.setitem(ALGORITHMS, "reinforce", None)  # taken back after the test
     kind, text = example()
-    assert sum(bool(line.strip()) for line in text.splitlines()) < 20
+    assert sum(bool(line.strip()) for line in text.splitlines()) < 25
     policy, algorithm = make_policy("flow_sde"), kind(kind.Config())
     optimizer = torch.optim.AdamW(policy.parameters, 2e-2)
     target, scores = torch.tensor([1.5, -1.0]), []
@@ -39,7 +41,7 @@ def test_the_readmes_algorithm_has_fewer_than_20_lines_and_aligns_the_toy(make_p
             loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
         optimizer.step()
-    assert kind.needs_density
+    assert kind.needs_density and ALGORITHMS["reinforce"] is kind
     with pytest.raises(ValueError, match="too many values"):
         algorithm.loss(policy, policy.batch(rollout, torch.zeros(64), range(2)))
     assert np.mean(scores[-5:]) > 0.5 * np.mean(scores[:5])

@@ -83,26 +83,23 @@ def test_notes_go_to_stderr(quickstart, capsys):
     assert capsys.readouterr().err.startswith("note: rollout.step.kind is flow_sde")
 
 
-def test_plan_for_another_machine(quickstart, capsys):
-    assert (
-        main(["plan", quickstart, "--cores", "16", "--gpus", "4", "--json", "--set", "learner.updates_per_step=1"]) == 0
-    )
-    plan = json.loads(capsys.readouterr().out)
-    assert (plan["samplers"], plan["learners"], plan["sampler_gpus"]) == (4, 4, 0.5)
-    assert plan["estimate"]["parameters"]["lora"] == 319488 and plan["estimate"]["fits"] is None
+def test_plan_for_this_machine_and_for_another(quickstart, capsys):
     assert main(["plan", quickstart]) == 0
     out = capsys.readouterr().out
     assert "samplers" in out and "MiB a worker" in out and "all workers hold" in out
+    another = ["--cores", "16", "--gpus", "4", "--gpu-memory", "80", "--json", "--set", "learner.updates_per_step=1"]
+    assert main(["plan", quickstart, *another]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["samplers"], plan["learners"], plan["sampler_gpus"]) == (4, 4, 0.5)
+    assert plan["estimate"]["parameters"]["lora"] == 319488
+    assert plan["estimate"]["fits"] is True and plan["estimate"]["seconds"]["update"] > 0
 
 
-def test_plan_says_whether_a_run_fits_and_what_to_change(quickstart, capsys):
-    assert main(["plan", quickstart, "--gpu-memory", "80"]) == 0
-    out = capsys.readouterr().out
-    assert "seconds a step" in out and "of 80 GiB with 0.5 for each process's CUDA: it fits" in out
+def test_plan_says_what_to_change_where_a_run_does_not_fit(quickstart, capsys):
     large = ["rollout.chunk=48", "learner.micro_batch=24", "learner.fold=2"]
     assert main(["plan", quickstart, "--gpu-memory", "1.1", "--set", *large]) == 0
     out = capsys.readouterr().out
-    assert "it does not fit" in out
+    assert "seconds a step" in out and "of 1.1 GiB with 0.5 for each process's CUDA: it does not fit" in out
     assert "these settings save most, each alone: learner.gradient_checkpointing: true (55.9 MiB), " in out
     assert "learner.fold: 1 (39.0 MiB)" in out
 

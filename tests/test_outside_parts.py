@@ -112,4 +112,4 @@ def test_parts_from_outside_train_and_their_metrics_are_in_the_records_and_the_r
     assert b"ff.net.2" in lora.read_bytes(), "the backbone's own targets are trained"
     report = (run / "report.html").read_text()
     for part in ("train/log_prob", "log-density of the drawn steps under the policy", "reward/bright"):
-        assert part in report
+        assert part.lower() in report.lower()

@@ -24,7 +24,7 @@ def assert_flat(found: dict) -> None:
         assert last[name] - first[name] < 5 + 0.001 * grown  # a condition and its perturbation take .017 MiB
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_stays_flat_over_many_small_caches(tmp_path):
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "ALIGN_CLUSTER_CACHE")}
     command = [sys.executable, SCRIPT, "--quick", "--out", tmp_path / "found.json"]

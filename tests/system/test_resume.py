@@ -142,16 +142,20 @@ def assert_no_seam(resumed: Path, whole: Path) -> None:
 
 
 CASES = [
-    ("nft", "reward", 2),
-    ("ppo", "before update", 3),
-    ("nft", "publish behaviour", 3),
-    ("nft", "publish evaluation", 2),
-    ("grpo", "after update", 1),
-    ("ppo", "publish evaluation", 3),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("nft", "reward", 2),
+            ("ppo", "before update", 3),
+            ("nft", "publish behaviour", 3),
+            ("nft", "publish evaluation", 2),
+        ]
+    ),
+    pytest.param("grpo", "after update", 1, marks=pytest.mark.exhaustive),
+    pytest.param("ppo", "publish evaluation", 3, marks=pytest.mark.exhaustive),
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "moment", "at"), CASES)
 def test_sigterm_at_any_moment_saves_and_the_resumed_run_has_no_seam(
     undisturbed, tiny, tmp_path, monkeypatch, sigterm, kind, moment, at

@@ -18,6 +18,7 @@ from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
 from align_cluster.rewards.words import Template, Vocabulary, split, worded
 from align_cluster.rollouts.denoise import initial_noise, starting_noise
+from align_cluster.rollouts.steps import whole_thousandths
 from align_cluster.settings import Root, Section
 from align_cluster.types import Metric
 
@@ -107,8 +108,8 @@ class SRPO(Algorithm):
         """The reward, relative or not, from which on a sample has no gradient; null gives all samples one. 0.7 is the
         official code's and belongs to HPS's scale."""
         truncate_timesteps: bool = True
-        """Whether a flow network is fed with noise levels cut to thousandths, int(1000 sigma) / 1000, as in the
-        official code."""
+        """Whether updates feed a flow network with noise levels cut to thousandths, int(1000 sigma) / 1000, as the
+        official code does. Rollouts have rollout.step.truncate_timesteps."""
 
         @field_validator("levels")
         @classmethod
@@ -208,7 +209,7 @@ class SRPO(Algorithm):
         number = self.numbers(batch, passes // len(self.branches))
         start, end = self.places(number, inverts)
         level, target = self.level(start).to(device), self.level(end).to(device)
-        fed = torch.trunc(1000 * level) / 1000 if config.truncate_timesteps and prediction == "flow" else level
+        fed = whole_thousandths(level) if config.truncate_timesteps and prediction == "flow" else level
         noise = starting_noise(batch.noises, x0.shape[1:]).to(device)
         x = noised(x0, noise, level, prediction)
         found = recover(x, policy.velocity(x, fed), noise, level, target, prediction)

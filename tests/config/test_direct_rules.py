@@ -29,7 +29,7 @@ PROBLEMS = [
     ([*DRAFT, "rollout.step.kind=dpm2"], ["rollout.step.kind is dpm2", "algorithm.kind draft leave rollout.step out"]),
     ([*DRAFT, "rollout.step.kind=flow_sde"], ["cannot be repeated", "algorithm.kind draft leave rollout.step out"]),
     (
-        [*DRAFT, "backbone.kind=sd1", "rollout.step={kind: euler, truncate_timesteps: true}"],
+        [*DRAFT, "backbone={kind: sd1, path: nobody/nothing}", "rollout.step={kind: euler, truncate_timesteps: true}"],
         ["rollout.step.truncate_timesteps cuts", "backbone.kind sd1 takes whole timesteps", "leave it out"],
     ),
     ([*REFL, "rollout.offline=true", "prompts.kind=embedded"], ["rollout.offline", "algorithm.kind to srpo"]),

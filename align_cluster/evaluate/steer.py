@@ -215,7 +215,10 @@ class SteeredDrawing:
         decoded = [self.model.sampler.decoded(Drawn(part))[1:] for part in x0.split(BATCH)]
         images, finite = (np.concatenate(parts) for parts in zip(*decoded, strict=True))
         steering.values = np.where(finite[:, None], steering.values, np.nan)  # nothing speaks for a broken image
-        kept = steering.choose(np.where(finite[:, None], self._rewards(images, prompt), np.nan))
+        if self.settings.tries and not finite.any():
+            kept = [0]  # as good as any; its fact says what it is, as plain sampling's does
+        else:
+            kept = steering.choose(np.where(finite[:, None], self._rewards(images, prompt), np.nan))
         self.compute["critic"] += steering.forwards
         self.compute["critic_backward"] += steering.backwards
         self.compute["images"] += len(images)

@@ -171,6 +171,9 @@ def test_an_image_that_is_not_finite_is_never_chosen_where_another_is_finite(dra
     facts, images, _ = draw("all", "--count", "4", "--steer", "guidance")
     assert [one.get("non_finite", False) for one in facts["images"]] == [True, True, True, False]
     assert not images[:3].any() and images[3].any()
+    monkeypatch.setattr(SD3, "velocity", lambda self, denoiser, x, *rest: torch.full_like(x, torch.nan))
+    facts, images, _ = draw("none", "--count", "1", "--steer", "best_of_n", "--set", "steer.n=2")
+    assert facts["images"][0]["non_finite"] and not images.any()
 
 
 def test_a_critic_that_reads_the_bare_base_steers_too(run, draw, tmp_path):

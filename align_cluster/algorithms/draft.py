@@ -70,15 +70,15 @@ class DRaFT(Algorithm):
         """The loss is minus the reward of the image that the last steps draw."""
         steps = len(batch.sigmas) - 1
 
-        def level(k: int) -> torch.Tensor:
-            return policy.step.level(torch.full((len(batch.x0),), k, device=batch.x0.device))
+        def at(k: int) -> torch.Tensor:
+            return torch.full((len(batch.x0),), k, device=batch.x0.device)
 
         if self.config.renoised:
             noise = initial_noise(batch.generators("noise"), batch.x0.shape[1:]).to(batch.x0)
-            x = noised(batch.x0, noise, level(steps - 1), policy.step.prediction)
+            x = noised(batch.x0, noise, policy.step.level(at(steps - 1)), policy.step.prediction)
         else:
             x = batch.recorded.before[:, 0]
         for k in range(steps - self.config.last, steps):
-            x = policy.step.advance(k, x, policy.velocity(x, level(k)))
+            x = policy.step.advance(k, x, policy.velocity(x, policy.step.fed(at(k))))
         reward = policy.rewards(x, [[text] for text in batch.prompts])[:, 0]
         return -reward, {"reward": reward.detach()}

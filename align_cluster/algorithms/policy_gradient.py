@@ -50,7 +50,7 @@ class PolicyGradient(Algorithm):
         config, recorded = self.config, batch.recorded
         slot = recorded.slots[batch.inner_pass]
         k, x, x_next = recorded.indices[:, slot], recorded.before[:, slot], recorded.after[:, slot]
-        sigma, high = policy.step.level(k), config.clip_high or config.clip
+        sigma, high = policy.step.fed(k), config.clip_high or config.clip
         mean, std, std_t = policy.step.mean(k, x, policy.velocity(x, sigma))
         log_ratio = policy.step.density(mean, std, x_next) - recorded.log_probs[:, slot]
         clipped, weight = self.ratio(batch, slot, mean, std, log_ratio)

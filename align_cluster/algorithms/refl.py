@@ -13,7 +13,10 @@ from align_cluster.settings import Root, Section
 
 
 class ReFL(Algorithm):
-    """Samplers record the start of a random late step of each sample; the learner predicts x0 from there."""
+    """Samplers record the start of a random late step of each sample; the learner predicts x0 from there.
+
+    Nothing is repeated but that one prediction, so steps may draw noise on the way, as the official script's do.
+    """
 
     class Config(Section):
         """Configures ReFL."""
@@ -49,7 +52,6 @@ class ReFL(Algorithm):
 
     needs_density = False
     reward_gradient = True
-    repeats_steps = True
     default_step = "euler"
     behaviour = "default"
     adapters = ("default",)
@@ -58,7 +60,7 @@ class ReFL(Algorithm):
     def states(self, steps: int) -> Window:
         """Each sample records one of the steps, chosen at random."""
         first, last = self.config.steps
-        return Window((), tuple(range(first, last + 1)), 1)
+        return Window(tuple(range(steps)), tuple(range(first, last + 1)), 1)
 
     def inner_passes(self, steps: int, recorded: int) -> int:
         """One pass is enough, because each sample has one state."""
@@ -66,8 +68,8 @@ class ReFL(Algorithm):
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss is minus the reward of the one-step prediction of x0, or the gap to `margin`."""
-        x, level = batch.recorded.before[:, 0], policy.step.level(batch.recorded.indices[:, 0])
-        x0 = clean(x, policy.velocity(x, level), level, policy.step.prediction)
+        x, k = batch.recorded.before[:, 0], batch.recorded.indices[:, 0]
+        x0 = clean(x, policy.velocity(x, policy.step.fed(k)), policy.step.level(k), policy.step.prediction)
         reward = policy.rewards(x0, [[text] for text in batch.prompts])[:, 0]
         margin, metrics = self.config.margin, {"reward": reward.detach()}
         if margin is not None:

@@ -18,12 +18,15 @@ from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
 from align_cluster.rewards.words import Template, Vocabulary, split, worded
 from align_cluster.rollouts.denoise import initial_noise, starting_noise
+from align_cluster.rollouts.steps import whole_thousandths
 from align_cluster.settings import Root, Section
 from align_cluster.types import Metric
 
 LEVELS, EDGE = 1000, 5  # levels are numbered from 1 (clean) to 1000 (noisy); the 5 at each end are not trained
-POSITIVE = ("Natural-lighting", "Detail", "Detailed", "Real")
-NEGATIVE = ("Concept art", "Painting", "Anime", "Flat", "Oil")
+# The official script lists "Natural-lighting" and "Concept art" first, but counts steps from 1, so it begins with the
+# second word of each list. These lists begin there.
+POSITIVE = ("Detail", "Detailed", "Real", "Natural-lighting")
+NEGATIVE = ("Painting", "Anime", "Flat", "Oil", "Concept art")
 
 Level = Annotated[float, Field(gt=0, lt=1)]
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
@@ -51,7 +54,8 @@ class SRPO(Algorithm):
 
     The recovery is Direct-Align's. The relative reward compares the image under a positive and a negative control word.
     Inner passes alternate between a step that denoises and one that inverts, with the words in opposite roles. Both
-    recover at the same level, so what the reward likes under any words has opposite signs in the two passes.
+    recover at the same level, or at its neighbour near the clean end, so what the reward likes under any words has
+    opposite signs in the two passes.
     """
 
     class Config(Section):
@@ -69,10 +73,11 @@ class SRPO(Algorithm):
         strength: Annotated[float, Field(gt=1)] = 1.5
         """The factor k of `form: cfg`. Other forms do not read it."""
         positive: Words = POSITIVE
-        """The control words that the model moves towards. They are taken in turn, one for each optimiser update. The
-        official code has these."""
+        """The control words that the model moves towards. They are taken in turn, one for each optimiser update, from
+        the first one on. The official script takes these in this order."""
         negative: Words = NEGATIVE
-        """The control words that the model moves away from, taken in turn as well. The official code has these."""
+        """The control words that the model moves away from, taken in turn as well. The official script takes these in
+        this order."""
         template: Template = "{word}. {prompt}"
         """The text that a reward reads: {word} stands for the control word, and {prompt} for the prompt."""
         blur: Level = 0.1
@@ -103,8 +108,8 @@ class SRPO(Algorithm):
         """The reward, relative or not, from which on a sample has no gradient; null gives all samples one. 0.7 is the
         official code's and belongs to HPS's scale."""
         truncate_timesteps: bool = True
-        """Whether a flow network is fed with noise levels cut to thousandths, int(1000 sigma) / 1000, as in the
-        official code."""
+        """Whether updates feed a flow network with noise levels cut to thousandths, int(1000 sigma) / 1000, as the
+        official code does. Rollouts have rollout.step.truncate_timesteps."""
 
         @field_validator("levels")
         @classmethod
@@ -180,11 +185,21 @@ class SRPO(Algorithm):
         return torch.from_numpy(np.linspace(*self.config.levels, LEVELS)).float()[LEVELS - number]
 
     def numbers(self, batch: Batch, injection: torch.Tensor) -> torch.Tensor:
-        """Return the level number at which each visit recovers x0, the same in both branches; `injection` is [b]."""
+        """Return the level number that each visit is about, the same in both branches; `injection` is [b]."""
         low, high = EDGE + (self.config.injections - 1) * self.config.gap, LEVELS - EDGE
         streams = batch.generators("level", shared=True)
         drawn = [int(torch.randint(low, high + 1, (1,), generator=stream)) for stream in streams]
         return torch.tensor(drawn) - injection * self.config.gap
+
+    def places(self, number: torch.Tensor, inverts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the level numbers from which each visit steps and at which it recovers x0; `inverts` is bool [b].
+
+        A step that denoises recovers at `number`. So does one that inverts, unless `number` is at most `gap`: it then
+        starts from level 1, and its step of min(gap, number) levels ends at number + 1, as in the official code.
+        """
+        gap = torch.minimum(number, LEVELS - number).clamp(max=self.config.gap)
+        below = (number - gap).clamp(min=1)
+        return torch.where(inverts, below, number + gap), torch.where(inverts, below + gap, number)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss is minus the weighted scores of the recovered image, or their gap to `margin`."""
@@ -192,10 +207,9 @@ class SRPO(Algorithm):
         passes, prediction = torch.tensor(batch.passes), policy.step.prediction
         inverts = torch.tensor([branch == "inversion" for branch in self.branches])[passes % len(self.branches)]
         number = self.numbers(batch, passes // len(self.branches))
-        gap = torch.minimum(number, LEVELS - number).clamp(max=config.gap)
-        start = torch.where(inverts, (number - gap).clamp(min=1), number + gap)
-        level, target = self.level(start).to(device), self.level(number).to(device)
-        fed = torch.trunc(1000 * level) / 1000 if config.truncate_timesteps and prediction == "flow" else level
+        start, end = self.places(number, inverts)
+        level, target = self.level(start).to(device), self.level(end).to(device)
+        fed = whole_thousandths(level) if config.truncate_timesteps and prediction == "flow" else level
         noise = starting_noise(batch.noises, x0.shape[1:]).to(device)
         x = noised(x0, noise, level, prediction)
         found = recover(x, policy.velocity(x, fed), noise, level, target, prediction)

@@ -86,9 +86,10 @@ def settings_note(config: RunConfig, train: list[Prompt], held_out: list[Prompt]
 
 
 def density_without_use(config: RunConfig, train: list[Prompt], held_out: list[Prompt]) -> Problems:
-    """Note a noisy step kind under an algorithm that needs none."""
-    algorithm = ALGORITHMS[config.algorithm.kind]
-    if config.rollout.step and STEPS[config.rollout.step.kind].has_density and not algorithm.needs_density:
+    """Note a noisy step kind of a flow under an algorithm that needs none; DDIM's noise is many UNets' own sampler."""
+    algorithm, step = ALGORITHMS[config.algorithm.kind], config.rollout.step
+    noisy = step and STEPS[step.kind].has_density and config.prediction == "flow"
+    if noisy and not algorithm.needs_density:
         yield (
             f"rollout.step.kind is {config.rollout.step.kind}, whose noise {config.algorithm.kind} has no use for; "
             f"{algorithm.default_step} draws cleaner images"

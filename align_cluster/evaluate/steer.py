@@ -23,6 +23,7 @@ from align_cluster.evaluate.local import ImagesAndFacts, LocalModel
 from align_cluster.files import read_json
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rewards import REWARDS
+from align_cluster.rollouts.denoise import Path as Drawn
 from align_cluster.rollouts.denoise import denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
 from align_cluster.rollouts.sampler import Sampler
@@ -213,13 +214,19 @@ class SteeredDrawing:
         step = STEPS[self.step_kind.kind](self.step_kind, self.sigmas, backbone.prediction)
         steering = self.mode(self.settings, step=step, value_function=values, shares=self.shares, seeds=chunk.seeds)
         x0 = denoise(velocity, step, backbone.latent_shape, chunk.seeds, device=backbone.device, steer=steering).x0
-        images = np.concatenate([backbone.decode(part) for part in x0.split(BATCH)])
-        kept = steering.choose(self._rewards(images, prompt))
+        decoded = [self.model.sampler.decoded(Drawn(part))[1:] for part in x0.split(BATCH)]
+        images, finite = (np.concatenate(parts) for parts in zip(*decoded, strict=True))
+        steering.values = np.where(finite[:, None], steering.values, np.nan)  # nothing speaks for a broken image
+        if self.settings.tries and not finite.any():
+            kept = [0]  # as good as any; its fact says what it is, as plain sampling's does
+        else:
+            kept = steering.choose(np.where(finite[:, None], self._rewards(images, prompt), np.nan))
         self.compute["critic"] += steering.forwards
         self.compute["critic_backward"] += steering.backwards
         self.compute["images"] += len(images)
         self.images_kept += len(kept)
-        return images[kept], [self._facts(steering, row, chunk) for row in kept]
+        broken = {row: {"non_finite": True} for row in np.flatnonzero(~finite)}
+        return images[kept], [self._facts(steering, row, chunk) | broken.get(row, {}) for row in kept]
 
     def report(self) -> dict[str, Any]:
         """Return the settings, what was spent, and what plain sampling of as many images would have cost."""

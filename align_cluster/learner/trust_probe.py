@@ -48,7 +48,7 @@ class TrustProbe:
 
     def _step(self) -> tuple[torch.Tensor, torch.Tensor]:
         with probing():
-            v = self.policy.velocity(self.x, self.policy.step.level(self.k))
+            v = self.policy.velocity(self.x, self.policy.step.fed(self.k))
             mean, std, _ = self.policy.step.mean(self.k, self.x, v)
         return mean, std
 

@@ -37,8 +37,8 @@ class ImagePrompts(PromptSource):
     """Takes image captions as prompts; the metadata of each prompt say where its `image` is.
 
     The caption of cat.jpg is in cat.txt, or in a line {"file_name": "cat.jpg", "text": "a cat"} of metadata.jsonl.
-    Images without a caption and unreadable images are left out, and `validate` and `train` say how many. With
-    rollout.offline the model trains on these images.
+    Folders below count too; their images are called below/cat.jpg there. Images without a caption and unreadable images
+    are left out, and `validate` and `train` say how many. With rollout.offline the model trains on these images.
     """
 
     class Config(Section):
@@ -46,8 +46,8 @@ class ImagePrompts(PromptSource):
 
         kind: Literal["images"] = "images"
         folder: Annotated[str, Field(min_length=1)]
-        """The folder of the images and their captions. Every sampler must find it under the same path; a submitted job
-        does not carry it."""
+        """The folder of the images and their captions, with the folders below it. Every sampler must find it under the
+        same path; a submitted job does not carry it."""
 
         def notes(self, where: str, run: Root) -> Iterator[str]:
             """Note the images of the folder that are left out."""
@@ -72,7 +72,7 @@ def left_out(folder: str) -> str | None:
     """Describe the images of a folder that are not used in one sentence, or return None if all are used."""
     found = survey(folder)
     parts = [
-        f"{len(paths)} {what}, such as {paths[0].name}"
+        f"{len(paths)} {what}, such as {paths[0].relative_to(Path(folder).expanduser())}"
         for paths, what in ((found.uncaptioned, "without a caption"), (found.unreadable, "that cannot be read"))
         if paths
     ]
@@ -82,7 +82,8 @@ def left_out(folder: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def survey(folder: str) -> Survey:
-    """Read a folder, once a process. Every image is decoded, since an intact header does not prove an intact file.
+    """Read a folder and those below it, once a process. Every image is decoded, since an intact header does not prove
+    an intact file. Names that begin with a dot are no images.
 
     Raises UserError if the folder does not exist.
     """
@@ -90,8 +91,8 @@ def survey(folder: str) -> Survey:
     if not root.is_dir():
         raise UserError(f"prompts.folder is {folder}, which is no folder here; give one with images and captions")
     captions = _captions(root)
-    listed = sorted(path for path in root.iterdir() if path.suffix.lower() in ENDINGS)
-    images = listed + sorted({root / name for name in captions} - set(listed))
+    listed = {path for path in root.rglob("*") if path.suffix.lower() in ENDINGS and not _hidden(root, path)}
+    images = sorted(listed | {root / name for name in captions})
     for path in images:
         _inside(root, path)
     texts = [captions.get(str(path.relative_to(root))) or _beside(root, path) for path in images]
@@ -103,6 +104,10 @@ def survey(folder: str) -> Survey:
         tuple(path for path, text in zip(images, texts, strict=True) if not text),
         tuple(path for path in captioned if not whole[path]),
     )
+
+
+def _hidden(root: Path, path: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _captions(root: Path) -> dict[str, str]:
@@ -154,14 +159,26 @@ def _readable(path: Path) -> bool:
         return False
     try:
         with Image.open(path) as image:
-            image.load()
+            rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
     return True
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as 8-bit RGB. Raises ValueError for numbers that have no known white.
+
+    Pillow cuts grey values of 16 bits at 255, which makes almost all of them white; here 65,535 is white.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are numbers of 32 bits; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
 def read_image(path: str, height: int, width: int) -> torch.Tensor:
     """Read an image as fp32 [3, height, width] in [0, 1], scaled to cover that size and cropped around the middle."""
     with Image.open(path) as image:
-        fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+        fitted = ImageOps.fit(rgb(ImageOps.exif_transpose(image)), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)

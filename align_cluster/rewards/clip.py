@@ -17,6 +17,7 @@ IMPORTS = ("transformers:CLIPModel", "transformers:AutoTokenizer", "transformers
 CLIPS = {
     "openai/clip-vit-large-patch14": CLIP_L,
     "yuvalkirstain/PickScore_v1": CLIP_H,
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": CLIP_H,
     "apple/DFN5B-CLIP-ViT-H-14-378": ModelSize(986.7e6, 1007.0e9, 1729e6),
     "google/siglip-so400m-patch14-384": ModelSize(428.2e6, 670.3e9, 913e6),
 }

@@ -22,6 +22,7 @@ from pydantic import PositiveFloat, field_validator, model_validator
 from pydantic_core import from_json
 
 from align_cluster.errors import UserError
+from align_cluster.prompts.images import rgb
 from align_cluster.rewards.base import ModelSize, Result, Reward, RewardError, RewardSection
 from align_cluster.rewards.wire import JOB, MAX_DETAILS, MEDIA_TYPE, Encoding, decode_answer, encode_request, one_line
 from align_cluster.settings import Section
@@ -209,7 +210,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """Return an image file of any kind as uint8 RGB [H, W, 3]. UserError says why it cannot be read."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(rgb(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from None
 

@@ -112,7 +112,7 @@ def denoise(
         if steer and (rows := steer.select(k, x)) is not None:
             x, generators = x[rows], [generators[row] for row in rows]
         steps = torch.full((len(x),), k, device=device)
-        level = step.level(steps)
+        level = step.fed(steps)
         v = velocity(x, level)
         if steer:
             v = steer.push(k, x, v)

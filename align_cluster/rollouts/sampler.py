@@ -168,7 +168,7 @@ class Sampler:
                 request.means,
                 self.backbone.device,
             )
-        path, images, finite = self._decoded(path)
+        path, images, finite = self.decoded(path)
         kept = (path.before, path.after, path.log_probs, path.means)
         arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in kept]
         record = Record(chunk, self.version, path.x0.cpu().numpy(), step.sigmas, indices, *arrays, slots)
@@ -184,7 +184,7 @@ class Sampler:
         return info, images, record
 
     @torch.no_grad()
-    def _decoded(self, path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    def decoded(self, path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
         """Return the path, the images uint8 [B, H, W, 3], and which rows are finite, bool [B]; the others are 0.
 
         One row without a number would otherwise become a black image with a score, and its loss NaN for all.

@@ -4,6 +4,8 @@ here are reconstructed from the literature that each function names.
 
 The value function predicts values [B, R] of noisy latents, one for each of R rewards, in units of the normalised
 rewards. `shares` [R] weigh them to one value V. Rewards [n, R] come in the same units, NaN where a reward has no score.
+A value that is not finite says nothing: it never makes a row be preferred, and a gradient that is not finite pushes
+nothing. `not_finite` in samples.json counts both.
 
 To add a mode, write a class with a Config and those methods of Steering that it changes, and add a line to STEERING.
 """
@@ -33,7 +35,7 @@ BATCH = 8  # latents that go through a network at once, so that a large n does n
 
 
 def normalised(log_weights: np.ndarray) -> np.ndarray:
-    """Turn log-weights [n] into weights [n] that sum to 1."""
+    """Turn log-weights [n], at least one of them finite, into weights [n] that sum to 1; -inf becomes 0."""
     weights = np.exp(log_weights - log_weights.max())
     return weights / weights.sum()
 
@@ -47,18 +49,18 @@ def systematic(weights: np.ndarray, offset: float) -> np.ndarray:
     """Return the ancestors int64 [n] that systematic resampling (Kitagawa 1996) picks by normalised weights [n].
 
     The ancestors lie under n equally spaced points, moved by `offset` in [0, 1). With a uniform offset particle i is
-    picked n w_i times on average, and always that number rounded down or up.
+    picked n w_i times on average, and always that number rounded down or up; one of weight 0 never is.
     """
-    points = (offset + np.arange(len(weights))) / len(weights)
-    return np.searchsorted(np.cumsum(weights)[:-1], points, side="right")
+    points, alive = (offset + np.arange(len(weights))) / len(weights), np.flatnonzero(weights)
+    return alive[np.searchsorted(np.cumsum(weights[alive])[:-1], points, side="right")]
 
 
 def weighted(rewards: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Return the weighted mean [n] of those rewards [n, R] that are not NaN, and NaN where all of a row are.
+    """Return the weighted mean [n] of those rewards [n, R] that are finite, and NaN where none of a row is.
 
     Shares [R] may have either sign; a mean divides by the sum of their sizes.
     """
-    known = ~np.isnan(rewards)
+    known = np.isfinite(rewards)
     total = (np.abs(shares) * known).sum(1)
     return np.divide(np.where(known, rewards, 0.0) @ shares, total, out=np.full(len(rewards), np.nan), where=total > 0)
 
@@ -79,11 +81,11 @@ def guidance_gains(step: Step) -> np.ndarray:
     return gains
 
 
-def clipped(gradient: torch.Tensor, output: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Shorten each of the gradients [B, ...] to at most `ratio` times the length of the output beside it."""
-    size, most = gradient.flatten(1).norm(dim=1), ratio * output.flatten(1).norm(dim=1)
+def clipped(push: torch.Tensor, output: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Shorten each of the pushes [B, ...] to at most `ratio` times the length of the output beside it."""
+    size, most = push.flatten(1).norm(dim=1), ratio * output.flatten(1).norm(dim=1)
     factor = (most / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
-    return gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
+    return push * factor.view(-1, *[1] * (push.ndim - 1))
 
 
 class Steering:
@@ -91,7 +93,8 @@ class Steering:
 
     `needs_noise` says that the mode is of no use with deterministic steps. `origin` [B] is the index of the seed that
     each row began with. `values` [B, R] are the critic's last predictions for the rows, NaN before the first one.
-    `forwards` and `backwards` count the critic's passes, one for each latent.
+    `forwards` and `backwards` count the critic's passes, one for each latent, and `not_finite` the rows whose value or
+    gradient was not finite in one of them.
     """
 
     class Config(Section):
@@ -115,7 +118,7 @@ class Steering:
         self.config, self.step, self.value_function, self.shares = config, step, value_function, shares
         self.origin, self.values = np.arange(len(seeds)), np.full((len(seeds), len(shares)), np.nan)
         self.random = random.Random(seeds[0])
-        self.forwards = self.backwards = 0
+        self.forwards = self.backwards = self.not_finite = 0
 
     @classmethod
     def problems(cls, config: Section, sigmas: np.ndarray, unjudged: str | None) -> Iterator[str]:
@@ -131,7 +134,7 @@ class Steering:
 
     def facts(self) -> dict[str, object]:
         """Return what the mode reports about this rollout, for samples.json."""
-        return {}
+        return {"not_finite": self.not_finite} if self.not_finite else {}
 
     def select(self, k: int, x: torch.Tensor) -> list[int] | None:
         """Return the rows of x that step k goes on with; None keeps all as they are."""
@@ -142,10 +145,13 @@ class Steering:
         return output
 
     def evaluate(self, k: int, x: torch.Tensor) -> np.ndarray:
-        """Ask the critic for V [B] of the rows that step k starts from."""
+        """Ask the critic for V [B] of the rows that step k starts from; NaN where it is not finite."""
         with torch.no_grad():
             self.values = torch.cat([self._predict(k, part) for part in x.split(BATCH)]).double().cpu().numpy()
-        return self.values @ self.shares
+        v = self.values @ self.shares
+        known = np.isfinite(v)
+        self.not_finite += int((~known).sum())
+        return np.where(known, v, np.nan)
 
     def keep_rows(self, rows: np.ndarray) -> list[int]:
         """Reorder the records of the rows to the kept ones, and return those for `select`."""
@@ -153,7 +159,7 @@ class Steering:
         return rows.tolist()
 
     def gradient(self, k: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of V at the rows that step k starts from; it has the shape of x."""
+        """Return the gradient of V at the rows that step k starts from, 0 where it is not finite; it is like x."""
         gradients, values = [], []
         for part in x.split(BATCH):
             with torch.enable_grad():
@@ -163,7 +169,10 @@ class Steering:
                 gradients += torch.autograd.grad(total.sum(), part)
         self.values = torch.cat(values).detach().double().cpu().numpy()
         self.backwards += len(x)
-        return torch.cat(gradients)
+        gradient = torch.cat(gradients)
+        known = torch.isfinite(gradient.flatten(1)).all(1)
+        self.not_finite += int((~known).sum())
+        return gradient.where(known.view(-1, *[1] * (x.ndim - 1)), 0.0)
 
     def _predict(self, k: int, x: torch.Tensor) -> torch.Tensor:
         self.forwards += len(x)
@@ -210,14 +219,14 @@ class BestOfN(Steering):
             )
 
     def select(self, k: int, x: torch.Tensor) -> list[int] | None:
-        """Keep the rows of highest V at step `prune_at`, in their old order."""
+        """Keep the rows of highest V at step `prune_at`, in their old order; rows without a value come last."""
         if k != self.config.prune_at:
             return None
         best = np.argsort(-self.evaluate(k, x), kind="stable")[: self.config.keep]
         return self.keep_rows(np.sort(best))
 
     def choose(self, rewards: np.ndarray) -> list[int]:
-        """Return the row of highest weighted reward. Raises UserError where no row has a score."""
+        """Return the row of highest weighted reward of those that have one. Raises UserError where none has."""
         if len(rewards) == 1:
             return [0]
         totals = weighted(rewards, self.shares)
@@ -229,7 +238,9 @@ class BestOfN(Steering):
 class Smc(Steering):
     """Sequential Monte Carlo (Del Moral et al. 2006): particles survive in proportion to exp(strength x gain of V).
 
-    The last V is the reward R, so the product of the weights is exp(strength (R - V_0)).
+    The last V is the reward R, so the product of the weights is exp(strength (R - V_0)). A particle without a finite
+    value gets weight 0 until the next resampling replaces it. Where none has one, the weights stay as they are, and the
+    next values are compared with the last known ones.
     """
 
     class Config(Steering.Config):
@@ -258,39 +269,43 @@ class Smc(Steering):
     ) -> None:
         """Begin a rollout whose particles weigh the same."""
         super().__init__(config, step=step, value_function=value_function, shares=shares, seeds=seeds)
-        self.log_weights, self.last_v = np.zeros(len(seeds)), np.zeros(len(seeds))
+        self.log_weights, self.last_v = np.zeros(len(seeds)), np.full(len(seeds), np.nan)
         self.resampled: list[int] = []
         self.sizes: list[float] = []
 
     def select(self, k: int, x: torch.Tensor) -> list[int] | None:
         """Reweigh the particles at step k, and resample them where their effective size is too small."""
-        v = self.evaluate(k, x)
-        if k == 0:
-            self.last_v = v
-        weights = self._reweigh(v)
-        if effective_size(weights) >= self.config.resample_below * len(v):
+        weights = self._reweigh(self.evaluate(k, x))
+        if effective_size(weights) >= self.config.resample_below * len(weights):
             return None
         rows = systematic(weights, self.random.random())
         self.resampled.append(k)
-        self.last_v, self.log_weights = v[rows], np.zeros(len(v))
+        self.last_v, self.log_weights = self.last_v[rows], np.zeros(len(rows))
         return self.keep_rows(rows)
 
     def choose(self, rewards: np.ndarray) -> list[int]:
         """Return the one particle that is kept; the critic's last prediction stands in where a reward has no score."""
-        final = np.where(np.isnan(rewards), self.values, rewards) @ self.shares
+        final = np.where(np.isfinite(rewards), rewards, self.values) @ self.shares
         weights = self._reweigh(final)
-        if self.config.pick == "best":
-            return [int(final.argmax())]
-        return self.random.choices(range(len(final)), weights)
+        if self.config.pick == "sample":
+            return self.random.choices(range(len(final)), weights)
+        alive = np.isfinite(self.log_weights) & np.isfinite(final)
+        return [int(np.where(alive, final, -np.inf).argmax() if alive.any() else weights.argmax())]
 
     def facts(self) -> dict[str, object]:
         """Return the steps that resampled, and the effective number of particles before each step and at the end."""
-        return {"resampled": self.resampled, "effective_size": self.sizes}
+        return {"resampled": self.resampled, "effective_size": self.sizes} | super().facts()
 
     def _reweigh(self, v: np.ndarray) -> np.ndarray:
-        """Return the normalised weights [n] of the particles once they have the values v [n]."""
-        self.log_weights = self.log_weights + self.config.strength * (v - self.last_v)
-        self.last_v = v
+        """Return the normalised weights [n] of the particles once they have the values v [n].
+
+        A particle's first known value weighs nothing, because it has none before to be compared with.
+        """
+        known = np.isfinite(v)
+        if (known & np.isfinite(self.log_weights)).any():
+            gain = np.where(known, v, 0.0) - np.where(np.isnan(self.last_v), v, self.last_v)
+            self.log_weights = np.where(known, self.log_weights + self.config.strength * gain, -np.inf)
+            self.last_v = np.where(known, v, self.last_v)
         weights = normalised(self.log_weights)
         self.sizes.append(effective_size(weights))
         return weights
@@ -305,9 +320,10 @@ class Guidance(Steering):
         kind: Literal["guidance"] = "guidance"
         scale: NonNegativeFloat = 4.0
         """The factor of the critic's gradient; 0 is plain sampling. Past some scale the value still rises and the
-        reward falls, so try powers of 2."""
+        reward falls, so try powers of 2. `clip` bounds what it does."""
         clip: PositiveFloat = 0.1
-        """The largest length of the gradient before it is scaled, as a share of that of the network's output."""
+        """The largest length of the push, which is the scaled gradient as it is added to the network's output, as a
+        share of that output's length. A larger push keeps its direction and is shortened to it."""
         low: Fraction = 0.2
         """The lowest noise level at which the gradient is followed."""
         high: Fraction = 0.95
@@ -331,10 +347,11 @@ class Guidance(Steering):
         return np.where((sigma >= self.config.low) & (sigma <= self.config.high), guidance_gains(self.step), 0.0)
 
     def push(self, k: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add the clipped and scaled gradient to the output of a guided step."""
+        """Add the scaled gradient, clipped, to the output of a guided step."""
         if not self.gains[k]:
             return output
-        return output + self.config.scale * self.gains[k] * clipped(self.gradient(k, x), output, self.config.clip)
+        push = self.config.scale * self.gains[k] * self.gradient(k, x)
+        return output + clipped(push, output, self.config.clip)
 
 
 class GuidedBestOfN(Guidance, BestOfN):

@@ -11,6 +11,7 @@ ADD A STEP HERE: write a coefficients function and a class with Config and `coef
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat
 
-from align_cluster.settings import Section
+from align_cluster.settings import Root, Section
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,29 @@ class _Tables:
         return self.rows[:, k.to(device)]
 
 
+def whole_thousandths(level: torch.Tensor) -> torch.Tensor:
+    """Return noise levels cut to int(1000 sigma) / 1000, as the code of DanceGRPO and SRPO feeds them to FLUX."""
+    # fp32, like the official code: in fp64 1000 sigma may fall just short of an integer, and lose it.
+    return torch.trunc(1000 * level.float()) / 1000
+
+
+class FedLevels(Section):
+    """Says which noise levels a step feeds to the network."""
+
+    truncate_timesteps: bool = False
+    """Whether the network is fed with noise levels cut to thousandths, int(1000 sigma) / 1000, in rollouts and in
+    updates that repeat their steps. The official code of DanceGRPO and SRPO does so. The steps themselves, and
+    evaluation, take exact levels."""
+
+    def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse to cut the timesteps of networks whose timesteps are whole."""
+        if self.truncate_timesteps and run.prediction != "flow":
+            yield (
+                f"{where}.truncate_timesteps cuts the noise levels that a flow network is fed, and backbone.kind "
+                f"{run.backbone.kind} takes whole timesteps; leave it out"
+            )
+
+
 class Step:
     """Takes denoising steps at given noise levels. Without `coefficients` of its own it is an ODE step.
 
@@ -188,9 +212,14 @@ class Step:
         return self.has_density and (self.terminal_noise or k < len(self.sigmas) - 2)
 
     def level(self, k: torch.Tensor) -> torch.Tensor:
-        """Return the noise levels fp32 [B] that the network is fed at the steps k, int64 [B]."""
+        """Return the noise levels fp32 [B] at which the steps k, int64 [B], begin."""
         # torch.tensor copies: sigmas of a record may lie in read-only shared memory.
         return torch.tensor(self.sigmas, dtype=torch.float32, device=k.device)[k]
+
+    def fed(self, k: torch.Tensor) -> torch.Tensor:
+        """Return the noise levels fp32 [B] that the network is fed at the steps k, int64 [B]."""
+        cut = isinstance(self.config, FedLevels) and self.config.truncate_timesteps
+        return whole_thousandths(self.level(k)) if cut else self.level(k)
 
     def advance(self, k: int, x: torch.Tensor, output: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Return the next latent, like x [B, ...], after step k of all samples; without `noise` it is deterministic."""
@@ -241,8 +270,8 @@ class NoisyStep(Step, ABC):
 class Euler(Step):
     """Takes plain ODE steps. For networks that predict epsilon or v they are DDIM's: Euler's in other coordinates."""
 
-    class Config(Section):
-        """Euler's step has no settings."""
+    class Config(FedLevels):
+        """Configures Euler's step."""
 
         kind: Literal["euler"] = "euler"
 
@@ -295,27 +324,18 @@ class DanceSde(NoisyStep):
     The last step has no noise, so that the reward sees its x0_hat.
     """
 
-    class Config(Section):
+    class Config(FedLevels):
         """Configures DanceGRPO's SDE."""
 
         kind: Literal["dance_sde"] = "dance_sde"
         eta: PositiveFloat = 0.3
         """The noise per root of time, equal at all levels. DanceGRPO uses 0.3 for FLUX."""
-        truncate_timesteps: bool = False
-        """Whether the network is fed with noise levels cut to thousandths, int(1000 sigma) / 1000, as in the official
-        code."""
 
     terminal_noise = False
 
     def coefficients(self) -> Coefficients:
         """Return `dance_sde_coefficients`."""
         return dance_sde_coefficients(self.sigmas, self.config.eta)
-
-    def level(self, k: torch.Tensor) -> torch.Tensor:
-        """Truncate the levels if the settings ask for it."""
-        sigma = super().level(k)
-        # fp32, like the official code: in fp64 1000 sigma may fall just short of an integer, and lose it.
-        return torch.trunc(1000 * sigma) / 1000 if self.config.truncate_timesteps else sigma
 
 
 class Cps(NoisyStep):

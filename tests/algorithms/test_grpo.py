@@ -69,7 +69,7 @@ def one_step(policy, rollout, row: int, inner_pass: int, adapter: str | None = "
     """(mean [2, 1, 1] of one recorded step of one sample, and that step's entry of each table), without a batch."""
     k, table = int(rollout.indices[row, inner_pass]), policy.step.coefficients()
     x = rollout.path.before[row, inner_pass]
-    output = policy.velocity(x[None], policy.step.level(torch.tensor([k])), adapter)[0]
+    output = policy.velocity(x[None], policy.step.fed(torch.tensor([k])), adapter)[0]
     entry = {name: float(values[k]) for name, values in vars(table).items()}
     return entry["x"] * x + entry["output"] * output, entry | {"dt": float(policy.sigmas[k + 1] - policy.sigmas[k])}
 

@@ -54,6 +54,38 @@ def test_refl_predicts_x0_from_the_state_in_which_the_rollout_was(make_policy, k
     assert gradient(policy, loss).norm() > 1e-3
 
 
+def test_refl_takes_noise_on_the_way_and_predicts_x0_from_where_it_led(make_policy):
+    """The official script draws with DDPM's noise, which is DDIM's with eta 1."""
+    policy = touched(make_policy("ddim", STEPS, prediction="epsilon"))
+    algorithm = ReFL(ReFL.Config(steps=(3, 5), margin=None, grad_scale=1.0))
+    window, indices = algorithm.states(STEPS), states(algorithm)
+    assert window.noisy == tuple(range(STEPS))
+    rollout, still = (policy.rollout(SEEDS, indices, noisy=noisy) for noisy in (window.noisy, ()))
+    assert not torch.allclose(rollout.path.before, still.path.before)
+    loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.zeros(len(SEEDS))))
+    x, level = rollout.path.before[:, 0], torch.tensor(policy.sigmas[indices[:, 0]]).float().view(-1, 1, 1, 1)
+    x0 = (x - level * policy.velocity(x, level.flatten())) / torch.sqrt(1 - level**2)
+    torch.testing.assert_close(-loss, policy.rewards(x0, GOALS)[:, 0])
+
+
+@pytest.mark.parametrize("algorithm", [ReFL(ReFL.Config(steps=(3, 5), margin=None)), DRaFT(DRaFT.Config(last=2))])
+def test_cut_timesteps_reach_the_network_and_nothing_else(make_policy, algorithm):
+    policy = touched(make_policy("euler", STEPS, truncate_timesteps=True))
+    fed, real = [], policy.velocity
+    policy.velocity = lambda x, sigma, adapter="default": fed.append(sigma) or real(x, sigma, adapter)
+    rollout = policy.rollout(SEEDS, states(algorithm))
+    loss, _ = algorithm.loss(policy, policy.batch(rollout, torch.zeros(len(SEEDS))))
+    for sigma in fed:
+        assert torch.equal(sigma, torch.trunc(1000 * sigma + 0.01) / 1000)
+    assert len(fed) == STEPS + (1 if isinstance(algorithm, ReFL) else 2) and (policy.sigmas[1] * 1000) % 1 > 0.1
+    if isinstance(algorithm, DRaFT):
+        torch.testing.assert_close(-loss, policy.rewards(rollout.path.x0, GOALS)[:, 0], rtol=1e-5, atol=1e-5)
+    else:
+        x, level = rollout.path.before[:, 0], torch.tensor(policy.sigmas[rollout.indices[:, 0]]).float()
+        x0 = x - level.view(-1, 1, 1, 1) * real(x, torch.trunc(1000 * level) / 1000)
+        torch.testing.assert_close(-loss, 1e-3 * policy.rewards(x0, GOALS)[:, 0])
+
+
 def test_refl_stops_at_its_margin_and_scales_its_loss(make_policy):
     policy = touched(make_policy("euler", STEPS))
     rollout = policy.rollout(SEEDS, states(ReFL(ReFL.Config(steps=(3, 5)))))

@@ -90,6 +90,61 @@ def test_levels_are_those_of_the_official_code():
     assert official[0] - official[100] == pytest.approx(0.0215, abs=1e-4)  # the largest gap
 
 
+def test_each_branch_starts_and_recovers_at_the_officials_level_numbers():
+    """k = min(T - m, 100, m); denoise from m + k to m; invert from max(m - k, 1) to k above that."""
+    numbers = torch.tensor([5, 6, 50, 99, 100, 101, 102, 500, 899, 900, 901, 950, 995])
+    start, end = made().places(numbers, torch.zeros(len(numbers), dtype=torch.bool))
+    assert start.tolist() == [10, 12, 100, 198, 200, 201, 202, 600, 999, 1000, 1000, 1000, 1000]
+    assert end.tolist() == numbers.tolist()
+    start, end = made().places(numbers, torch.ones(len(numbers), dtype=torch.bool))
+    assert start.tolist() == [1, 1, 1, 1, 1, 1, 2, 400, 799, 800, 802, 900, 990]
+    assert end.tolist() == [6, 7, 51, 100, 101, 101, 102, 500, 899, 900, 901, 950, 995]
+
+
+class Curved(Linear):
+    """A network whose output depends on the noisy latents, on the level that it is fed, and on a leaf."""
+
+    def velocity(self, x, sigma, adapter="default"):
+        return torch.tanh(0.7 * x + self.leaf) * (1 + sigma).view(-1, 1, 1, 1)
+
+
+def official(m, branch, row, policy):
+    """Loss of one sample without margin, and its gradient to the leaf, in fp64 numpy from the written formulas."""
+    schedule = [3 * t / (1 + 2 * t) for t in 1 - np.arange(51) / 50]
+    levels = np.linspace(schedule[5], schedule[25], 1000).astype(np.float32)
+    k = min(1000 - m, 100, m)
+    low = m if branch == "denoise" else max(m - k, 1)
+    clean, noisy = levels[1000 - low], levels[1000 - (low + k)]
+    begin, end = (noisy, clean) if branch == "denoise" else (clean, noisy)
+    fed, begin, end = int(np.float32(1000) * begin) / 1000, float(begin), float(end)
+    x0, eps = X0[row].double().numpy(), starting_noise(SEEDS, SHAPE)[row].double().numpy()
+    x = (1 - begin) * x0 + begin * eps
+    inner = np.tanh(0.7 * x)
+    recovered = (x + (end - begin) * inner * (1 + fed) - end * eps) / (1 - end)
+    plus, minus = (policy.embedding(f"{word}. a cat").double().numpy() for word in ("Detail", "Painting"))
+    if branch == "denoise":
+        taste = (1 + np.linspace(0.1, 0.25, 1000)[m]) * plus - minus
+    else:
+        taste = (1 + np.linspace(0.3, 0.01, 1000)[low]) * minus - plus
+    return -(recovered * taste).sum(), -taste * (end - begin) / (1 - end) * (1 - inner**2) * (1 + fed)
+
+
+@pytest.mark.parametrize("numbers", [(5, 50, 99), (100, 101, 102), (500, 640, 899), (900, 901, 995)])
+def test_loss_and_gradient_are_those_of_the_written_formulas_in_both_branches_at_every_level(numbers):
+    class At(SRPO):
+        def numbers(self, batch, injection):
+            return torch.tensor(numbers)
+
+    for inner_pass, branch in enumerate(("denoise", "inversion")):
+        policy, algorithm = Curved(bias=1.0), At(SRPO.Config(margin=None))
+        loss, _ = algorithm.loss(policy, batch(inner_pass))
+        slope = torch.autograd.grad(loss.sum(), policy.leaf)[0]
+        for row, m in enumerate(numbers):
+            wanted, wanted_slope = official(m, branch, row, policy)
+            assert loss[row].item() == pytest.approx(wanted, rel=2e-5, abs=2e-4)
+            np.testing.assert_allclose(slope[row].numpy(), wanted_slope, rtol=1e-3, atol=1e-5)
+
+
 def test_both_branches_recover_at_one_level_from_either_side_of_it():
     algorithm, policy = made(truncate_timesteps=False), Linear()
     for inner_pass in (0, 1):
@@ -132,7 +187,7 @@ def test_gradients_of_the_two_branches_add_up_along_the_difference_of_the_words(
     algorithm, policy = made(form="difference"), Linear(bias=3.0)
     a, b = (gradient(algorithm, inner_pass, Linear(bias=3.0)) for inner_pass in (0, 1))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    difference = policy.embedding("Natural-lighting. a cat") - policy.embedding("Concept art. a cat")
+    difference = policy.embedding("Detail. a cat") - policy.embedding("Painting. a cat")
     push = -a[0]  # on the output, which the image follows with the other sign
     assert torch.nn.functional.cosine_similarity(push.flatten(), -difference.flatten(), dim=0) > 0.999
 
@@ -198,12 +253,20 @@ def test_gradients_stop_at_the_margin_and_nowhere_else():
 def test_one_pair_of_words_an_update_each_list_in_its_own_cycle():
     algorithm = made()
     pairs = [algorithm.pair(update, "a cat") for update in range(20)]
-    assert pairs[0] == ["Natural-lighting. a cat", "Concept art. a cat"] and pairs[4][0] == pairs[0][0]
-    assert pairs[6] == ["Detailed. a cat", "Painting. a cat"]
+    assert pairs[0] == ["Detail. a cat", "Painting. a cat"] and pairs[4][0] == pairs[0][0]
+    assert pairs[6] == ["Real. a cat", "Anime. a cat"]
     assert len({tuple(pair) for pair in pairs}) == len(POSITIVE) * len(NEGATIVE)
     policy = Linear()
     algorithm.loss(policy, batch(update=6))
     assert policy.asked == [[pairs[6]] * 3]
+
+
+def test_words_come_in_the_officials_order_which_counts_steps_from_one():
+    positive = ("Natural-lighting", "Detail", "Detailed", "Real")
+    negative = ("Concept art", "Painting", "Anime", "Flat", "Oil")
+    for update in range(40):
+        official = [f"{words[(update + 1) % len(words)]}. a cat" for words in (positive, negative)]
+        assert made().pair(update, "a cat") == official
 
 
 def test_a_template_says_where_the_words_go():

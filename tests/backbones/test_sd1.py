@@ -41,7 +41,7 @@ def test_every_noise_level_is_fed_as_the_timestep_that_has_it(folder):
     backbone = backbone_at(folder)
     for steps in (1, 10, 50, 999):
         step = Euler(Euler.Config(), backbone.sigmas(steps), backbone.prediction)
-        fed = backbone.timesteps(step.level(torch.arange(steps)))
+        fed = backbone.timesteps(step.fed(torch.arange(steps)))
         assert fed.dtype == torch.int64 and fed.tolist() == ddim_timesteps(steps).tolist()
     assert backbone.timesteps(backbone._levels).tolist() == list(range(1000))
 

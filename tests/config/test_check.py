@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from PIL import Image
 
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.sd3 import SD3
@@ -178,8 +179,13 @@ RUN_FILES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if no
 
 
 @pytest.mark.parametrize("file", RUN_FILES)
-def test_every_shipped_run_file_is_valid_and_so_is_what_its_run_keeps_of_it(file):
+def test_every_shipped_run_file_is_valid_and_so_is_what_its_run_keeps_of_it(file, tmp_path):
     config = load(ROOT / "configs" / file)
+    if config.rollout.offline:  # a folder of the user's own
+        for number in range(config.prompts_per_step):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+            (tmp_path / f"{number}.txt").write_text(f"a view of mountain {number}")
+        config = load(ROOT / "configs" / file, [f"prompts.folder={tmp_path}"])
     assert check(config) == [] and loads(dump(config)) == config
 
 

@@ -27,6 +27,11 @@ PROBLEMS = [
     ([*DRAFT, "algorithm.last=9"], ["algorithm.last is 9", "at most 4"]),
     ([*DRAFT, "algorithm.renoised=2"], ["algorithm.renoised is 2", "algorithm.last is 2", "last to 1"]),
     ([*DRAFT, "rollout.step.kind=dpm2"], ["rollout.step.kind is dpm2", "algorithm.kind draft leave rollout.step out"]),
+    ([*DRAFT, "rollout.step.kind=flow_sde"], ["cannot be repeated", "algorithm.kind draft leave rollout.step out"]),
+    (
+        [*DRAFT, "backbone={kind: sd1, path: nobody/nothing}", "rollout.step={kind: euler, truncate_timesteps: true}"],
+        ["rollout.step.truncate_timesteps cuts", "backbone.kind sd1 takes whole timesteps", "leave it out"],
+    ),
     ([*REFL, "rollout.offline=true", "prompts.kind=embedded"], ["rollout.offline", "algorithm.kind to srpo"]),
     ([*SRPO, "rollout.offline=true"], ["prompts.kind embedded has none", "set it to images"]),
     ([*SRPO, "rollout.distilled_guidance=1"], ["guidance-distilled", "backbone.kind sd3", "leave it out"]),

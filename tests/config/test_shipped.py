@@ -30,6 +30,21 @@ def test_a_shipped_file_is_found_by_name_where_there_is_no_such_file(tmp_path, m
         assert find(other) == Path(other)
 
 
+def test_the_run_files_of_srpo_and_refl_have_the_numbers_of_the_official_scripts():
+    """SRPO: SRPO_training_hpsv2.sh and _ps.sh. ReFL: ReFL.py and train_refl.sh, 8 processes x 2 images x 4 batches."""
+    for name, guidance in (("flux_dev_srpo_hps", 1), ("flux_dev_srpo_pickscore", 2)):
+        run = load(name)
+        assert run.steps * run.learner.updates_per_step == 19, "the checkpoint is saved before the update of step 20"
+        assert run.rollout.step.truncate_timesteps and run.algorithm.truncate_timesteps
+        assert (run.algorithm.positive[0], run.algorithm.negative[0]) == ("Detail", "Painting"), "counted from step 1"
+        assert run.rollout.distilled_guidance == guidance
+    for name in ("sd14_refl", "sd15_refl"):
+        run = load(name)
+        assert (run.prompts_per_step, run.images_per_step, run.steps) == (8 * 2 * 4, 64, 100)
+        assert (run.step_kind.kind, run.step_kind.eta, run.rollout.steps) == ("ddim", 1.0, 40)
+        assert (run.algorithm.steps, run.algorithm.margin, run.algorithm.grad_scale) == ((30, 39), 2.0, 1e-3)
+
+
 def test_a_file_of_the_users_own_comes_first_and_a_folder_does_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()  # as `train --out .` leaves it

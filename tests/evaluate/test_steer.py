@@ -155,6 +155,27 @@ def test_guided_best_of_n_prunes_in_between_and_a_noisy_step_is_guided_too(draw)
     }
 
 
+def test_an_image_that_is_not_finite_is_never_chosen_where_another_is_finite(draw, monkeypatch):
+    real = SD3.velocity
+
+    def broken(self, denoiser, x, *rest):
+        output = real(self, denoiser, x, *rest)
+        return output.where((torch.arange(len(x)) == len(x) - 1).view(-1, 1, 1, 1), torch.nan)
+
+    monkeypatch.setattr(SD3, "velocity", broken)
+    for mode, settings in (("best_of_n", ()), ("best_of_n", ("steer.prune_at=1", "steer.keep=1")), ("smc", ())):
+        folder = f"{mode}{len(settings)}"
+        facts, images, _ = draw(folder, "--count", "1", "--steer", mode, "--set", "steer.n=4", *settings)
+        assert images.any() and "non_finite" not in facts["images"][0]
+        assert mode == "best_of_n" and not settings or facts["images"][0]["not_finite"]
+    facts, images, _ = draw("all", "--count", "4", "--steer", "guidance")
+    assert [one.get("non_finite", False) for one in facts["images"]] == [True, True, True, False]
+    assert not images[:3].any() and images[3].any()
+    monkeypatch.setattr(SD3, "velocity", lambda self, denoiser, x, *rest: torch.full_like(x, torch.nan))
+    facts, images, _ = draw("none", "--count", "1", "--steer", "best_of_n", "--set", "steer.n=2")
+    assert facts["images"][0]["non_finite"] and not images.any()
+
+
 def test_a_critic_that_reads_the_bare_base_steers_too(run, draw, tmp_path):
     other = shutil.copytree(run, tmp_path / "frozen")
     facts = json.loads((other / "critic" / "critic.json").read_text())

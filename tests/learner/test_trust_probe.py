@@ -33,7 +33,7 @@ def drawn() -> tuple[Linear, SimpleNamespace]:
     after = torch.empty_like(before)
     for inner_pass in range(2):
         k, x = indices[:, inner_pass], before[:, inner_pass]
-        mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.level(k)))
+        mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.fed(k)))
         after[:, inner_pass] = (mean + std.view(-1, 1, 1, 1) * noise[:, inner_pass]).detach()
     record = SimpleNamespace(indices=indices.numpy(), before=before.numpy(), after=after.numpy())
     return policy, record
@@ -46,7 +46,7 @@ def test_an_update_is_measured_on_the_chosen_members_at_their_own_steps(drawn, i
     k, x = torch.from_numpy(record.indices[1:4, inner_pass]), torch.from_numpy(record.before[1:4, inner_pass])
 
     def laws() -> torch.distributions.Normal:
-        mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.level(k)))
+        mean, std, _ = policy.step.mean(k, x, policy.velocity(x, policy.step.fed(k)))
         return torch.distributions.Normal(mean.detach().double(), std.double().view(-1, 1, 1, 1))
 
     start = laws()
@@ -66,7 +66,7 @@ def largest_eigenvalue(policy: Linear, k: torch.Tensor, x: torch.Tensor) -> floa
     for i in range(len(x)):
 
         def mean(matrix: torch.Tensor, i: int = i) -> torch.Tensor:
-            v = (x[i].flatten() @ matrix.T).view_as(x[i])[None] * policy.step.level(k[i : i + 1]).view(-1, 1, 1, 1)
+            v = (x[i].flatten() @ matrix.T).view_as(x[i])[None] * policy.step.fed(k[i : i + 1]).view(-1, 1, 1, 1)
             return policy.step.mean(k[i : i + 1], x[i : i + 1], v)[0].flatten()
 
         jacobian = torch.autograd.functional.jacobian(mean, policy.matrix.detach()).reshape(18, -1).double().numpy()

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from align_cluster.errors import UserError
-from align_cluster.prompts.images import ImagePrompts, left_out, read_image, survey
+from align_cluster.prompts.images import ImagePrompts, left_out, read_image, rgb, survey
 
 
 @pytest.fixture
@@ -126,9 +126,42 @@ def test_an_image_in_a_folder_below_is_used_where_captions_name_it(folder):
     assert load(folder)[-1].metadata["image"] == str(folder / "below" / "c.webp")
 
 
+def test_images_in_folders_below_are_used_with_captions_beside_and_counted_without(folder):
+    """They were counted nowhere unless metadata.jsonl named them."""
+    (folder / "below" / "deeper").mkdir(parents=True)
+    for name in ("below/d.png", "below/deeper/e.png", "below/deeper/bare.png", "below/.hidden.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    (folder / "below" / "d.txt").write_text("a bird")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "below/deeper/e.png", "text": "a fly"}')
+    (folder / "bare.png").unlink()
+    found = {prompt.text: prompt.metadata["image"] for prompt in load(folder)}
+    assert found["a bird"] == str(folder / "below/d.png") and found["a fly"] == str(folder / "below/deeper/e.png")
+    assert "of 8 images are left out 1 without a caption, such as below/deeper/bare.png and 2" in left_out(str(folder))
+
+
 def test_what_is_no_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="which is no folder here"):
         load(tmp_path / "nothing")
+
+
+def test_grey_values_of_16_bits_are_scaled_and_not_cut(tmp_path):
+    """65,535 is white, so 257 k is the k of 8 bits; Pillow's own conversion makes everything from 255 on white."""
+    steps = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(257 * steps).save(tmp_path / "deep.png")
+    Image.fromarray(steps.astype(np.uint8)).save(tmp_path / "plain.png")
+    assert Image.open(tmp_path / "deep.png").mode == "I;16"
+    deep, plain = (read_image(str(tmp_path / name), 16, 16) for name in ("deep.png", "plain.png"))
+    assert torch.equal(deep, plain) and deep[0, 0, 0] == 0 and deep[2, 15, 15] == 1
+    between = np.array([[0, 128, 129, 32_768, 65_406, 65_407]], np.uint16)
+    assert np.asarray(rgb(Image.fromarray(between)))[0, :, 1].tolist() == [0, 0, 1, 128, 254, 255]
+
+
+def test_grey_values_without_a_known_white_are_not_guessed(folder):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "float.tiff")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "float.tiff", "text": "a cloud"}')
+    assert "3 that cannot be read" in left_out(str(folder)) and "a cloud" not in [one.text for one in load(folder)]
 
 
 def test_an_image_covers_the_size_that_is_asked_for_and_keeps_its_middle(tmp_path):

@@ -10,12 +10,13 @@ from itertools import repeat
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from align_cluster.cli import main
 from align_cluster.errors import UserError
 from align_cluster.rewards.base import RewardError
-from align_cluster.rewards.http import Http, RewardClient, Token
+from align_cluster.rewards.http import Http, RewardClient, Token, read_image
 from align_cluster.types import Prompt
 
 IMAGES = np.zeros((3, 4, 4, 3), np.uint8)
@@ -193,3 +194,11 @@ def test_metadata_that_no_service_takes_is_refused_before_anything_is_read(metad
     assert main([*command, metadata]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --metadata ") and "as a JSON object" in line and len(line) < 800
+
+
+def test_an_image_to_score_keeps_its_greys_of_16_bits_and_one_without_a_known_white_is_a_sentence(tmp_path):
+    Image.fromarray(np.array([[0, 257 * 40, 65_535]], np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").tolist() == [[[0] * 3, [40] * 3, [255] * 3]]
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match="float.tiff cannot be read as an image: its pixels are numbers of 32 bits"):
+        read_image(tmp_path / "float.tiff")

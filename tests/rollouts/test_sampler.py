@@ -402,7 +402,7 @@ def test_a_chunk_without_a_finite_row_has_no_contrast_and_no_diversity(base, con
 def test_pixels_that_overflow_in_the_vae_are_found_too(base):
     x0 = torch.randn(2, *base[0].backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     x0[1] *= 1e37
-    path, images, finite = base[0]._decoded(Path(x0))
+    path, images, finite = base[0].decoded(Path(x0))
     assert x0.isfinite().all() and finite.tolist() == [True, False]
     assert not images[1].any() and not path.x0[1].any()
     np.testing.assert_array_equal(images[:1], base[0].backbone.decode(x0[:1]))

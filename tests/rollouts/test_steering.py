@@ -147,6 +147,47 @@ def test_a_gradient_is_clipped_to_a_share_of_each_samples_own_output():
     assert torch.equal(found[1:], gradient[1:])
 
 
+def test_no_push_is_longer_than_its_share_of_the_output_and_a_short_one_is_as_it_is():
+    """At noise level 8/9 the ODE's gain is -8: what was bounded was the gradient, and the push 3.2 times the output."""
+    x, v, sigmas = torch.zeros(1, *SHAPE), torch.full((1, *SHAPE), 3.0), np.array([1, 8 / 9, 0.5, 0])
+
+    def pushed(slope, step):
+        steering = make("guidance", step, lambda x, sigma: slope * x.flatten(1).sum(1, keepdim=True), shares=(1.0,))
+        return steering.push(1, x, v)
+
+    euler = STEPS["euler"](STEPS["euler"].Config(), sigmas, "flow")
+    torch.testing.assert_close(pushed(0.005, euler), torch.full_like(v, 3 - 4 * 8 * 0.005))
+    torch.testing.assert_close(pushed(0.01, euler), torch.full_like(v, 3 - 0.1 * 3))  # 4 x 8 x .01 is above .3
+    torch.testing.assert_close(pushed(-50.0, euler), torch.full_like(v, 3 + 0.1 * 3))
+
+
+def test_the_bound_holds_for_every_kind_of_step_at_every_level_and_keeps_the_direction():
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for (kind, prediction), scale in product(KINDS, (0.01, 4.0, 1e4)):
+        step = make_step(kind, prediction)
+        steering = make("guidance", step, scale=scale, clip=0.3, low=0.0, high=1.0)
+        free = make("guidance", step, scale=scale, clip=1e9, low=0.0, high=1.0)
+        for k in range(8):
+            v = velocity(x, torch.ones(3))
+            push, whole = ((one.push(k, x, v) - v).flatten(1).double() for one in (steering, free))
+            most = 0.3 * v.flatten(1).norm(dim=1).double()
+            assert (push.norm(dim=1) <= most * (1 + 1e-4)).all()
+            wanted = whole * (most / whole.norm(dim=1)).clamp(max=1)[:, None]
+            torch.testing.assert_close(push, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_pushes_nothing_and_is_counted():
+    def values(x, sigma):
+        broken = torch.tensor([1.0, math.nan, math.inf, 1.0]).view(-1, 1)
+        return broken * x.flatten(1).sum(1, keepdim=True)
+
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    steering, v = make("guidance", make_step("euler"), values, shares=(1.0,)), velocity(x, torch.ones(4))
+    pushed = steering.push(3, x, v)
+    assert torch.equal(pushed[1:3], v[1:3]) and not torch.equal(pushed[::3], v[::3])
+    assert steering.facts() == {"not_finite": 2}
+
+
 def test_only_noise_levels_within_bounds_are_guided_and_paid_for():
     step = make_step("flow_sde")
     steering = make("guidance", step, low=0.4, high=0.9)
@@ -195,6 +236,58 @@ def test_a_resampled_particle_is_weighed_against_its_ancestors_value():
     np.testing.assert_allclose(steering.log_weights, [0, -1, 1, 0])
 
 
+def smc(*values, **settings):
+    """Particles in noise that a critic has judged at the first len(values) steps."""
+    steering = make("smc", make_step("cps"), said(*values), shares=(1.0,), strength=1.0, **settings)
+    for k in range(len(values)):
+        steering.select(k, torch.zeros(4, *SHAPE))
+    return steering
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_particle_without_a_finite_value_weighs_nothing_and_the_others_as_without_it(broken):
+    """e^5 = 148.413159, so weights are 1, 0, 1 and 148.413159, over 150.413159."""
+    steering = smc([0.0, 0, 0, 0], [0, broken, 0, 5], resample_below=0.0)
+    weights = normalised(steering.log_weights)
+    np.testing.assert_allclose(weights, [0.00664835, 0, 0.00664835, 0.98670329], atol=1e-8)
+    assert steering.sizes[-1] == pytest.approx(1.0270401, rel=1e-6) and steering.facts()["not_finite"] == 1
+    without = np.exp([0.0, 0, 5]) / np.exp([0.0, 0, 5]).sum()
+    np.testing.assert_allclose(weights[[0, 2, 3]], without)
+    steering = smc([0.0, 0, 0, 0], [0, broken, 0, 5])
+    assert steering.resampled == [1] and set(steering.origin.tolist()) <= {0, 2, 3}
+    assert np.bincount(steering.origin, minlength=4)[3] >= 3  # at least the floor of 4 x .987
+
+
+def test_a_particle_that_weighs_nothing_stays_so_until_it_is_replaced():
+    steering = smc([0.0, 0, 0, 0], [0, math.nan, 0, 0], [0, 9, 0, 0], resample_below=0.0)
+    np.testing.assert_allclose(normalised(steering.log_weights), [1 / 3, 0, 1 / 3, 1 / 3])
+    assert steering.choose(np.array([[1.0], [50], [3], [2]])) == [2]
+    replaced = smc([0.0, 0, 0, 0], [0, math.nan, 0, 0], [0, 1, 0, 0], resample_below=0.78)
+    assert replaced.resampled == [1] and 1 not in replaced.origin
+    np.testing.assert_allclose(replaced.log_weights, [0, 1, 0, 0])
+
+
+def test_where_no_particle_has_a_finite_value_the_step_changes_nothing_and_the_gain_comes_later():
+    nothing, later = [math.nan] * 4, [4.0, 3, 2, 1]
+    first = [1.0, 2, 3, 4]
+    for values in ([first, nothing, later], [nothing, first, later], [first, [math.inf] * 4, nothing, later]):
+        steering = smc(*values, resample_below=0.0)
+        np.testing.assert_allclose(steering.log_weights, np.subtract(later, first))
+        assert np.isfinite(steering.sizes).all()
+    steering = smc(nothing, nothing, pick="sample")
+    assert steering.resampled == [] and steering.facts()["not_finite"] == 8
+    np.testing.assert_allclose(steering.sizes, 4)
+    assert len(steering.choose(np.full((4, 1), np.nan))) == 1
+
+
+def test_the_particle_that_is_kept_has_a_known_reward_or_value_where_any_has():
+    judged = smc([0.0, 0, 0, 0], [0, 1, math.nan, 0], resample_below=0.0)
+    assert judged.choose(np.array([[math.nan], [math.nan], [9.0], [0.5]])) == [1]  # by its last value
+    assert smc([0.0] * 4).choose(np.array([[math.nan], [math.inf], [-3.0], [-2.0]])) == [0]
+    lost = smc([0.0, 0, 0, 0], [0, 1, 0, 0], [math.nan] * 4, resample_below=0.0)
+    assert lost.choose(np.full((4, 1), np.nan)) == [1]  # by the weights of before
+
+
 def test_drawing_by_weight_follows_the_weights_and_an_unjudged_image_keeps_its_last_value():
     counts = np.zeros(2)
     for seed in range(2000):
@@ -212,6 +305,16 @@ def test_best_of_n_keeps_the_highest_reward_and_asks_no_critic():
     assert steering.forwards == 0
     with pytest.raises(UserError, match="no reward has a score"):
         steering.choose(np.full((4, 2), np.nan))
+
+
+def test_best_of_n_keeps_and_prunes_to_rows_that_have_a_finite_number_first():
+    step = make_step("euler")
+    best = make("best_of_n", step, said(), n=4, shares=(1.0,))
+    assert best.choose(np.array([[math.inf], [-2.0], [math.nan], [-1.0]])) == [3]
+    pruned = make("best_of_n", step, said([math.inf, 1.0, math.nan, -7.0]), n=4, prune_at=2, keep=2, shares=(1.0,))
+    assert pruned.select(2, torch.zeros(4, *SHAPE)) == [1, 3] and pruned.facts() == {"not_finite": 2}
+    blind = make("best_of_n", step, said([math.nan] * 4), n=4, prune_at=2, keep=2, shares=(1.0,))
+    assert blind.select(2, torch.zeros(4, *SHAPE)) == [0, 1]
 
 
 def test_pruning_carries_on_the_most_promising_as_if_they_had_been_drawn_alone():

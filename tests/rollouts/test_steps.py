@@ -174,6 +174,22 @@ def test_ddim_steps_are_those_of_the_diffusers_scheduler(prediction, eta, steps)
         torch.testing.assert_close(step.advance(k, x, output, noise if eta else None), theirs, rtol=2e-4, atol=2e-5)
 
 
+def test_ddim_with_eta_1_is_the_ddpm_scheduler_of_stable_diffusion_as_refl_draws_with_it():
+    """Diffusers' DDPM from SD1.4's scheduler settings, 40 steps. Its last step ends at noise 0, ours at timestep 0."""
+    from diffusers import DDPMScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDPMScheduler(**betas, clip_sample=False, steps_offset=1, timestep_spacing="leading")
+    scheduler.set_timesteps(40)
+    assert scheduler.timesteps.tolist() == ddim_timesteps(40).tolist()
+    step = build("ddim", 40, "epsilon")
+    for k, t in enumerate(scheduler.timesteps[:-1]):
+        x, output = (latents(2, 4, 3, 3, seed=s) for s in (k, k + 100))
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(k))
+        theirs = scheduler.step(output, int(t), x, generator=torch.Generator().manual_seed(k))
+        torch.testing.assert_close(step.advance(k, x, output, noise), theirs.prev_sample, rtol=2e-4, atol=2e-5)
+
+
 def test_a_v_model_may_start_at_pure_noise_and_an_epsilon_model_may_not():
     levels = np.append(1.0, ddim_levels(10)[1:])
     for eta in (0.0, 1.0):
@@ -231,10 +247,10 @@ def test_the_log_density_of_a_drawn_latent_is_recomputed_bitwise(kind, predictio
 def test_samples_at_different_steps_compute_the_bits_of_samples_at_one_step(kind, prediction):
     step, mixed = build(kind, prediction=prediction), torch.tensor([7, 0, 3, 3, 8])
     x, output, x_next = (latents(5, 8, 6, 6, seed=s) for s in range(3))
-    together = (*step.mean(mixed, x, output), step.log_prob(mixed, x, output, x_next), step.level(mixed))
+    together = (*step.mean(mixed, x, output), step.log_prob(mixed, x, output, x_next), step.fed(mixed))
     for row, k in enumerate(mixed.tolist()):
         same = filled(k, 5)
-        alone = (*step.mean(same, x, output), step.log_prob(same, x, output, x_next), step.level(same))
+        alone = (*step.mean(same, x, output), step.log_prob(same, x, output, x_next), step.fed(same))
         assert all(torch.equal(a[row], b[row]) for a, b in zip(together, alone, strict=True))
 
 
@@ -267,14 +283,18 @@ def test_the_density_of_cps_is_the_mean_squared_error_alone():
 def test_the_network_is_fed_the_level_in_fp32_and_truncated_where_asked():
     k = torch.tensor([0, 5, 9, 5])
     for kind in sorted(set(STEPS) - {"ddim"}):
-        level = build(kind).level(k)
-        assert level.dtype == torch.float32
-        np.testing.assert_array_equal(level.numpy(), sd3_sigmas(10, 3.0)[k].astype(np.float32))
+        step = build(kind)
+        assert step.fed(k).dtype == torch.float32 and torch.equal(step.fed(k), step.level(k))
+        np.testing.assert_array_equal(step.level(k).numpy(), sd3_sigmas(10, 3.0)[k].astype(np.float32))
     sigmas = linear_sigmas(16, 3.0)
-    truncated = DanceSde(DanceSde.Config(truncate_timesteps=True), sigmas).level(torch.arange(16))
     timesteps = [int(1000 * sigma) for sigma in torch.from_numpy(sigmas[:-1]).float()]
     assert timesteps[1] == 978 and timesteps[4] == 900 and timesteps[-1] == 166
-    assert torch.equal(truncated, torch.tensor(timesteps) / 1000)
+    for kind in (DanceSde, Euler):
+        exact, cut = (kind(kind.Config(truncate_timesteps=truncate), sigmas) for truncate in (False, True))
+        assert torch.equal(cut.fed(torch.arange(16)), torch.tensor(timesteps) / 1000)
+        assert torch.equal(cut.level(torch.arange(16)), exact.level(torch.arange(16)))
+        x, output = latents(2, 4, 2, 5), latents(2, 4, 2, 5, seed=1)
+        assert torch.equal(cut.advance(1, x, output), exact.advance(1, x, output))
 
 
 def test_each_kind_takes_the_predictions_that_it_is_for():

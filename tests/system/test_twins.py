@@ -22,7 +22,7 @@ SMALL = (
     *("evaluate.grid_prompts=2", "evaluate.grid_columns=2"),
 )
 # Full-size run files of methods that were published for other models than Stable Diffusion 3.5.
-LARGE = {"srpo": "flux_dev_srpo_hps", "refl": "sd15_refl", "draft": "sd15_draft", "draft_lv": "sd15_draft_lv"}
+LARGE = {"srpo": "flux_dev_srpo_hps", "refl": "flux_dev_refl", "draft": "sd15_draft", "draft_lv": "sd15_draft_lv"}
 TWINS = sorted(path.stem for path in CONFIGS.glob("embedded_*.yaml"))
 ADAPTIVE = ("advantage.shaping.gamma=adaptive", "advantage.shaping.delta=1e-2")
 

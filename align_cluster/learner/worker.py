@@ -216,15 +216,15 @@ class Learner:
         restore(self, snapshot)
 
     def make_probe(self) -> TrustProbe:
-        """Return the probe of SLAS's adaptive exponent, made at first use."""
+        """Return the probe of SLAS's worst-case bound, made at first use."""
         self.probe = self.probe or TrustProbe(self.engine.trainable, self.setup.seed, self.world)
         return self.probe
 
     def _probe_update(self, work: StepWork, micro_batch: MicroBatch, passes: int) -> bool:
-        """Begin to measure the coming update if it is one that SLAS's adaptive exponent asks for, each time at another
+        """Begin to measure the coming update if it is one that SLAS's worst-case bound asks for, each time at another
         of the trained steps; returns whether it does."""
         shaping = self.setup.shaping
-        if not shaping or shaping.gamma != "adaptive" or self.updates % shaping.refresh:
+        if not shaping or not shaping.probes or self.updates % shaping.refresh:
             return False
         chunk = work.chunk_of(micro_batch)
         rows = slice(micro_batch.start, min(micro_batch.stop, micro_batch.start + PROBED))

@@ -1,4 +1,4 @@
-"""Turns a step's scores into advantages. Its one piece of state is SLAS's adaptive exponent."""
+"""Turns a step's scores into advantages. Its one piece of state is SLAS's exponent under `bound: worst_case`."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class AdvantageEstimator:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         shaping = config.advantage.shaping
-        self.trust = TrustRegion(shaping) if shaping and shaping.gamma == "adaptive" else None
+        self.trust = TrustRegion(shaping) if shaping and shaping.probes else None
 
     def assign(self, drawn: list[DrawnChunk], values: None = None) -> Credit:
         """Return advantages [P, M] of a step from all its scores; groups are the rows. `values` belong to a critic."""

@@ -146,16 +146,17 @@ def credit(
     batches: np.ndarray,
     conditions: int = 1,
     gamma: float | None = None,
+    anchor: bool = True,
 ) -> Credit:
     """Return the advantages of one step, with metrics to log.
 
-    Members are laid out by `conditions` K: m = k * G + g, and condition k = 0 is the original prompt. `gamma` replaces
-    the settings' value; an adaptive gamma with `bound: worst_case` needs it.
+    Members are laid out by `conditions` K: m = k * G + g, and with `anchor` k = 0 is the original prompt. `gamma`
+    replaces the settings' value; an adaptive gamma with `bound: worst_case` needs it.
     """
     valid = usable(values, applies, valid, weights) & applies.any(0)
     advantages = linear(values, applies, valid, weights, config, batches)
     total = _weighted_sum(values, applies & valid, weights)
-    metrics = _spreads(total, valid, conditions) | {
+    metrics = _spreads(total, valid, conditions, anchor) | {
         "group/zero_std_ratio": 1.0 - float((advantages != 0).any(1).mean()),
         "group/masked": 1.0 - float(valid.mean()),
     }
@@ -231,7 +232,7 @@ def spread(x: np.ndarray, valid: np.ndarray, axis: int = 1) -> float:
     return _average(np.sqrt(square), count > 1)
 
 
-def _spreads(total: np.ndarray, valid: np.ndarray, conditions: int) -> dict[str, float]:
+def _spreads(total: np.ndarray, valid: np.ndarray, conditions: int, anchor: bool) -> dict[str, float]:
     """Return where the combined reward [P, M] varies: in groups, across noises, and across conditions.
 
     With several conditions, original and perturbed members are also reported apart.
@@ -242,8 +243,9 @@ def _spreads(total: np.ndarray, valid: np.ndarray, conditions: int) -> dict[str,
     grid, ok = (x.reshape(len(x), conditions, -1) for x in (total, valid))
     metrics["group/std_across_noises"] = spread(grid, ok, 2)
     metrics["group/std_across_conditions"] = spread(grid, ok, 1)
-    original = total.shape[1] // conditions
-    for name, rows in (("original", slice(0, original)), ("perturbed", slice(original, None))):
+    original = total.shape[1] // conditions if anchor else 0
+    kinds = [("original", slice(0, original))] * anchor + [("perturbed", slice(original, None))]
+    for name, rows in kinds:
         metrics[f"group/{name}_std"] = spread(total[:, rows], valid[:, rows])
         metrics[f"group/{name}_mean"] = _average(total[:, rows], valid[:, rows])
     return metrics

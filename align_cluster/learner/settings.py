@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from align_cluster.algorithms.slas import Slas
 from align_cluster.backbones.base import BackboneSection
+from align_cluster.conditions.exploration import E2po
 from align_cluster.rewards.base import RewardSection
 from align_cluster.settings import Fraction, Section
 
@@ -72,7 +73,8 @@ class LearnerSetup:
     """Holds everything of a run that a learner rank must know; `RunConfig.learner_setup` makes it.
 
     `rewards` are the trained ones by name, `step` is the kind of step that training rollouts take, `guidance` their
-    classifier-free guidance, and `shaping` SLAS's settings where advantages are shaped.
+    classifier-free guidance, `shaping` SLAS's settings where advantages are shaped, and `exploration` E2PO's where
+    updates see perturbed conditions.
     """
 
     seed: int
@@ -83,5 +85,6 @@ class LearnerSetup:
     step: Section
     guidance: float
     shaping: Slas | None
+    exploration: E2po | None
     optimizer: OptimizerConfig
     learner: LearnerConfig

@@ -11,6 +11,7 @@ from align_cluster.algorithms.base import Batch, CriticTargets, RecordedSteps
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.critic import Critic
+from align_cluster.conditions.exploration import strength
 from align_cluster.learner.batching import MetricSums, MicroBatch, RankMetric, StepWork, TrainingChunk
 from align_cluster.learner.critic import CriticBatch, CriticLearner
 from align_cluster.learner.engine import Engine, join
@@ -246,14 +247,20 @@ class Learner:
         network: torch.nn.Module | None = None,
     ) -> LearnerPolicy:
         """Return the network, behind its engine unless one is given, under the prompts' own conditions, `times` over,
-        whatever conditions the samples were drawn under."""
-        kind, text = self.setup.step, chunk.text(null, self.backbone.device, rows)
+        whatever conditions the samples were drawn under, unless exploration.update asks for these."""
+        kind, device, explored = self.setup.step, self.backbone.device, self.setup.exploration
+        text, perturbed = chunk.text(null, device, rows), None
+        if explored:
+            perturbed = chunk.perturbed_text(self.backbone.insert, null, device, rows)
+        repeated = torch.arange(len(text.sequence)).repeat(times)
         return LearnerPolicy(
             backbone=self.backbone,
             network=network or self.engine.deepspeed,
             denoiser=self.denoiser,
             step=STEPS[kind.kind](kind, chunk.record.sigmas, self.backbone.prediction),
-            text=text if times == 1 else text[torch.arange(len(text.sequence)).repeat(times)],
+            text=text if times == 1 else text[repeated],
+            perturbed=perturbed if perturbed is None or times == 1 else perturbed[repeated],
+            strength=lambda sigma: strength(sigma, chunk.record.sigmas, explored),
             guidance=self.setup.guidance,
             null_gradient=self.setup.learner.guidance_gradient == "both",
             reward_gradient=self.reward_gradient,

@@ -36,7 +36,8 @@ class AdvantageEstimator:
             finite = np.concatenate([item.finite for item in drawn]).reshape(shape)
             return Credit(np.zeros(shape, np.float32), finite, {})  # the learner follows the rewards' gradient itself
         arguments = self._arguments(drawn)
-        return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
+        gamma = self.trust.gamma if self.trust else None
+        return credit(*arguments, self.config.conditions, gamma, self.config.anchored)
 
     def observe(self, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
         """Take in what the learner measured during its update, if it did, and return metrics of it."""

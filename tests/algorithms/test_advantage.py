@@ -415,6 +415,10 @@ def test_variance_is_split_across_noises_conditions_and_their_kinds(masked):
         "group/perturbed_mean": mean_of(sum((cells(p, [1, 2], range(g)) for p in range(P)), [])),
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    unanchored = credit(**single(rewards, valid), config=AdvantageConfig(), conditions=k, anchor=False).metrics
+    assert not {"group/original_std", "group/original_mean"} & unanchored.keys()
+    assert unanchored["group/perturbed_mean"] == pytest.approx(rewards[valid].mean())
+    assert unanchored["group/std_across_conditions"] == metrics["group/std_across_conditions"]
     assert metrics["group/std_across_conditions"] > 2 * metrics["group/std_across_noises"]
 
 

@@ -231,6 +231,22 @@ REFUSED = [
     (["exploration.conditions=-3"], ["exploration.conditions is -3", "above 0"]),
     (["exploration.rho=0"], ["exploration.rho is 0", "above 0"]),
     (["exploration.rho=1.2"], ["exploration.rho is 1.2", "at most 1"]),
+    (
+        ["exploration.anchor=false", "exploration.conditions=1"],
+        ["exploration.anchor is false", "conditions to 2 or more", "anchor to true"],
+    ),
+    (
+        ["exploration.schedule=static", "exploration.clock=time"],
+        ["exploration.clock is time", "static reads no clock", "schedule to fading"],
+    ),
+    (
+        [*GRPO, *E2PO, "exploration.update=perturbed"],
+        ["exploration.update is perturbed", "algorithm.kind grpo", "set it to original, or algorithm.kind to nft"],
+    ),
+    (
+        [*UNET, *E2PO, "exploration.encoders=both"],
+        ["exploration.encoders is both", "sd1 has no second CLIP text encoder", "set it to first"],
+    ),
     (["exploration.mu=-2"], ["exploration.mu is -2", "at least -1"]),
     ([*SLAS, "advantage.shaping.gamma=-1"], ["advantage.shaping.gamma is -1", "at least 0, or 'adaptive'"]),
     (
@@ -311,6 +327,9 @@ REMEDIES = [
     ["learner.fold=3", "learner.micro_batch=12"],
     [*E2PO, "rollout.group_size=1"],  # conditions alone are compared, too
     [*E2PO, "exploration.rho=1"],
+    [*E2PO, "exploration.anchor=false", "exploration.encoders=both", "exploration.update=perturbed"],
+    [*E2PO, "exploration.clock=time", "exploration.learned=each_time"],
+    [*E2PO, "exploration.schedule=static"],
     [*SLAS, "advantage.shaping.gamma=0"],
     [*SLAS, "advantage.std=global"],
     [*GRPO, *ADAPTIVE],

@@ -91,7 +91,13 @@ def test_policy_gradients_explore_too(in_process):
 # Six runs on Ray between which every kind of algorithm, exploration, adaptive shaping, several rewards and pools of
 # their own are met: (run file, overrides).
 REAL = [
-    ("embedded_e2po_efficient", ("rewards.geneval.pool.workers=2", "rewards.clip.pool.cpus=0.02")),
+    (
+        "embedded_e2po_efficient",
+        (
+            *("rewards.geneval.pool.workers=2", "rewards.clip.pool.cpus=0.02"),
+            *("exploration.update=perturbed", "exploration.learned=each_time", "exploration.anchor=false"),
+        ),
+    ),
     ("embedded_slas", WORST),
     ("embedded_critic", ()),
     ("embedded_srpo", ()),

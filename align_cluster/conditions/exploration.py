@@ -16,8 +16,8 @@ Level = TypeVar("Level", float, np.ndarray, torch.Tensor)
 class E2po(Section):
     """Configures E2PO. Defaults are the paper's, except lr, init, bound and embedding, which it does not state."""
 
+    # Settings that have no part in what is learned of a prompt.
     drawing: ClassVar[frozenset[str]] = frozenset({"rho", "schedule", "clock", "update", "learned"})
-    """The settings that have no part in what is learned of a prompt."""
 
     kind: Literal["e2po"] = "e2po"
     conditions: PositiveInt = 4

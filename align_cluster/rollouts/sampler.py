@@ -96,7 +96,12 @@ class Sampler:
         return cached(Condition, texts, self.backbone.condition_key, self.backbone.encode)
 
     def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
-        """Return the perturbations of prompts from the disk cache; prompts that it lacks are learned together."""
+        """Return the perturbations of prompts from the disk cache; prompts that it lacks are learned together.
+
+        What is learned for one step alone does not go there, because nobody would read it again.
+        """
+        if config.learned == "each_time":
+            return self.backbone.perturb(texts, config, seed)
         return cached(
             Perturbation,
             texts,

@@ -8,9 +8,13 @@ from align_cluster.algorithms.trust import bound
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Reduced, make_micro_batches
 from align_cluster.loop.advantages import AdvantageEstimator
+from align_cluster.loop.clock import Clock
+from align_cluster.loop.learning import Sync
 from align_cluster.loop.rollouts import DrawnChunk
+from align_cluster.loop.summary import step_metrics
+from align_cluster.observe.metrics import describe
 from align_cluster.prompts.groups import plan_step
-from align_cluster.types import DrawInfo, Failure, Prompt, Scores
+from align_cluster.types import DrawInfo, Failure, Manifest, Prompt, Scores
 
 PROMPTS, NOISES, CONDITIONS = 4, 3, 2
 SIZE = NOISES * CONDITIONS
@@ -198,3 +202,15 @@ def test_samples_without_a_score_do_not_count_in_the_trust_region():
     assert len(u) == PROMPTS * SIZE - 2
     moment = np.mean((u**2 / np.mean(u**2)) ** (1 + logged["slas/gamma"]))
     assert logged["slas/moment"] == pytest.approx(moment, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, SIZE, 7])
+def test_a_step_tells_how_each_reward_spreads_inside_a_group_without_failed_scores(chunk):
+    config = settings(chunk)
+    items, rewards = drawn(config, failing=((1, 4), (3, 0)))
+    sync = Sync(Manifest(1, (), 0, ""), None, 0.0)
+    row = step_metrics(config, items, AdvantageEstimator(config).assign(items), {}, Clock(), sync)
+    groups = [np.delete(group, failed) for group, failed in zip(rewards, ([], [4], [], [0]), strict=True)]
+    assert row["reward/clip/spread"] == pytest.approx(np.mean([group.std() for group in groups]))
+    assert row["reward/clip/spread"] < row["reward/clip/std"]  # which holds the differences between prompts as well
+    assert describe("reward/clip/spread").unit == "score" and "inside a group" in describe("reward/clip/spread").meaning

@@ -42,12 +42,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Holds K - 1 variants of a prompt's CLIP-L encoding, which E2PO uses in place of the original encoding.
+    """Holds V variants of a prompt's CLIP encoding, which E2PO uses in place of the original encoding.
 
     key        content address of the perturbation
-    hidden     [K - 1, T, D] hidden states, in the type and form of the Condition's arrays
-    pooled     [K - 1, P]    pooled embeddings, likewise
-    cosines    [K - 1]       cosine of each variant's global embedding to the original's, fp64
+    hidden     [V, T, D]    hidden states, in the type and form of the Condition's arrays
+    pooled     [V, P]       pooled embeddings, likewise
+    cosines    [V]          cosine of each variant's global embedding to the original's, fp64
     pairwise   mean cosine between variants, NaN for fewer than two
     """
 

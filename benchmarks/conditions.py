@@ -87,7 +87,7 @@ def run(config: RunConfig, count: int, fit: int, cache: Path) -> Iterator[dict[s
         began = time.perf_counter()
         numbers = range(first, min(first + STEP, count))
         prompts = [Prompt(number, f"a photo of {number} red circles") for number in numbers]
-        store.explore(prompts)
+        store.explore(prompts, 0)
         store.encode(prompts)
         references = [store.of(prompt.text) for prompt in prompts]
         references += [store.perturbed_of(prompt.text).reference for prompt in prompts]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.conditions.perturb import E2po
+from align_cluster.conditions.exploration import E2po
 from align_cluster.embedded import scene
 
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What does SLAS's adaptive gamma cost? Processor time of its estimates against that of the training around them.
+"""What does SLAS's worst-case bound on gamma cost? Processor time of its estimates against that of training.
 
     python benchmarks/trust_region.py
 
@@ -21,6 +21,7 @@ from align_cluster.learner.worker import Learner
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.types import Chunk, Prompt, Row
 
+ADAPTIVE = ("advantage.shaping.gamma=adaptive", "advantage.shaping.bound=worst_case")
 UPDATES, GROUPS = 31, 4
 TEXTS = ("a red circle", "a blue square", "a green star", "a yellow triangle")
 
@@ -34,7 +35,7 @@ def seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     file = Path(__file__).parents[1] / "configs" / "embedded_slas.yaml"
-    config = load(file, ["advantage.shaping.gamma=adaptive", "learner.updates_per_step=1", "steps=100000"])
+    config = load(file, [*ADAPTIVE, "learner.updates_per_step=1", "steps=100000"])
     sampler, size, steps = Sampler(config.backbone), config.rollout.group_size, config.rollout.steps
     texts = [f"a photo of {text}" for text in TEXTS]
     conditions = dict(zip(texts, sampler.encode(texts), strict=True))

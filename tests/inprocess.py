@@ -79,7 +79,8 @@ def train(config: RunConfig, folder: Path, device: str = "cpu") -> Finished:
         for step in range(config.steps):
             clock.next_step(step + 1)
             chunks = plan_chunks(config, prompts, step)
-            explored = workers.explore([text for chunk in chunks for text in chunk.texts]) if config.exploration else {}
+            texts = [text for chunk in chunks for text in chunk.texts]
+            explored = workers.explore(texts, step) if config.exploration else {}
             drawn = workers.draw(chunks, training_request(config, step, workers.version))
             credit = estimator.assign(drawn, workers.values(drawn) if workers.algorithm.critic else None)
             trained = workers.update(step, drawn, credit)
@@ -131,12 +132,14 @@ class Workers:
         new = [text for text in dict.fromkeys(texts) if text not in self.conditions]
         self.conditions.update(zip(new, self.sampler.encode(new), strict=True))
 
-    def explore(self, texts: list[str]) -> dict[str, float]:
+    def explore(self, texts: list[str], step: int) -> dict[str, float]:
         """Learn the perturbed conditions of the texts that are new; returns their distance from the original."""
-        texts = list(dict.fromkeys(texts))
+        texts, asked = list(dict.fromkeys(texts)), self.config.exploration
+        if asked.learned == "each_time":
+            self.perturbations.clear()
         new = [text for text in texts if text not in self.perturbations]
         self.perturbations.update(
-            zip(new, self.sampler.perturb(new, self.config.exploration, self.config.seed), strict=True)
+            zip(new, self.sampler.perturb(new, asked, asked.seed_in(self.config.seed, step)), strict=True)
         )
         return {"explore/anchor_cosine": float(np.mean([self.perturbations[text].cosines.mean() for text in texts]))}
 
@@ -154,7 +157,7 @@ class Workers:
 
     def training_chunks(self, drawn: list[DrawnChunk]) -> list[TrainingChunk]:
         """Return what the learner reads of drawn chunks."""
-        return [TrainingChunk(item.record, self.conditions) for item in drawn]
+        return [TrainingChunk(item.record, self.conditions, self.perturbations) for item in drawn]
 
     def values(self, drawn: list[DrawnChunk]) -> CriticValues:
         """Return the critic's values of all samples."""

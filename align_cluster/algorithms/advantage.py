@@ -7,74 +7,18 @@ update that a sample belongs to.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 
+from align_cluster.algorithms.slas import Slas, moment, widest_gamma
 from align_cluster.rewards.base import MOST, sound
 from align_cluster.settings import Root, Section
 from align_cluster.types import Credit
 
 FLAT = 1e-6  # a group with a smaller range of rewards carries no signal
-
-
-class Slas(Section):
-    """Super-linear advantage shaping (SLAS): u becomes sign(u) |u|^(1 + gamma), so gamma 0 leaves u unchanged.
-
-    The paper divides by the standard deviation of the batch and not of the prompt, so SLAS needs `std: batch` or
-    `global`; `std: group` and `none` are refused.
-    """
-
-    kind: Literal["slas"] = "slas"
-    gamma: Annotated[float, Field(ge=0)] | Literal["adaptive"] = 0.5
-    """How much faster than linearly large advantages grow. The paper's value is not known to us; try 0.25, 0.5 and 1.
-    `adaptive` chooses it during the run, as large as an update's trust region allows (`algorithms/trust.py`); AdamW's
-    updates have much the same KL whatever gamma is (measured on the embedded model), so this hardly limits it."""
-    order: Literal["norm_then_shape", "shape_then_norm"] = "norm_then_shape"
-    """Whether advantages are divided by a deviation and then shaped, or afterwards also divided by the deviation of the
-    shaped ones (`shape_then_norm`). Both keep their direction; `shape_then_norm` gives updates of one size whatever
-    gamma is. The paper does not state the order."""
-    recentre: bool = False
-    """Whether the mean of each group's shaped advantages is subtracted, because a shaped group no longer sums to
-    zero."""
-    gamma_max: PositiveFloat = 2.0
-    """The largest gamma that `adaptive` may choose."""
-    bound: Literal["measured", "worst_case"] = "measured"
-    """What limits an adaptive gamma. `worst_case` is the paper's inequality, which exceeds the KL of real updates by
-    orders of magnitude and keeps gamma at 0 on the embedded model (measured). `measured` takes the KL of a real update
-    in its place."""
-    delta: PositiveFloat = 3e-5
-    """The KL that an update may have with an adaptive gamma, in nats per latent dimension."""
-    refresh: PositiveInt = 10
-    """The number of optimiser updates between two estimates of an adaptive gamma. Each estimate costs extra passes
-    through the network."""
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """The decay of the average over the estimates of an adaptive gamma. 0 takes the last one."""
-
-    def problems(self, where: str, run: Root) -> Iterator[str]:
-        """Refuse a pool of another size than SLAS needs, and runs that gamma cannot adapt to."""
-        if run.advantage.std in ("group", "none"):
-            yield (
-                f"{where} is slas, which takes the batch's deviation in place of the prompt's, and advantage.std is "
-                f"{run.advantage.std}; set it to batch (or global)"
-            )
-        if self.gamma == "adaptive":
-            if run.window is None:
-                yield (
-                    f"{where}.gamma is adaptive, which needs log-probs, and algorithm.kind {run.algorithm.kind} has "
-                    "none; set it to a number such as 0.5"
-                )
-            if self.order == "shape_then_norm":
-                yield (
-                    f"{where}.gamma is adaptive, and {where}.order shape_then_norm gives updates of one size whatever "
-                    "gamma is; set order to norm_then_shape"
-                )
-            if run.learner.zero_stage == 3:
-                yield (
-                    f"{where}.gamma is adaptive, which needs whole parameters on every rank, and learner.zero_stage is "
-                    "3; set it to 2, or gamma to a number such as 0.5"
-                )
+FEWEST = 4  # groups whose common deviation says more than that of one prompt
 
 
 class AdvantageConfig(Section):
@@ -83,13 +27,14 @@ class AdvantageConfig(Section):
     mean: Literal["group", "leave_one_out", "global"] = "group"
     """What a reward is compared with: the mean of its group, the mean of the others in its group (`leave_one_out`), or
     the mean of the whole step (`global`). Flow-GRPO, DanceGRPO and DiffusionNFT take the group's."""
-    std: Literal["group", "global", "batch", "none"] = "group"
+    std: Literal["group", "global", "batch", "update", "none"] = "group"
     """What the distance from that mean is divided by: the standard deviation of the group (`group`: DanceGRPO), of the
-    whole step (`global`: Flow-GRPO, DiffusionNFT), of the optimiser update (`batch`), or nothing (`none`: Dr. GRPO).
-    SLAS needs `batch` or `global`. With one group in an update, `batch` is the same as `group`."""
+    whole step (`global`: Flow-GRPO, DiffusionNFT; `batch`: the same, as SLAS calls the batch that DanceGRPO gathers),
+    of the optimiser update alone (`update`), or nothing (`none`: Dr. GRPO). SLAS needs `batch`, `global` or `update`.
+    `batch` and `update` need four groups or more: over fewer, they come close to `group`."""
     std_of: Literal["raw", "centred"] = "raw"
-    """Whether `global` and `batch` take the deviation of raw rewards, differences between prompts included, or of
-    rewards less the mean that they are compared with (`centred`). Flow-GRPO takes raw ones."""
+    """Whether `global`, `batch` and `update` take the deviation of raw rewards, differences between prompts included,
+    or of rewards less the mean that they are compared with (`centred`). Flow-GRPO takes raw ones."""
     ddof: Literal[0, 1] = 0
     """What a deviation's sum of squares over n rewards is divided by: n with 0 (Flow-GRPO), n - 1 with 1
     (DanceGRPO)."""
@@ -100,6 +45,10 @@ class AdvantageConfig(Section):
     """How several rewards become one advantage. `sum_then_normalise` takes their weighted sum first, so the one with
     the widest range dominates (Flow-GRPO, DiffusionNFT). `normalise_then_sum` normalises each one first and scales the
     weights of those that apply to sum to 1 (MixGRPO); `gdpo` then takes a z-score over each update (Flow-Factory)."""
+    rescale_weights: bool = True
+    """Whether `normalise_then_sum` and `gdpo` scale the weights of the rewards that apply to sum to 1. false takes them
+    as given, as DanceGRPO does: its weights .7 and 1.4 make advantages 2.1 times as large, so that more of them reach
+    the clip. `sum_then_normalise` never scales them."""
     shaping: Slas | None = None
     """Super-linear shaping of advantages (SLAS). Null leaves them linear."""
     clip: PositiveFloat | None = None
@@ -107,15 +56,32 @@ class AdvantageConfig(Section):
     well."""
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
-        """Refuse statistics over batches that hold parts of groups."""
-        updates, groups = run.learner.updates_per_step, run.prompts_per_step
-        pooled = "std is batch" if self.std == "batch" else "mix is gdpo" if self.mix == "gdpo" else ""
-        if pooled and updates > groups:
-            remedy = "std to global" if self.std == "batch" else "mix to normalise_then_sum"
+        """Refuse statistics over too few groups or parts of groups, and weights that nothing scales."""
+        if not self.rescale_weights and self.mix == "sum_then_normalise":
             yield (
-                f"{where}.{pooled}, and learner.updates_per_step {updates} splits the {groups} groups of a step, and "
-                f"deviations of parts of groups say little; set it to at most {groups}, or {where}.{remedy}"
+                f"{where}.rescale_weights is false, and {where}.mix sum_then_normalise never scales weights; leave it "
+                f"out, or set {where}.mix to normalise_then_sum"
             )
+        groups, updates = run.prompts_per_step, run.learner.updates_per_step
+        each, enough = groups // updates, groups >= FEWEST
+        if (self.std == "batch" or (self.shaping and self.std == "global")) and not enough:
+            yield (
+                f"{where}.std is {self.std}, and a step has {groups} groups, whose common deviation is close to that "
+                f"of one prompt; set prompts_per_step to at least {FEWEST}"
+            )
+        remedy = f"learner.updates_per_step to at most {groups // FEWEST}"
+        if not enough:
+            remedy = f"prompts_per_step to at least {FEWEST} and learner.updates_per_step to 1"
+        for pooled, used, other in (
+            ("std is update", self.std == "update", "std to batch" if enough else "std to group"),
+            ("mix is gdpo", self.mix == "gdpo", "mix to normalise_then_sum"),
+        ):
+            if used and each < FEWEST:
+                yield (
+                    f"{where}.{pooled}, and learner.updates_per_step {updates} leaves an update {each} of the {groups} "
+                    "groups of a step, whose common deviation is close to that of one prompt; "
+                    f"set {remedy}, or {where}.{other}"
+                )
 
 
 def normalise(rewards: np.ndarray, valid: np.ndarray, config: AdvantageConfig, batches: np.ndarray) -> np.ndarray:
@@ -148,11 +114,11 @@ def linear(
         return normalise(_weighted_sum(values, scored, weights), scored.any(0), config, batches)
     each = np.stack([normalise(r, ok, config, batches) for r, ok in zip(values, scored, strict=True)])
     share = weights[:, None, None] * scored
-    size = np.abs(share).sum(0)
+    size = np.abs(share).sum(0) if config.rescale_weights else 1.0
     mixed = (share * each).sum(0) / np.where(size > 0, size, 1.0)
     if config.mix == "normalise_then_sum":
         return mixed
-    ok, pool = scored.any(0), _pool("batch", batches)
+    ok, pool = scored.any(0), _pool("update", batches)
     z = (mixed - _mean(mixed, ok, pool)[0]) / (_std(mixed, ok, pool, config.ddof) + config.eps)
     return np.where(ok & (mixed != 0).any(1, keepdims=True), z, 0.0)  # the batch's mean must not move flat groups
 
@@ -180,23 +146,28 @@ def credit(
     batches: np.ndarray,
     conditions: int = 1,
     gamma: float | None = None,
+    anchor: bool = True,
 ) -> Credit:
     """Return the advantages of one step, with metrics to log.
 
-    Members are laid out by `conditions` K: m = k * G + g, and condition k = 0 is the original prompt. `gamma` replaces
-    the settings' value; an adaptive gamma needs it.
+    Members are laid out by `conditions` K: m = k * G + g, and with `anchor` k = 0 is the original prompt. `gamma`
+    replaces the settings' value; an adaptive gamma with `bound: worst_case` needs it.
     """
     valid = usable(values, applies, valid, weights) & applies.any(0)
     advantages = linear(values, applies, valid, weights, config, batches)
     total = _weighted_sum(values, applies & valid, weights)
-    metrics = _spreads(total, valid, conditions) | {
+    metrics = _spreads(total, valid, conditions, anchor) | {
         "group/zero_std_ratio": 1.0 - float((advantages != 0).any(1).mean()),
         "group/masked": 1.0 - float(valid.mean()),
     }
     if config.shaping:
-        gamma = config.shaping.gamma if gamma is None else gamma
-        advantages = shape(advantages, valid, config, batches, gamma)
+        updates = [advantages[valid & (batches == number)] for number in np.unique(batches[valid])]
+        if gamma is None:
+            gamma = config.shaping.gamma
+            gamma = widest_gamma(updates, config.shaping) if gamma == "adaptive" else gamma
         metrics["advantage/gamma"] = float(gamma)
+        metrics["advantage/moment"] = max((moment(u, gamma) for u in updates), default=0.0)
+        advantages = shape(advantages, valid, config, batches, gamma)
     if config.clip:
         advantages = np.clip(advantages, -config.clip, config.clip)
     if config.shaping:
@@ -232,7 +203,7 @@ def _divide(
 
 def _pool(kind: str, batches: np.ndarray) -> np.ndarray:
     """Return labels [P, M]; statistics are taken over the samples of each label."""
-    if kind == "batch":
+    if kind == "update":
         return batches
     return np.broadcast_to(np.arange(len(batches))[:, None] if kind == "group" else 0, batches.shape)
 
@@ -253,27 +224,28 @@ def _average(x: np.ndarray, valid: np.ndarray) -> float:
     return float(x[valid].mean()) if valid.any() else float("nan")
 
 
-def _spread(x: np.ndarray, valid: np.ndarray, axis: int = 1) -> float:
-    """Return the mean of the deviations along an axis, over slices with two or more valid entries; NaN without any."""
+def spread(x: np.ndarray, valid: np.ndarray, axis: int = 1) -> float:
+    """Return the mean deviation along an axis of [P, M], over slices with two valid entries; NaN without any."""
     count = valid.sum(axis, keepdims=True)
     mean = np.where(valid, x, 0.0).sum(axis, keepdims=True) / np.maximum(count, 1)
     square = np.where(valid, (x - mean) ** 2, 0.0).sum(axis, keepdims=True) / np.maximum(count, 1)
     return _average(np.sqrt(square), count > 1)
 
 
-def _spreads(total: np.ndarray, valid: np.ndarray, conditions: int) -> dict[str, float]:
+def _spreads(total: np.ndarray, valid: np.ndarray, conditions: int, anchor: bool) -> dict[str, float]:
     """Return where the combined reward [P, M] varies: in groups, across noises, and across conditions.
 
     With several conditions, original and perturbed members are also reported apart.
     """
-    metrics = {"group/reward_std_mean": _spread(total, valid)}
+    metrics = {"group/reward_std_mean": spread(total, valid)}
     if conditions == 1:
         return metrics
     grid, ok = (x.reshape(len(x), conditions, -1) for x in (total, valid))
-    metrics["group/std_across_noises"] = _spread(grid, ok, 2)
-    metrics["group/std_across_conditions"] = _spread(grid, ok, 1)
-    original = total.shape[1] // conditions
-    for name, rows in (("original", slice(0, original)), ("perturbed", slice(original, None))):
-        metrics[f"group/{name}_std"] = _spread(total[:, rows], valid[:, rows])
+    metrics["group/std_across_noises"] = spread(grid, ok, 2)
+    metrics["group/std_across_conditions"] = spread(grid, ok, 1)
+    original = total.shape[1] // conditions if anchor else 0
+    kinds = [("original", slice(0, original))] * anchor + [("perturbed", slice(original, None))]
+    for name, rows in kinds:
+        metrics[f"group/{name}_std"] = spread(total[:, rows], valid[:, rows])
         metrics[f"group/{name}_mean"] = _average(total[:, rows], valid[:, rows])
     return metrics

@@ -90,6 +90,7 @@ class Backbone(ABC):
 
     lora_targets         layers that get adapters by default
     explorable           a CLIP text encoder has token embeddings that E2PO can perturb
+    clips                those encoders, the first one first: names of encoder and tokenizer in the pipeline
     patch                latent pixels a token, along one side
     distilled_guidance   guidance strength that is fed to a distilled network (None: the settings' value)
     """
@@ -97,6 +98,7 @@ class Backbone(ABC):
     flow: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]]
     explorable: ClassVar[bool] = False
+    clips: ClassVar[tuple[tuple[str, str], ...]] = ()
     patch: ClassVar[int] = 2
     pipelines: ClassVar[tuple[str, ...]] = ()
     critic_blocks: ClassVar[tuple[str, ...]] = ()

@@ -16,11 +16,13 @@ from align_cluster.backbones.base import Backbone
 from align_cluster.backbones.levels import pipeline_sigmas
 from align_cluster.backbones.parts import cut, settings_of, unknown
 from align_cluster.conditions.address import address
-from align_cluster.conditions.perturb import E2po, learn
+from align_cluster.conditions.exploration import E2po
+from align_cluster.conditions.perturb import beside, learn
 from align_cluster.conditions.precision import to_array
 from align_cluster.embedded import WORLD, pipeline_path
 from align_cluster.errors import UserError, hub_refusal
 from align_cluster.files import atomic, sort_metadata
+from align_cluster.streams import hashed
 from align_cluster.types import Condition, Perturbation
 
 SHOWN = 5  # unknown words that a note names
@@ -394,23 +396,31 @@ class ClipExploration:
     """
 
     explorable: ClassVar[bool] = True
+    clips: ClassVar[tuple[tuple[str, str], ...]] = (("text_encoder", "tokenizer"),)
     layer: ClassVar[int | None] = -2
 
     def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
         """Learn perturbed encodings of prompts, each independent of the others."""
         keys = [self.perturbation_key(text, config, seed) for text in texts]
-        found = learn(self._text.text_encoder, self._text.tokenizer, texts, keys, config, seed, self.layer)
+        found = []
+        for number, names in enumerate(self._perturbed(config)):
+            encoder, tokenizer = (getattr(self._text, name) for name in names)
+            own = hashed(f"{seed}/{number}") if number else seed
+            found.append(learn(encoder, tokenizer, texts, keys, config, own, self.layer))
         self._release()
-        return found
+        return found[0] if len(found) == 1 else [beside(parts) for parts in zip(*found, strict=True)]
+
+    def _perturbed(self, config: E2po) -> tuple[tuple[str, str], ...]:
+        return self.clips if config.encoders == "both" else self.clips[:1]
 
     def perturbation_key(self, text: str, config: E2po, seed: int) -> str:
         """Return the content address of a prompt's perturbations: a hash of everything that they depend on."""
-        # rho only weighs the perturbations in a rollout, so the learned perturbations do not depend on it.
-        return address(learn, self._clip_identity, str(self.dtype), config.model_dump(exclude={"rho"}), seed, text)
+        identity = self._clip_identity[: 1 + (config.encoders == "both")]
+        return address(learn, identity, str(self.dtype), config.model_dump(exclude=config.drawing), seed, text)
 
     @cached_property
     def _clip_identity(self) -> list:
-        return self._identity("text_encoder", "tokenizer")
+        return [self._identity(*names) for names in self.clips]
 
     def insert(self, condition: Condition, perturbation: Perturbation, variant: int) -> Condition:
         """Return the condition with its CLIP part replaced by a variant, 1 ... K - 1; variant 0 changes nothing."""

@@ -39,6 +39,7 @@ class SD3(ClipExploration, PipelineBackbone):
     lora_targets = JOINT_ATTENTION
     critic_blocks = ("transformer_blocks",)
     tiny_last_level = True
+    clips = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 
     @property
     def _has_t5(self) -> bool:
@@ -91,7 +92,8 @@ class SD3(ClipExploration, PipelineBackbone):
         return sequence[0], pooled[0]
 
     def replaced(self, condition: Condition, hidden: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CLIP-L has the first channels of the first rows of the sequence, and the first part of `pooled`."""
+        """CLIP-L has the first channels of the first rows of the sequence, and the first part of `pooled`.
+        CLIP-G has the next."""
         sequence, whole = condition.sequence.copy(), condition.pooled.copy()
         sequence[: hidden.shape[0], : hidden.shape[1]] = hidden
         whole[: len(pooled)] = pooled

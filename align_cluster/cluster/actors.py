@@ -16,7 +16,7 @@ from align_cluster.learner.state import Snapshot
 from align_cluster.learner.worker import Learner
 from align_cluster.rewards.worker import RewardWorker
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
-from align_cluster.types import Chunk, Condition, Record
+from align_cluster.types import Chunk, Condition, Perturbation, Record
 
 
 def make_sampler(config: RunConfig, plan: Plan, place: Any, name: str) -> Any:
@@ -74,7 +74,7 @@ class LearnerRank:
     """Wraps one rank's Learner. It is built in two calls, because the other ranks need rank 0's address first.
 
     Ray resolves references only where they are arguments of their own, so a chunk arrives as its record and then the
-    conditions of its texts. They are paired here and nowhere else.
+    conditions of its texts, then perturbations where updates see them. They are paired here and nowhere else.
     """
 
     def __init__(self, sealed: str = "") -> None:
@@ -95,23 +95,23 @@ class LearnerRank:
         """Go on from a state."""
         self.learner.restore(snapshot)
 
-    def update(self, work: StepWork, null: Condition | None, *data: Record | Condition) -> tuple[Any, Snapshot | None]:
+    def update(self, work: StepWork, null: Condition | None, *data: Any) -> tuple[Any, Snapshot | None]:
         """Train on a step's work, whose chunks and null condition come beside it; return metrics and the state."""
-        metrics = self.learner.update(replace(work, null=null, chunks=_paired(data)))
+        metrics = self.learner.update(replace(work, null=null, chunks=self._paired(data)))
         return metrics, self.learner.state()
 
     def publish(self, source: str, version: int) -> Any:
         """Return the manifest and the buffer of an adapter."""
         return self.learner.publish(source, version)
 
-    def values(self, *data: Record | Condition) -> Any:
+    def values(self, *data: Any) -> Any:
         """Return the critic's values of each chunk, and the noise levels."""
-        return self.learner.values(_paired(data))
+        return self.learner.values(self._paired(data))
 
-
-def _paired(data: Sequence[Record | Condition]) -> list[TrainingChunk]:
-    chunks, left = [], iter(data)
-    for record in left:
-        conditions = {text: next(left) for text in record.chunk.texts}
-        chunks.append(TrainingChunk(record, conditions))
-    return chunks
+    def _paired(self, data: Sequence[Record | Condition | Perturbation]) -> list[TrainingChunk]:
+        chunks, left = [], iter(data)
+        for record in left:
+            conditions = {text: next(left) for text in record.chunk.texts}
+            explored = record.chunk.perturbed_texts if self.learner.setup.exploration else ()
+            chunks.append(TrainingChunk(record, conditions, {text: next(left) for text in explored}))
+        return chunks

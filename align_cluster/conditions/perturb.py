@@ -1,68 +1,27 @@
 """E2PO's first phase: learn perturbed token embeddings that spread a prompt's global embedding around the original.
 
-The text encoder is frozen, and each prompt learns K - 1 perturbations of its content tokens. The sampler does the
+The text encoder is frozen, and each prompt learns V perturbations of its content tokens,
+K - 1 beside the original or, without the anchor, K. The sampler does the
 second phase, the rollouts under these perturbations.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch.overrides import TorchFunctionMode
 
+from align_cluster.conditions.exploration import E2po
 from align_cluster.conditions.precision import to_array
-from align_cluster.settings import Section
 from align_cluster.streams import hashed, stream
 from align_cluster.types import Perturbation
 
 BATCH = 32  # prompts that one optimisation learns together
 ROUND = 8  # tokens; a sequence is cut after its end token, at a multiple of this
-
-Level = TypeVar("Level", float, np.ndarray, torch.Tensor)
-
-
-class E2po(Section):
-    """Configures E2PO. Defaults are the paper's, except lr, init, bound and embedding, which it does not state."""
-
-    kind: Literal["e2po"] = "e2po"
-    conditions: PositiveInt = 4
-    """The number K of conditions that each noise is drawn under, the original one included. The paper has 12 with 4
-    noises (dense), 4 with 2 (efficient) and 3 with 8 (preference rewards); 1 explores nothing."""
-    rho: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """The share of the noise levels, from the noisiest on, over which perturbed conditions fade out linearly into the
-    original one. The paper uses 0.4; on the embedded model 0.8 scored higher (measured)."""
-    mu: Annotated[float, Field(ge=-1, le=1)] = 0.8
-    """The cosine to the original embedding that perturbed ones are held at."""
-    margin: Annotated[float, Field(ge=0)] = 0.01
-    """How far a cosine may be from mu without any loss."""
-    diversity: Annotated[float, Field(ge=0)] = 50.0
-    """The weight of the mean cosine between perturbed embeddings in the loss. The paper compares 30, 50 and 100."""
-    iterations: PositiveInt = 300
-    """The number of AdamW steps that learn the perturbations of a prompt."""
-    lr: PositiveFloat = 1e-3
-    """The learning rate of these steps."""
-    init: PositiveFloat = 0.01
-    """The standard deviation of the perturbations that learning starts from."""
-    bound: Literal["token_l2", "inf", "grad_norm"] = "token_l2"
-    """What `radius` limits: the L2 norm of each token's perturbation (`token_l2`), each of its elements (`inf`), or the
-    norm of the gradient of a prompt's perturbations (`grad_norm`). The paper says max-norm clip, which may mean any of
-    them."""
-    radius: PositiveFloat = 0.05
-    """The limit that `bound` names. It keeps perturbed embeddings near the original."""
-    embedding: Literal["projected", "pooled"] = "projected"
-    """Whether cosines compare projected embeddings or the pooled ones before the projection. A CLIP without a
-    projection has only the latter."""
-
-
-def gamma(sigma: Level, rho: float) -> Level:
-    """Return the weight of the perturbed condition at noise level sigma: linear from 1 at sigma = 1 to 0 at 1 - rho."""
-    weight = 1 - (1 - sigma) / rho
-    return weight.clamp(0, 1) if isinstance(weight, torch.Tensor) else np.clip(weight, 0, 1)
 
 
 def learn(
@@ -84,7 +43,7 @@ def learn(
     """
     ids, content = tokenize(tokenizer, texts)
     width = encoder.get_input_embeddings().embedding_dim
-    count = config.conditions - 1
+    count = config.variants
     noise = [
         initial_noise(text, seed, count, row, width, config.init) for text, row in zip(texts, content, strict=True)
     ]
@@ -137,7 +96,7 @@ def batches(tokenizer: Callable[..., Any], ids: torch.Tensor) -> Iterator[tuple[
 def optimise(
     encoder: torch.nn.Module, ids: torch.Tensor, content: torch.Tensor, noise: torch.Tensor, config: E2po
 ) -> torch.Tensor:
-    """Return learned perturbations [P, K - 1, S, d] that start from `noise`; ids and content are [P, S].
+    """Return learned perturbations [P, V, S, d] that start from `noise`; ids and content are [P, S].
 
     The loss is a sum over prompts, and gradients are clipped prompt by prompt, so prompts do not influence each other.
     """
@@ -167,16 +126,17 @@ def optimise(
 
 
 def objective(embeddings: torch.Tensor, anchor: torch.Tensor, config: E2po) -> torch.Tensor:
-    """Return the loss of each prompt [P] for unit vectors [P, K - 1, D] and anchors [P, D].
+    """Return the loss of each prompt [P] for unit vectors [P, V, D] and anchors [P, D].
 
-    It is diversity L_div + L_anc: L_div is the mean cosine over pairs of variants, and L_anc is how far their cosines
+    It is diversity L_div + L_anc: L_div is the mean cosine over pairs of variants, a single variant's being that with
+    the original, and L_anc is how far their cosines
     to the anchor lie outside mu +- margin.
     """
     count = embeddings.shape[1]
     to_anchor = (embeddings * anchor[:, None]).sum(-1)
     outside = ((to_anchor - config.mu).abs() - config.margin).clamp(min=0).sum(-1)
-    if count < 2:
-        return outside
+    if count < 2:  # the prompt's only pair of conditions: the variant and the original
+        return config.diversity * to_anchor.sum(-1) + outside
     pairs = (embeddings @ embeddings.mT).triu(1).sum((-2, -1))
     return config.diversity * pairs / (count * (count - 1) / 2) + outside
 
@@ -219,7 +179,7 @@ def forward(
 def render(
     encoder: torch.nn.Module, key: str, ids: torch.Tensor, deltas: torch.Tensor, config: E2po, layer: int | None = -2
 ) -> Perturbation:
-    """Encode one prompt, ids [S], under deltas [K - 1, S, d].
+    """Encode one prompt, ids [S], under deltas [V, S, d].
 
     Each variant takes a forward pass of its own, as in the stock pipeline, so an unperturbed encoding has the stock
     bits.
@@ -235,6 +195,17 @@ def render(
     pairs = cosines[1:, 1:][np.triu_indices(len(deltas), 1)]
     variants = to_array(hidden[1:]), to_array(pooled[1:])
     return Perturbation(key, *variants, cosines[0, 1:], float(pairs.mean()) if len(pairs) else float("nan"))
+
+
+def beside(parts: Sequence[Perturbation]) -> Perturbation:
+    """Join what several encoders of one prompt have learned, channel by channel in their order; cosines are means."""
+    return Perturbation(
+        parts[0].key,
+        np.concatenate([part.hidden for part in parts], -1),
+        np.concatenate([part.pooled for part in parts], -1),
+        np.mean([part.cosines for part in parts], 0),
+        float(np.mean([part.pairwise for part in parts])),
+    )
 
 
 class LinearPerPrompt(TorchFunctionMode):

@@ -171,6 +171,24 @@ def exploration_fits_backbone(config: RunConfig) -> Problems:
             f"encoder, and backbone.kind {config.backbone.kind} has none; leave exploration out, or set backbone.kind "
             f"to {names(BACKBONES, lambda one: one.explorable)}"
         )
+        return
+    clips = BACKBONES[config.backbone.kind].clips
+    if config.exploration and config.exploration.encoders == "both" and len(clips) < 2:
+        yield (
+            f"exploration.encoders is both, and backbone.kind {config.backbone.kind} has no second CLIP text encoder; "
+            "set it to first"
+        )
+
+
+def exploration_fits_algorithm(config: RunConfig) -> Problems:
+    """Refuse updates under perturbed conditions where log-probs are those of the original, or nothing is drawn."""
+    algorithm = ALGORITHMS[config.algorithm.kind]
+    if config.update_exploration and (algorithm.needs_density or algorithm.reward_gradient):
+        able = names(ALGORITHMS, lambda one: not (one.needs_density or one.reward_gradient))
+        yield (
+            f"exploration.update is perturbed, and algorithm.kind {config.algorithm.kind} trains on the prompt's own "
+            f"condition only; set it to original, or algorithm.kind to {able}"
+        )
 
 
 def images_are_there(config: RunConfig) -> Problems:
@@ -290,6 +308,7 @@ RULES = (
     algorithm_fits_backbone,
     rewards_have_gradients,
     exploration_fits_backbone,
+    exploration_fits_algorithm,
     images_are_there,
     distilled_guidance_fits,
     window_fits,

@@ -8,7 +8,7 @@ from align_cluster.algorithms import ALGORITHMS
 from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.backbones import BACKBONES
 from align_cluster.checkpoint import CheckpointConfig
-from align_cluster.conditions.perturb import E2po
+from align_cluster.conditions.exploration import E2po
 from align_cluster.learner.settings import LearnerConfig, LearnerSetup, OptimizerConfig
 from align_cluster.observe.guards import GuardConfig
 from align_cluster.prompts import PROMPTS
@@ -169,8 +169,8 @@ class RunConfig(Root):
     rollout: RolloutConfig = RolloutConfig()
     """How images for training are drawn."""
     exploration: E2po | None = None
-    """Draws every group under perturbed text conditions as well, as E2PO does; the update never sees them. Null draws
-    under the prompts' own conditions only."""
+    """Draws every group under perturbed text conditions as well, as E2PO does; by default the update never sees them.
+    Null draws under the prompts' own conditions only."""
     rewards: Annotated[dict[RewardName, one_of(REWARDS)], Field(min_length=1)]
     """The rewards that judge images, each under a name of its choice. The names appear in metrics and reports."""
     advantage: AdvantageConfig = AdvantageConfig()
@@ -234,6 +234,17 @@ class RunConfig(Root):
         return self.exploration.conditions if self.exploration else 1
 
     @property
+    def anchored(self) -> bool:
+        """Return whether a group has images of the prompt's own condition, which then come first."""
+        return self.exploration is None or self.exploration.anchor
+
+    @property
+    def update_exploration(self) -> E2po | None:
+        """Return the settings of exploration where updates see perturbed conditions."""
+        perturbed = self.conditions > 1 and self.exploration.update == "perturbed"
+        return self.exploration if perturbed else None
+
+    @property
     def group_members(self) -> int:
         """Return the number of images of one prompt group: initial noises x conditions."""
         return self.rollout.group_size * self.conditions
@@ -260,6 +271,7 @@ class RunConfig(Root):
             step=self.step_kind,
             guidance=self.rollout.guidance,
             shaping=self.advantage.shaping,
+            exploration=self.update_exploration,
             optimizer=self.optimizer,
             learner=self.learner,
         )

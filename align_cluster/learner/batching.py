@@ -3,8 +3,8 @@
 Pure functions and records, so that neither the work nor its result depends on the number of ranks.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from align_cluster.prompts.groups import even_spans
 from align_cluster.rollouts.guidance import TextBatch
-from align_cluster.types import Condition, Record
+from align_cluster.types import Condition, Perturbation, Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +42,33 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TrainingChunk:
-    """Pairs what a sampler recorded of one chunk with the conditions of its texts, under which the policy trains."""
+    """Pairs what a sampler recorded of one chunk with the conditions of its texts, under which the policy trains.
+
+    `perturbations` of its perturbed texts are there where the policy trains under these.
+    """
 
     record: Record
     conditions: Mapping[str, Condition]
+    perturbations: Mapping[str, Perturbation] = field(default_factory=dict)
 
     def text(self, null: Condition | None, device: torch.device, rows: slice = slice(None)) -> TextBatch:
         """Return the conditions of these rows."""
         texts = [row.prompt.text for row in self.record.chunk.rows[rows]]
         return TextBatch.build([self.conditions[text] for text in texts], null, device)
+
+    def perturbed_text(
+        self,
+        insert: Callable[[Condition, Perturbation, int], Condition],
+        null: Condition | None,
+        device: torch.device,
+        rows: slice,
+    ) -> TextBatch:
+        """Return the conditions that these rows were drawn under at full strength; `insert` is the backbone's."""
+        own = [
+            insert(self.conditions[row.prompt.text], self.perturbations.get(row.prompt.text), row.variant)
+            for row in self.record.chunk.rows[rows]
+        ]
+        return TextBatch.build(own, null, device)
 
 
 @dataclass(frozen=True, kw_only=True)

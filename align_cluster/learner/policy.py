@@ -1,6 +1,6 @@
 """Hands the learner's network to an algorithm as a policy, and the gradient of the trained rewards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,8 @@ class LearnerPolicy(Policy):
 
     `network` is called; `denoiser` is the module below its engine, whose adapters are switched. `reward_gradient` is
     there for algorithms that follow the gradient of rewards. With `null_gradient`, gradients flow through the null
-    branch of a guided prediction too. `equal_adapters` have the default one's weights at present.
+    branch of a guided prediction too. With `perturbed`, predictions are made under `text` moved towards it by its
+    `strength` at the noise level. `equal_adapters` have the default one's weights at present.
     """
 
     backbone: Backbone
@@ -61,6 +62,8 @@ class LearnerPolicy(Policy):
     step: Step
     text: TextBatch
     guidance: float
+    perturbed: TextBatch | None = None
+    strength: Callable[[float], float] | None = None
     null_gradient: bool = False
     reward_gradient: RewardGradient | None = None
     equal_adapters: frozenset[str] = frozenset()
@@ -72,7 +75,14 @@ class LearnerPolicy(Policy):
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, adapter: str | None = "default") -> torch.Tensor:
         """Predict under an adapter, or under the bare base for None. Only the default adapter carries gradient."""
         with torch.set_grad_enabled(adapter == "default"), active_adapter(self.denoiser, adapter):
-            return guided_velocity(self.backbone, self.network, x, sigma, self.text, self.guidance, self.null_gradient)
+            text = self._text(sigma)
+            return guided_velocity(self.backbone, self.network, x, sigma, text, self.guidance, self.null_gradient)
+
+    def _text(self, sigma: torch.Tensor) -> TextBatch:
+        if self.perturbed is None:
+            return self.text
+        weights = torch.tensor([self.strength(level) for level in sigma.tolist()], device=sigma.device)
+        return self.text.towards(self.perturbed, weights)
 
     def rewards(self, latents: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return the trained rewards of latents under each of their texts, with a gradient to the latents."""

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from align_cluster.algorithms.advantage import Slas
+from align_cluster.algorithms.slas import Slas
 from align_cluster.backbones.base import BackboneSection
+from align_cluster.conditions.exploration import E2po
 from align_cluster.rewards.base import RewardSection
 from align_cluster.settings import Fraction, Section
 
@@ -52,7 +53,7 @@ class LearnerConfig(Section):
     bits."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed's ZeRO splits between ranks: 0 nothing, 1 the optimiser's moments, 2 the gradients too, 3 the
-    weights as well. Take 3 where the base does not fit a GPU; ppo and SLAS's adaptive gamma need 2 or less."""
+    weights as well. Take 3 where the base does not fit a GPU; ppo and SLAS's worst_case bound need 2 or less."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """The decay of the average of the weights that is evaluated and kept, moved after every update. It begins as
     min((1+u)/(10+u), ema) at update u. 0 evaluates the weights themselves. Flow-GRPO and DiffusionNFT use 0.9."""
@@ -72,7 +73,8 @@ class LearnerSetup:
     """Holds everything of a run that a learner rank must know; `RunConfig.learner_setup` makes it.
 
     `rewards` are the trained ones by name, `step` is the kind of step that training rollouts take, `guidance` their
-    classifier-free guidance, and `shaping` SLAS's settings where advantages are shaped.
+    classifier-free guidance, `shaping` SLAS's settings where advantages are shaped, and `exploration` E2PO's where
+    updates see perturbed conditions.
     """
 
     seed: int
@@ -83,5 +85,6 @@ class LearnerSetup:
     step: Section
     guidance: float
     shaping: Slas | None
+    exploration: E2po | None
     optimizer: OptimizerConfig
     learner: LearnerConfig

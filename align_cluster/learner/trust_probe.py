@@ -1,4 +1,4 @@
-"""Measures for SLAS's adaptive exponent how far one update moved the policy, and what bounds that."""
+"""Measures for SLAS's worst-case bound how far one update moved the policy, and what bounds that."""
 
 import torch
 

@@ -11,6 +11,7 @@ from align_cluster.algorithms.base import Batch, CriticTargets, RecordedSteps
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.critic import Critic
+from align_cluster.conditions.exploration import strength
 from align_cluster.learner.batching import MetricSums, MicroBatch, RankMetric, StepWork, TrainingChunk
 from align_cluster.learner.critic import CriticBatch, CriticLearner
 from align_cluster.learner.engine import Engine, join
@@ -216,15 +217,15 @@ class Learner:
         restore(self, snapshot)
 
     def make_probe(self) -> TrustProbe:
-        """Return the probe of SLAS's adaptive exponent, made at first use."""
+        """Return the probe of SLAS's worst-case bound, made at first use."""
         self.probe = self.probe or TrustProbe(self.engine.trainable, self.setup.seed, self.world)
         return self.probe
 
     def _probe_update(self, work: StepWork, micro_batch: MicroBatch, passes: int) -> bool:
-        """Begin to measure the coming update if it is one that SLAS's adaptive exponent asks for, each time at another
+        """Begin to measure the coming update if it is one that SLAS's worst-case bound asks for, each time at another
         of the trained steps; returns whether it does."""
         shaping = self.setup.shaping
-        if not shaping or shaping.gamma != "adaptive" or self.updates % shaping.refresh:
+        if not shaping or not shaping.probes or self.updates % shaping.refresh:
             return False
         chunk = work.chunk_of(micro_batch)
         rows = slice(micro_batch.start, min(micro_batch.stop, micro_batch.start + PROBED))
@@ -246,14 +247,20 @@ class Learner:
         network: torch.nn.Module | None = None,
     ) -> LearnerPolicy:
         """Return the network, behind its engine unless one is given, under the prompts' own conditions, `times` over,
-        whatever conditions the samples were drawn under."""
-        kind, text = self.setup.step, chunk.text(null, self.backbone.device, rows)
+        whatever conditions the samples were drawn under, unless exploration.update asks for these."""
+        kind, device, explored = self.setup.step, self.backbone.device, self.setup.exploration
+        text, perturbed = chunk.text(null, device, rows), None
+        if explored:
+            perturbed = chunk.perturbed_text(self.backbone.insert, null, device, rows)
+        repeated = torch.arange(len(text.sequence)).repeat(times)
         return LearnerPolicy(
             backbone=self.backbone,
             network=network or self.engine.deepspeed,
             denoiser=self.denoiser,
             step=STEPS[kind.kind](kind, chunk.record.sigmas, self.backbone.prediction),
-            text=text if times == 1 else text[torch.arange(len(text.sequence)).repeat(times)],
+            text=text if times == 1 else text[repeated],
+            perturbed=perturbed if perturbed is None or times == 1 else perturbed[repeated],
+            strength=lambda sigma: strength(sigma, chunk.record.sigmas, explored),
             guidance=self.setup.guidance,
             null_gradient=self.setup.learner.guidance_gradient == "both",
             reward_gradient=self.reward_gradient,

@@ -1,4 +1,4 @@
-"""Turns a step's scores into advantages. Its one piece of state is SLAS's adaptive exponent."""
+"""Turns a step's scores into advantages. Its one piece of state is SLAS's exponent under `bound: worst_case`."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class AdvantageEstimator:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         shaping = config.advantage.shaping
-        self.trust = TrustRegion(shaping) if shaping and shaping.gamma == "adaptive" else None
+        self.trust = TrustRegion(shaping) if shaping and shaping.probes else None
 
     def assign(self, drawn: list[DrawnChunk], values: None = None) -> Credit:
         """Return advantages [P, M] of a step from all its scores; groups are the rows. `values` belong to a critic."""
@@ -36,7 +36,8 @@ class AdvantageEstimator:
             finite = np.concatenate([item.finite for item in drawn]).reshape(shape)
             return Credit(np.zeros(shape, np.float32), finite, {})  # the learner follows the rewards' gradient itself
         arguments = self._arguments(drawn)
-        return credit(*arguments, self.config.conditions, self.trust.gamma if self.trust else None)
+        gamma = self.trust.gamma if self.trust else None
+        return credit(*arguments, self.config.conditions, gamma, self.config.anchored)
 
     def observe(self, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
         """Take in what the learner measured during its update, if it did, and return metrics of it."""

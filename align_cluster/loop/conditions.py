@@ -68,6 +68,13 @@ class Recent:
         self.nbytes += stored.nbytes
         self._shrink()
 
+    def forget(self, kind: str) -> None:
+        """Let go of all that is stored of a kind."""
+        for text, stored in self.needed.pop(kind, {}).items():
+            self.spare[kind, text] = stored
+        for name in [name for name in self.spare if name[0] == kind]:
+            self.nbytes -= self.spare.pop(name).nbytes
+
     def find(self, kind: str, text: str) -> Any | None:
         """Return what is stored for a text, or None."""
         return self.needed.get(kind, {}).get(text) or self.spare.get((kind, text))
@@ -100,8 +107,9 @@ class ConditionStore:
             self.recent.add("condition", text, Stored(found.key, found.nbytes, ray.put(found)))
         self._warn()
 
-    def explore(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Learn the perturbed conditions of texts that have none in the store (phase 1 of E2PO).
+    def explore(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
+        """Learn the perturbed conditions of texts that have none in the store for training step `step` (phase 1 of
+        E2PO).
 
         All of them stay there until the next call. Returns the metrics of all `prompts`.
         """
@@ -109,14 +117,16 @@ class ConditionStore:
         if settings is None or settings.conditions == 1:
             return {}
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        if settings.learned == "each_time":
+            self.recent.forget("perturbation")
         new = self.recent.need("perturbation", texts)
-        for text, found in self._ask("perturb", new, settings, self.config.seed):
+        for text, found in self._ask("perturb", new, settings, settings.seed_in(self.config.seed, step)):
             facts = (float(found.cosines.mean()), float(found.pairwise))
             self.recent.add("perturbation", text, Perturbed(found.key, found.nbytes, ray.put(found), *facts))
         self._warn()
         known = [self.perturbed_of(text) for text in texts]
         metrics = {"explore/anchor_cosine": float(np.mean([item.cosine for item in known]))}
-        if settings.conditions > 2:
+        if settings.variants > 1:
             metrics["explore/pairwise_cosine"] = float(np.mean([item.pairwise for item in known]))
         return metrics
 

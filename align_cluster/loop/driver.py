@@ -121,7 +121,7 @@ def align(
             with clock.stage("encode"):
                 workers.conditions.encode(drawn_for)
             with clock.stage("explore") if config.exploration else nullcontext():
-                explored = workers.conditions.explore(drawn_for)
+                explored = workers.conditions.explore(drawn_for, step)
             with clock.at("draw"):
                 rollout = rollouts.draw(chunks, training_request(config, step, weights.version))
             clock.add_all(rollout.seconds)

@@ -82,8 +82,14 @@ class LearnerClient:
         return reduce_metrics(self.rollouts.recover(drawn, ask, self.ranks.shutdown))
 
     def _data(self, drawn: Sequence[DrawnChunk]) -> list[Any]:
-        """Return references to each record and the conditions of its texts, as a rank takes them."""
-        return [part for item in drawn for part in (item.record, *map(self.conditions.of, item.chunk.texts))]
+        """Return references to each record, the conditions of its texts, and where updates see them the perturbed ones,
+        as a rank takes them."""
+        found = []
+        for item in drawn:
+            found += [item.record, *map(self.conditions.of, item.chunk.texts)]
+            if self.config.update_exploration:
+                found += [self.conditions.perturbed_of(text).reference for text in item.chunk.perturbed_texts]
+        return found
 
 
 def step_micro_batches(config: RunConfig, chunks: Sequence[Chunk], credit: Credit) -> list[MicroBatch]:

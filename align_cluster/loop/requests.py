@@ -26,6 +26,7 @@ def plan_chunks(config: RunConfig, prompts: list[Prompt], step: int) -> list[Chu
         config.conditions,
         config.rollout.same_noise,
         chunk_bounds(config),
+        config.anchored,
     )
 
 
@@ -42,7 +43,7 @@ def training_request(config: RunConfig, step: int, version: int) -> DrawRequest:
         window=noisy or algorithm.states(rollout.steps),
         means=algorithm.needs_means,
         schedule=rollout.schedule,
-        rho=config.exploration.rho if config.conditions > 1 else 1.0,
+        exploration=config.exploration if config.conditions > 1 else None,
         path=algorithm.needs_path,
         distilled_guidance=rollout.distilled_guidance,
         offline=rollout.offline,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from align_cluster.algorithms import ALGORITHMS
+from align_cluster.algorithms.advantage import spread
 from align_cluster.cluster.nodes import software
 from align_cluster.config.load import config_hash
 from align_cluster.config.run import RunConfig
@@ -33,6 +34,7 @@ def step_metrics(
     """Return everything that one step reports, under the names that `observe.metrics` declares. It ends the step's
     time."""
     scores = concatenate([item.scores for item in drawn])
+    groups = (config.prompts_per_step, config.group_members)
     tasks = np.array([prompt.task for item in drawn for prompt in item.chunk.prompts])
     values: dict[str, float] = dict(credit.metrics)
     for name in config.rewards:
@@ -40,6 +42,8 @@ def step_metrics(
         if valid.any():
             values[f"reward/{name}/mean"] = float(reward[valid].mean())
             values[f"reward/{name}/std"] = float(reward[valid].std())
+            within = spread(reward.reshape(groups), valid.reshape(groups))
+            values |= {} if np.isnan(within) else {f"reward/{name}/spread": within}
             for task in sorted(set(tasks[valid])):
                 values[f"reward/{name}/{task}"] = float(reward[valid & (tasks == task)].mean())
     for name, failure in (item for one in drawn for item in one.scores.failures.items()):

@@ -30,14 +30,15 @@ def plan_step(
     conditions: int = 1,
     same_noise: bool | Literal["step"] = False,
     bounds: Sequence[int] = (),
+    anchor: bool = True,
 ) -> list[Chunk]:
     """Return the chunks of one training step: its rows, group by group, cut into chunks of at most `chunk` rows.
 
     No chunk goes across one of the row numbers `bounds`.
 
     A group is the full grid of `group_size` initial noises x `conditions`, condition by condition: member m is noise m
-    % group_size under condition m // group_size. With `same_noise: True` a group starts from one noise, with "step" all
-    groups do.
+    % group_size under condition m // group_size. With `anchor` the first condition is the prompt's own, else none is.
+    With `same_noise: True` a group starts from one noise, with "step" all groups do.
 
     The run goes through the prompts in epochs, and each epoch is a permutation of all prompts. If an epoch ends inside
     a step, the next epoch fills the step. So no prompt comes twice within an epoch, and none is left out.
@@ -46,7 +47,7 @@ def plan_step(
     for group in range(prompts_per_step):
         epoch, place = divmod(step * prompts_per_step + group, len(prompts))
         prompt = prompts[epoch_order(len(prompts), seed, epoch)[place]]
-        rows += _group(prompt, seed, step, group, group_size, conditions, same_noise)
+        rows += _group(prompt, seed, step, group, group_size, conditions, same_noise, anchor)
     return cut(step, rows, chunk, bounds)
 
 
@@ -135,6 +136,7 @@ def _group(
     noises: int,
     conditions: int = 1,
     same_noise: bool | Literal["step"] = False,
+    anchor: bool = True,
 ) -> list[Row]:
     first_group = 0 if same_noise == "step" else group
     return [
@@ -144,7 +146,7 @@ def _group(
             member,
             member_seed(seed, step, group, member),
             member_seed(seed, step, first_group, 0 if same_noise else member % noises),
-            member // noises,
+            member // noises + (not anchor),
         )
         for member in range(noises * conditions)
     ]

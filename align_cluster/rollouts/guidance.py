@@ -44,12 +44,14 @@ class TextBatch:
         """Return the conditions of these rows, each one or more times."""
         return TextBatch(**{name: None if part is None else part[rows] for name, part in vars(self).items()})
 
-    def towards(self, other: "TextBatch", weight: float) -> "TextBatch":
-        """Return this batch moved by `weight` in [0, 1] towards another; rows equal in both keep their bits."""
+    def towards(self, other: "TextBatch", weight: float | torch.Tensor) -> "TextBatch":
+        """Return this batch moved by `weight` in [0, 1], one number or one a row [B], towards another; rows equal in
+        both keep their bits."""
+        each = isinstance(weight, torch.Tensor)
         return replace(
             self,
-            sequence=torch.lerp(self.sequence, other.sequence, weight),
-            pooled=torch.lerp(self.pooled, other.pooled, weight),
+            sequence=torch.lerp(self.sequence, other.sequence, weight.view(-1, 1, 1) if each else weight),
+            pooled=torch.lerp(self.pooled, other.pooled, weight.view(-1, 1) if each else weight),
         )
 
 

@@ -18,7 +18,7 @@ from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import Merged, adapter_parameters, add_adapters
 from align_cluster.backbones.base import BackboneSection, rounded
 from align_cluster.conditions.cache import cached
-from align_cluster.conditions.perturb import E2po, gamma
+from align_cluster.conditions.exploration import E2po, strength
 from align_cluster.prompts.images import read_image
 from align_cluster.rollouts.denoise import Path, Policy, Velocity, denoise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
@@ -40,7 +40,7 @@ class DrawRequest:
     window               the denoising steps that are noisy, and those to record
     means                whether to record the means of the recorded densities
     schedule             settings of the noise levels
-    rho                  E2PO's share of the noise range in which perturbed conditions act
+    exploration          E2PO's settings, which say how strongly perturbed conditions act at each noise level
     path                 whether to record all steps, trained or not
     distilled_guidance   strength that is fed to a guidance-distilled network (None: the backbone's)
     offline              take the prompts' own images and draw nothing
@@ -54,7 +54,7 @@ class DrawRequest:
     window: Window | None = None
     means: bool = False
     schedule: Section = SCHEDULES["native"].Config()
-    rho: float = 1.0
+    exploration: E2po | None = None
     path: bool = False
     distilled_guidance: float | None = None
     offline: bool = False
@@ -96,7 +96,12 @@ class Sampler:
         return cached(Condition, texts, self.backbone.condition_key, self.backbone.encode)
 
     def perturb(self, texts: list[str], config: E2po, seed: int) -> list[Perturbation]:
-        """Return the perturbations of prompts from the disk cache; prompts that it lacks are learned together."""
+        """Return the perturbations of prompts from the disk cache; prompts that it lacks are learned together.
+
+        What is learned for one step alone does not go there, because nobody would read it again.
+        """
+        if config.learned == "each_time":
+            return self.backbone.perturb(texts, config, seed)
         return cached(
             Perturbation,
             texts,
@@ -155,7 +160,7 @@ class Sampler:
             path = Path(self._given(chunk))
         else:
             self.backbone.distilled_guidance = request.distilled_guidance
-            velocity, policy = self._velocities(chunk, conditions, null, request, perturbations)
+            velocity, policy = self._velocities(chunk, conditions, null, request, perturbations, step.sigmas)
             path = denoise(
                 velocity,
                 step,
@@ -217,10 +222,12 @@ class Sampler:
         null: Condition | None,
         request: DrawRequest,
         perturbations: Mapping[str, Perturbation],
+        levels: np.ndarray,
     ) -> tuple[Velocity, Policy | None]:
         """Return the function that a chunk is drawn with, and the policy's prediction if that is another function.
 
-        Perturbed rows are drawn under gamma(sigma) C_k + (1 - gamma(sigma)) C (E2PO); the policy knows C alone.
+        Perturbed rows are drawn under gamma C_k + (1 - gamma) C, gamma being E2PO's strength at sigma. The policy knows
+        C alone.
         """
         texts = [prompt.text for prompt in chunk.prompts]
         original = TextBatch.build([conditions[text] for text in texts], null, self.backbone.device)
@@ -237,7 +244,7 @@ class Sampler:
         perturbed = TextBatch.build(own, null, self.backbone.device)
 
         def weight(sigma: torch.Tensor) -> float:
-            return float(gamma(float(sigma[0]), request.rho))
+            return strength(float(sigma[0]), levels, request.exploration)
 
         def explore(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             return guided(x, sigma, original.towards(perturbed, weight(sigma)))
@@ -280,8 +287,9 @@ def fingerprint(
 
     `conditions` and `perturbations` are content addresses by text, of the chunk's texts and of its perturbed texts.
     """
-    settings = (request.step.model_dump_json(), request.schedule.model_dump_json())
-    facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means, request.rho)
+    parts = (request.step, request.schedule, request.exploration)
+    settings = [part and part.model_dump_json() for part in parts]
+    facts = (request.version, request.steps, *settings, request.guidance, request.window, request.means)
     facts += (request.path, request.distilled_guidance, request.offline)
     rows = [(row.seed, row.noise, row.variant, conditions[row.prompt.text]) for row in chunk.rows]
     perturbed = [perturbations[text] for text in chunk.perturbed_texts]

@@ -4,23 +4,25 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align_cluster.algorithms.advantage import AdvantageConfig, Slas, credit, linear, normalise
+from align_cluster.algorithms.advantage import AdvantageConfig, credit, linear, normalise
+from align_cluster.algorithms.slas import Slas
 
 from ..cases import each
 
 P, M = 5, 6
-MEANS, STDS = ("group", "leave_one_out", "global"), ("group", "global", "batch", "none")
+MEANS, STDS = ("group", "leave_one_out", "global"), ("group", "batch", "update", "none")
 MIXES = ("sum_then_normalise", "normalise_then_sum", "gdpo")
 EVERY = [
     AdvantageConfig(mean=mean, std=std, std_of=of, ddof=ddof, mix=mix)
     for mean, std, of, ddof, mix in product(MEANS, STDS, ("raw", "centred"), (0, 1), MIXES)
     if of == "raw" or std != "none"
 ]
+EVERY += [one.model_copy(update={"rescale_weights": False}) for one in EVERY[1::7] if one.mix != "sum_then_normalise"]
 SHAPED = [
     AdvantageConfig(mean=mean, std=std, eps=1e-9, mix=mix, clip=clip, shaping=Slas(order=order, recentre=recentre))
     for mean, std, mix, order, recentre, clip in product(
         ("group", "global"),
-        ("global", "batch"),
+        ("batch", "update"),
         MIXES,
         ("norm_then_shape", "shape_then_norm"),
         (False, True),
@@ -66,7 +68,7 @@ def pool_of(kind, cell, cells, batches):
     """The cells that `cell` is compared with."""
     if kind == "group":
         return [other for other in cells if other[0] == cell[0]]
-    return [other for other in cells if kind == "global" or batches[other] == batches[cell]]
+    return [other for other in cells if kind in ("global", "batch") or batches[other] == batches[cell]]
 
 
 def one_reward(r: dict, config, batches) -> dict:
@@ -109,14 +111,15 @@ def by_hand(values, applies, valid, weights, batches, config) -> np.ndarray:
             for j in range(len(values))
         ]
         u = {
-            cell: sum(weights[j] * each[j][cell] for j in rewards) / sum(abs(weights[j]) for j in rewards)
+            cell: sum(weights[j] * each[j][cell] for j in rewards)
+            / (sum(abs(weights[j]) for j in rewards) if config.rescale_weights else 1)
             for cell, rewards in judged.items()
         }
     if config.mix == "gdpo":
         flat = {p for p, _ in u if all(u[cell] == 0 for cell in u if cell[0] == p)}
         z = {}
         for cell in u:
-            pool = [u[other] for other in pool_of("batch", cell, u, batches)]
+            pool = [u[other] for other in pool_of("update", cell, u, batches)]
             z[cell] = 0.0 if cell[0] in flat else (u[cell] - mean_of(pool)) / (std_of(pool, config.ddof) + config.eps)
         u = z
     if config.shaping:
@@ -205,6 +208,27 @@ def test_linear_advantages_of_a_group_sum_to_zero(mean, mix, std):
     assert np.abs(a).max() > 0.01
 
 
+def test_the_batch_is_the_whole_step_under_either_name_and_an_update_its_own_share():
+    given = example()
+    step, batch, update = (linear(**given, config=AdvantageConfig(std=std)) for std in ("global", "batch", "update"))
+    np.testing.assert_array_equal(step, batch)
+    assert np.abs(update - batch).max() > 0.05
+    ratio = update[given["batches"] == 0] / batch[given["batches"] == 0]  # one factor for all samples of an update
+    assert np.ptp(ratio[np.isfinite(ratio)]) < 1e-9
+
+
+def test_weights_as_given_multiply_z_scores_as_dancegrpo_has_them():
+    """Two rewards that agree, z-scores -1 and 1: .7 + 1.4 = 2.1 as given, and 1 where they are scaled to sum to 1."""
+    values = np.stack([[[0.2, 0.4]] * 2, [[0.1, 0.9]] * 2])
+    given = single(values[0]) | {"values": values, "applies": np.ones((2, 2, 2), bool), "weights": np.array([0.7, 1.4])}
+    for rescaled, size in ((True, 1.0), (False, 2.1)):
+        config = AdvantageConfig(mix="normalise_then_sum", rescale_weights=rescaled, eps=1e-12)
+        np.testing.assert_allclose(linear(**given, config=config), size * np.array([[-1.0, 1.0]] * 2))
+    given["applies"][0] = False  # a reward that does not judge leaves the other its own weight, as given
+    config = AdvantageConfig(mix="normalise_then_sum", rescale_weights=False, eps=1e-12)
+    np.testing.assert_allclose(linear(**given, config=config), 1.4 * np.array([[-1.0, 1.0]] * 2))
+
+
 def test_gdpo_has_mean_zero_and_deviation_one_over_each_batch():
     given = example()
     a = linear(**given, config=AdvantageConfig(mix="gdpo", eps=1e-12))
@@ -217,11 +241,11 @@ def test_gdpo_has_mean_zero_and_deviation_one_over_each_batch():
 def test_a_constant_added_to_a_prompts_rewards_changes_nothing(mix):
     given = example(0, 0.2)
     shifted = given | {"values": given["values"] + np.arange(2.0 * P).reshape(2, P, 1)}
-    for std, of in (("group", "raw"), ("global", "centred"), ("batch", "centred"), ("none", "raw")):
+    for std, of in (("group", "raw"), ("batch", "centred"), ("update", "centred"), ("none", "raw")):
         config = AdvantageConfig(std=std, std_of=of, mix=mix)
         np.testing.assert_allclose(linear(**shifted, config=config), linear(**given, config=config), atol=1e-9)
     rewards = given["values"][0]
-    for std in ("global", "batch"):  # raw deviations feel differences between prompts, but no common shift
+    for std in ("batch", "update"):  # raw deviations feel differences between prompts, but no common shift
         first, second = (single(x, given["valid"], given["batches"]) for x in (rewards, rewards + 7))
         config = AdvantageConfig(std=std, mix=mix)
         np.testing.assert_allclose(linear(**first, config=config), linear(**second, config=config), atol=1e-9)
@@ -279,7 +303,7 @@ def test_recentred_groups_sum_to_zero_and_others_do_not():
         for recentre in (False, True)
     )
     np.testing.assert_allclose(centred.advantages.sum(1), 0, atol=1e-5)
-    assert centred.metrics["advantage/sum"] < 1e-12 < 0.1 < plain.metrics["advantage/sum"]
+    assert centred.metrics["advantage/sum"] < 1e-12 < 0.02 < plain.metrics["advantage/sum"]
     assert plain.metrics["advantage/sum"] == pytest.approx(np.abs(plain.advantages.sum(1)).mean(), abs=1e-6)
 
 
@@ -391,6 +415,10 @@ def test_variance_is_split_across_noises_conditions_and_their_kinds(masked):
         "group/perturbed_mean": mean_of(sum((cells(p, [1, 2], range(g)) for p in range(P)), [])),
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    unanchored = credit(**single(rewards, valid), config=AdvantageConfig(), conditions=k, anchor=False).metrics
+    assert not {"group/original_std", "group/original_mean"} & unanchored.keys()
+    assert unanchored["group/perturbed_mean"] == pytest.approx(rewards[valid].mean())
+    assert unanchored["group/std_across_conditions"] == metrics["group/std_across_conditions"]
     assert metrics["group/std_across_conditions"] > 2 * metrics["group/std_across_noises"]
 
 

@@ -10,7 +10,7 @@ import torch
 from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import add_adapters
 from align_cluster.backbones.attention import shorten_attention
-from align_cluster.conditions.perturb import E2po
+from align_cluster.conditions.exploration import E2po
 from align_cluster.conditions.precision import to_tensor
 from align_cluster.errors import UserError
 from align_cluster.rollouts.guidance import TextBatch

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from align_cluster.backbones.flux import Flux
-from align_cluster.conditions.perturb import E2po, render, tokenize
+from align_cluster.conditions.exploration import E2po
+from align_cluster.conditions.perturb import render, tokenize
 from align_cluster.rollouts.guidance import TextBatch
 
 from . import tiny_flux

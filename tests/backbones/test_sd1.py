@@ -8,7 +8,8 @@ import torch
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.levels import ddim_timesteps
 from align_cluster.backbones.sd1 import SD1
-from align_cluster.conditions.perturb import E2po, render, tokenize
+from align_cluster.conditions.exploration import E2po
+from align_cluster.conditions.perturb import render, tokenize
 from align_cluster.errors import UserError
 from align_cluster.rollouts.steps import Euler
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from align_cluster.backbones.sd3 import SD3
-from align_cluster.conditions.perturb import E2po, render, tokenize
+from align_cluster.conditions.exploration import E2po
+from align_cluster.conditions.perturb import render, tokenize
 from align_cluster.errors import UserError
 from align_cluster.rollouts.guidance import TextBatch
 

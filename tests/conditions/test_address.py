@@ -4,7 +4,7 @@ import pytest
 
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.conditions import address
-from align_cluster.conditions.perturb import E2po
+from align_cluster.conditions.exploration import E2po
 
 KEYS = {
     "condition": lambda kind, settings: kind(settings).condition_key("a cat"),

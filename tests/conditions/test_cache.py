@@ -10,7 +10,7 @@ import pytest
 
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.conditions.cache import LOOK, SLACK, VARIABLE, Cache, Clearance, allowed, cached, default_folder
-from align_cluster.conditions.perturb import E2po
+from align_cluster.conditions.exploration import E2po
 from align_cluster.errors import UserError
 from align_cluster.types import Condition, Perturbation
 
@@ -342,8 +342,10 @@ def test_a_perturbations_key_changes_with_everything_that_it_depends_on(tmp_path
         {"bound": "inf"},
         {"radius": 0.04},
         {"embedding": "pooled"},
+        {"anchor": False},
+        {"encoders": "both"},
     ]
-    assert {name for change in changes for name in change} == set(E2po.model_fields) - {"kind", "rho"}
+    assert {name for change in changes for name in change} == set(E2po.model_fields) - {"kind"} - E2po.drawing
     backbone = SD3(settings)
     keys = [backbone.perturbation_key(text, E2po(**change), 0) for change in ({}, *changes)]
     keys += [backbone.perturbation_key(text, E2po(), 1), backbone.perturbation_key("", E2po(), 0)]
@@ -358,7 +360,8 @@ def test_a_perturbations_key_changes_with_everything_that_it_depends_on(tmp_path
     (other / "text_encoder_2").mkdir()
     (other / "text_encoder_2" / "model.safetensors").write_bytes(b"1")
     same = there.model_copy(update={"t5": False, "height": 96, "lora": settings.lora.model_copy(update={"rank": 8})})
-    assert SD3(same).perturbation_key(text, E2po(rho=0.9), 0) == keys[-1]
+    later = E2po(rho=0.9, schedule="static", clock="time", update="perturbed", learned="each_time")
+    assert SD3(same).perturbation_key(text, later, 0) == keys[-1]
 
 
 def test_a_sampler_learns_a_prompt_once_and_another_one_reads_it(tmp_path, monkeypatch, settings):

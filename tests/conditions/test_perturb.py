@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from align_cluster.backbones.levels import sd3_sigmas
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.conditions import perturb
-from align_cluster.conditions.perturb import E2po, gamma, initial_noise, learn, objective, optimise, render, tokenize
+from align_cluster.conditions.exploration import E2po, gamma, strength
+from align_cluster.conditions.perturb import initial_noise, learn, objective, optimise, render, tokenize
 from align_cluster.conditions.precision import to_tensor
 
 TEXTS = [
@@ -68,7 +69,8 @@ def loss_by_hand(encoder, ids, deltas, config):
     anchor = by_hand(encoder, ids, torch.zeros_like(deltas[:1]), config.embedding)[0].detach()
     ring = sum(torch.relu((cosine(vector, anchor) - config.mu).abs() - config.margin) for vector in vectors)
     pairs = [cosine(a, b) for a, b in itertools.combinations(vectors, 2)]
-    return config.diversity * sum(pairs) / len(pairs) + ring if pairs else ring
+    pairs = pairs or [cosine(vectors[0], anchor)]  # of two conditions, the variant and the original
+    return config.diversity * sum(pairs) / len(pairs) + ring
 
 
 # ---------------------------------------------------------------------------------------------- the schedule of phase 2
@@ -90,6 +92,24 @@ def test_the_weight_is_1_at_the_start_falls_and_is_0_from_one_minus_rho_down(rho
     np.testing.assert_allclose(gamma(levels, 1.0), levels, atol=1e-15)
     assert [float(gamma(float(level), rho)) for level in levels] == weights.tolist()
     np.testing.assert_array_equal(gamma(torch.from_numpy(levels), rho).numpy(), weights)
+
+
+def test_the_strength_by_time_is_that_of_steps_and_a_static_one_never_fades():
+    """SD3's ten levels: by sigma the weights sum to 4.08, by time to 1 + .75 + .5 + .25."""
+    levels = sd3_sigmas(10, 3.0)
+    by_time = [strength(float(level), levels, E2po(clock="time")) for level in levels]
+    np.testing.assert_allclose(by_time, [1, 0.75, 0.5, 0.25] + [0] * 7, atol=1e-12)
+    assert sum(strength(float(level), levels, E2po()) for level in levels) == pytest.approx(4.077, abs=1e-3)
+    between = strength(float(levels[1] + levels[2]) / 2, levels, E2po(clock="time"))
+    assert between == pytest.approx(0.625)
+    assert {strength(float(level), levels, E2po(schedule="static")) for level in levels} == {1.0}
+    even = np.linspace(1, 0, 11)  # where levels are not shifted, both clocks are one
+    for level in even:
+        assert strength(level, even, E2po(clock="time")) == pytest.approx(gamma(level, 0.4), abs=1e-12)
+    for level in levels:  # fp32, as rollouts hand it over
+        assert strength(float(np.float32(level)), levels, E2po(clock="time")) == pytest.approx(
+            strength(float(level), levels, E2po(clock="time")), abs=1e-5
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ content tokens
@@ -239,10 +259,19 @@ def test_cosines_of_unprojected_embeddings_are_logged_where_those_are_learned_on
     )  # SD3's pooled stays the projected one
 
 
-def test_two_conditions_have_one_variant_that_goes_to_the_ring(clip):
-    (found,) = learned(clip, TEXTS[:1], E2po(conditions=2, iterations=150, radius=0.2))
-    assert found.hidden.shape == (1, 16, 64) and np.isnan(found.pairwise)
-    assert abs(found.cosines[0] - 0.8) < 0.03
+def test_two_conditions_have_one_variant_that_diversity_moves_away_from_the_original(clip):
+    """Without diversity it goes to the ring; its term, the cosine to the original, then takes it beyond."""
+    ring, beyond = (
+        learned(clip, TEXTS[:1], E2po(conditions=2, iterations=150, radius=0.2, diversity=diversity))[0]
+        for diversity in (0.0, 50.0)
+    )
+    assert ring.hidden.shape == (1, 16, 64) and np.isnan(ring.pairwise)
+    assert abs(ring.cosines[0] - 0.8) < 0.03 and beyond.cosines[0] < 0.5
+
+
+def test_the_objective_of_one_variant_is_its_cosine_to_the_original_and_its_distance_from_the_ring():
+    vector, anchor = torch.tensor([[[0.6, 0.8]]]), torch.tensor([[1.0, 0.0]])
+    assert objective(vector, anchor, E2po(conditions=2, diversity=50)).item() == pytest.approx(50 * 0.6 + 0.2 - 0.01)
 
 
 def test_one_condition_has_nothing_to_learn(clip):
@@ -338,6 +367,8 @@ def test_an_encoder_stored_in_bf16_is_learned_in_fp32_and_encodes_in_its_own_typ
         {"lr": 0},
         {"radius": 0},
         {"bound": "l2"},
+        {"clock": "steps"},
+        {"encoders": "clip_g"},
         {"k": 4},
     ],
 )

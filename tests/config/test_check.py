@@ -179,8 +179,12 @@ RUN_FILES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if no
 
 
 @pytest.mark.parametrize("file", RUN_FILES)
-def test_every_shipped_run_file_is_valid_and_so_is_what_its_run_keeps_of_it(file, tmp_path):
+def test_every_shipped_run_file_is_valid_and_so_is_what_its_run_keeps_of_it(file, tmp_path, monkeypatch):
     config = load(ROOT / "configs" / file)
+    monkeypatch.chdir(tmp_path)
+    for source in (config.prompts, config.evaluate.prompts):
+        if source.kind == "txt":  # published prompts, which users bring
+            Path(source.path).write_text("".join(f"{source.path} {number}\n" for number in range(200)))
     if config.rollout.offline:  # a folder of the user's own
         for number in range(config.prompts_per_step):
             Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
@@ -199,12 +203,29 @@ def test_the_quickstart_runs_with_the_other_algorithm():
 E2PO, GRPO = ["exploration.kind=e2po", "exploration.conditions=4"], ["algorithm.kind=grpo"]
 SLAS = ["advantage.shaping.kind=slas", "advantage.std=batch"]
 ADAPTIVE = [*SLAS, "advantage.shaping.gamma=adaptive"]
-FIVE_UPDATES = ["advantage.std=batch", "learner.updates_per_step=5"]
+WORST = [*ADAPTIVE, "advantage.shaping.bound=worst_case"]
+TWO_UPDATES = ["advantage.std=update", "learner.updates_per_step=2"]
+AS_GIVEN = ["advantage.rescale_weights=false"]
 
-GDPO = [*E2PO, "advantage.mix=gdpo", "learner.updates_per_step=5"]
+GDPO = [*E2PO, "advantage.mix=gdpo", "learner.updates_per_step=2"]
 
 REFUSED = [
-    (GDPO, ["advantage.mix is gdpo", "5 splits the 4 groups", "at most 4", "advantage.mix to normalise_then_sum"]),
+    (GDPO, ["advantage.mix is gdpo", "an update 2 of the 4 groups", "at most 1", "mix to normalise_then_sum"]),
+    ([*SLAS, "prompts_per_step=3"], ["std is batch", "a step has 3 groups", "prompts_per_step to at least 4"]),
+    ([SLAS[0], "advantage.std=global", "prompts_per_step=3"], ["advantage.std is global", "a step has 3 groups"]),
+    (
+        ["advantage.std=update", "prompts_per_step=3"],
+        ["advantage.std is update", "3 of the 3 groups", "per_step to 1", "std to group"],
+    ),
+    (AS_GIVEN, ["rescale_weights is false", "never scales weights", "mix to normalise_then_sum"]),
+    (
+        [*GRPO, *SLAS, "advantage.shaping.gamma=200"],
+        ["advantage.shaping.gamma is 200", "beats all 24", "would overflow", "at most 17"],
+    ),
+    (
+        [*GRPO, *ADAPTIVE, "advantage.shaping.gamma_max=300", "advantage.clip=5"],
+        ["advantage.shaping.gamma_max is 300", "would overflow", "at most 150"],
+    ),
     ([*E2PO, "rollout.chunk=6", "learner.micro_batch=7"], ["learner.micro_batch is 7", "chunks of 6", "at most 6"]),
     ([*E2PO, "learner.updates_per_step=97"], ["learner.updates_per_step is 97", "96 images", "at most 96"]),
     (
@@ -217,6 +238,22 @@ REFUSED = [
     (["exploration.conditions=-3"], ["exploration.conditions is -3", "above 0"]),
     (["exploration.rho=0"], ["exploration.rho is 0", "above 0"]),
     (["exploration.rho=1.2"], ["exploration.rho is 1.2", "at most 1"]),
+    (
+        ["exploration.anchor=false", "exploration.conditions=1"],
+        ["exploration.anchor is false", "conditions to 2 or more", "anchor to true"],
+    ),
+    (
+        ["exploration.schedule=static", "exploration.clock=time"],
+        ["exploration.clock is time", "static reads no clock", "schedule to fading"],
+    ),
+    (
+        [*GRPO, *E2PO, "exploration.update=perturbed"],
+        ["exploration.update is perturbed", "algorithm.kind grpo", "set it to original, or algorithm.kind to nft"],
+    ),
+    (
+        [*UNET, *E2PO, "exploration.encoders=both"],
+        ["exploration.encoders is both", "sd1 has no second CLIP text encoder", "set it to first"],
+    ),
     (["exploration.mu=-2"], ["exploration.mu is -2", "at least -1"]),
     ([*SLAS, "advantage.shaping.gamma=-1"], ["advantage.shaping.gamma is -1", "at least 0, or 'adaptive'"]),
     (
@@ -225,14 +262,13 @@ REFUSED = [
     ),
     ([SLAS[0]], ["advantage.shaping is slas", "advantage.std is group", "set it to batch (or global)"]),
     ([SLAS[0], "advantage.std=none"], ["advantage.shaping is slas", "advantage.std is none", "batch (or global)"]),
-    (ADAPTIVE, ["advantage.shaping.gamma is adaptive", "needs log-probs", "nft has none", "number such as 0.5"]),
+    (WORST, ["advantage.shaping.bound is worst_case", "needs log-probs", "nft has none", "set it to tail"]),
     (
-        [*GRPO, *ADAPTIVE, "advantage.shaping.order=shape_then_norm"],
-        ["advantage.shaping.gamma is adaptive", "updates of one size", "order to norm_then_shape"],
+        [*GRPO, *WORST, "advantage.shaping.order=shape_then_norm"],
+        ["advantage.shaping.bound is worst_case", "updates of one size", "order to norm_then_shape"],
     ),
-    ([*GRPO, *ADAPTIVE, "learner.zero_stage=3"], ["gamma is adaptive", "learner.zero_stage is 3", "set it to 2"]),
-    (FIVE_UPDATES, ["advantage.std is batch", "5 splits the 4 groups", "at most 4, or advantage.std to global"]),
-    ([*FIVE_UPDATES, *E2PO], ["advantage.std is batch", "updates_per_step 5 splits the 4 groups", "at most 4"]),
+    ([*GRPO, *WORST, "learner.zero_stage=3"], ["bound is worst_case", "learner.zero_stage is 3", "set it to 2"]),
+    (TWO_UPDATES, ["advantage.std is update", "2 of the 4 groups", "at most 1, or advantage.std to batch"]),
     ([*GRPO, "rollout.window.kind=sliding"], ["rollout.window.size is 4", "rollout of 4 steps", "at most 3"]),
     (
         [*GRPO, "rollout.window.kind=fast", "rollout.window.size=3"],
@@ -298,19 +334,27 @@ REMEDIES = [
     ["learner.fold=3", "learner.micro_batch=12"],
     [*E2PO, "rollout.group_size=1"],  # conditions alone are compared, too
     [*E2PO, "exploration.rho=1"],
+    [*E2PO, "exploration.anchor=false", "exploration.encoders=both", "exploration.update=perturbed"],
+    [*E2PO, "exploration.clock=time", "exploration.learned=each_time"],
+    [*E2PO, "exploration.schedule=static"],
     [*SLAS, "advantage.shaping.gamma=0"],
     [*SLAS, "advantage.std=global"],
     [*GRPO, *ADAPTIVE],
-    [*FIVE_UPDATES, "learner.updates_per_step=4", "rollout.chunk=5"],  # updates take whole groups all the same
-    [*FIVE_UPDATES, *E2PO, "learner.updates_per_step=3"],
-    [*FIVE_UPDATES, "advantage.std=global"],
+    ADAPTIVE,  # the tail of advantages needs no log-probs
+    [*GRPO, *ADAPTIVE, "learner.zero_stage=3", "advantage.shaping.order=shape_then_norm"],
+    [*GRPO, *WORST],
+    [*GRPO, *SLAS, "advantage.shaping.gamma=17"],
+    [*AS_GIVEN, "advantage.mix=normalise_then_sum"],
+    [*TWO_UPDATES, "prompts_per_step=8", "rollout.chunk=5"],  # updates take whole groups all the same
+    [*TWO_UPDATES, *E2PO, "learner.updates_per_step=1"],
+    [*TWO_UPDATES, "advantage.std=batch"],
     ["advantage.std=batch", *E2PO],  # one update holds all groups
     [*GRPO, "rollout.window.kind=sliding", "rollout.window.size=3"],
     [*GRPO, "rollout.window.kind=fast", "rollout.window.range=[1, 3]"],
     [*GRPO, "rollout.window.kind=fraction", "rollout.window.choice=per_sample"],
     [*GRPO, "algorithm.ratio=guard", "rollout.step.kind=dance_sde"],
     [*GRPO, "rollout.same_noise=true"],
-    [*GDPO, "learner.updates_per_step=4"],
+    [*GDPO, "learner.updates_per_step=1"],
     [*GDPO, "advantage.mix=normalise_then_sum"],
     [*GRPO, "rollout.step.kind=flow_ddim", "rollout.schedule.kind=linear"],
     [*GRPO, "rollout.step.kind=flow_ddim", "algorithm.ratio=guard"],

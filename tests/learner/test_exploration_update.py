@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from align_cluster.backbones.adapters import adapter_parameters
-from align_cluster.conditions.perturb import E2po
+from align_cluster.conditions.exploration import E2po
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.learner.batching import TrainingChunk, make_micro_batches, rank_work
@@ -24,7 +24,7 @@ from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
 from align_cluster.rollouts.steps import Dpm2, FlowSde
 from align_cluster.rollouts.windows import Window
-from align_cluster.types import Condition, Prompt, Record
+from align_cluster.types import Condition, Perturbation, Prompt, Record
 from align_cluster.weights import publish
 
 TEXT, STEPS, RHO = "a photo of a red circle", 4, 0.4
@@ -33,13 +33,16 @@ SIZE = NOISES * CONDITIONS
 (CHUNK,) = plan_step([Prompt(0, TEXT)], 7, 0, 1, NOISES, SIZE, CONDITIONS)
 ADVANTAGES = np.array([1.0, -0.5, 2.0, -1.5, 0.3, -0.8], dtype=np.float32)
 SCALE = 1e4  # of lr and eps: AdamW's lr g / (|g| + eps) is then g, to four digits where |g| is below 1
-SDE = DrawRequest(1, STEPS, FlowSde.Config(), window=Window((0, 1, 2, 3), (0, 1, 2), 3), means=True, rho=RHO)
-ODE = DrawRequest(1, STEPS, Dpm2.Config(), rho=RHO)
+SDE = DrawRequest(
+    1, STEPS, FlowSde.Config(), window=Window((0, 1, 2, 3), (0, 1, 2), 3), means=True, exploration=E2po(rho=RHO)
+)
+ODE = DrawRequest(1, STEPS, Dpm2.Config(), exploration=E2po(rho=RHO))
 ALGORITHMS = {
     "nft": {"kind": "nft", "timesteps": 3, "kl_beta": 0.1, "old": "slow"},
     "grpo": {"kind": "grpo", "kl_beta": 0.0},
     "guard": {"kind": "grpo", "kl_beta": 0.0, "ratio": "guard"},
 }
+SEEN = {"seen": {}, "seen static": {"schedule": "static"}}  # settings of updates under perturbed conditions, by name
 
 
 def settings(kind: str) -> RunConfig:
@@ -51,9 +54,10 @@ def settings(kind: str) -> RunConfig:
             "backbone": {"kind": "sd3", "precision": "fp32", "lora": {"rank": 4, "alpha": 6}},
             "prompts": {"kind": "embedded"},
             "rollout": {"group_size": NOISES, "steps": STEPS, "chunk": SIZE},
-            "exploration": {"conditions": CONDITIONS, "rho": RHO},
+            "exploration": {"conditions": CONDITIONS, "rho": RHO}
+            | ({"update": "perturbed"} | SEEN[kind] if kind in SEEN else {}),
             "rewards": {"clip": {"kind": "clip_score"}},
-            "algorithm": ALGORITHMS[kind],
+            "algorithm": ALGORITHMS["nft" if kind in SEEN else kind],
             "optimizer": {"lr": SCALE, "eps": SCALE, "betas": [0, 0], "weight_decay": 0, "max_grad_norm": 1e9},
             "learner": {"zero_stage": 0, "ema": 0},
             "evaluate": {"prompts": {"kind": "embedded", "split": "held_out"}},
@@ -114,7 +118,9 @@ def records(sampler, condition, perturbation) -> dict[str, Record]:
     return {"nft": ode, "grpo": replace(sde, means=None), "guard": sde}
 
 
-def update(learner: Learner, record: Record, condition: Condition) -> tuple[dict[str, torch.Tensor], dict]:
+def update(
+    learner: Learner, record: Record, condition: Condition, perturbation: Perturbation | None = None
+) -> tuple[dict[str, torch.Tensor], dict]:
     """(gradient by parameter, metrics) of one update from the sampler's weights; the old adapter lags behind them."""
     for adapter, seed in (("default", 0), ("old", 1)):
         parameters, state = adapter_parameters(learner.denoiser, adapter), weights(learner.denoiser, seed)
@@ -124,7 +130,7 @@ def update(learner: Learner, record: Record, condition: Condition) -> tuple[dict
     parameters = adapter_parameters(learner.denoiser, "default")
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     cut = make_micro_batches([ADVANTAGES], [np.ones(SIZE, bool)], bounds=[0, SIZE], size=SIZE)
-    metrics = learner.update(rank_work(0, cut, [TrainingChunk(record, {TEXT: condition})]))
+    metrics = learner.update(rank_work(0, cut, [TrainingChunk(record, {TEXT: condition}, {TEXT: perturbation})]))
     return {name: before[name] - parameter.detach() for name, parameter in parameters.items()}, metrics
 
 
@@ -166,6 +172,27 @@ def test_an_update_under_a_perturbed_condition_would_be_another(
     gradient, _ = update(make_learner(kind), records[kind], condition)
     other, _ = update(make_learner(kind), records[kind], sampler.backbone.insert(condition, perturbation, 1))
     assert largest_gap(gradient, other) > 0.05
+
+
+def test_an_update_that_sees_perturbed_conditions_weighs_them_by_the_trained_level(
+    make_learner, sampler, records, condition, perturbation
+):
+    """At full strength everywhere it is the plain update of samples under their own perturbed condition; with fading it
+    is another, and neither is the decoupled one. A perturbation that is none gives the decoupled update's bits."""
+    record = records["nft"]
+    all_first = replace(CHUNK, rows=tuple(replace(row, variant=1) for row in CHUNK.rows))
+    one = replace(record, chunk=all_first)
+    static, _ = update(make_learner("seen static"), one, condition, perturbation)
+    by_hand, _ = update(make_learner("nft"), one, sampler.backbone.insert(condition, perturbation, 1))
+    assert largest_gap(static, by_hand) < 1e-5
+    fading, _ = update(make_learner("seen"), one, condition, perturbation)
+    decoupled, _ = update(make_learner("nft"), one, condition)
+    assert largest_gap(static, decoupled) > 0.05 and largest_gap(fading, static) > 0.05
+    assert largest_gap(fading, decoupled) > 0.01
+    originals = replace(record, chunk=replace(CHUNK, rows=tuple(replace(row, variant=0) for row in CHUNK.rows)))
+    same, _ = update(make_learner("seen"), originals, condition, perturbation)
+    plain, _ = update(make_learner("nft"), originals, condition)
+    assert all(torch.equal(same[name], plain[name]) for name in plain)
 
 
 def test_a_metric_that_the_algorithm_does_not_declare_is_refused_before_anything_changes(

@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 
-from align_cluster.algorithms.trust import bound, largest_gamma
+from align_cluster.algorithms.slas import largest_gamma
+from align_cluster.algorithms.trust import bound
 from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Reduced, make_micro_batches
 from align_cluster.loop.advantages import AdvantageEstimator
+from align_cluster.loop.clock import Clock
+from align_cluster.loop.learning import Sync
 from align_cluster.loop.rollouts import DrawnChunk
+from align_cluster.loop.summary import step_metrics
+from align_cluster.observe.metrics import describe
 from align_cluster.prompts.groups import plan_step
-from align_cluster.types import DrawInfo, Failure, Prompt, Scores
+from align_cluster.types import DrawInfo, Failure, Manifest, Prompt, Scores
 
 PROMPTS, NOISES, CONDITIONS = 4, 3, 2
 SIZE = NOISES * CONDITIONS
@@ -100,8 +105,8 @@ def test_metrics_split_a_group_into_noises_and_conditions():
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize(("chunk", "updates"), [(SIZE, 1), (SIZE, 2), (20, 4), (SIZE, 3), (3, 2), (24, 2)])
-def test_a_batch_is_the_update_that_the_learner_trains_a_sample_in(chunk, updates, step):
-    config = settings(chunk, updates, std="batch")
+def test_an_update_has_the_samples_that_the_learner_trains_in_it(chunk, updates, step):
+    config = settings(chunk, updates, std="update")
     items, rewards = drawn(config, step)
     chunks = [item.info.chunk for item in items]
     numbers = [np.arange(len(chunk), dtype=np.float32) for chunk in chunks]
@@ -127,13 +132,30 @@ def test_without_an_adaptive_gamma_there_is_nothing_to_observe():
     assert before.metrics["advantage/gamma"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("kind", "limit"),
-    [("measured", 2e-4 / 1e-4), ("worst_case", bound(delta=2e-4, **LENGTHS))],
-    ids=["measured", "worst"],
-)
-def test_an_adaptive_gamma_is_what_the_last_update_allows_and_shapes_the_next_step(kind, limit):
-    config = settings(shaping={"gamma": "adaptive", "bound": kind, "delta": 2e-4, "gamma_max": 5.0})
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_adaptive_gamma_is_the_largest_that_keeps_every_updates_tail(updates):
+    config = settings(updates=updates, shaping={"gamma": "adaptive", "tail": 1.8, "gamma_max": 5.0})
+    items, _ = drawn(config)
+    linear = AdvantageEstimator(settings()).assign(items).advantages.astype(np.float64)
+    found = AdvantageEstimator(config).assign(items)
+    gamma = found.metrics["advantage/gamma"]
+
+    def moments(exponent: float) -> list[float]:
+        shares = (linear**2).reshape(updates, -1)
+        return [float(np.mean((share / share.mean()) ** (1 + exponent))) for share in shares]
+
+    assert 0.05 < gamma < 5 and max(moments(gamma)) <= 1.8 * (1 + 1e-5) < max(moments(gamma + 0.01))
+    assert found.metrics["advantage/moment"] == pytest.approx(max(moments(gamma)), rel=1e-4)
+    shaped = np.sign(linear) * np.abs(linear) ** (1 + gamma)
+    np.testing.assert_allclose(found.advantages, shaped, rtol=1e-4, atol=1e-6)
+    assert AdvantageEstimator(config).state() == {} and AdvantageEstimator(config).observe(items, measured()) == {}
+
+
+WORST = {"gamma": "adaptive", "bound": "worst_case", "delta": 2e-4, "gamma_max": 5.0}
+
+
+def test_the_worst_case_bound_is_what_the_last_update_allows_and_shapes_the_next_step():
+    config = settings(shaping=WORST)
     estimator, plain = AdvantageEstimator(config), AdvantageEstimator(settings())
     items, _ = drawn(config)
     linear = plain.assign(items).advantages
@@ -141,7 +163,7 @@ def test_an_adaptive_gamma_is_what_the_last_update_allows_and_shapes_the_next_st
     np.testing.assert_array_equal(first.advantages, linear)  # nothing is known yet: as without shaping
     assert first.metrics["advantage/gamma"] == 0
 
-    logged = estimator.observe(items, measured())
+    logged, limit = estimator.observe(items, measured()), bound(delta=2e-4, **LENGTHS)
     gamma = largest_gamma(linear.astype(np.float64), limit, 5.0)
     assert 0.1 < gamma < 5 and logged["slas/gamma"] == pytest.approx(gamma, abs=1e-4)
     assert logged["slas/bound"] == pytest.approx(limit)
@@ -156,17 +178,21 @@ def test_an_adaptive_gamma_is_what_the_last_update_allows_and_shapes_the_next_st
 
 
 def test_an_update_that_was_not_measured_leaves_gamma_and_a_dangerous_one_lowers_it():
-    estimator = AdvantageEstimator(settings(shaping={"gamma": "adaptive", "delta": 2e-4}))
+    estimator = AdvantageEstimator(settings(shaping=WORST))
     items, _ = drawn(estimator.config)
     before = estimator.observe(items, measured())["slas/gamma"]
     assert before > 0 and estimator.observe(items, {"loss": (0.1, 0.2)}) == {}
     assert estimator.assign(items).metrics["advantage/gamma"] == before
-    estimator.observe(items, measured(step_kl=1.0))  # allows no shaping at all
+    long = measured() | {"step_norm": Reduced(0.1, 0.1)}  # a step so long that it allows no shaping at all
+    estimator.observe(items, long)
     assert estimator.assign(items).metrics["advantage/gamma"] == pytest.approx(before * 0.9 / (0.9 + 1))
+    resumed = AdvantageEstimator(settings(shaping=WORST))
+    resumed.restore(estimator.state(), {})
+    np.testing.assert_array_equal(resumed.assign(items).advantages, estimator.assign(items).advantages)
 
 
 def test_samples_without_a_score_do_not_count_in_the_trust_region():
-    config = settings(shaping={"gamma": "adaptive", "delta": 2e-4})
+    config = settings(shaping=WORST)
     failing = ((0, 0), (2, 5))
     items, _ = drawn(config, failing=failing)
     estimator = AdvantageEstimator(config)
@@ -176,3 +202,15 @@ def test_samples_without_a_score_do_not_count_in_the_trust_region():
     assert len(u) == PROMPTS * SIZE - 2
     moment = np.mean((u**2 / np.mean(u**2)) ** (1 + logged["slas/gamma"]))
     assert logged["slas/moment"] == pytest.approx(moment, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, SIZE, 7])
+def test_a_step_tells_how_each_reward_spreads_inside_a_group_without_failed_scores(chunk):
+    config = settings(chunk)
+    items, rewards = drawn(config, failing=((1, 4), (3, 0)))
+    sync = Sync(Manifest(1, (), 0, ""), None, 0.0)
+    row = step_metrics(config, items, AdvantageEstimator(config).assign(items), {}, Clock(), sync)
+    groups = [np.delete(group, failed) for group, failed in zip(rewards, ([], [4], [], [0]), strict=True)]
+    assert row["reward/clip/spread"] == pytest.approx(np.mean([group.std() for group in groups]))
+    assert row["reward/clip/spread"] < row["reward/clip/std"]  # which holds the differences between prompts as well
+    assert describe("reward/clip/spread").unit == "score" and "inside a group" in describe("reward/clip/spread").meaning

@@ -62,6 +62,16 @@ def test_a_training_steps_conditions_outlive_an_evaluation_that_leaves_room():
     assert fill(recent, "condition", "abc") == ""
 
 
+def test_a_kind_that_is_forgotten_is_asked_for_again_and_takes_no_room():
+    recent = Recent(100)
+    fill(recent, "perturbation", "ab")
+    fill(recent, "perturbation", "bc")
+    fill(recent, "condition", "ab")
+    recent.forget("perturbation")
+    assert recent.nbytes == 20 and kept(recent, "perturbation", "abc") == "" and kept(recent, "condition", "ab") == "ab"
+    assert fill(recent, "perturbation", "ab") == "ab"
+
+
 def test_a_text_is_asked_for_once_however_often_it_is_named():
     assert Recent(100).need("condition", list("aabba")) == ["a", "b"]
 

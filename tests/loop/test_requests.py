@@ -67,7 +67,7 @@ def test_a_training_request_says_all_that_the_settings_say():
             window=window.plan(4, step, 0),
             means=True,
             schedule=rollout.schedule,
-            rho=0.3,
+            exploration=RICH.exploration,
         )
         assert asked == expected
     assert [request(RICH, step).window.trained for step in range(4)] == [(0, 1), (1, 2), (2,), (0, 1)]

@@ -8,7 +8,7 @@ import torch
 
 from align_cluster.backbones.adapters import adapter_parameters
 from align_cluster.backbones.levels import sd3_sigmas
-from align_cluster.conditions.perturb import E2po
+from align_cluster.conditions.exploration import E2po
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.sampler import DrawRequest, Sampler
@@ -25,7 +25,7 @@ NOISES, CONDITIONS = 2, 3
 WEIGHTS = [1, 0.808, 0.547, 0.171, 0, 0]  # (sigma - .6) / .4 at SD3's six levels 1, .9233, .8189, .6683, .4322, .0089
 SIZE = NOISES * CONDITIONS
 ALL = tuple(range(STEPS))
-ODE = DrawRequest(5, STEPS, Euler.Config(), schedule=Sd3Schedule.Config(), rho=RHO)
+ODE = DrawRequest(5, STEPS, Euler.Config(), schedule=Sd3Schedule.Config(), exploration=E2po(rho=RHO))
 SDE = replace(ODE, step=FlowSde.Config(), window=Window(ALL, ALL[:-1], STEPS - 1), means=True)
 
 
@@ -210,9 +210,72 @@ def test_rho_says_how_long_a_perturbation_lasts(sampler, conditions, perturbatio
     plain = sampler.draw(originals(grid()[0]), {TEXT: conditions[0]}, None, ODE)[2].x0
     gaps = []
     for rho in (0.01, 0.2, 0.4, 1.0):  # at .01 only the first step, sigma = 1, is perturbed
-        x0 = sampler.draw(grid()[0], {TEXT: conditions[0]}, None, replace(ODE, rho=rho), {TEXT: perturbation})[2].x0
+        x0 = sampler.draw(
+            grid()[0], {TEXT: conditions[0]}, None, replace(ODE, exploration=E2po(rho=rho)), {TEXT: perturbation}
+        )[2].x0
         gaps.append(np.abs(x0 - plain)[NOISES:].mean())
     assert 0 < gaps[0] < gaps[1] < gaps[2] < gaps[3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights"),
+    [({"schedule": "static"}, [1] * STEPS), ({"clock": "time", "rho": 0.4}, [1, 7 / 12, 1 / 6, 0, 0, 0])],
+    ids=["static", "time"],
+)
+def test_another_schedule_or_clock_gives_the_network_the_blends_of_its_own_weights(
+    sampler, conditions, perturbation, changes, weights
+):
+    """By time, step k of 6 stands at 1 - k / 6: (1 - k / 6 - .6) / .4."""
+    fed, everything = [], own_conditions(conditions[0], perturbation)
+    handle = sampler.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["encoder_hidden_states"].numpy().copy()), with_kwargs=True
+    )
+    asked, chunk = replace(ODE, exploration=E2po(**changes)), grid()[0]
+    sampler.draw(chunk, {TEXT: conditions[0]}, None, asked, {TEXT: perturbation})
+    handle.remove()
+    for call, weight in zip(fed, weights, strict=True):
+        for member, variant in enumerate(chunk.variants):
+            expected = weight * everything[variant][0] + (1 - weight) * everything[0][0]
+            np.testing.assert_allclose(call[member], expected, rtol=0, atol=2e-6)
+
+
+def test_without_the_anchor_a_group_has_every_noise_under_perturbed_conditions_only(sampler, conditions):
+    config = E2po(conditions=CONDITIONS, anchor=False, iterations=5)
+    (found,) = sampler.perturb([TEXT], config, 0)
+    assert len(found.hidden) == len(found.cosines) == CONDITIONS
+    (chunk,) = plan_step([Prompt(0, TEXT)], 7, 0, 1, NOISES, SIZE, CONDITIONS, anchor=False)
+    assert chunk.variants == [1, 1, 2, 2, 3, 3] and chunk.noises == grid()[0].noises and chunk.seeds == grid()[0].seeds
+    drawn = sampler.draw(chunk, {TEXT: conditions[0]}, None, ODE, {TEXT: found})[2].x0.reshape(CONDITIONS, NOISES, -1)
+    plain = sampler.draw(originals(chunk), {TEXT: conditions[0]}, None, ODE)[2].x0.reshape(CONDITIONS, NOISES, -1)
+    assert (np.abs(drawn - plain).max(2) > 1e-3).all()
+
+
+def test_learned_each_time_a_prompt_gets_others_in_another_step_and_the_same_again_in_the_same(sampler):
+    once, each = (E2po(conditions=2, iterations=3, learned=learned) for learned in ("once", "each_time"))
+    assert once.seed_in(7, 1) == once.seed_in(7, 2) == 7
+
+    def key_and_bits(step):
+        (found,) = sampler.backbone.perturb([TEXT], each, each.seed_in(7, step))
+        return found.key, found.hidden.tobytes()
+
+    first, second, again = (key_and_bits(step) for step in (1, 2, 1))
+    assert first == again and first[0] != second[0] and first[1] != second[1]
+
+
+def test_both_encoders_perturb_clip_gs_slots_as_well_and_leave_the_rest(sampler, conditions):
+    first, both = (E2po(conditions=3, iterations=5, encoders=encoders) for encoders in ("first", "both"))
+    (alone,), (found,) = (sampler.backbone.perturb([TEXT], config, 0) for config in (first, both))
+    rows, width = alone.hidden.shape[1:]
+    np.testing.assert_array_equal(found.hidden[..., :width], alone.hidden)
+    np.testing.assert_array_equal(found.pooled[:, : alone.pooled.shape[1]], alone.pooled)
+    second = sampler.backbone._text.text_encoder_2.config
+    whole = width + second.hidden_size
+    assert found.hidden.shape == (2, rows, whole) and found.pooled.shape[1] == len(conditions[0].pooled)
+    inserted = sampler.backbone.insert(conditions[0], found, 1)
+    changed = inserted.sequence != conditions[0].sequence
+    assert changed[1:rows, width:whole].any() and not changed[rows:].any() and not changed[:, whole:].any()
+    assert (inserted.pooled[alone.pooled.shape[1] :] != conditions[0].pooled[alone.pooled.shape[1] :]).any()
+    assert 0 < found.cosines.max() < 1 and found.key != alone.key
 
 
 # ------------------------------------------------------------------------------------- E1: a perturbation that is none

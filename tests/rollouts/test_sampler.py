@@ -6,6 +6,7 @@ import torch
 
 from align_cluster.backbones.adapters import adapter_parameters
 from align_cluster.backbones.levels import flux_sigmas, sd3_sigmas
+from align_cluster.conditions.exploration import E2po
 from align_cluster.prompts.groups import plan_step
 from align_cluster.rollouts.denoise import Path, initial_noise
 from align_cluster.rollouts.guidance import TextBatch, guided_velocity
@@ -206,7 +207,8 @@ def test_the_fingerprint_changes_with_everything_that_decides_a_draw():
         {"window": Window(tuple(range(STEPS)), (0, 1), 1)},
         {"means": True},
         {"schedule": LinearSchedule.Config()},
-        {"rho": 0.4},
+        {"exploration": E2po()},
+        {"exploration": E2po(clock="time")},
     ]
     request, two = DrawRequest(**settings), chunk(1, 2)
     others = [chunk(2, 1), chunk_of(Prompt(0, TEXT), (1, 2), noises=(1, 1))]

@@ -30,7 +30,7 @@ SMALL = (
 
 EXPLORED = (
     *("exploration={kind: e2po, conditions: 2, iterations: 3}", "algorithm.ratio=guard", "advantage.std=batch"),
-    "advantage.shaping={kind: slas, gamma: adaptive, refresh: 1}",
+    *("advantage.shaping={kind: slas, gamma: adaptive, bound: worst_case, refresh: 1}", "prompts_per_step=4"),
 )
 
 

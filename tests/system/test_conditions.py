@@ -90,18 +90,18 @@ def test_what_is_needed_is_all_there_with_one_warning_where_it_exceeds_the_bound
 def test_perturbed_conditions_share_the_bound_and_come_back_bit_for_bit(local_ray, store):
     explored = ("exploration.kind=e2po", "exploration.conditions=3", "exploration.iterations=2")
     conditions = store(8, *explored)
-    metrics = conditions.explore(PROMPTS[:2])
+    metrics = conditions.explore(PROMPTS[:2], 0)
     conditions.encode(PROMPTS[:2])
     found = conditions.perturbed_of(PROMPTS[0].text)
     bits = local_ray.get(found.reference).hidden.tobytes()
     key, cosine = found.key, found.cosine
     assert set(metrics) == {"explore/anchor_cosine", "explore/pairwise_cosine"}
     for start in range(2, 20, 2):
-        conditions.explore(PROMPTS[start : start + 2])
+        conditions.explore(PROMPTS[start : start + 2], start)
         conditions.encode(PROMPTS[start : start + 2])
         assert conditions.recent.nbytes <= 8 * SIZE
     assert conditions.perturbed_of(PROMPTS[0].text) is None
-    assert conditions.explore(PROMPTS[:2]) == metrics
+    assert conditions.explore(PROMPTS[:2], 0) == metrics
     found = conditions.perturbed_of(PROMPTS[0].text)
     assert (found.key, found.cosine, local_ray.get(found.reference).hidden.tobytes()) == (key, cosine, bits)
     assert np.isfinite(found.pairwise)

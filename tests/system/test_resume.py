@@ -35,7 +35,8 @@ JOBS = {
     "grpo": (
         *STEPS,
         *("learner.updates_per_step=2", "advantage.std=batch", "advantage.shaping.kind=slas"),
-        *("advantage.shaping.gamma=adaptive", "advantage.shaping.refresh=2"),
+        *("prompts_per_step=4", "advantage.shaping.gamma=adaptive", "advantage.shaping.bound=worst_case"),
+        *("advantage.shaping.refresh=2", "advantage.shaping.delta=1"),
     ),
     "ppo": (
         *STEPS,

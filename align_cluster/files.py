@@ -156,13 +156,17 @@ def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) 
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file by name: its library writes them in an order that differs each time."""
+    """Sort the metadata of a safetensors file by name: its library writes them in an order that differs each time.
+
+    The file is written anew, because the library's own can be read by this user alone.
+    """
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # The tensors begin at a multiple of 8 bytes.
+    path.unlink()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 

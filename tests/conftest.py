@@ -19,6 +19,8 @@ import torch  # noqa: E402
 
 from align_cluster.backbones.sd3 import SD3  # noqa: E402
 
+LONG = ("system", "benchmarks", "tests")  # folders whose tests run whole commands and runs
+
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
@@ -26,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, no
 @pytest.hookimpl(wrapper=True)  # so that it begins before xdist reads the groups, which a plain hook does not
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Let two processes share the tests: one begins with all that need the session's Ray, so that there is only one of
-    it, and the rest goes file by file to whichever process is free."""
-    items.sort(key=lambda item: "local_ray" not in item.fixturenames)
+    it, and the rest goes file by file to whichever process is free, the long ones first: a long file at the end would
+    leave one process idle."""
+    items.sort(key=lambda item: ("local_ray" not in item.fixturenames, item.path.parent.name not in LONG))
     for item in items:
         group = "ray" if "local_ray" in item.fixturenames else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -14,7 +14,7 @@ from align_cluster.settings import Root, Section
 
 
 class DRaFT(Algorithm):
-    """Samplers record the start of the last K steps; the learner repeats those steps with gradient.
+    """DRaFT: samplers record the start of the last K steps; the learner repeats those steps with gradient.
 
     DRaFT-LV takes x0 alone and noises it again to the last step's level. Several such noises lower the gradient's
     variance.

@@ -18,7 +18,7 @@ from align_cluster.settings import Root, Section
 
 
 class GRPO(PolicyGradient):
-    """Every trained denoising step of a sample gets the sample's group advantage."""
+    """Flow-GRPO, DanceGRPO, MixGRPO: every trained denoising step of a sample gets the sample's group advantage."""
 
     class Config(Section):
         """Configures GRPO."""

@@ -14,9 +14,9 @@ from align_cluster.types import Metric
 
 
 class NFT(Algorithm):
-    """Samplers draw with the lagged adapter "old". The default one regresses towards good samples.
+    """DiffusionNFT: the adapter regresses towards good samples and away from bad ones, without log-probs.
 
-    It regresses away from bad ones at the same time.
+    Samplers draw with its lagged copy "old".
     """
 
     class Config(Section):

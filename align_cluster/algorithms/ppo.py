@@ -31,7 +31,7 @@ class WarmUp(Section):
 
 
 class PPO(PolicyGradient):
-    """Trains the clipped surrogate with each step's own advantage, and a critic that regresses on returns."""
+    """Latent actor-critic PPO: every trained step has an advantage of its own, from a critic that learns returns."""
 
     class Config(Section):
         """Configures PPO. Defaults that the paper's abstract and summaries do not state are our choice."""

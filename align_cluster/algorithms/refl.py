@@ -13,7 +13,7 @@ from align_cluster.settings import Root, Section
 
 
 class ReFL(Algorithm):
-    """Samplers record the start of a random late step of each sample; the learner predicts x0 from there.
+    """ReFL: samplers record the start of a random late step of each sample; the learner predicts x0 from there.
 
     Nothing is repeated but that one prediction, so steps may draw noise on the way, as the official script's do.
     """

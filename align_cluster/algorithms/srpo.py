@@ -50,7 +50,7 @@ def doubtful(phrase: str, known: Vocabulary | None) -> str | None:
 
 
 class SRPO(Algorithm):
-    """Adds the rollout's own initial noise to x0, recovers x0 from one short model step, and follows a relative reward.
+    """SRPO: adds the initial noise to x0 again, recovers x0 in one short step, and follows a relative reward.
 
     The recovery is Direct-Align's. The relative reward compares the image under a positive and a negative control word.
     Inner passes alternate between a step that denoises and one that inverts, with the words in opposite roles. Both

@@ -39,6 +39,9 @@ CHECKPOINT = "a checkpoint: RUN/checkpoints/step_000040, RUN@40, or RUN@best by 
 # These silence libraries that print much which users need not read; Ray's workers inherit them.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
+# Commands that import for seconds before they have anything to say; `train` and `serve-rewards` say what they read.
+QUIET_START = ("validate", "plan", "sample", "evaluate", "export", "report", "doctor", "score")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        if args.command.__name__ in QUIET_START and sys.stderr.isatty():
+            print("loading libraries", file=sys.stderr, flush=True)
         return args.command(args)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one would end the ending in a traceback

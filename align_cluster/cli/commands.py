@@ -97,7 +97,10 @@ def init(args: argparse.Namespace) -> int:
 
     out = args.out or Path(f"{args.name}.yaml")
     command = "serve-rewards" if copy(args.name, out, args.force) else "train"
-    print(f"{out} is a copy of {args.name}: change it, then `align-cluster {command} {shlex.quote(str(out))}`")
+    print(
+        f"{out} is a copy of {args.name}, and its schema for editors stands beside it: change it, then "
+        f"`align-cluster {command} {shlex.quote(str(out))}`"
+    )
     return 0
 
 
@@ -127,7 +130,7 @@ def train(args: argparse.Namespace) -> int:
 
 def validate(args: argparse.Namespace) -> int:
     """Check a run file, and print one line about it or all of its settings."""
-    from align_cluster.config.load import config_hash, dump
+    from align_cluster.config.load import dump
 
     config = _config(args)
     if args.resolved:
@@ -136,7 +139,7 @@ def validate(args: argparse.Namespace) -> int:
     images = config.prompts_per_step * config.group_members
     print(
         f"{args.config} is valid: {config.algorithm.kind} on {config.backbone.path}, {config.steps} steps of {images} "
-        f"images ({config.prompts_per_step} prompts x {config.group_members}), config hash {config_hash(config)}"
+        f"images ({config.prompts_per_step} prompts x {config.group_members})"
     )
     return 0
 
@@ -285,7 +288,7 @@ def _service(args: argparse.Namespace) -> tuple[Callable[["ServiceConfig"], None
     try:
         from align_cluster.serving.service import run
     except ImportError as error:
-        raise UserError(f"serving needs a package more ({error}); pip install 'align-cluster[serve]'") from None
+        raise UserError(f"serving needs the package {error.name}; pip install 'align-cluster[serve]'") from None
     return run, config
 
 

@@ -38,6 +38,8 @@ def _progress(state: dict[str, Any]) -> Check:
     where = f"step {state['step']} of {state['steps']}"
     if state["phase"] == "done":
         return Check("ok", "run", f"{where}: done")
+    if state["phase"] == "failed" and state["error"] == "interrupted":
+        return Check("warn", "run", f"{where}: interrupted", GO_ON)
     if state["phase"] == "failed":
         return Check("fail", "run", f"{where}: {state['error']}", f"when that is mended, {GO_ON}")
     counts = [f"{stage} {done} of {total}" for stage, (done, total) in state["progress"].items() if done < total]

@@ -106,6 +106,8 @@ def write_merged(result: Result, folder: Path, dtype: torch.dtype) -> None:
     denoiser = merge(result, dtype)
     denoiser.register_to_config(_name_or_path=result.config.backbone.path)  # else the folder that it was read from
     denoiser.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # which this user alone could read
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def write_pipeline(result: Result, folder: Path, dtype: torch.dtype) -> None:

@@ -102,10 +102,11 @@ def align(
     checkpoints = CheckpointManager(config, start.store, start.inputs, workers, estimator, clock, guard, bars.note)
     heartbeat = Heartbeat(run.path, config, clock, workers)
     with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
-        evaluation = Evaluation(config, held_out, workers, run, metrics, clock)
+        evaluation = Evaluation(config, held_out, workers, run, metrics, clock, bars.note)
         if start.state:
+            bars.phase(f"going on after step {start.steps} of {config.steps}")
             results = checkpoints.restore(start.state)
-            bars.resume(metrics.first)
+            bars.resume(start.steps, metrics.first)
         else:
             bars.phase(f"scoring the base model: {counted(evaluation.images, 'image')}")
             results.before = evaluation.first()

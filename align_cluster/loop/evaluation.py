@@ -1,10 +1,11 @@
 """Held-out evaluation and sample grids inside a run, with the run's own workers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from align_cluster.config.plan import evaluation_pieces
 from align_cluster.config.run import RunConfig
-from align_cluster.errors import UserError
+from align_cluster.errors import UserError, counted
 from align_cluster.files import write_json
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.learning import Sync
@@ -15,7 +16,7 @@ from align_cluster.observe.grids import save_grid
 from align_cluster.observe.guards import no_score
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
-from align_cluster.observe.table import by_prompt, headline_column, rows, summarise
+from align_cluster.observe.table import by_prompt, headline_column, rows, short, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
 from align_cluster.rewards.mix import silent
 from align_cluster.types import Chunk, Prompt
@@ -32,9 +33,10 @@ class Evaluation:
         run: RunDir,
         metrics: MetricWriter,
         clock: Clock,
+        note: Callable[[str], None],
     ) -> None:
         self.config, self.settings, self.workers, self.clock = config, config.evaluate, workers, clock
-        self.run_dir, self.metrics = run, metrics
+        self.run_dir, self.metrics, self.note = run, metrics, note
         settings, seed = config.evaluate, config.seed
         batches = {"chunk": config.rollout.chunk, "pieces": evaluation_pieces(config)}
         self.chunks = plan_evaluation(held_out, settings.count, settings.images_per_prompt, seed=seed, **batches)
@@ -101,6 +103,10 @@ class Evaluation:
             scores, adapter = summarise(images), "evaluation" if step else "base"
             facts = {"headline": self.config.headline, "by_prompt": by_prompt(images)}
             self.metrics.evaluation(step, self.workers.weights.version, adapter, scores | facts)
+            overall = scores["overall"]
+            if column := headline_column(self.config.headline, list(overall)):
+                when = f"after {counted(step, 'step')}" if step else "before training"
+                self.note(f"held-out {short(column)} {overall[column]:.3f} {when}")
         if shown := drawn[len(scored) :]:
             pictures = self.workers.rollouts.images(shown)
             save_grid(pictures, self.settings.grid_columns, self.run_dir.grid(step), self.captions)

@@ -71,9 +71,11 @@ class Progress:
         """Say what begins now, with the time since the command began."""
         self._plain(f"{clock(time.monotonic() - self.began):>7}  {text}")
 
-    def resume(self, first: dict[str, float]) -> None:
-        """Compare rewards with those in `first`, the metrics of the first step of a run that was interrupted."""
+    def resume(self, step: int, first: dict[str, float]) -> None:
+        """Go on after `step` steps, and compare rewards with those in `first`, the metrics of the run's first step."""
         self._rewards(first)
+        if self.live:
+            self.run.update(self.run_bar, completed=step)
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that `done` of `total` units of stage `name` are ready; 0 begins the stage anew.

@@ -163,6 +163,16 @@ def test_nothing_that_is_exported_names_a_folder_of_this_machine(run, exported):
         assert not any(folder.encode() in file.read_bytes() for folder in folders), file
 
 
+def test_who_may_read_the_card_may_read_all_weights_that_were_written(run, exported):
+    weights = [RunDir(run.path).lora_weights, *(exported / "lora").glob("*.safetensors")]
+    weights += [
+        *(exported / "merged").glob("*.safetensors"),
+        *(exported / "diffusers" / run.backbone.part).glob("*.saf*"),
+    ]
+    mode = (exported / "lora" / "README.md").stat().st_mode
+    assert len(weights) == 5 and all(file.stat().st_mode == mode for file in weights)
+
+
 def test_settings_for_others_hold_no_path_but_its_last_name():
     settings = [
         "prompts={kind: txt, path: /home/me/prompts.txt}",

@@ -19,13 +19,14 @@ from align_cluster.loop import driver
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
-def listening() -> dict[int, set[str]]:
-    """Addresses that this process, and all that came of it, listen at, by the processes' ids."""
-    mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
-    found: dict[int, set[str]] = {}
+def listening() -> dict[tuple[int, str], set[str]]:
+    """Addresses that this process, and all that came of it, listen at, by the processes' ids and names."""
+    mine = {child.pid: child.name() for child in psutil.Process().children(recursive=True) if child.is_running()}
+    mine[os.getpid()] = psutil.Process().name()
+    found: dict[tuple[int, str], set[str]] = {}
     for one in psutil.net_connections("inet"):
         if one.status == psutil.CONN_LISTEN and one.pid in mine:
-            found.setdefault(one.pid, set()).add(one.laddr.ip.removeprefix("::ffff:"))
+            found.setdefault((one.pid, mine[one.pid]), set()).add(one.laddr.ip.removeprefix("::ffff:"))
     return found
 
 
@@ -42,8 +43,8 @@ def test_a_run_of_this_machine_listens_on_loopback_only(tiny, tmp_path, local_ra
     monkeypatch.setattr(driver, "WorkerGroup", Watched)
     driver.train(tiny("nft", "steps=1", "cluster.learners=2"), tmp_path)
     [(found, learners)] = seen
-    names = {psutil.Process(pid).name() for pid in found.keys() - learners}
-    assert len(learners) == 2 and learners < found.keys() and {"gcs_server", "raylet"} <= names
+    names = dict(found.keys())
+    assert len(learners) == 2 and learners < names.keys() and {"gcs_server", "raylet"} <= set(names.values())
     assert set.union(*found.values()) == {"127.0.0.1"}, found
 
 

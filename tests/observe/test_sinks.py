@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -88,6 +89,7 @@ def test_a_resumed_writer_counts_seconds_on_and_tensorboard_forgets_the_steps_th
             writer.write(step, {"train/loss": float(step)})
     lines = RunDir(tmp_path).metrics.read_text().splitlines(keepends=True)
     RunDir(tmp_path).metrics.write_text("".join(lines[:2]))
+    time.sleep(1)  # TensorBoard reads files in the order of the seconds in their names, as runs come one after another
     with MetricWriter(tmp_path, done=2) as writer:
         for step in (3, 4):
             writer.write(step, {"train/loss": 10.0 * step})

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -51,8 +52,7 @@ class Progress:
             width, length = max(map(len, ["steps", *stages])), 36 if self.console.width >= WIDE else 16
             self.run = Bars(_name(width), BarColumn(length), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self.run_bar = self.run.add_task("steps", total=total_steps, text="")
-            unit = TextColumn("{task.fields[unit]}")
-            self.stages = Bars(_name(width), BarColumn(length), MofNCompleteColumn(), unit, TimeElapsedColumn())
+            self.stages = Bars(_name(width), _Bar(length), _Count(), TimeElapsedColumn())
             self.bars = {n: self.stages.add_task(n, start=False, total=1, unit=u) for n, u in stages.items()}
             self.rewards = Text()
             self.live = Live(Group(self.run, self.rewards, self.stages), console=self.console, refresh_per_second=8)
@@ -130,6 +130,25 @@ class Progress:
 
     def _plain(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+class _Bar(BarColumn):
+    """A bar that moves where work goes on that cannot be counted. rich also moves those of work that has not begun."""
+
+    def render(self, task: Task) -> ProgressBar:
+        """Return the bar of one stage."""
+        bar = super().render(task)
+        bar.pulse = False  # one without a total moves anyway
+        return bar
+
+
+class _Count(MofNCompleteColumn):
+    """Tells how many units of a stage are ready, where it has begun and has units."""
+
+    def render(self, task: Task) -> Text:
+        """Return the count of one stage with its unit, or nothing."""
+        unit = task.fields["unit"]
+        return super().render(task).append(f" {unit}", style="default") if task.started and unit else Text()
 
 
 def _name(width: int) -> TextColumn:

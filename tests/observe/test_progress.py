@@ -52,6 +52,7 @@ def test_at_80_columns_steps_eta_units_and_rewards_are_whole():
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     last = plain[plain.rindex("steps  ") :]
     assert "999/1000" in last and "ETA 0:03" in last and "8/8 chunks" in last and "…" not in last
+    assert " 0/" not in last and last.count("chunks") == 1, "what has not begun, or has no units, has no count"
     assert "geneval 0.500 (began 0.500)  clip 0.250 (began 0.250)" in last
 
 

@@ -47,6 +47,7 @@ def test_layers_that_differ_in_a_setting_without_weights_are_not_equal():
     assert len(network) == 8
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_it_takes_with_all_its_layers(job, tiny_pipeline, tmp_path, monkeypatch):
     shutil.copytree(tiny_pipeline("flux"), tmp_path, dirs_exist_ok=True)
     settings = tmp_path / "transformer" / "config.json"

@@ -61,7 +61,9 @@ def test_a_loss_without_reference_asks_for_no_reference(job):
     assert asked(job("sd3", "grpo", "algorithm.kl_beta=0")) == ["default"]
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "sd1" else ()) for kind in BACKBONES]
+)
 def test_every_backbone_is_counted_with_a_critic(kind, job):
     config = job(kind, "ppo")
     plan = derive(config, 1, 0)

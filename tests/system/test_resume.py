@@ -148,11 +148,11 @@ CASES = [
         for case in [
             ("nft", "reward", 2),
             ("ppo", "before update", 3),
-            ("nft", "publish behaviour", 3),
             ("nft", "publish evaluation", 2),
         ]
     ),
     pytest.param("grpo", "after update", 1, marks=pytest.mark.exhaustive),
+    pytest.param("nft", "publish behaviour", 3, marks=pytest.mark.exhaustive),
     pytest.param("ppo", "publish evaluation", 3, marks=pytest.mark.exhaustive),
 ]
 

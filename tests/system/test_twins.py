@@ -121,7 +121,7 @@ def test_a_run_on_ray_is_the_run_in_one_process_bit_by_bit(name, overrides, in_p
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_ranks_measure_the_worst_case_bound_too(train):
     run = train(small("embedded_slas", *WORST, "cluster.learners=2"))
     first, second = read_jsonl(RunDir(run.path).metrics)

@@ -85,7 +85,7 @@ def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Iterator[Sour
         lora = stack.enter_context(opened(args.lora)) if args.lora else None
         target = stack.enter_context(opened(named or source)) if named or source else lora
         for given, found in ((args.lora, lora), (named or source, target)):
-            if given and str(given).endswith("@best"):
+            if given and found.checkpoint and str(found.checkpoint) != given:  # @best, by its step
                 print(f"note: {given} is {found.checkpoint}", file=sys.stderr)
         file = find_config(lora.path) if target is lora else target.path
         if file.is_dir():
@@ -214,8 +214,9 @@ def sample(args: argparse.Namespace) -> int:
     out = args.out or next(path for path in names if not path.exists())
     drawn = sample(config, source.lora, request, out)
     print(f"{len(drawn['images'])} images in {out}, overview in {out / 'grid.png'}")
-    for model, means in drawn["means"].items() if request.score else ():
-        print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
+    for model, means in drawn["means"].items():
+        if means:
+            print("".join([f"{model}:", *(f"  {name} {mean:.3f}" for name, mean in means.items())]))
     if steer:
         spent, plain = (describe_compute(drawn["steer"][side]) for side in ("compute", "plain"))
         print(f"{steer.kind}: {spent}; plain sampling: {plain}")

@@ -20,9 +20,9 @@ from align_cluster.observe.charts import STAGES, Series, line_chart, smoothing
 from align_cluster.observe.rundata import RunData
 from align_cluster.observe.table import compare, short, within_noise
 from align_cluster.plain import yaml_value
+from align_cluster.settings import HUB_ID
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-HUB_ID = r"[\w.-]+/[\w.-]+"  # what the hub calls a model
 # What the code of a card was tried with. torch and torchvision belong together: torchvision has compiled operators.
 NEEDS = ("torch==2.13.0", "torchvision==0.28.0", "diffusers==0.42.1", "peft==0.21.2", "transformers>=5.23,<6")
 
@@ -88,7 +88,7 @@ def write_card(result: Result, folder: Path, *, form: str, title: str, licence: 
         parts=parts,
         arguments={"num_inference_steps": steps} | backbone.call(config.evaluate.guidance),
         curves=_curves(folder / "reward.svg", run, config.trained),
-        training=_training(run, config),
+        training=_training(result),
         settings=dump(config).strip(),
         licence=licence,
         needs=" ".join(f'"{need}"' if "<" in need else need for need in NEEDS),
@@ -160,13 +160,13 @@ def _scores(run: RunData) -> dict[str, dict[str, Any]]:
     }
 
 
-def _training(run: RunData, config: RunConfig) -> dict[str, str]:
+def _training(result: Result) -> dict[str, str]:
     """Return facts about the training by what they are called; those that are empty do not apply."""
-    steps = run.summary.get("steps", config.steps)  # of a checkpoint they are fewer
+    run, config = result.run, result.config
     return {
         "rewards trained on": ", ".join(map(code, config.trained)),
         "only monitored": ", ".join(code(name) for name in config.rewards if name not in config.trained),
-        "steps": f"{steps} of {config.prompts_per_step} prompts x {config.group_members} images",
+        "steps": f"{result.steps} of {config.prompts_per_step} prompts x {config.group_members} images",
         "seed": str(config.seed),
         "config hash": code(run.summary["config_hash"]),
         "versions": ", ".join(code(f"{name} {text}") for name, text in run.summary.get("versions", {}).items()),

@@ -21,7 +21,7 @@ from align_cluster.files import user_path, write_json, write_text
 from align_cluster.loop.state import State, reading, store_of, write_critic
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
-from align_cluster.observe.table import headline_column
+from align_cluster.observe.table import headline_score
 
 NOTHING = {"overall": {}, "tasks": {}}  # held-out scores of weights that nobody has evaluated
 
@@ -76,8 +76,9 @@ def find(given: str) -> Place | None:
     run = RunDir(user_path(folder))
     if not run.config.is_file():
         raise UserError(f"{given}: {folder} is no run directory; write the folder that `train` made before the @")
-    store = store_of(load(run.config), run)
-    step = best(store, run) if which == "best" else int(which)
+    config = load(run.config)
+    store = store_of(config, run)
+    step = best(store, run, config.headline) if which == "best" else int(which)
     if step is None:
         raise UserError(f"{given}: no checkpoint has a held-out score; write {folder}@STEP: {listed(store)}")
     return _there(Place(store, step, run, f"{folder}@{step}"))
@@ -89,17 +90,16 @@ def _there(place: Place) -> Place:
     return place
 
 
-def best(store: Store, run: RunDir) -> int | None:
-    """Return the step of the checkpoint with the best held-out score, the later one of two; None where none has one.
+def best(store: Store, run: RunDir, headline: str) -> int | None:
+    """Return the step of the checkpoint with the best held-out `headline`, the later of two; None where none has it.
 
     The last step of a run is evaluated after its checkpoint is written, so that score is the run's.
     """
     evaluated = {row["step"]: row["overall"] for row in read_jsonl(run.evaluations)}
-    headline, scores = load(run.config).headline, {}
+    scores = {}
     for step, about in store.known().items():
-        overall = evaluated.get(step, {})
         score = about.get("score")
-        score = overall.get(headline_column(headline, list(overall))) if score is None else score
+        score = headline_score(headline, evaluated.get(step, {})) if score is None else score
         if score is not None:
             scores[step] = score
     return max(scores, key=lambda step: (scores[step], step), default=None)
@@ -117,8 +117,9 @@ def offer(run: Path) -> str:
     if not files.config.is_file():
         return ""
     with suppress(UserError):  # the sentence is about another mistake
-        store = store_of(load(files.config), files)
-        named = [*(["best"] if best(store, files) is not None else []), *store.steps()]
+        config = load(files.config)
+        store = store_of(config, files)
+        named = [*(["best"] if best(store, files, config.headline) is not None else []), *store.steps()]
         return f", or one of its checkpoints: {', '.join(f'{run}@{which}' for which in named)}" if named else ""
     return ""
 

@@ -12,7 +12,7 @@ import torch
 
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
-from align_cluster.evaluate.card import HUB_ID, comfyui_name, licence_of, write_card
+from align_cluster.evaluate.card import comfyui_name, licence_of, write_card
 from align_cluster.evaluate.checkpoints import opened
 from align_cluster.evaluate.lora import Lora, bind
 from align_cluster.evaluate.result import Result, public, read_result
@@ -20,6 +20,7 @@ from align_cluster.files import new_folder, save_tensors, write_text
 from align_cluster.machine import cores
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
+from align_cluster.settings import HUB_ID
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

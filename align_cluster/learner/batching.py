@@ -64,11 +64,9 @@ class TrainingChunk:
         rows: slice,
     ) -> TextBatch:
         """Return the conditions that these rows were drawn under at full strength; `insert` is the backbone's."""
-        own = [
-            insert(self.conditions[row.prompt.text], self.perturbations.get(row.prompt.text), row.variant)
-            for row in self.record.chunk.rows[rows]
-        ]
-        return TextBatch.build(own, null, device)
+        return TextBatch.perturbed(
+            self.record.chunk.rows[rows], self.conditions, self.perturbations, insert, null, device
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

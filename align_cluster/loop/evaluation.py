@@ -16,7 +16,7 @@ from align_cluster.observe.grids import save_grid
 from align_cluster.observe.guards import no_score
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import MetricWriter
-from align_cluster.observe.table import by_prompt, headline_column, rows, short, summarise
+from align_cluster.observe.table import by_prompt, headline_column, headline_score, rows, short, summarise
 from align_cluster.prompts.groups import plan_evaluation, spread
 from align_cluster.rewards.mix import silent
 from align_cluster.types import Chunk, Prompt
@@ -77,8 +77,7 @@ class Evaluation:
             self.workers.weights.publish("evaluation")
             scores = self._record(step, self._draw([*self.chunks * bool(scored), *self.grid_chunks * bool(shown)]))
             self.workers.weights.publish("behaviour")
-            overall = scores.get("overall", {})
-            return overall.get(headline_column(self.config.headline, list(overall)))
+            return headline_score(self.config.headline, scores.get("overall", {}))
 
     def last(self) -> tuple[Sync, dict]:
         """Publish the weights that are kept, and take their scores and grid."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from align_cluster.checkpoint.store import Damaged, Store
 from align_cluster.config.run import RunConfig
-from align_cluster.files import atomic, write_text
+from align_cluster.files import save_tensors, write_text
 from align_cluster.learner.state import Snapshot, under
 from align_cluster.observe.rundir import RunDir
 
@@ -90,10 +90,6 @@ def store_of(config: RunConfig, run: RunDir) -> Store:
 
 def write_critic(folder: Path, config: RunConfig, weights: dict[str, np.ndarray], credit: dict[str, Any]) -> None:
     """Write a critic's weights, and what its values mean; `credit` is the state of its advantage estimator."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir(exist_ok=True)
-    with atomic(folder / "critic.safetensors") as file:
-        save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, file)
+    save_tensors(folder / "critic.safetensors", {name: np.ascontiguousarray(w) for name, w in weights.items()}, {})
     facts = {"rewards": config.trained, "critic": config.algorithm.critic.model_dump(), **credit}
     write_text(folder / "critic.json", json.dumps(facts, indent=1))

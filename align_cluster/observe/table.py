@@ -1,6 +1,6 @@
 """Tables of held-out scores hold means per task and the overall score with its uncertainty, before and after."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,11 @@ def headline_column(wanted: str | None, columns: list[str]) -> str | None:
         if name in columns:
             return name
     return columns[0] if columns else None
+
+
+def headline_score(wanted: str, overall: Mapping[str, float]) -> float | None:
+    """Return the score in the column that is shown first, of means by column; None where there is none."""
+    return overall.get(headline_column(wanted, list(overall)))
 
 
 def short(column: str | None) -> str:

@@ -1,13 +1,13 @@
 """Classifier-free guidance around a backbone's velocity. Rollout and learner call the same function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from align_cluster.backbones.base import Backbone
 from align_cluster.conditions.precision import to_tensor
-from align_cluster.types import Condition
+from align_cluster.types import Condition, Perturbation, Row
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,22 @@ class TextBatch:
         mask = torch.arange(sequence.shape[1], device=device) < lengths[:, None] if padded else None
         nothing = () if null is None else (part.expand(len(conditions), *part.shape) for part in own[id(null)])
         return cls(sequence, torch.stack(pooled), mask, *nothing)
+
+    @classmethod
+    def perturbed(
+        cls,
+        rows: Sequence[Row],
+        conditions: Mapping[str, Condition],
+        perturbations: Mapping[str, Perturbation],
+        insert: Callable[[Condition, Perturbation | None, int], Condition],
+        null: Condition | None,
+        device: torch.device,
+    ) -> "TextBatch":
+        """Return the conditions that rows are drawn under at full strength; `insert` is the backbone's."""
+        texts = [row.prompt.text for row in rows]
+        variants = zip(texts, rows, strict=True)
+        own = [insert(conditions[text], perturbations.get(text), row.variant) for text, row in variants]
+        return cls.build(own, null, device)
 
     def __getitem__(self, rows: torch.Tensor) -> "TextBatch":
         """Return the conditions of these rows, each one or more times."""

@@ -237,11 +237,8 @@ class Sampler:
 
         if not chunk.perturbed_texts:
             return guided, None
-        own = [
-            self.backbone.insert(conditions[text], perturbations.get(text), row.variant)
-            for text, row in zip(texts, chunk.rows, strict=True)
-        ]
-        perturbed = TextBatch.build(own, null, self.backbone.device)
+        explored = (conditions, perturbations, self.backbone.insert, null, self.backbone.device)
+        perturbed = TextBatch.perturbed(chunk.rows, *explored)
 
         def weight(sigma: torch.Tensor) -> float:
             return strength(float(sigma[0]), levels, request.exploration)

@@ -21,32 +21,22 @@ from align_cluster.rewards.detectors import PUBLISHED
 SCRIPT = Path(gpu.__file__)
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory) -> dict[str, Any]:
-    """What a call of the script with all stages leaves behind."""
-    folder = tmp_path_factory.mktemp("results")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--out", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
+def rehearse(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Call the script; return its exit code, its table, and the stages that it left in `folder`."""
+    command = [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--out", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     print(done.stdout, done.stderr)
-    results = json.loads((folder / "gpu-cpu.json").read_text())
-    results["stages"] |= json.loads((folder / "gpu-plan.json").read_text())["stages"]
-    return results | {"code": done.returncode, "table": done.stdout, "folder": folder}
+    stages = [json.loads(path.read_text())["stages"] for path in folder.glob("gpu-*.json")]
+    return {"code": done.returncode, "table": done.stdout, "stages": {n: s for file in stages for n, s in file.items()}}
 
 
-@pytest.mark.slow
-def test_every_stage_runs_to_its_end_on_a_cpu(rehearsed):
+@pytest.mark.exhaustive
+def test_every_stage_runs_to_its_end_on_a_cpu_and_has_a_figure_for_all_but_what_is_for_a_card(tmp_path):
+    rehearsed = rehearse(tmp_path)
     assert rehearsed["code"] == 0
     assert {name: stage["state"] for name, stage in rehearsed["stages"].items()} == dict.fromkeys(STAGES, "done")
     for stage in rehearsed["stages"].values():
         assert stage["rows"] and not [row for row in stage["rows"].values() if "error" in row]
-
-
-@pytest.mark.slow
-def test_the_rehearsal_has_a_figure_for_all_but_what_is_for_a_card(rehearsed):
     skipped = [
         name for stage in rehearsed["stages"].values() for name, row in stage["rows"].items() if "skipped" in row
     ]
@@ -59,14 +49,16 @@ def test_the_rehearsal_has_a_figure_for_all_but_what_is_for_a_card(rehearsed):
 
 
 @pytest.mark.slow
-def test_a_second_call_repeats_only_what_is_not_done(rehearsed):
-    path = rehearsed["folder"] / "gpu-cpu.json"
+def test_a_second_call_repeats_only_what_is_not_done(tmp_path):
+    rehearsed = rehearse(tmp_path, "--stages", "learner,rewards")
+    assert rehearsed["code"] == 0 and {stage["state"] for stage in rehearsed["stages"].values()} == {"done"}
+    path = tmp_path / "gpu-cpu.json"
     kept = json.loads(path.read_text())
     lost = "clip-l, 2 images"
     rows = kept["stages"]["rewards"]["rows"]
     first = rows.pop(lost)
     path.write_text(json.dumps(kept | {"stages": kept["stages"] | {"rewards": {"state": "killed", "rows": rows}}}))
-    arguments = ["--tiny", "--device", "cpu", "--out", str(rehearsed["folder"]), "--stages", "rewards,learner"]
+    arguments = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--stages", "rewards,learner"]
     assert gpu.main(arguments) == 0
     again = json.loads(path.read_text())["stages"]
     assert again["learner"] == kept["stages"]["learner"] and again["rewards"]["state"] == "done"

@@ -13,15 +13,14 @@ from align_cluster.learner.state import Snapshot
 from ..cases import each
 from .ranks import ranks
 
-pytestmark = pytest.mark.slow
-
 SCRIPT = Path(__file__).with_name("state_worker.py")
 SAVED = ["2-2-nft", "2-1-ppo"]
 MOVES = [
     *(("2-2-nft", 2, 2), ("2-2-nft", 0, 1), ("2-2-nft", 1, 1), ("2-2-nft", 3, 2), ("2-2-nft", 2, 4)),
     *(("2-1-ppo", 2, 2), ("2-1-ppo", 2, 1), ("0-1-nft", 2, 2)),
-    *(("3-2-nft", 3, 2), ("3-2-nft", 2, 1), ("3-2-nft", 3, 4)),
+    *(("3-2-nft", 3, 2), ("3-2-nft", 2, 1)),
 ]
+FOUR = ("3-2-nft", 3, 4)  # stage 3 gathers each weight for each use, and four ranks of two cores wait for each other
 
 
 def label(saved: str, stage: int, world: int) -> str:
@@ -44,12 +43,17 @@ def folder(tmp_path_factory, preload) -> Path:
     """Where the states of all cases are."""
     folder = tmp_path_factory.mktemp("states")
     run(preload, folder, {1: ["save:2:ppo", "save:0:nft"], 2: ["save:2:nft", "save:3:nft"]})
+    move(preload, folder, MOVES)
+    return folder
+
+
+def move(preload: Preload, folder: Path, moves: list[tuple[str, int, int]]) -> None:
+    """Restore each saved state in another job, and take one step there."""
     jobs: dict[int, list[str]] = {}
-    for saved, stage, world in MOVES:
+    for saved, stage, world in moves:
         jobs.setdefault(world, []).append(f"load:{stage}:{saved[4:]}:{saved}")
     for world, names in jobs.items():
         run(preload, folder, {world: names})
-    return folder
 
 
 def states(folder: Path, name: str) -> tuple[Snapshot, Snapshot]:
@@ -63,6 +67,7 @@ def assert_same(first: Snapshot, second: Snapshot) -> None:
         np.testing.assert_array_equal(value, second.tensors()[name], err_msg=name)
 
 
+@pytest.mark.slow
 @each("name", SAVED)
 def test_a_state_holds_adapters_average_and_moments_that_moved(folder, name):
     before, after = states(folder, name)
@@ -75,14 +80,28 @@ def test_a_state_holds_adapters_average_and_moments_that_moved(folder, name):
         assert any(np.abs(value).sum() > 0 for value in values)
 
 
+@pytest.mark.slow
 @each(("saved", "stage", "world"), MOVES)
 def test_what_is_restored_is_what_was_saved_to_the_last_bit(folder, saved, stage, world):
     assert_same(states(folder, saved)[0], states(folder, label(saved, stage, world))[0])
 
 
+@pytest.mark.slow
 @each(("saved", "stage", "world"), MOVES)
 def test_the_next_step_is_the_one_that_would_have_come(folder, saved, stage, world):
-    """Bit by bit with the same ranks and stage; else up to the rounding of other sums."""
+    assert_next(folder, saved, stage, world)
+
+
+@pytest.mark.exhaustive
+def test_two_ranks_of_stage_three_go_on_as_four(tmp_path, preload):
+    run(preload, tmp_path, {2: ["save:3:nft"]})
+    move(preload, tmp_path, [FOUR])
+    assert_same(states(tmp_path, FOUR[0])[0], states(tmp_path, label(*FOUR))[0])
+    assert_next(tmp_path, *FOUR)
+
+
+def assert_next(folder: Path, saved: str, stage: int, world: int) -> None:
+    """The next step is the uninterrupted one: bit by bit with the same ranks and stage, else up to rounding."""
     uninterrupted, resumed = states(folder, saved)[1], states(folder, label(saved, stage, world))[1]
     if (str(stage), str(world)) == (saved[0], saved[2]):
         assert_same(uninterrupted, resumed)

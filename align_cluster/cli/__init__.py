@@ -267,7 +267,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--to",
         required=True,
         metavar="FORM",
-        help="lora (files for diffusers and for ComfyUI), merged (the denoiser) or diffusers (the whole pipeline)",
+        help="lora (files for diffusers and for ComfyUI), peft, merged (the denoiser) or diffusers (the whole pipeline)",
     )
     export.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to make")
     export.add_argument("--base-model", metavar="ID", help="the base model's id on the hub, if RUN has a local copy")

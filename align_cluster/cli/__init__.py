@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         argv = _readable(sys.argv[1:] if argv is None else argv)
         args = build_parser().parse_args(argv)
+        with suppress(FileNotFoundError):  # a folder that is gone
+            sys.path.append(os.getcwd())  # last: a user's own parts may be here, and nothing here hides a package
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         if args.command.__name__ in QUIET_START and sys.stderr.isatty():
@@ -267,7 +270,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--to",
         required=True,
         metavar="FORM",
-        help="lora (files for diffusers and for ComfyUI), peft, merged (the denoiser) or diffusers (the whole pipeline)",
+        help="lora (for diffusers and ComfyUI), peft, merged (the denoiser) or diffusers (the whole pipeline)",
     )
     export.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to make")
     export.add_argument("--base-model", metavar="ID", help="the base model's id on the hub, if RUN has a local copy")

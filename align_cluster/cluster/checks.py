@@ -111,6 +111,19 @@ def token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
+def token_problem() -> str | None:
+    """Say why this process has no token for Ray, and what to do; None where it has one."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    file, cure = token_file(), "put the cluster's there, with chmod 600, or name its file by RAY_AUTH_TOKEN_PATH"
+    try:
+        return None if file.read_text(encoding="utf-8").strip() else f"{file} is empty; {cure}"
+    except FileNotFoundError:
+        return f"{file} is not there; {cure}"
+    except (OSError, ValueError) as error:
+        return f"{file} cannot be read ({error}); {cure}"
+
+
 def ray_settings() -> Check:
     """Check that Ray authenticates whoever connects."""
     mode = os.environ.get("RAY_AUTH_MODE")
@@ -119,6 +132,8 @@ def ray_settings() -> Check:
         return Check("warn", "RAY_AUTH_MODE", mode, remedy)
     file = token_file()
     there = file.exists()
+    if there and (problem := token_problem()):
+        return Check("fail", "RAY_AUTH_MODE", *problem.split("; "))
     value = f"{mode or 'not set (a private Ray uses tokens)'}, {file} is {'there' if there else 'not there yet'}"
     closed = not there or not stat.S_IMODE(file.stat().st_mode) & 0o077
     return Check.of(closed, "RAY_AUTH_MODE", value, f"others can read it: chmod 600 {file}, as the next run does")

@@ -181,9 +181,11 @@ def test_a_job_that_is_left_and_followed_through_a_proxy_stops_as_sigterm_does_w
     assert told[2] == proxy
     screen, ours = pty.openpty()
     command = [sys.executable, "-m", "align_cluster.cli", "submit", "--follow", told[1], "--address", proxy]
-    following = subprocess.Popen(command, cwd=ROOT, env=env, stdin=ours, stdout=ours, stderr=ours, start_new_session=True)
+    following = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=ours, stdout=ours, stderr=ours, start_new_session=True
+    )
     os.close(ours)
-    shown = read_until(screen, following, "step 2/1000")
+    shown = read_until(screen, following, "step 1/1000")
     driver = psutil.Process(int(re.match(r"process (\d+) of ", (tmp_path / "job" / "lock").read_text())[1]))
     assert driver.environ()["WHO_SENT_IT"] == "the file"
     following.send_signal(signal.SIGINT)
@@ -196,14 +198,14 @@ def test_a_job_that_is_left_and_followed_through_a_proxy_stops_as_sigterm_does_w
     assert shown.count("step 1/1000") == 1, "what was shown before the proxy cut the connection is shown once"
     assert list((tmp_path / "job" / "checkpoints").glob("step_*")), "it has saved its last finished step"
     again = submit((proxy, env), "--follow", told[1])
-    assert again.returncode == 75 and "step 2/1000" in again.stdout and again.stdout.rstrip().endswith("stopped")
+    assert again.returncode == 75 and "step 1/1000" in again.stdout and again.stdout.rstrip().endswith("stopped")
     wrong = submit((proxy, env), "--follow", "raysubmit_none")
     assert wrong.returncode == 2 and f"{proxy} has no job raysubmit_none" in wrong.stderr
 
 
 def read_until(screen, process, text):
     """Read what a process writes to its terminal until `text` comes, or until it ends."""
-    shown, deadline = "", time.monotonic() + 180
+    shown, deadline = "", time.monotonic() + 600
     while (text is None or text not in shown) and time.monotonic() < deadline:
         try:
             shown += os.read(screen, 65536).decode(errors="replace")

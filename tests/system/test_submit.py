@@ -154,7 +154,7 @@ def test_the_doctor_compares_a_run_file_with_the_nodes_that_a_dashboard_lists(cl
 
 @pytest.fixture
 def proxy(cluster):
-    """Address of the dashboard as it is behind a proxy that puts it under a path and cuts the first log in the middle."""
+    """Address of the dashboard behind a proxy that puts it under a path and cuts the first log in the middle."""
     with tempfile.NamedTemporaryFile("r") as port:
         program = [sys.executable, str(Path(__file__).with_name("proxy.py")), cluster[0], port.name]
         process = subprocess.Popen(program)

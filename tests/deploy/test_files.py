@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -20,7 +21,7 @@ import yaml
 from align_cluster.cluster.checks import pins
 from align_cluster.cluster.nodes import fit_on
 from align_cluster.config.load import load
-from align_cluster.config.plan import Rows, derive
+from align_cluster.config.plan import derive
 from align_cluster.planner.batches import rows_that_fit
 from align_cluster.planner.report import GIB, estimate
 from align_cluster.serving.config import ServiceConfig
@@ -170,17 +171,22 @@ def test_the_nodes_of_a_manifest_are_what_plan_derives_for_its_run_file(where, d
         assert words[:3] == ["until-done", "align-cluster", "train"] and words[-2:] == ["--resume", "auto"]
         assert words[3] == f"/opt/configs/{named.name}"
         overrides = [word for word in words if re.match(r"[a-z_.]+=", word) and "address" not in word]
-    config, (nodes, gib) = load(named, overrides), workers(document)
-    cores, gpus = (int(sum(node[kind] for node in nodes)) for kind in ("CPU", "GPU"))
-    rows = rows_that_fit(config, cores, gpus, gib * GIB) if gpus else Rows()
-    plan = derive(config, cores, gpus, rows)
+    nodes, gib = workers(document)
+    planned(named, tuple(overrides), tuple(tuple(node.items()) for node in nodes), gib)
+
+
+@cache  # several manifests and overlays have the same nodes for the same run file
+def planned(run_file, overrides, nodes, gib):
+    config, nodes = load(run_file, overrides), [dict(node) for node in nodes]
     fits = fit_on(nodes, config)
-    assert fits.state == "ok", f"{where}: {fits.value}"
+    assert fits.state == "ok", fits.value
+    cores, gpus = (int(sum(node[kind] for node in nodes)) for kind in ("CPU", "GPU"))
     if gpus:
-        assert plan.samplers == plan.learners == gpus, f"{where}: every GPU has a sampler and a learner rank"
-        assert estimate(plan.config, plan, gib * GIB, None).fits, f"{where}: does not fit into {gib:g} GiB"
-    smaller = [{kind: count / 8 for kind, count in node.items()} for node in nodes]
-    assert fit_on(smaller, config).state == "fail" or not gpus
+        plan = derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gib * GIB))
+        assert plan.samplers == plan.learners == gpus, "every GPU has a sampler and a learner rank"
+        assert estimate(plan.config, plan, gib * GIB, None).fits, f"it does not fit into {gib:g} GiB"
+    tenth = [{kind: count / 10 for kind, count in node.items()} for node in nodes]
+    assert fit_on(tenth, config).state == "fail", "fewer nodes would not do"
 
 
 def test_the_service_in_the_manifest_is_one_that_serves():

@@ -99,10 +99,8 @@ def untested() -> Iterator[Check]:
             continue
         if _release(version) > _release(newest):
             yield Check("warn", name, f"{version} is newer than {newest}, the newest that was tested", UNTESTED)
-        elif _release(version) < _release(oldest.get(name, newest)):
-            yield Check(
-                "warn", name, f"{version} is older than {oldest.get(name, newest)}, the oldest tested", UNTESTED
-            )
+        elif _release(version) < _release(least := oldest.get(name, newest)):
+            yield Check("warn", name, f"{version} is older than {least}, the oldest that was tested", UNTESTED)
 
 
 def pins(which: Literal["tested", "oldest"]) -> dict[str, str]:

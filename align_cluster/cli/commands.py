@@ -259,10 +259,24 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def submit(args: argparse.Namespace) -> int:
-    """Run `train` as a job on a Ray cluster, and follow its log unless --no-wait is given."""
+    """Run `train` as a job on a Ray cluster, and follow its log unless --no-wait is given; or follow an earlier job."""
+    if args.follow:
+        from align_cluster.cluster.jobs import connect, follow
+
+        return follow(connect(args.address), args.follow)
     from align_cluster.cluster.submit import submit
 
-    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume, args.env)
+    return submit(
+        _config(args),
+        args.address,
+        args.file,
+        not args.no_wait,
+        args.python,
+        args.resume,
+        args.env,
+        args.runtime_env,
+        args.with_code,
+    )
 
 
 def serve_rewards(args: argparse.Namespace) -> int:

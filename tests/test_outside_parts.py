@@ -16,6 +16,7 @@ import pytest
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
+from align_cluster.cluster.submit import fill
 from align_cluster.config.check import check
 from align_cluster.config.load import dump, load, loads
 from align_cluster.errors import UserError
@@ -61,8 +62,8 @@ def folder(monkeypatch) -> Iterator[Path]:
     for table, kept in zip(TABLES, before, strict=True):
         table.clear()
         table.update(kept)
-    for name in FILES:
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] in (*FILES, "my_lab", "used")]:
+        del sys.modules[name]
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,6 +106,26 @@ def test_a_path_that_names_no_part_is_refused_in_one_sentence(folder, text, kind
     with pytest.raises(UserError, match=said) as caught:
         load(TINY, [f"rewards.bright.kind={kind}"])
     assert "\n" not in str(caught.value) and kind in str(caught.value)
+
+
+def test_a_job_takes_along_the_modules_of_its_classes_and_what_they_import_from_beside_them(folder, tmp_path):
+    (folder / "my_lab" / "deep").mkdir(parents=True)
+    (folder / "my_lab" / "__init__.py").touch()
+    (folder / "my_lab" / "notes.bin").write_bytes(b"x" * 10**6)
+    (folder / "my_lab" / "deep" / "bright.py").write_text("import used\n" + (folder / "brightness.py").read_text())
+    for name in ("used", "unused"):
+        (folder / f"{name}.py").touch()
+    config = load(TINY, [*OUTSIDE, MONITOR, "rewards.lab.kind=my_lab.deep.bright:Brightness"])
+    fill(tmp_path, config, ())
+    sent = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert sent == {"config.yaml", "used.py", "my_lab/__init__.py", "my_lab/deep/bright.py"} | {
+        f"{n}.py" for n in FILES
+    }
+    command = [sys.executable, "-m", "align_cluster.cli", "validate", "config.yaml"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_critic_on_a_backbone_that_does_not_name_its_blocks_is_refused(folder, monkeypatch):

@@ -13,6 +13,7 @@ import yaml
 
 from align_cluster.cluster import sealing, wheel
 from align_cluster.cluster.jobs import connect, first_line, follow, follow_command, stop_command
+from align_cluster.cluster.modules import copy_modules
 from align_cluster.config.load import dump
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
@@ -38,7 +39,7 @@ def submit(
 
     Returns what `follow` returns, or 0 without `wait`.
 
-    The job's working directory holds the resolved config, the prompt files that it names, and `files`, nothing else:
+    The job's working directory holds the resolved config, the prompt files and modules that it names, and `files`:
     align_cluster itself must be installed on the cluster, for `python` there, unless it goes along as a wheel
     (`with_code`). `environment` is a file with a Ray runtime environment. The variables that `send` names go to the job
     sealed (see sealing.py).
@@ -126,7 +127,7 @@ def needs_model(config: RunConfig) -> bool:
 
 
 def fill(folder: Path, config: RunConfig, files: Sequence[Path]) -> None:
-    """Write the job's working directory: config.yaml, prompt files that it names (paths rewritten), and `files`."""
+    """Write the job's working directory: config.yaml, prompt files that it names (paths rewritten) and modules, and `files`."""
     data = config.model_dump(mode="json")
     data["cluster"]["address"] = "auto"
     for block in (data["prompts"], data["evaluate"]["prompts"]):
@@ -138,6 +139,7 @@ def fill(folder: Path, config: RunConfig, files: Sequence[Path]) -> None:
         for setting in FILE_SETTINGS:
             if block.get(setting):
                 block[setting] = _copy(Path(block[setting]).expanduser(), folder).name
+    copy_modules(config, folder)
     for file in files:
         _copy(file, folder)
     (folder / "config.yaml").write_text(dump(RunConfig.model_validate(data)), encoding="utf-8")

@@ -127,7 +127,8 @@ def needs_model(config: RunConfig) -> bool:
 
 
 def fill(folder: Path, config: RunConfig, files: Sequence[Path]) -> None:
-    """Write the job's working directory: config.yaml, prompt files that it names (paths rewritten) and modules, and `files`."""
+    """Write the job's working directory: config.yaml, the prompt files (paths rewritten) and modules that it names, and
+    `files`."""
     data = config.model_dump(mode="json")
     data["cluster"]["address"] = "auto"
     for block in (data["prompts"], data["evaluate"]["prompts"]):

@@ -1,13 +1,13 @@
 """The base classes of all settings."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from align_cluster.errors import UserError, unwritable
 from align_cluster.files import user_path
@@ -180,36 +180,6 @@ def _leaves(annotation: Any) -> Iterator[Any]:
             yield from _leaves(part)
     else:
         yield annotation
-
-
-def one_of(kinds: Mapping[str, type], when: Callable[[type], bool] = lambda kind: True) -> type:
-    """Make the settings type of a folder's classes, told apart by `kind`; `when` leaves some of them out.
-
-    The dict is read whenever settings are checked, so a class that is put into it later is a choice from then on.
-    """
-
-    class OneOf:
-        @classmethod
-        def models(cls) -> tuple[type[Section], ...]:
-            return tuple(kind.Config for kind in kinds.values() if when(kind))
-
-        @classmethod
-        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
-            return core_schema.no_info_plain_validator_function(
-                lambda value: _choice(cls.models()).validate_python(value)
-            )
-
-        @classmethod
-        def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
-            return handler(_choice(cls.models()).core_schema)
-
-    return OneOf
-
-
-@lru_cache
-def _choice(models: tuple[type[Section], ...]) -> TypeAdapter:
-    union = Union[models]  # noqa: UP007 - made of a tuple
-    return TypeAdapter(union if len(models) == 1 else Annotated[union, Field(discriminator="kind")])
 
 
 def masked(text: str) -> str:

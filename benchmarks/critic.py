@@ -63,8 +63,8 @@ def run(arm: str, seed: int) -> dict:
 
 def steer(run_dir: Path, name: str, seed: int) -> dict:
     """Held-out prompts drawn with a run's LoRA and one mode: mean scores, and passes an image that is kept."""
+    from align_cluster.backbones.lora_file import read_lora
     from align_cluster.config.load import load
-    from align_cluster.evaluate.lora import read_lora
     from align_cluster.evaluate.sample import SampleRequest, sample
     from align_cluster.evaluate.steer import SavedCritic, read_settings
     from align_cluster.prompts import PROMPTS as SOURCES

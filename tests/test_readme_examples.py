@@ -50,10 +50,12 @@ def test_the_example_in_a_folders_readme_runs(folder, tmp_path, monkeypatch):
 
 def test_the_readmes_own_prompts_and_its_own_reward_train_as_they_are_printed(shapes, monkeypatch):
     assert check(load("shapes.yaml")) == []
-    monkeypatch.setitem(REWARDS, "brightness", None)  # taken back after the test
-    exec(compile(blocks("python")[0], "brightness.py", "exec"), {"__name__": "brightness"})
+    (shapes / "brightness.py").write_text(blocks("python")[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(shapes)
     settings = overrides(blocks("sh")[2])
-    assert settings == ["rewards.bright.kind=brightness"]
+    kind = settings[0].partition("=")[2]
+    monkeypatch.setitem(REWARDS, kind, None)  # what comes there is taken back after the test
+    del REWARDS[kind]
     config = load("shapes.yaml", [*settings, "steps=1", "rollout.group_size=2", "rollout.steps=2"])
     assert check(config) == []
     done = train(config, shapes / "run")

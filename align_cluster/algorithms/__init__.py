@@ -6,5 +6,6 @@ from align_cluster.algorithms.nft import NFT
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.algorithms.refl import ReFL
 from align_cluster.algorithms.srpo import SRPO
+from align_cluster.kinds import Kinds
 
-ALGORITHMS = {"grpo": GRPO, "nft": NFT, "ppo": PPO, "srpo": SRPO, "refl": ReFL, "draft": DRaFT}
+ALGORITHMS = Kinds({"grpo": GRPO, "nft": NFT, "ppo": PPO, "srpo": SRPO, "refl": ReFL, "draft": DRaFT})

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from align_cluster.backbones.base import Backbone
+from align_cluster.backbones import lora_start
+from align_cluster.backbones.base import CRITIC, Backbone
 from align_cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,8 +54,14 @@ def unmatched(denoiser: torch.nn.Module, targets: Sequence[str]) -> str | None:
     return None
 
 
-def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[str], seed: int = 0) -> torch.nn.Module:
-    """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable."""
+def add_adapters(
+    backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[str], seed: int = 0, start: bool = True
+) -> torch.nn.Module:
+    """Add adapters `names` to a frozen denoiser, all with the same seeded weights; only the first one is trainable.
+
+    With `start`, all but the critic's begin with the LoRA that the settings name, if they do. The critic's reads the
+    base as a new adapter would.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if problem := unmatched(denoiser, backbone.config.lora.targets or ()):
@@ -73,6 +80,8 @@ def add_adapters(backbone: Backbone, denoiser: torch.nn.Module, names: Sequence[
     # This list is kept because a walk over all modules at each change of adapter takes a tenth of a training step.
     denoiser.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
     _activate(denoiser, names[0])
+    if start and backbone.config.lora.starts and (actors := [name for name in names if name != CRITIC]):
+        lora_start.start(backbone, [adapter_parameters(denoiser, name) for name in actors])
     return denoiser
 
 

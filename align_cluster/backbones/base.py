@@ -3,19 +3,29 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from align_cluster.settings import Root, Section
+from align_cluster.backbones.lora_file import Lora, lora_file, read_lora
+from align_cluster.settings import ModelSource, Root, Section
 from align_cluster.types import Condition
 
 
 class LoraSettings(Section):
-    """Configures rank, scale and targets of the LoRA adapters, which have no dropout."""
+    """Configures rank, scale and targets of the LoRA adapters, which have no dropout, and a LoRA to start from."""
 
+    reads = {"path": ModelSource("the .safetensors file of a LoRA, or its folder", file=True, ids="(?!)")}
+    path: str | None = None
+    """A LoRA to start from: the .safetensors file that a run, diffusers, peft, kohya's trainer or ComfyUI has, or its
+    folder. `rank` and `alpha` are then the file's, unless they are stated, and `targets` must be its layers. null
+    starts from the base model alone."""
+    use: Literal["train", "merge"] = "train"
+    """What becomes of the LoRA at `path`. `train` goes on training it; the reference of a KL is then still the base
+    model without it. `merge` adds it into the base model, with a new adapter beside it: the reference has it, and
+    `rank`, `alpha` and `targets` are free."""
     rank: PositiveInt = 32
     """The rank of each adapter. A larger one can change the model more and takes more memory. Flow-GRPO and
     DiffusionNFT use 32 on SD3.5-M, DanceGRPO 128 on FLUX.1."""
@@ -28,6 +38,43 @@ class LoraSettings(Section):
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The layers that get adapters, by the ends of their names, such as attn.to_q. null takes the backbone's published
     recipe."""
+
+    def without_start(self) -> "LoraSettings":
+        """Return the settings of adapters that get other weights than those at `path`, which may be gone."""
+        return self.model_copy(update={"path": None}) if self.starts else self
+
+    @property
+    def starts(self) -> bool:
+        """Return whether adapters begin with the LoRA at `path`."""
+        return self.path is not None and self.use == "train"
+
+    @property
+    def merges(self) -> bool:
+        """Return whether the LoRA at `path` becomes part of the base model."""
+        return self.path is not None and self.use == "merge"
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_as_large_as_its_file(cls, data: Any) -> Any:
+        """Take rank and alpha that are not stated from the file of a LoRA that is trained on."""
+        if not isinstance(data, dict) or data.get("use", "train") != "train" or {"rank", "alpha"} <= data.keys():
+            return data
+        lora = _found(data.get("path"))
+        return {"rank": lora.rank, "alpha": lora.alpha} | data if lora else data
+
+    def problems(self, where: str, run: Root) -> Iterator[str]:
+        """Refuse another rank than that of the file, and a use of no file."""
+        lora = _found(self.path) if self.starts else None
+        if lora and lora.rank != self.rank:
+            yield f"{where}.rank is {self.rank}, and {self.path} has rank {lora.rank}; leave rank out"
+        if self.path is None and self.use == "merge":
+            yield f"{where}.use is merge, and {where}.path names no LoRA; give one, or leave use out"
+
+
+def _found(path: Any) -> Lora | None:
+    """Return the LoRA at `path`, or None where no file is there."""
+    file = lora_file(path) if isinstance(path, str) else None
+    return read_lora(file, Path(path)) if file and file.is_file() else None
 
 
 CRITIC = "critic"  # name of the critic's adapter

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from align_cluster.backbones import lora_start
 from align_cluster.backbones.attention import shorten_attention
 from align_cluster.backbones.base import Backbone
 from align_cluster.backbones.levels import pipeline_sigmas
@@ -206,6 +207,8 @@ class PipelineBackbone(Backbone):
         _ = self.index
         with self.reading(self.part):
             model = self.stock(self.network).from_pretrained(self.source, subfolder=self.part, dtype=self.dtype)
+        if self.config.lora.merges:
+            lora_start.merge(self, model)
         if self.config.attention:
             self._set_attention(model, self.config.attention)
         if self.config.compile:

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         argv = _readable(sys.argv[1:] if argv is None else argv)
         args = build_parser().parse_args(argv)
+        with suppress(FileNotFoundError):  # a folder that is gone
+            sys.path.append(os.getcwd())  # last: a user's own parts may be here, and nothing here hides a package
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         if args.command.__name__ in QUIET_START and sys.stderr.isatty():
@@ -267,7 +270,7 @@ def _add_results(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--to",
         required=True,
         metavar="FORM",
-        help="lora (files for diffusers and for ComfyUI), merged (the denoiser) or diffusers (the whole pipeline)",
+        help="lora (for diffusers and ComfyUI), peft, merged (the denoiser) or diffusers (the whole pipeline)",
     )
     export.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder to make")
     export.add_argument("--base-model", metavar="ID", help="the base model's id on the hub, if RUN has a local copy")
@@ -280,10 +283,13 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit = add(
         "submit",
         commands.submit,
-        "run `train` as a job on a Ray cluster that has align_cluster installed",
+        "run `train` as a job on a Ray cluster",
         "submit configs/quickstart.yaml --address http://127.0.0.1:8265 --out /shared/runs",
-        *("config", "set", "name"),
+        *("set", "name"),
     )
+    what = submit.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", metavar="CONFIG", help="run file, or the name of a shipped one")
+    what.add_argument("--follow", metavar="JOB", help="show the log of a job that was submitted before, to its end")
     submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
     submit.add_argument(
         "--out", help="folder for runs on the cluster, an absolute path on storage that outlives the job"
@@ -300,8 +306,12 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="send a variable such as a token or HF_TOKEN to the job, sealed with the cluster's token; repeatable",
     )
     submit.add_argument(
-        "--python", default="python", help="Python on the cluster that has align_cluster (default: python)"
+        "--runtime-env", type=_path, metavar="FILE", help="Ray runtime environment of the job (YAML): pip, env_vars ..."
     )
+    submit.add_argument(
+        "--with-code", action="store_true", help="send align_cluster along, to a cluster that has what it depends on"
+    )
+    submit.add_argument("--python", default="python", help="Python on the cluster to run it with (default: python)")
     submit.add_argument(
         "--no-wait", action="store_true", help="return once the job is queued, instead of following its log"
     )

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from align_cluster.backbones.lora_file import Lora
     from align_cluster.config.load import Settings
     from align_cluster.config.run import RunConfig
-    from align_cluster.evaluate.lora import Lora
     from align_cluster.serving.config import ServiceConfig
     from align_cluster.settings import Section
 
@@ -72,10 +72,11 @@ def _config(args: argparse.Namespace) -> "RunConfig":
 @contextmanager
 def _source(args: argparse.Namespace, overrides: Sequence[str]) -> Iterator[Source]:
     """Find and load what CONFIG|RUN, --lora and --base name. Raises UserError where they name none or two."""
+    from align_cluster.backbones.lora_file import read_lora
     from align_cluster.config.run import RunConfig
     from align_cluster.errors import UserError
     from align_cluster.evaluate.checkpoints import opened
-    from align_cluster.evaluate.lora import find_config, find_lora, read_lora
+    from align_cluster.evaluate.lora import find_config, find_lora
     from align_cluster.observe.rundir import RunDir
 
     named, source = args.target, getattr(args, "source", None)
@@ -258,10 +259,24 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def submit(args: argparse.Namespace) -> int:
-    """Run `train` as a job on a Ray cluster, and follow its log unless --no-wait is given."""
+    """Run `train` as a job on a Ray cluster, and follow its log unless --no-wait is given; or follow an earlier job."""
+    if args.follow:
+        from align_cluster.cluster.jobs import connect, follow
+
+        return follow(connect(args.address), args.follow)
     from align_cluster.cluster.submit import submit
 
-    return submit(_config(args), args.address, args.file, not args.no_wait, args.python, args.resume, args.env)
+    return submit(
+        _config(args),
+        args.address,
+        args.file,
+        not args.no_wait,
+        args.python,
+        args.resume,
+        args.env,
+        args.runtime_env,
+        args.with_code,
+    )
 
 
 def serve_rewards(args: argparse.Namespace) -> int:

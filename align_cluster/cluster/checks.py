@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -18,7 +19,10 @@ from align_cluster.machine import cores, memory
 
 GIB = 2**30
 BUSY = 4  # load for each core from which on Ray may not start within the half minute that it gives itself
+TESTED_PYTHON = (3, 11)
+VERSIONS = Path(__file__).parents[1] / "constraints"  # a link to the repository's folder; a wheel has the files
 REQUIRED = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "pydantic", "safetensors")
+UNTESTED = "results and errors may differ: pip install -c constraints/tested.txt -e ."
 OPTIONAL = {  # package: the extra that brings it, and what needs it
     "rapidocr": ("rewards", "the reward ocr"),
     "onnxruntime": ("rewards", "the reward ocr"),
@@ -68,8 +72,14 @@ def this_machine() -> Iterator[Check]:
 
 
 def packages() -> Iterator[Check]:
-    """Check that Python and every package are there; a missing optional one is a warning that says what needs it."""
+    """Check that Python and every package are there, in versions that were tested.
+
+    A missing optional package is a warning that says what needs it.
+    """
     yield Check.of(sys.version_info >= (3, 11), "python", platform.python_version(), "use 3.11 or newer", "fail")
+    if sys.version_info[:2] > TESTED_PYTHON:
+        tested = ".".join(map(str, TESTED_PYTHON))
+        yield Check("warn", "python", f"{platform.python_version()} is newer than {tested}, which was tested", UNTESTED)
     for name in REQUIRED:
         version = package_version(name)
         yield Check.of(bool(version), name, version or "missing", "pip install align-cluster", "fail")
@@ -77,6 +87,31 @@ def packages() -> Iterator[Check]:
         version = package_version(name)
         remedy = f"for {purpose}: pip install 'align-cluster[{extra}]'"
         yield Check.of(bool(version), name, version or "not installed", remedy)
+    yield from untested()
+
+
+def untested() -> Iterator[Check]:
+    """Warn of each installed package that is older or newer than the versions that were tested."""
+    oldest = pins("oldest")
+    for name, newest in pins("tested").items():
+        version = package_version(name)
+        if not version:
+            continue
+        if _release(version) > _release(newest):
+            yield Check("warn", name, f"{version} is newer than {newest}, the newest that was tested", UNTESTED)
+        elif _release(version) < _release(least := oldest.get(name, newest)):
+            yield Check("warn", name, f"{version} is older than {least}, the oldest that was tested", UNTESTED)
+
+
+def pins(which: Literal["tested", "oldest"]) -> dict[str, str]:
+    """Return the versions of a file in constraints/ by package."""
+    lines = (VERSIONS / f"{which}.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version: 2.13.0 and 2.13.0+cpu are the same."""
+    return tuple(int(number) for number in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
 
 
 def package_version(name: str) -> str | None:
@@ -111,6 +146,19 @@ def token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
+def token_problem() -> str | None:
+    """Say why this process has no token for Ray, and what to do; None where it has one."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    file, cure = token_file(), "put the cluster's there, with chmod 600, or name its file by RAY_AUTH_TOKEN_PATH"
+    try:
+        return None if file.read_text(encoding="utf-8").strip() else f"{file} is empty; {cure}"
+    except FileNotFoundError:
+        return f"{file} is not there; {cure}"
+    except (OSError, ValueError) as error:
+        return f"{file} cannot be read ({error}); {cure}"
+
+
 def ray_settings() -> Check:
     """Check that Ray authenticates whoever connects."""
     mode = os.environ.get("RAY_AUTH_MODE")
@@ -119,6 +167,8 @@ def ray_settings() -> Check:
         return Check("warn", "RAY_AUTH_MODE", mode, remedy)
     file = token_file()
     there = file.exists()
+    if there and (problem := token_problem()):
+        return Check("fail", "RAY_AUTH_MODE", *problem.split("; "))
     value = f"{mode or 'not set (a private Ray uses tokens)'}, {file} is {'there' if there else 'not there yet'}"
     closed = not there or not stat.S_IMODE(file.stat().st_mode) & 0o077
     return Check.of(closed, "RAY_AUTH_MODE", value, f"others can read it: chmod 600 {file}, as the next run does")

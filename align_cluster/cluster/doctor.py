@@ -36,7 +36,7 @@ def examine(address: str | None = None, quick: bool = False, config: "RunConfig 
 
 def dashboard(address: str, config: "RunConfig | None" = None) -> list[Check]:
     """Check that a dashboard, to which jobs are submitted, answers, and that its nodes have what a run needs."""
-    from align_cluster.cluster.submit import connect
+    from align_cluster.cluster.jobs import connect
 
     try:
         client = connect(address)

@@ -1,6 +1,8 @@
 """Joins Ray, and refuses at once what the cluster cannot hold."""
 
 import os
+import platform
+import re
 import signal
 import sys
 import threading
@@ -14,6 +16,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align_cluster.cluster import private
+from align_cluster.cluster.checks import token_problem
 from align_cluster.cluster.pool import fetch
 from align_cluster.cluster.preload import Preload
 from align_cluster.config.plan import HALF, Plan, derive
@@ -62,18 +65,39 @@ def connect(address: str, preload: Preload | None = None) -> bool:
     """
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     ray._private.worker.print_to_stdstream = _first_lines
+    _note_uv()
     if address == "local":
         private.start(preload.used_by_ray if preload else nullcontext, **quiet)
         return True
+    if os.environ.get("RAY_AUTH_MODE") == "token" and (problem := token_problem()):
+        raise UserError(
+            f"cluster.address: no token for the Ray at {address}: {problem}, or set RAY_AUTH_MODE=disabled where that "
+            "cluster asks for none"
+        )
     try:
         with private.loopback_only() if private.is_private(address) else nullcontext():
             ray.init(address=address, **quiet)
         return False
     except Exception as error:  # Ray has many for this, bare ones among them
+        if told := re.search(r"cluster was started with:\s+Ray: (\S+)\s+Python: (\S+)", str(error)):
+            raise UserError(
+                f"cluster.address: the cluster at {address} runs Ray {told[1]} and Python {told[2]}, and here are "
+                f"Ray {ray.__version__} and Python {platform.python_version()}; install here what the cluster has, or "
+                "start the run there with `align-cluster submit`"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"cluster.address: no Ray cluster answers at {address!r} ({reason}); `align-cluster doctor` shows more"
         ) from error
+
+
+def _note_uv() -> None:
+    """Say under `uv run` that its hook in Ray is off, which would ship the working directory, runs and models too."""
+    from ray._private import ray_constants
+    from ray._private.runtime_env.uv_runtime_env_hook import _get_uv_run_cmdline
+
+    if not ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV and _get_uv_run_cmdline():
+        _say_once("under `uv run`, workers use this environment; the working directory is not shipped to them")
 
 
 @cache

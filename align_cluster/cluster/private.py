@@ -21,7 +21,8 @@ from align_cluster.errors import UserError
 from align_cluster.interrupts import interrupted
 from align_cluster.machine import cores
 
-STARTS = 3  # Ray gives its raylet half a minute, which a busy machine may need several times
+STARTS = 3  # a busy machine may need several, and each gets more time
+PATIENCE_S = 30.0  # that Ray gives its processes to start; the second try has twice as long, the third four times
 SAME_SIGNAL_S = 0.2  # within which a signal to all processes of a group has come to this one too
 REACH_S = 5.0  # what another port of this machine may take to answer
 RAYLET_DIED = 2  # exit code, as of every error that a sentence explains
@@ -38,7 +39,7 @@ def start(within: Callable[[], AbstractContextManager] = nullcontext, **settings
     for tries in range(1, STARTS + 1):
         others = set(_children())
         try:
-            with within(), loopback_only():
+            with within(), loopback_only(), patient(PATIENCE_S * 2 ** (tries - 1)):
                 ray.init(address="local", **settings)
             return
         except Exception as error:  # a bare one where its processes are not up in time
@@ -111,6 +112,36 @@ def watched() -> Iterator[None]:
 
 
 @contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Let a Ray that starts in this context wait so long for each of its servers, while they live.
+
+    Ray reads a variable for the GCS; for the raylet its 30 s stand in its code.
+    """
+    from ray._private import services
+
+    real, name = services.get_node, "RAY_gcs_server_port_wait_time_s"
+    before, until = os.environ.get(name), time.monotonic() + seconds
+
+    def get_node(*arguments: Any) -> Any:
+        while True:
+            try:
+                return real(*arguments)
+            except RuntimeError:  # it is not registered yet
+                if time.monotonic() > until or not any(child.name() == "raylet" for child in _children()):
+                    raise
+            time.sleep(0.2)
+
+    os.environ.setdefault(name, str(int(seconds)))
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = real
+        if before is None:
+            del os.environ[name]
+
+
+@contextmanager
 def loopback_only() -> Iterator[None]:
     """Let a Ray that starts in this context have 127.0.0.1 as its address, as it has by itself on macOS and Windows.
 
@@ -163,6 +194,8 @@ def make_token() -> None:
         if not file.exists():
             _create(file, secrets.token_hex(32))
         _tighten(file, 0o600)
+        if not file.read_text(encoding="utf-8").strip():
+            raise UserError(f"{file}: Ray's token is empty; remove the file, and the next run makes one")
     except OSError as error:
         raise UserError(
             f"{file}: Ray's token must be readable for you alone ({error.strerror}); make it so with chmod 600, or "

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from align_cluster.config.run import RunConfig
+from align_cluster.kinds import kind_of
 from align_cluster.settings import masked
 
 # What is allowed, by pydantic's error type; a field of the error's context may fill a bracket.
@@ -74,9 +75,9 @@ def explain(error: ValidationError, source: str, overridden: set[str], root: typ
             if dotted not in meant:
                 hint = "the list is too short" if path[-1].isdigit() else example(dotted, annotation, root)
                 lines.append(f"{where}: {dotted} is missing; {hint}")
-        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        elif item["type"] in ("union_tag_invalid", "union_tag_not_found") and isinstance(item["input"], dict):
             lines.append(f"{where}: {wrong_kind(dotted, annotation, item['input'].get('kind'))}")
-        elif item["type"] in ("model_type", "model_attributes_type"):
+        elif item["type"] in ("model_type", "model_attributes_type", "union_tag_not_found"):
             lines.append(f"{where}: {no_mapping(dotted, annotation, item['input'])}")
         elif item["loc"][-1] == "[key]":
             lines.append(f"{where}: {dotted} is no setting; {allowed(item)}")
@@ -132,11 +133,6 @@ def is_union(annotation: Any) -> bool:
     """Return whether an annotation has several alternatives besides null."""
     alternatives = set(get_args(annotation)) - {type(None)}
     return get_origin(annotation) in (Union, types.UnionType) and len(alternatives) > 1
-
-
-def kind_of(model: type[BaseModel]) -> str:
-    """Return the kind that a model of settings is for."""
-    return model.model_fields["kind"].default
 
 
 def nearest_setting(path: list[str], owner: type[BaseModel], root: type[BaseModel]) -> str | None:

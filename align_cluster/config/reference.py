@@ -17,6 +17,7 @@ from typing import Any, get_args
 from pydantic.json_schema import GenerateJsonSchema
 
 from align_cluster.errors import UserError
+from align_cluster.kinds import kind_of
 from align_cluster.settings import Root, Section
 
 PLAIN = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
@@ -114,8 +115,7 @@ def topics(root: type[Root]) -> dict[str, type[Section]]:
 def _collect(section: type[Section], where: str, found: dict[str, type[Section]]) -> None:
     for name, field in section.model_fields.items():
         for block in _blocks(field.annotation):
-            kind = block.model_fields.get("kind")
-            path = f"{where}{name}" + (f".{kind.default}" if kind else "")
+            path = f"{where}{name}" + (f".{kind_of(block)}" if "kind" in block.model_fields else "")
             if path not in found:
                 found[path] = block
                 _collect(block, f"{path}.", found)

@@ -9,6 +9,7 @@ from align_cluster.algorithms.advantage import AdvantageConfig
 from align_cluster.backbones import BACKBONES
 from align_cluster.checkpoint import CheckpointConfig
 from align_cluster.conditions.exploration import E2po
+from align_cluster.kinds import one_of
 from align_cluster.learner.settings import LearnerConfig, LearnerSetup, OptimizerConfig
 from align_cluster.observe.guards import GuardConfig
 from align_cluster.prompts import PROMPTS
@@ -17,7 +18,7 @@ from align_cluster.rewards import REWARDS
 from align_cluster.rollouts.schedule import SCHEDULES
 from align_cluster.rollouts.steps import STEPS
 from align_cluster.rollouts.windows import WINDOWS
-from align_cluster.settings import Name, Root, Section, one_of
+from align_cluster.settings import Name, Root, Section
 
 
 class RolloutConfig(Section):

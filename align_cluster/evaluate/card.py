@@ -78,6 +78,7 @@ def write_card(result: Result, folder: Path, *, form: str, title: str, licence: 
         config=config,
         backbone=backbone,
         form=form,
+        first=config.backbone.lora.path if config.backbone.lora.merges and form in ("lora", "peft") else None,
         title=title,
         front=yaml.safe_dump(front_matter(form, config, licence), sort_keys=False),
         comfyui=comfyui_name(run.name),
@@ -104,13 +105,20 @@ def comfyui_name(run: str) -> str:
 def front_matter(form: str, config: RunConfig, licence: dict[str, str]) -> dict[str, Any]:
     """Return the hub's metadata. A base that is a local folder is left out, because the hub knows ids alone."""
     base = config.backbone.path if re.fullmatch(HUB_ID, config.backbone.path) else None
-    relation = "adapter" if form == "lora" else "finetune"
+    adapter = form in ("lora", "peft")
+    relation = "adapter" if adapter else "finetune"
     return {
         **({"base_model": base, "base_model_relation": relation} if base else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         **licence,
-        "tags": ["text-to-image", "diffusers", *["lora"] * (form == "lora"), "align-cluster", config.algorithm.kind],
+        "tags": [
+            "text-to-image",
+            "diffusers",
+            *["lora"] * adapter,
+            "align-cluster",
+            config.algorithm.kind,
+        ],
     }
 
 
@@ -132,12 +140,13 @@ def licence_of(backbone: PipelineBackbone, given: str | None = None) -> dict[str
 
 def _what(result: Result, form: str) -> str:
     """Say in a few words what was exported."""
-    base, lora = code(result.config.backbone.path), result.lora
-    size = f"rank {lora.rank}, trained with alpha {result.config.backbone.lora.alpha:g}"
-    if form == "lora":
-        return f"A LoRA ({size}) for {base}"
+    config, lora = result.config.backbone, result.lora
+    base, size = code(config.path), f"rank {lora.rank}, trained with alpha {config.lora.alpha:g}"
+    first = config.lora.path if config.lora.merges else None
+    if form in ("lora", "peft"):
+        return f"A LoRA ({size}) for {base}" + (f" with {code(first)} merged in" if first else "")
     kind = result.backbone.network if form == "merged" else result.backbone.index["_class_name"]
-    return f"A {code(kind)}: {base} with a LoRA ({size}) merged in"
+    return f"A {code(kind)}: {base} with {f'{code(first)} and ' if first else ''}a LoRA ({size}) merged in"
 
 
 def _copy_grids(folder: Path, run: RunData) -> bool:

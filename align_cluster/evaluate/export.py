@@ -1,4 +1,4 @@
-"""A run's result for other tools: a LoRA file, a merged denoiser or a whole pipeline folder, each with a model card."""
+"""A run's result for other tools: LoRA files, a merged denoiser or a whole pipeline folder, each with a model card."""
 
 import re
 import shutil
@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from align_cluster.backbones.adapters import lora_config
+from align_cluster.backbones.lora_file import PEFT, Lora
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
 from align_cluster.evaluate.card import comfyui_name, licence_of, write_card
 from align_cluster.evaluate.checkpoints import opened
-from align_cluster.evaluate.lora import Lora, bind
+from align_cluster.evaluate.lora import bind
 from align_cluster.evaluate.result import Result, public, read_result
-from align_cluster.files import new_folder, save_tensors, write_text
+from align_cluster.files import new_folder, save_tensors, write_json, write_text
 from align_cluster.machine import cores
 from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
 from align_cluster.settings import HUB_ID
 
+ADAPTERS = ("lora", "peft")  # the forms that are added to the base
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,8 +48,10 @@ def export(
     """
     if form not in FORMS:
         raise UserError(f"--to {form} is no form of a result; choose {', '.join(FORMS)}")
-    if precision and form == "lora":
-        raise UserError("--precision is of merged weights, and a LoRA file is always fp32; leave it out with --to lora")
+    if precision and form in ADAPTERS:
+        raise UserError(
+            f"--precision is of merged weights, and a LoRA file is always fp32; leave it out with --to {form}"
+        )
     if precision and precision not in PRECISIONS:
         raise UserError(f"--precision {precision} is not there; choose {', '.join(PRECISIONS)}")
     if base_model and not re.fullmatch(HUB_ID, base_model):
@@ -92,6 +97,16 @@ def for_comfyui(lora: Lora) -> dict[str, np.ndarray]:
     return tensors
 
 
+def write_peft(result: Result, folder: Path, dtype: torch.dtype) -> None:
+    """Write the LoRA as `peft.PeftModel.from_pretrained` reads it, in fp32."""
+    lora = result.lora
+    settings = lora_config(result.backbone).to_dict() | {"lora_alpha": lora.alpha}
+    about = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    write_json(folder / "adapter_config.json", about | {"base_model_name_or_path": result.config.backbone.path})
+    named = {f"{PEFT}{name}": value for name, value in lora.state.items()}
+    save_tensors(folder / "adapter_model.safetensors", named, result.facts | {"format": "pt"})
+
+
 def merge(result: Result, dtype: torch.dtype) -> Any:
     """Return the base's denoiser with the LoRA added into its weights in fp32, and only then rounded to `dtype`."""
     sampler = Sampler(result.backbone.config, threads=cores(), name="export", device="cpu")
@@ -127,6 +142,7 @@ def write_pipeline(result: Result, folder: Path, dtype: torch.dtype) -> None:
 
 FORMS: dict[str, Callable[[Result, Path, torch.dtype], None]] = {
     "lora": write_lora,
+    "peft": write_peft,
     "merged": write_merged,
     "diffusers": write_pipeline,
 }

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.progress import track
 
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.lora_file import Lora
 from align_cluster.config.plan import evaluation_pieces, local_resources, settle
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
-from align_cluster.evaluate.lora import Lora, bind, check_fits
+from align_cluster.evaluate.lora import bind, check_fits
 from align_cluster.observe.table import rows, summarise
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation
@@ -72,8 +73,8 @@ class LocalModel:
         self.lora, backbone = lora, config.backbone
         if self.lora:
             sizes = {"rank": self.lora.rank, "alpha": self.lora.alpha}
-            backbone = backbone.model_copy(update={"lora": backbone.lora.model_copy(update=sizes)})
-            check_fits(BACKBONES[backbone.kind](backbone), self.lora)
+            backbone = backbone.model_copy(update={"lora": backbone.lora.without_start().model_copy(update=sizes)})
+            self.lora = check_fits(BACKBONES[backbone.kind](backbone), self.lora)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         merge = self.config.rollout.merge_lora
         self.sampler = Sampler(backbone, config.cluster.threads, "local", device, merge)

@@ -9,12 +9,13 @@ from typing import Any
 
 from align_cluster import __version__
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.lora_file import Lora, read_lora
 from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.evaluate.checkpoints import Opened, offer
-from align_cluster.evaluate.lora import Lora, check_fits, read_lora
+from align_cluster.evaluate.lora import check_fits
 from align_cluster.files import user_path
 from align_cluster.observe import rundata
 from align_cluster.observe.rundata import RunData
@@ -100,7 +101,6 @@ def read_result(run: Opened, overrides: Sequence[str] = ()) -> Result:
         )
     # Weights are merged and written, never run. The file says the scale: the run's own is in its weights.
     plain = {"precision": "fp32", "compile": False, "attention": None}
-    plain |= {"lora": settings.model_copy(update={"alpha": lora.alpha})}
+    plain |= {"lora": settings.without_start().model_copy(update={"alpha": lora.alpha})}
     backbone = BACKBONES[config.backbone.kind](config.backbone.model_copy(update=plain))
-    check_fits(backbone, lora)
-    return Result(data, config, backbone, lora)
+    return Result(data, config, backbone, check_fits(backbone, lora))

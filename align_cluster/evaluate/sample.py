@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from align_cluster.backbones.lora_file import Lora
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.evaluate.local import DrawnChunk, LocalModel
-from align_cluster.evaluate.lora import Lora
 from align_cluster.evaluate.steer import SavedCritic, SteeredDrawing
 from align_cluster.files import new_folder, write_json
 from align_cluster.observe.grids import save_grid

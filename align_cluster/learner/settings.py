@@ -1,5 +1,6 @@
 """Settings of the learner and its optimiser."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -28,13 +29,27 @@ class OptimizerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """The L2 norm over all trained weights to which larger gradients are scaled down; the critic's are scaled apart.
     Flow-GRPO, DanceGRPO and DiffusionNFT use 1, SRPO 0.1. Lower it where rewards collapse."""
-    schedule: Literal["constant", "linear"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes through the run. `constant` keeps it; `linear` keeps it for the share `flat` of all
-    updates and then lets it fall."""
+    updates and then lets it fall to 0 in a straight line, `cosine` in half a wave."""
     flat: Fraction = 0.25
-    """The share of the run's updates before the learning rate begins to fall. Only `schedule: linear` reads it."""
+    """The share of the run's updates before the learning rate begins to fall. `schedule: constant` does not read it."""
     final: Fraction = 0.05
-    """The share of lr below which the learning rate does not fall. Only `schedule: linear` reads it."""
+    """The share of lr below which the learning rate does not fall. `schedule: constant` does not read it."""
+    warm_up: Annotated[int, Field(ge=0)] = 0
+    """The number of updates in which the learning rate rises to what the schedule gives, in even parts: update u of the
+    first n, counted from 1, has u / n of it. 0 begins with all of it."""
+
+    def rate(self, update: int, updates: int) -> float:
+        """Return the learning rate of an update, counted from 0, of a run of so many updates."""
+        progress = update / updates
+        rate = self.lr * min(1.0, (update + 1) / self.warm_up) if self.warm_up else self.lr
+        if self.schedule == "constant" or progress < self.flat:
+            return rate
+        left = (1 - progress) / (1 - self.flat)
+        if self.schedule == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return rate * max(self.final, left)
 
 
 class LearnerConfig(Section):

@@ -66,13 +66,8 @@ class Learner:
         return CriticLearner(critic, self.algorithm, self.setup.optimizer, self.world)
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the next update: flat at first, then linear in the run's progress."""
-        settings = self.setup.optimizer
-        progress = self.updates / (self.setup.steps * self.setup.learner.updates_per_step)
-        if settings.schedule == "constant" or progress < settings.flat:
-            return settings.lr
-        left = (1 - progress) / (1 - settings.flat)
-        return settings.lr * max(settings.final, left)
+        """Return the learning rate of the next update."""
+        return self.setup.optimizer.rate(self.updates, self.setup.steps * self.setup.learner.updates_per_step)
 
     def update(self, work: StepWork) -> dict[str, RankMetric]:
         """Train on one step's work and return this rank's metrics.

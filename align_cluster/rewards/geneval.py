@@ -12,12 +12,12 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from align_cluster.embedded.detector import Detection
+from align_cluster.kinds import one_of
 from align_cluster.rewards.base import Bounds, ModelSize, Result, Reward, RewardSection, malformed
 from align_cluster.rewards.clip import CLIP_L, CLIPS
 from align_cluster.rewards.colors import ColorNamer, cutout
 from align_cluster.rewards.detectors import DETECTORS, Embedded, geneval_name
 from align_cluster.rewards.loading import OPEN_CLIP, model_size
-from align_cluster.settings import one_of
 from align_cluster.types import Prompt
 
 MAX_OBJECTS = 16  # objects of one class that count, as in GenEval

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from pydantic import PositiveFloat, field_validator
 
+from align_cluster.kinds import one_of
 from align_cluster.rewards.base import Bounds, ModelSize, Result, Reward, RewardSection
 from align_cluster.rewards.clip_score import ClipScore
 from align_cluster.rewards.hps import Hps
 from align_cluster.rewards.open_clip_score import OpenClipScore
 from align_cluster.rewards.pickscore import PickScore
 from align_cluster.rewards.words import Template, worded
-from align_cluster.settings import one_of
 from align_cluster.types import Prompt
 
 JUDGES = {"hps": Hps, "pickscore": PickScore, "clip_score": ClipScore, "open_clip_score": OpenClipScore}

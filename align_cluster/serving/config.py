@@ -5,10 +5,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
+from align_cluster.kinds import one_of
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import RewardSection
 from align_cluster.rewards.http import Token
-from align_cluster.settings import Name, Root, Section, one_of
+from align_cluster.settings import Name, Root, Section
 
 ONLY_IN_A_RUN = ("weight", "role", "on_failure", "pool")
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")

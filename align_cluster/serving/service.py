@@ -121,7 +121,8 @@ def describe(rewards: Mapping[str, RewardSection]) -> list[dict[str, object]]:
     return described
 
 
-def _deployment(config: ServiceConfig, name: str, sealed: str) -> Any:
+def deployment(config: ServiceConfig, name: str, sealed: str) -> Any:
+    """Return the Serve application of one reward: its workers, with the variables that are sealed for them."""
     settings = config.deployment(name)
     autoscaling = AutoscalingConfig(
         min_replicas=settings.min_replicas,
@@ -183,7 +184,7 @@ def _deployed(config: ServiceConfig) -> Iterator[Deployments]:
         serve.start(proxy_location="Disabled")
         sealed = sealing.seal_for(config.address, ())
         targets = [
-            serve.RunTarget(_deployment(config, name, sealed), name=app_name(name), route_prefix=None)
+            serve.RunTarget(deployment(config, name, sealed), name=app_name(name), route_prefix=None)
             for name in config.rewards
         ]
         try:

@@ -128,7 +128,7 @@ def test_adapters_are_on_the_four_projections_of_every_attention(folder):
 
 
 def test_the_lora_file_has_the_unets_prefix_and_is_read_back_for_sampling(folder, tmp_path):
-    from align_cluster.evaluate.lora import read_lora
+    from align_cluster.backbones.lora_file import read_lora
 
     backbone = SD1(SD1.Config(path=str(folder), lora={"rank": 3, "alpha": 5}))
     parameters = adapter_parameters(add_adapters(backbone, backbone.load_denoiser(), ("default",)), "default")

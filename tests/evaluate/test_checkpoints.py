@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from align_cluster.backbones.adapters import add_adapters
+from align_cluster.backbones.lora_file import read_lora
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.checkpoint.store import Store
 from align_cluster.cli import main
@@ -16,7 +17,6 @@ from align_cluster.cluster.nodes import software
 from align_cluster.config.load import dump, load
 from align_cluster.errors import UserError
 from align_cluster.evaluate.checkpoints import opened
-from align_cluster.evaluate.lora import read_lora
 from align_cluster.evaluate.sample import SampleRequest, sample
 from align_cluster.evaluate.steer import SavedCritic
 from align_cluster.files import write_text

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from markdown_it import MarkdownIt
@@ -19,13 +20,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.adapters import add_adapters
 from align_cluster.backbones.attention import shorten_attention
+from align_cluster.backbones.lora_file import read_lora
 from align_cluster.cli import main
 from align_cluster.config.load import config_hash, dump, load
 from align_cluster.errors import UserError
 from align_cluster.evaluate.card import NEEDS
-from align_cluster.evaluate.export import export
-from align_cluster.evaluate.lora import read_lora
+from align_cluster.evaluate.export import ADAPTERS, export
 from align_cluster.evaluate.result import public
 from align_cluster.evaluate.sample import SampleRequest, sample
 from align_cluster.files import write_json, write_text
@@ -39,7 +41,7 @@ from align_cluster.types import Prompt
 from ..backbones.contract import TEXT, noise_of
 from .conftest import TINY, record
 
-FORMS = ("lora", "merged", "diffusers")
+FORMS = ("lora", "peft", "merged", "diffusers")
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -114,6 +116,23 @@ def test_stock_diffusers_reads_the_file_for_comfyui_too(run, exported, images):
     assert np.abs(drawn(run, pipe) - images[1]).max() < 1e-5
 
 
+def test_peft_reads_its_form_and_draws_exactly_the_runs_network(run, exported, images):
+    pipe = run.case.pipe()
+    network = getattr(pipe, run.backbone.part)
+    shorten_attention(network)
+    assert np.array_equal(drawn(run, pipe, peft.PeftModel.from_pretrained(network, exported / "peft")), images[1])
+
+
+def test_a_run_may_start_from_every_form_of_a_lora(run, exported):
+    layers = {name: layer for name, layer in run.denoiser.named_modules() if hasattr(layer, "base_layer")}
+    for file in ("lora", f"lora/tiny-{run.case.kind}_comfyui.safetensors", "peft"):
+        backbone = run.case.backbone(lora={"path": str(exported / file)})
+        denoiser = add_adapters(backbone, backbone.load_denoiser(), ("default",))
+        for name, layer in layers.items():
+            found = denoiser.get_submodule(name).get_delta_weight("default")
+            torch.testing.assert_close(found, layer.get_delta_weight("default"), rtol=0, atol=1e-6)
+
+
 def test_a_merged_denoiser_differs_by_the_rounding_of_its_sums(run, exported, images):
     import diffusers
 
@@ -142,7 +161,7 @@ def test_the_card_is_the_hubs_and_has_what_the_run_has(run, exported):
         folder = exported / form
         card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
         assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
-        assert ("lora" in card.data.tags) == (form == "lora") and card.data.license == "other"
+        assert ("lora" in card.data.tags) == (form in ADAPTERS) and card.data.license == "other"
         assert "base_model" not in card.data.to_dict()  # a folder, which the hub does not know
         assert "| `size` | -1.500 | -0.750 | +0.750 |" in card.content
         assert "| `size, a/b` | -1.000 | -0.500 | +0.500 |" in card.content
@@ -164,13 +183,14 @@ def test_nothing_that_is_exported_names_a_folder_of_this_machine(run, exported):
 
 
 def test_who_may_read_the_card_may_read_all_weights_that_were_written(run, exported):
-    weights = [RunDir(run.path).lora_weights, *(exported / "lora").glob("*.safetensors")]
+    weights = [RunDir(run.path).lora_weights]
+    weights += [file for form in ADAPTERS for file in (exported / form).glob("*.safetensors")]
     weights += [
         *(exported / "merged").glob("*.safetensors"),
         *(exported / "diffusers" / run.backbone.part).glob("*.saf*"),
     ]
     mode = (exported / "lora" / "README.md").stat().st_mode
-    assert len(weights) == 5 and all(file.stat().st_mode == mode for file in weights)
+    assert len(weights) == 6 and all(file.stat().st_mode == mode for file in weights)
 
 
 def test_settings_for_others_hold_no_path_but_its_last_name():
@@ -407,7 +427,7 @@ def test_what_breaks_half_way_leaves_nothing(finished, tmp_path, monkeypatch):
 
 def test_what_is_not_there_is_refused_in_one_sentence(tmp_path, capsys):
     refused = {
-        "--to gguf is no form of a result; choose lora, merged, diffusers": ["--to", "gguf"],
+        "--to gguf is no form of a result; choose lora, peft, merged, diffusers": ["--to", "gguf"],
         "--precision int8 is not there; choose fp32, bf16, fp16": ["--to", "merged", "--precision", "int8"],
         "a LoRA file is always fp32": ["--to", "lora", "--precision", "bf16"],
         "--base-model 'tiny' is no id of the hub; write it as OWNER/NAME": ["--to", "lora", "--base-model", "tiny"],

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align_cluster.backbones.lora_file import read_lora
 from align_cluster.backbones.sd3 import SD3
 from align_cluster.config.load import load
 from align_cluster.errors import UserError
 from align_cluster.evaluate.local import LocalModel, evaluate
-from align_cluster.evaluate.lora import find_lora, read_lora
+from align_cluster.evaluate.lora import find_lora
 from align_cluster.observe.table import rows
 from align_cluster.types import Prompt, Scores
 
@@ -48,9 +49,9 @@ def test_what_is_no_lora_is_refused(tmp_path, lora):
     save_file({"weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no LoRA of a denoiser"):
         read_lora(tmp_path / "model.safetensors")
-    mixed = {f"transformer.{name}.lora_A.weight": torch.zeros(rank, 2) for name, rank in (("x", 2), ("y", 3))}
-    save_file(mixed, tmp_path / "mixed.safetensors")
-    with pytest.raises(UserError, match="no LoRA of a denoiser with one rank"):
+    halves = {f"transformer.x.lora_{half}.weight": torch.zeros(3, 2) for half in "AB"}  # of ranks 3 and 2
+    save_file(halves, tmp_path / "mixed.safetensors")
+    with pytest.raises(UserError, match="no pair of matrices"):
         read_lora(tmp_path / "mixed.safetensors")
 
 
@@ -88,9 +89,9 @@ def filled(value, dtype=torch.float32):
         (filled(1, torch.int8), {}, "is I8, and a LoRA's weights are floats"),
         (filled(1, torch.uint8), {}, "is U8, and a LoRA's weights are floats"),
         (filled(True, torch.bool), {}, "is BOOL, and a LoRA's weights are floats"),
-        ({"transformer.x.lora_A.weight": torch.zeros(0, 3)}, {}, "no LoRA of a denoiser with one rank"),
-        ({"transformer.x.lora_A.weight": torch.zeros(3)}, {}, "no LoRA of a denoiser with one rank"),
-        ({"transformer.x.lora_A.weight": torch.tensor(1.0)}, {}, "no LoRA of a denoiser with one rank"),
+        ({"transformer.x.lora_A.weight": torch.zeros(0, 3)}, {}, "no pair of matrices"),
+        ({"transformer.x.lora_A.weight": torch.zeros(3)}, {}, "no pair of matrices"),
+        ({"transformer.x.lora_A.weight": torch.tensor(1.0)}, {}, "no pair of matrices"),
         (filled(1.0), {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is no JSON"),
         (filled(1.0), {"lora_adapter_metadata": "[" * 100_000}, "lora_adapter_metadata is no JSON"),
         (filled(1.0), {"lora_adapter_metadata": '{"a":' * 500 + "1" + "}" * 500}, "nested more than"),
@@ -129,7 +130,7 @@ def test_a_lora_of_another_base_is_refused_before_weights_are_read(tmp_path, lor
     monkeypatch.setattr(SD3, "load_denoiser", None)
     changes = {
         "it has nothing for": lambda held: {name: held[name] for name in held if ".attn.to_q." not in name},
-        "its x.lora_A.weight belongs": lambda held: held | {"transformer.x.lora_A.weight": torch.zeros(4, 2)},
+        "its x.lora_A.weight belongs": lambda held: held | filled(1.0),
         "it is one of a unet": lambda held: {name.replace("transformer.", "unet.", 1): held[name] for name in held},
         "its transformer_blocks.0.attn.to_q.lora_A.weight is 4 x 96, and that base's is 4 x 128": lambda held: (
             held

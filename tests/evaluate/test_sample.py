@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from align_cluster.backbones.lora_file import read_lora
 from align_cluster.cli import main
 from align_cluster.config.load import dump, load
 from align_cluster.embedded import pipeline_path
 from align_cluster.errors import UserError
-from align_cluster.evaluate.lora import read_lora
 from align_cluster.evaluate.sample import SampleRequest, read_prompts, sample
 from align_cluster.observe.grids import GAP, LINE, MARGIN
 from align_cluster.types import Prompt

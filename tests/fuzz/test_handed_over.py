@@ -14,10 +14,10 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from align_cluster.backbones.lora_file import read_lora
 from align_cluster.checkpoint.store import MANIFEST, Damaged, Store
 from align_cluster.config.load import dump, load, loads
 from align_cluster.errors import UserError
-from align_cluster.evaluate.lora import read_lora
 from align_cluster.loop.resume import starting_point
 from align_cluster.loop.state import State
 from align_cluster.observe.rundir import RunDir

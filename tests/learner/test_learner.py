@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from align_cluster.algorithms.ppo import PPO
 from align_cluster.config.run import RunConfig
@@ -67,6 +68,26 @@ def test_the_rate_depends_on_progress_and_not_on_how_it_is_cut_into_updates():
 def test_the_ends_of_a_schedules_settings_are_finite(flat, final):
     values = rates(learner(schedule="linear", flat=flat, final=final), 20)
     assert all(math.isfinite(value) and 0 <= value <= 1e-3 for value in values) and values[0] == 1e-3
+
+
+def test_a_cosine_is_flat_then_half_a_wave_down_to_its_floor():
+    """Against PyTorch's own, which begins where the rate begins to fall."""
+    values = rates(learner(schedule="cosine", flat=0.25, final=0.0), 20)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-3)
+    wave, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 15), []
+    for _ in range(15):
+        expected.append(wave.get_last_lr()[0])
+        optimizer.step()
+        wave.step()
+    assert values[:5] == [1e-3] * 5 and values[5:] == pytest.approx(expected)
+    assert min(rates(learner(schedule="cosine", final=0.2), 20)) == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_warm_up_rises_evenly_to_what_the_schedule_gives(schedule):
+    plain, warm = (rates(learner(schedule=schedule, warm_up=count), 20) for count in (0, 4))
+    assert warm[:4] == pytest.approx([value * part / 4 for value, part in zip(plain, (1, 2, 3, 4), strict=False)])
+    assert warm[4:] == plain[4:]
 
 
 def test_metrics_of_ranks_merge_by_weight_and_keep_the_largest():

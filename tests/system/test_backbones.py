@@ -14,10 +14,10 @@ import pytest
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.backbones import BACKBONES
+from align_cluster.backbones.lora_file import read_lora
 from align_cluster.config.check import check
 from align_cluster.errors import UserError
 from align_cluster.evaluate.local import evaluate
-from align_cluster.evaluate.lora import read_lora
 
 from ..backbones.contract import Case
 from ..inprocess import assert_same_run

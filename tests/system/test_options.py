@@ -49,6 +49,18 @@ def test_the_trust_region_is_measured_with_checkpointed_activations_too(run):
     assert one.checksums == two.checksums
 
 
+@pytest.mark.parametrize("use", ["train", "merge"])
+def test_a_run_goes_on_from_the_lora_of_another_or_with_it_in_its_base(run, use):
+    """Whose last scores are then its first ones; without a learning rate to speak of the LoRA stays what it was."""
+    plain = "backbone.precision=fp32"
+    first = run("grpo", plain, "backbone.lora.rank=4", "backbone.lora.alpha=8")
+    more = run("grpo", plain, f"backbone.lora={{path: {first.lora.parent}, use: {use}}}", "optimizer.lr=1e-12")
+    assert more.before == pytest.approx(first.after, abs=1e-5) and more.before != first.before
+    assert more.self_check["max_abs_log_ratio"] < 1e-5
+    if use == "train":
+        np.testing.assert_allclose(weights(more.lora), weights(first.lora), rtol=0, atol=1e-8)
+
+
 @pytest.mark.slow
 def test_a_base_that_is_cut_up_between_ranks_gives_a_ratio_of_one_in_bf16_too(tiny, train):
     run = train(tiny("grpo", "backbone.precision=bf16", "learner.zero_stage=3", "cluster.learners=2"))

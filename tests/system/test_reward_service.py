@@ -303,10 +303,14 @@ def test_ctrl_c_ends_a_service_in_one_line(tmp_path, after, said, code):
     command = [sys.executable, "-m", "align_cluster.cli", "serve-rewards", str(file)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     service = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
-    lines = []
-    while not lines or after not in lines[-1]:
-        lines.append(service.stdout.readline())
-        assert lines[-1], "".join(lines)
-    os.killpg(service.pid, signal.SIGINT)
-    rest = service.communicate(timeout=60)[0]
+    try:
+        lines = []
+        while not lines or after not in lines[-1]:
+            lines.append(service.stdout.readline())
+            assert lines[-1], "".join(lines)
+        os.killpg(service.pid, signal.SIGINT)
+        rest = service.communicate(timeout=300)[0]
+    finally:
+        if service.poll() is None:
+            os.killpg(service.pid, signal.SIGKILL)
     assert rest.startswith(said) and rest.count("\n") == 1 and service.returncode == code

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from align_cluster.observe.sinks import read_jsonl
@@ -148,6 +150,69 @@ def test_the_doctor_compares_a_run_file_with_the_nodes_that_a_dashboard_lists(cl
         command = [sys.executable, "-m", "align_cluster.cli", "doctor", *asked, *overrides]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture
+def proxy(cluster):
+    """Address of the dashboard behind a proxy that puts it under a path and cuts the first log in the middle."""
+    with tempfile.NamedTemporaryFile("r") as port:
+        program = [sys.executable, str(Path(__file__).with_name("proxy.py")), cluster[0], port.name]
+        process = subprocess.Popen(program)
+        try:
+            while not (number := Path(port.name).read_text()):
+                assert process.poll() is None
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{number}/teams/one/ray"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_left_and_followed_through_a_proxy_stops_as_sigterm_does_where_ctrl_c_is_answered_so(
+    cluster, proxy, tmp_path
+):
+    env = cluster[1]
+    (tmp_path / "env.yaml").write_text("env_vars: {WHO_SENT_IT: the file}\n")
+    more = ["--no-wait", "--runtime-env", str(tmp_path / "env.yaml"), "--set", *TINY, "steps=1000"]
+    left = submit((proxy, env), "configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", *more)
+    assert left.returncode == 0, left.stdout + left.stderr
+    told = re.search(r"align-cluster submit --follow (\S+) --address (\S+)", left.stdout)
+    assert told[2] == proxy
+    screen, ours = pty.openpty()
+    command = [sys.executable, "-m", "align_cluster.cli", "submit", "--follow", told[1], "--address", proxy]
+    following = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=ours, stdout=ours, stderr=ours, start_new_session=True
+    )
+    os.close(ours)
+    shown = read_until(screen, following, "step 1/1000")
+    driver = psutil.Process(int(re.match(r"process (\d+) of ", (tmp_path / "job" / "lock").read_text())[1]))
+    assert driver.environ()["WHO_SENT_IT"] == "the file"
+    following.send_signal(signal.SIGINT)
+    shown += read_until(screen, following, "Stop it too? [y/N]")
+    assert driver.is_running()
+    os.write(screen, b"y\n")
+    shown += read_until(screen, following, None)
+    assert following.wait(60) == 130 and "stopping after its last finished step" in shown
+    assert "ended by SIGTERM; start again with --resume auto" in shown
+    assert shown.count("step 1/1000") == 1, "what was shown before the proxy cut the connection is shown once"
+    assert list((tmp_path / "job" / "checkpoints").glob("step_*")), "it has saved its last finished step"
+    again = submit((proxy, env), "--follow", told[1])
+    assert again.returncode == 75 and "step 1/1000" in again.stdout and again.stdout.rstrip().endswith("stopped")
+    wrong = submit((proxy, env), "--follow", "raysubmit_none")
+    assert wrong.returncode == 2 and f"{proxy} has no job raysubmit_none" in wrong.stderr
+
+
+def read_until(screen, process, text):
+    """Read what a process writes to its terminal until `text` comes, or until it ends."""
+    shown, deadline = "", time.monotonic() + 600
+    while (text is None or text not in shown) and time.monotonic() < deadline:
+        try:
+            shown += os.read(screen, 65536).decode(errors="replace")
+        except OSError:  # it has closed its terminal
+            break
+    assert text is None or text in shown, shown + str(process.poll())
+    return shown
 
 
 @pytest.mark.exhaustive

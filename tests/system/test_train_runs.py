@@ -116,8 +116,8 @@ def test_the_checkpoint_of_the_last_step_is_the_model_that_the_run_ends_with(run
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_evaluate_command_repeats_the_runs_own_scores(runs, kind):
+    from align_cluster.backbones.lora_file import read_lora
     from align_cluster.evaluate.local import evaluate
-    from align_cluster.evaluate.lora import read_lora
 
     run = runs[kind]
     scores = evaluate(load(run.path / "config.yaml", []), read_lora(Path(run.summary["lora_path"])))

@@ -20,7 +20,7 @@ from align_cluster.rollouts.steps import STEPS
 from align_cluster.types import Chunk, Prompt, Row
 
 TRAINED, HELD_OUT, PART, BATCH = 8000, 1000, 500, 50
-ROOTS, BRANCHES = 100, 8  # held-out states whose futures are drawn again, and how often
+ROOTS, BRANCHES = 40, 8  # held-out states whose futures are drawn again, and how often
 COLUMNS = ("accuracy", "strict", "graded", "clip")  # of the scores [images, 4]
 
 
@@ -103,12 +103,11 @@ def draw(folder: Path) -> Iterator[str]:
                 states.append(drawn[0]), scores.append(drawn[1])
             save(path, states=np.concatenate(states), scores=np.concatenate(scores))
             yield f"{path.name}: mean scores {np.concatenate(scores).mean(0).round(3)}"
-        if split == "held_out" and not (path := folder / "branches.npz").exists():
-            roots = np.load(parts(split, folder)[0])["states"][:ROOTS]
-            levels = range(roots.shape[1] - 1)
-            found = [drawing.branches(prompts[:ROOTS], roots[:, k], k) for k in levels]
-            save(path, scores=np.stack(found, 1))
-            yield f"branches.npz: decided share of accuracy {ceiling(np.stack(found, 1))[:, 0].round(2)}"
+    if not (path := folder / "branches.npz").exists():
+        roots, prompts = np.load(parts("held_out", folder)[0])["states"][:ROOTS], prompts_of(config, "held_out")[:ROOTS]
+        found = [drawing.branches(prompts, roots[:, k], k) for k in range(roots.shape[1] - 1)]
+        save(path, scores=np.stack(found, 1))
+        yield f"{path.name}: decided share of accuracy {ceiling(np.stack(found, 1))[:, 0].round(2)}"
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:

@@ -125,7 +125,7 @@ class PPO(PolicyGradient):
                     "rollout.window.choice is per_sample, and with a critic all samples of a step train the same "
                     "denoising steps; set it to first or random"
                 )
-            drawn, replay = run.prompts_per_step * run.group_members, self.replay
+            drawn, replay = run.images_per_step, self.replay
             if 0 < replay.images < max(drawn, replay.minibatch):
                 yield (
                     f"{where}.replay.images is {replay.images}, fewer than the {drawn} images of a step or than the "

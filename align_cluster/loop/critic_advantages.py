@@ -101,7 +101,7 @@ class CriticAdvantageEstimator:
 
     def observe(self, drawn: list[DrawnChunk], trained: dict[str, Reduced]) -> dict[str, float]:
         """Count the critic's updates; there is nothing to log of them."""
-        self.updates += self.config.algorithm.critic_updates(self.config.prompts_per_step * self.config.group_members)
+        self.updates += self.config.algorithm.critic_updates(self.config.images_per_step)
         return {}
 
     def state(self) -> dict:

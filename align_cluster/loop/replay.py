@@ -80,7 +80,7 @@ class ReplayBuffer:
         if not len(self):
             return ()
         settings = self.config.algorithm
-        count = settings.critic_updates(self.config.prompts_per_step * self.config.group_members)
+        count = settings.critic_updates(self.config.images_per_step)
         own = stream(hashed(f"replay {self.config.seed} {step}"))
         order, updates = self._order(own), []
         rewards = np.concatenate([block.rewards for block in self.blocks])

@@ -248,7 +248,8 @@ def test_a_replayed_batch_is_the_gradient_step_of_its_mean_squared_error(learner
     norm = float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
     before, sums = [parameter.detach().clone() for parameter in critic.trainable], MetricSums()
     learner.replay([given], conditions, sums)
-    assert sums.sums["value_loss"].total / sums.sums["value_loss"].weight == pytest.approx(float(loss.detach()), rel=1e-4)
+    said = sums.sums["value_loss"]
+    assert said.total / said.weight == pytest.approx(float(loss.detach()), rel=1e-4)
     for parameter, old, gradient in zip(critic.trainable, before, gradients, strict=True):
         step = 0 if gradient is None else 0.1 * gradient * min(1.0, 1.0 / norm)
         torch.testing.assert_close(parameter.detach(), old - step, rtol=1e-3, atol=1e-6)

@@ -224,13 +224,37 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class ReplayBatch:
+    """Holds the states of images of earlier steps and of this one that a critic makes one update from.
+
+    states    fp16 [n, C, H, W]
+    levels    fp32 [n], their noise levels
+    targets   fp32 [n, R], what their values regress on; NaN where a reward does not judge the image
+    texts     the prompts [n]
+    total     number of states of the whole update, of which a rank has a share
+    """
+
+    states: np.ndarray
+    levels: np.ndarray
+    targets: np.ndarray
+    texts: tuple[str, ...]
+    total: int
+
+    def share(self, rank: int, world: int) -> "ReplayBatch":
+        """Return every world-th state, from number `rank` on."""
+        mine = slice(rank, None, world)
+        return ReplayBatch(self.states[mine], self.levels[mine], self.targets[mine], self.texts[mine], self.total)
+
+
+@dataclass(frozen=True)
 class Credit:
     """Holds the advantages of one step for P groups of G members, and metrics to log about them.
 
     advantages   fp32 [P, G], or [P, G, N] with a critic: one number a denoising step
     valid        bool [P, G]; a masked sample has False, and its advantage is 0
-    returns      [P, G, N, R]: the critic's regression targets
-    values       [P, G, N, R]: the critic's values before the update
+    returns      [P, G, N, R]: the critic's regression targets, if it learns from this step's images alone
+    values       [P, G, N, R]: the critic's values before the update, likewise
+    replay       the critic's updates, if it learns from replayed states
     actor        False if only the critic learns in this step
     """
 
@@ -239,6 +263,7 @@ class Credit:
     metrics: dict[str, float]
     returns: np.ndarray | None = None
     values: np.ndarray | None = None
+    replay: tuple[ReplayBatch, ...] | None = None
     actor: bool = True
 
 

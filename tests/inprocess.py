@@ -26,7 +26,7 @@ from align_cluster.learner.worker import Learner
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
-from align_cluster.loop.learning import CriticValues, Sync, step_micro_batches
+from align_cluster.loop.learning import CriticValues, Sync, joined, step_micro_batches
 from align_cluster.loop.requests import evaluation_request, plan_chunks, training_request
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.loop.summary import Results, step_metrics
@@ -161,8 +161,7 @@ class Workers:
 
     def values(self, drawn: list[DrawnChunk]) -> CriticValues:
         """Return the critic's values of all samples."""
-        values, sigmas = self.learner.values(self.training_chunks(drawn))
-        return CriticValues(np.concatenate(values), sigmas)
+        return joined([self.learner.values(self.training_chunks(drawn))])
 
     def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
         """Train on one step's samples; return the learner's metrics."""
@@ -170,7 +169,8 @@ class Workers:
         micro_batches = step_micro_batches(self.config, chunks, credit)
         null = self.conditions[""] if self.config.rollout.guidance > 1 else None
         pairs = self.training_chunks(drawn)
-        work = rank_work(step, micro_batches, pairs, null=null, train_actor=credit.actor)
+        replay = {"replay": credit.replay, "replay_conditions": self.conditions}
+        work = rank_work(step, micro_batches, pairs, null=null, train_actor=credit.actor, **replay)
         return reduce_metrics([self.learner.update(work)])
 
     def publish(self, source: str) -> Sync:

@@ -5,36 +5,14 @@ sqrt(1 - s^2) for those that predict epsilon or v = a eps - s x0. All levels are
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 
+from align_cluster.backbones.noising import Prediction, like, signal
+from align_cluster.backbones.noising import clean as clean
+from align_cluster.backbones.noising import noised as noised
 from align_cluster.rewards import REWARDS
 from align_cluster.settings import Root
-
-Prediction = Literal["flow", "epsilon", "v"]
-
-
-def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return values.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
-
-
-def signal(level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-    """Return the signal level a at noise levels s."""
-    return 1 - level if prediction == "flow" else torch.sqrt(1 - level**2)
-
-
-def noised(x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-    """Return x_t: x0 with noise added up to a noise level."""
-    return _like(signal(level, prediction), x0) * x0 + _like(level, x0) * noise
-
-
-def clean(x: torch.Tensor, output: torch.Tensor, level: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-    """Return the x0 that an output at x_t implies: ReFL's one-step prediction, which is blurred at high noise."""
-    s, a = _like(level, x), _like(signal(level, prediction), x)
-    if prediction == "flow":
-        return x - s * output
-    return (x - s * output) / a if prediction == "epsilon" else a * x - s * output
 
 
 def recover(
@@ -52,10 +30,10 @@ def recover(
     is the signal at `target`, since a step of the flow also changes the signal; for epsilon it is the signal at
     `level`, as printed.
     """
-    start, end = _like(level, x), _like(target, x)
+    start, end = like(level, x), like(target, x)
     if prediction == "flow":
         return (x + (end - start) * output - end * noise) / (1 - end)
-    kept = _like(signal(level, prediction), x)
+    kept = like(signal(level, prediction), x)
     eps = output if prediction == "epsilon" else kept * output + start * x
     return (x + (end - start) * eps - end * noise) / kept
 

@@ -83,10 +83,17 @@ CRITIC = "critic"  # name of the critic's adapter
 class CriticSection(Section):
     """Configures the critic's network: the diffusion model's own features, and a head that turns them into values."""
 
-    features: Literal["lora", "frozen", "copy"] = "lora"
-    """Which features the critic reads: `lora` those of the shared base under an adapter of the critic's own, `frozen`
-    those of the bare base. `copy` reads a second copy of the base with such an adapter, which costs the base's memory
-    again."""
+    features: Literal["lora", "frozen", "copy", "whole", "pixels"] = "lora"
+    """What the critic reads. `lora`: features of the shared base under an adapter of the critic's own; `frozen`: those
+    of the bare base. `copy` takes a second copy of the base with such an adapter, and `whole` trains all weights of
+    that copy, in fp32. `pixels`, the paper's baseline, decodes the image that one step of the base predicts, which
+    takes the VAE, and reads it with a small network of its own."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """How the weights of `features: whole` begin: with the base's, or at `random`, which shows what the base knew."""
+    text: bool = True
+    """Whether the critic knows the prompt. Without it, it reads all states under a text of zeros."""
+    level: bool = True
+    """Whether the head knows the noise level, which then modulates it (AdaLN). The base's own layers always know it."""
     width: Annotated[int, Field(gt=0, multiple_of=8)] = 512
     """The channels of the head, a multiple of 8 and of `heads`. The default is ours, because the paper's summary leaves
     it open. The recipe of the embedded model takes 64."""
@@ -94,9 +101,14 @@ class CriticSection(Section):
     """The number of attention heads in the head. The default is ours, as for `width`."""
 
     def problems(self, where: str, run: Root) -> Iterator[str]:
-        """Refuse a width that the heads cannot share."""
+        """Refuse a width that the heads cannot share, and random weights that nothing would train."""
         if self.width % self.heads:
             yield f"{where}.width is {self.width}, which {self.heads} heads cannot share; set heads to 8"
+        if self.init == "random" and self.features != "whole":
+            yield (
+                f"{where}.init is random, and with features {self.features} nothing would train these weights; set "
+                "features to whole, or init to pretrained"
+            )
 
 
 class BackboneSection(Section):

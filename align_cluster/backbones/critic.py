@@ -6,7 +6,7 @@ becomes. The paper names attention over spatial tokens and an MLP with AdaLN; th
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from align_cluster.backbones.adapters import active_adapter, adapter_parameters, add_adapters
 from align_cluster.backbones.base import CRITIC, Backbone, CriticSection
+from align_cluster.backbones.noising import clean
 
+ADAPTED = ("lora", "copy")  # features that an adapter of the critic's own changes
 FREQUENCIES = 256  # width of the sinusoidal embedding of 1000 sigma
 
 
@@ -63,16 +65,53 @@ class CriticHead(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, width), nn.GELU(), self.last)
         nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
 
-    def forward(self, layers: list[torch.Tensor], sigma: torch.Tensor) -> torch.Tensor:
-        """Return values [B, R] for the tokens of each tapped layer, [B, L, D], at noise levels sigma [B]."""
-        rates = torch.exp(-math.log(10_000) * torch.arange(FREQUENCIES // 2, device=sigma.device) / (FREQUENCIES // 2))
-        angles = 1000 * sigma[:, None] * rates
-        level = self.level(torch.cat([angles.cos(), angles.sin()], dim=-1))
+    def forward(self, layers: list[torch.Tensor], sigma: torch.Tensor | None) -> torch.Tensor:
+        """Return values [B, R] for the tokens of each tapped layer, [B, L, D], at noise levels sigma [B].
+
+        Without noise levels the modulation is the same for all.
+        """
+        embedded = layers[0].new_zeros(len(layers[0]), FREQUENCIES) if sigma is None else sinusoid(sigma)
+        level = self.level(embedded)
         return self.out(torch.cat([pool(tokens, level) for pool, tokens in zip(self.pooling, layers, strict=True)], -1))
 
 
+def sinusoid(sigma: torch.Tensor) -> torch.Tensor:
+    """Return the embedding [B, FREQUENCIES] of noise levels sigma [B], as diffusion models embed timesteps."""
+    rates = torch.exp(-math.log(10_000) * torch.arange(FREQUENCIES // 2, device=sigma.device) / (FREQUENCIES // 2))
+    angles = 1000 * sigma[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class PixelEncoder(nn.Module):
+    """Turns decoded images into tokens [B, L, width], one for each 8 x 8 pixels, that have looked at the prompt.
+
+    The paper's baseline reads pixels; what reads them is ours: two convolutions, attention to the text, and an MLP.
+    """
+
+    def __init__(self, width: int, heads: int, text: int) -> None:
+        super().__init__()
+        self.look = nn.Sequential(
+            nn.Conv2d(3, width, 4, 4),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(width, width, 1),
+        )
+        self.norm, self.text = nn.LayerNorm(width), nn.Linear(text, width)
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, pixels: torch.Tensor, sequence: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return tokens of images fp32 [B, 3, H, W], about -1 to 1, under texts [B, T, D]; `mask` [B, T] or None."""
+        tokens, text = self.look(pixels).flatten(2).transpose(1, 2), self.text(sequence)
+        read, _ = self.attend(self.norm(tokens), text, text, None if mask is None else ~mask, need_weights=False)
+        return tokens + read + self.mlp(tokens + read)
+
+
 class Critic(nn.Module):
-    """Computes values of noisy latents. The base stays frozen; the head and the critic's own adapter train.
+    """Computes values of noisy latents. The base stays frozen; `named` says what trains beside the head.
 
     `denoiser` is the actor's network with its adapters. With `features: lora` one of them is named "critic".
     """
@@ -81,16 +120,22 @@ class Critic(nn.Module):
         self, backbone: Backbone, denoiser: nn.Module, rewards: int, settings: CriticSection, seed: int = 0
     ) -> None:
         super().__init__()
-        if settings.features == "copy":
-            denoiser = add_adapters(backbone, backbone.load_denoiser(), (CRITIC,), seed)
-        # A list hides the network from nn.Module, so that only the head and the adapter are saved and trained.
-        self._network, self.backbone, self.settings = [denoiser], backbone, settings
-        taps = backbone.taps(denoiser)
         state = torch.get_rng_state()
         torch.manual_seed(seed)
-        self.head = CriticHead([channels for _, channels in taps], rewards, settings.width, settings.heads)
+        if settings.features == "copy":
+            denoiser = add_adapters(backbone, backbone.load_denoiser(), (CRITIC,), seed)
+        elif settings.features == "whole":
+            denoiser = trainable_copy(backbone, settings.init)
+        # A list hides the network from nn.Module, so that only what trains is saved.
+        self._network, self.backbone, self.settings = [denoiser], backbone, settings
+        self.encoder: PixelEncoder | None = None
+        channels = [channels for _, channels in backbone.taps(denoiser)]
+        torch.manual_seed(seed)
+        if settings.features == "pixels":
+            channels = [settings.width]
+            self.encoder = PixelEncoder(settings.width, settings.heads, backbone.text_shape[1]).to(backbone.device)
+        self.head = CriticHead(channels, rewards, settings.width, settings.heads).to(backbone.device)
         torch.set_rng_state(state)
-        self.head.to(backbone.device)
         for parameter in self.trainable:
             parameter.requires_grad_(True)
 
@@ -101,21 +146,31 @@ class Critic(nn.Module):
 
     @property
     def adapter(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the critic's own adapter, or {} with frozen features."""
-        return {} if self.settings.features == "frozen" else adapter_parameters(self.network, CRITIC)
+        """Return the parameters of the critic's own adapter, or {} where it has none."""
+        return adapter_parameters(self.network, CRITIC) if self.settings.features in ADAPTED else {}
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return the parameters to train by name: those of the head, and of the adapter, the copy or the encoder."""
+        found = dict(self.named_parameters()) | {f"adapter.{name}": value for name, value in self.adapter.items()}
+        if self.settings.features == "whole":
+            found |= {f"network.{name}": value for name, value in self.network.named_parameters()}
+        return found
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        """Return the parameters to train: those of the head and of the adapter."""
-        return [*self.head.parameters(), *self.adapter.values()]
+        """Return the parameters to train."""
+        return list(self.named.values())
 
     def active(self) -> AbstractContextManager[None]:
-        """Activate the critic's adapter on the network inside the block.
+        """Activate the critic's adapter on the network inside the block, or none where it has none.
 
         A backward pass through checkpointed layers belongs inside as well: it computes them again under the adapter
         that is active at that time.
         """
-        return active_adapter(self.network, None if self.settings.features == "frozen" else CRITIC)
+        if self.settings.features == "whole":
+            return nullcontext()
+        return active_adapter(self.network, CRITIC if self.settings.features in ADAPTED else None)
 
     def forward(
         self,
@@ -127,16 +182,20 @@ class Critic(nn.Module):
     ) -> torch.Tensor:
         """Return values fp32 [B, R] of latents x [B, C, H, W] at sigma [B], in units of the normalised rewards.
 
-        Conditions are the text's own, without guidance. Gradient flows to x, the head and the adapter only.
+        Conditions are the text's own, without guidance. Gradient flows to x and to what trains only.
         """
+        if not self.settings.text:
+            sequence, pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
         with self.active(), captured(self.backbone, self.network) as layers:
-            self.backbone.velocity(self.network, x, sigma, sequence, pooled, mask)
-        return self.head([layer.float() for layer in layers], sigma)
+            output = self.backbone.velocity(self.network, x, sigma, sequence, pooled, mask)
+        if self.encoder:
+            pixels = self.backbone.pixels(clean(x, output, sigma, self.backbone.prediction))
+            layers = [self.encoder(pixels, sequence, mask)]
+        return self.head([layer.float() for layer in layers], sigma if self.settings.level else None)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return head and adapter tensors by name, as `restore` takes them."""
-        head = {f"head.{name}": value.detach() for name, value in self.head.state_dict().items()}
-        return head | {f"adapter.{name}": value.detach() for name, value in self.adapter.items()}
+        """Return the trained tensors by name, as `restore` takes them."""
+        return {name: value.detach() for name, value in self.named.items()}
 
     @torch.no_grad()
     def restore(self, state: dict[str, torch.Tensor]) -> None:
@@ -147,6 +206,18 @@ class Critic(nn.Module):
             raise ValueError(f"this critic's {odd[0]} does not match; features, width and rewards must be the same")
         for name, value in own.items():
             value.copy_(state[name])
+
+
+def trainable_copy(backbone: Backbone, init: str) -> nn.Module:
+    """Return a copy of the base in fp32, all of whose weights train. `init` random draws them anew, as layers do."""
+    network = backbone.load_denoiser().float()
+    for module in network.modules() if init == "random" else ():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        else:  # norms that only scale, and parameters of the network's own
+            for name, value in module.named_parameters(recurse=False):
+                nn.init.ones_(value) if name == "weight" else nn.init.zeros_(value)
+    return network
 
 
 @contextmanager

@@ -96,8 +96,13 @@ class LearnerRank:
         self.learner.restore(snapshot)
 
     def update(self, work: StepWork, null: Condition | None, *data: Any) -> tuple[Any, Snapshot | None]:
-        """Train on a step's work, whose chunks and null condition come beside it; return metrics and the state."""
-        metrics = self.learner.update(replace(work, null=null, chunks=self._paired(data)))
+        """Train on a step's work, whose chunks and null condition come beside it, and after the chunks the conditions
+        of replayed texts; return metrics and the state."""
+        texts = work.replay_texts
+        end = len(data) - len(texts)
+        replayed = dict(zip(texts, data[end:], strict=True))
+        whole = replace(work, null=null, chunks=self._paired(data[:end]), replay_conditions=replayed)
+        metrics = self.learner.update(whole)
         return metrics, self.learner.state()
 
     def publish(self, source: str, version: int) -> Any:

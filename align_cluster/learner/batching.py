@@ -6,6 +6,7 @@ Pure functions and records, so that neither the work nor its result depends on t
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from align_cluster.prompts.groups import even_spans
 from align_cluster.rollouts.guidance import TextBatch
-from align_cluster.types import Condition, Perturbation, Record
+from align_cluster.types import Condition, Perturbation, Record, ReplayBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class StepWork:
 
     The micro-batches' `source` counts in `chunks`. `totals` give the sum of sample weights of each update over all
     ranks. `null` is the empty prompt's condition where guidance needs it. Without `train_actor` only the critic learns.
+    Where it learns from replayed states, `replay` has this rank's share of each of its updates, and `replay_conditions`
+    those of their texts.
     """
 
     step: int
@@ -83,6 +86,13 @@ class StepWork:
     totals: dict[int, float]
     null: Condition | None = None
     train_actor: bool = True
+    replay: tuple[ReplayBatch, ...] | None = None
+    replay_conditions: Mapping[str, Condition] = field(default_factory=dict)
+
+    @property
+    def replay_texts(self) -> list[str]:
+        """Return the different texts of replayed states, in their order."""
+        return list(dict.fromkeys(text for batch in self.replay or () for text in batch.texts))
 
     def chunk_of(self, micro_batch: MicroBatch) -> TrainingChunk:
         """Return the chunk that a micro-batch's rows belong to."""
@@ -175,6 +185,8 @@ def rank_work(
     world: int = 1,
     null: Condition | None = None,
     train_actor: bool = True,
+    replay: Sequence[ReplayBatch] | None = None,
+    replay_conditions: Mapping[str, Condition] = MappingProxyType({}),
 ) -> StepWork:
     """Return one rank's work for a step. `chunks` are all of the step; the work holds those that the rank needs."""
     mine, sources = rank_share(micro_batches, rank, world)
@@ -185,7 +197,26 @@ def rank_work(
         totals=total_weights(micro_batches),
         null=null,
         train_actor=train_actor,
+        replay=None if replay is None else tuple(batch.share(rank, world) for batch in replay),
+        replay_conditions=replay_conditions,
     )
+
+
+class Judged(NamedTuple):
+    """Holds what a critic says of a rank's chunks, and the states of them that are kept for replay.
+
+    values   [B, N, R] of each chunk: of every recorded state
+    kept     states fp16 [B, K, C, H, W] of each chunk, or none without replay
+    places   [B, K] of each chunk: the denoising steps that those states stand before
+    sigmas   the rollout's noise levels [N + 1], or None without chunks
+    slots    the denoising steps that are trained
+    """
+
+    values: list[np.ndarray]
+    kept: list[np.ndarray]
+    places: list[np.ndarray]
+    sigmas: np.ndarray | None
+    slots: tuple[int, ...]
 
 
 class RankMetric(NamedTuple):

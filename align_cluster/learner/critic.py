@@ -1,6 +1,9 @@
-"""The critic's training beside the actor. Its optimiser is its own and does the same on every rank."""
+"""The critic's training beside the actor. Its optimiser is its own and does the same on every rank.
 
-from collections.abc import Iterator
+It learns from replayed states, or from those of the step alone.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -15,7 +18,8 @@ from align_cluster.learner.batching import MetricSums
 from align_cluster.learner.engine import MOMENTS, agree
 from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
-from align_cluster.types import Record
+from align_cluster.streams import hashed, stream
+from align_cluster.types import Condition, Record, ReplayBatch
 
 State = tuple[int, int, int]  # number of the micro-batch, row in it, step
 
@@ -34,7 +38,7 @@ class CriticBatch:
 
 
 class CriticLearner:
-    """Trains the critic's head and adapter with AdamW. They are small, whole on every rank, with averaged gradients."""
+    """Trains what the critic trains with AdamW. It is small, whole on every rank, with averaged gradients."""
 
     def __init__(self, critic: Critic, algorithm: PPO, optimizer: OptimizerConfig, world: int) -> None:
         self.critic, self.algorithm, self.world, self.max_norm = critic, algorithm, world, optimizer.max_grad_norm
@@ -69,25 +73,57 @@ class CriticLearner:
         `scale` is the number of ranks over the total weight. In `pretraining` values are not clipped. Where a loss or
         the gradient is not finite on any rank, the weights stay as they are.
         """
-        device = self.critic.backbone.device
         for epoch in range(self.algorithm.config.critic_epochs):
-            sound, slots = True, [self._slots(batch.samples, epoch) for batch in batches]
-            share = scale / len(slots[0][0])
-            for part in self._passes(slots, batches):
-                x, sigma, sequence, pooled, before, returns, weights = (
-                    column.to(device) for column in _gathered(part, batches)
-                )
-                values = self.critic(x, sigma, sequence, pooled)
-                loss = self.algorithm.value_loss(values, before, returns, pretraining)
-                total = (loss * weights).sum() * share
-                sound = sound and bool(torch.isfinite(total))
-                with self.critic.active():
-                    total.backward()
-                metrics.add("value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
-            norm = self._step(sound)
-            metrics.add("critic_skipped", float(norm is None))
-            if norm is not None:
-                metrics.add("critic_grad_norm", norm)
+            slots = [self._slots(batch.samples, epoch) for batch in batches]
+            parts = (_gathered(part, batches) for part in self._passes(slots, batches))
+            self._learn(parts, scale / len(slots[0][0]), metrics, pretraining)
+
+    def replay(self, batches: Sequence[ReplayBatch], texts: Mapping[str, Condition], metrics: MetricSums) -> None:
+        """Make one optimiser update from each batch of replayed states. Their values regress on what was paid, and are
+        not clipped: the values that they had once say nothing now."""
+        for batch in batches:
+            parts = (_replayed(rows, batch, texts) for rows in self._alike(batch, texts))
+            self._learn(parts, self.world / batch.total, metrics, pretraining=True)
+
+    def _learn(
+        self, parts: Iterable[tuple[torch.Tensor, ...]], share: float, metrics: MetricSums, pretraining: bool
+    ) -> None:
+        """Make one optimiser update from the columns of several forward passes, as `_gathered` returns them."""
+        sound, device = True, self.critic.backbone.device
+        for columns in parts:
+            x, sigma, sequence, pooled, before, returns, weights = (column.to(device) for column in columns)
+            values = self.critic(x, sigma, sequence, pooled)
+            loss = self.algorithm.value_loss(values, before, returns, pretraining)
+            total = (loss * weights).sum() * share
+            sound = sound and bool(torch.isfinite(total))
+            with self.critic.active():
+                total.backward()
+            metrics.add("value_loss", float((loss.detach() * weights).sum()), float(weights.sum()))
+        norm = self._step(sound)
+        metrics.add("critic_skipped", float(norm is None))
+        if norm is not None:
+            metrics.add("critic_grad_norm", norm)
+
+    def kept(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Return what replay keeps of a record: states fp16 [B, K, C, H, W] and the steps [B, K] that they stand
+        before. Each sample's own random stream chooses them."""
+        wanted, count = self.algorithm.config.replay.states, record.indices.shape[1]
+        slots = np.tile(np.arange(count), (len(record.chunk), 1))
+        if wanted < count:
+            streams = [stream(hashed(f"{seed} {record.chunk.step} replayed states")) for seed in record.chunk.seeds]
+            slots = np.stack([torch.randperm(count, generator=own)[:wanted].sort()[0].numpy() for own in streams])
+        rows = np.arange(len(slots))[:, None]
+        return record.before[rows, slots].astype(np.float16), record.indices[rows, slots]
+
+    def _alike(self, batch: ReplayBatch, texts: Mapping[str, Condition]) -> Iterator[list[int]]:
+        """Yield the rows of each forward pass: `batch` of them, under texts of one length."""
+
+        def length(row: int) -> int:
+            return len(texts[batch.texts[row]].sequence)
+
+        for _, alike in groupby(sorted(range(len(batch.texts)), key=length), length):
+            alike = list(alike)
+            yield from (alike[start : start + self.batch] for start in range(0, len(alike), self.batch))
 
     def _slots(self, batch: Batch, epoch: int) -> list[list[int]]:
         """Return the states of each sample to train on. The sample's own random stream chooses them, so ranks and
@@ -150,13 +186,28 @@ class CriticLearner:
 
     def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """Return AdamW's state of each trained weight by name. It makes the state where no step has made it yet."""
-        named = {f"head.{name}": value for name, value in self.critic.head.named_parameters()}
-        named |= {f"adapter.{name}": value for name, value in self.critic.adapter.items()}
+        named = self.critic.named
         for parameter in named.values():
             if not self.optimizer.state[parameter]:
                 zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
                 self.optimizer.state[parameter].update(step=torch.zeros((), dtype=torch.float32), **zeros)
         return {name: self.optimizer.state[parameter] for name, parameter in named.items()}
+
+
+def _replayed(rows: list[int], batch: ReplayBatch, texts: Mapping[str, Condition]) -> tuple[torch.Tensor, ...]:
+    """Return the columns of `_gathered` for rows of a replayed batch."""
+    text = TextBatch.build([texts[batch.texts[row]] for row in rows], None, torch.device("cpu"))
+    states, targets = torch.from_numpy(batch.states[rows]).float(), torch.from_numpy(batch.targets[rows])
+    before = torch.zeros_like(targets)  # not clipped, so not read
+    return (
+        states,
+        torch.from_numpy(batch.levels[rows]),
+        text.sequence,
+        text.pooled,
+        before,
+        targets,
+        torch.ones(len(rows)),
+    )
 
 
 def _gathered(states: list[State], batches: list[CriticBatch]) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.critic import Critic
 from align_cluster.conditions.exploration import strength
-from align_cluster.learner.batching import MetricSums, MicroBatch, RankMetric, StepWork, TrainingChunk
+from align_cluster.learner.batching import Judged, MetricSums, MicroBatch, RankMetric, StepWork, TrainingChunk
 from align_cluster.learner.critic import CriticBatch, CriticLearner
 from align_cluster.learner.engine import Engine, join
 from align_cluster.learner.policy import LearnerPolicy, RewardGradient
@@ -72,9 +72,9 @@ class Learner:
     def update(self, work: StepWork) -> dict[str, RankMetric]:
         """Train on one step's work and return this rank's metrics.
 
-        A critic learns after the actor, from all samples of the step together; without `work.train_actor` it learns
-        alone. An update whose loss or gradient is not finite on any rank changes nothing and counts as "skipped"; one
-        whose samples are all masked counts as "empty".
+        A critic learns after the actor, from replayed states or from all samples of the step together; without
+        `work.train_actor` it learns alone. An update whose loss or gradient is not finite on any rank changes nothing
+        and counts as "skipped"; one whose samples are all masked counts as "empty".
         """
         started = time.perf_counter()
         metrics = MetricSums()
@@ -93,7 +93,9 @@ class Learner:
             if changed:
                 self.equal_adapters = frozenset()
                 self._average()
-        if self.critic and (whole := sum(work.totals.values())):
+        if self.critic and work.replay is not None:
+            self.critic.replay(work.replay, work.replay_conditions, metrics)
+        elif self.critic and (whole := sum(work.totals.values())):
             self.critic.update(self._critic_batches(work), self.world / whole, metrics, not work.train_actor)
         self._lag()
         metrics.add("skipped", skipped)
@@ -197,11 +199,14 @@ class Learner:
             for chunk in (work.chunk_of(micro_batch),)
         ]
 
-    def values(self, chunks: list[TrainingChunk]) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """Return the critic's values [B, N, R] of every recorded state of each chunk, and the rollout's noise levels
-        [N + 1]. A forward pass never mixes chunks, so results do not depend on the rank."""
+    def values(self, chunks: list[TrainingChunk]) -> Judged:
+        """Return the critic's values of every recorded state of each chunk, and what replay keeps of it. A forward pass
+        never mixes chunks, so results do not depend on the rank."""
         found = [self.critic.values(chunk.record, chunk.text(None, self.backbone.device)) for chunk in chunks]
-        return found, chunks[0].record.sigmas if chunks else None
+        kept = [self.critic.kept(chunk.record) for chunk in chunks if self.algorithm.config.replay.images]
+        states, places = [list(column) for column in zip(*kept, strict=True)] or [[], []]
+        first = chunks[0].record if chunks else None
+        return Judged(found, states, places, first and first.sigmas, first.slots if first else ())
 
     def state(self) -> Snapshot | None:
         """Return all that an update changes, on rank 0. All ranks must call it together."""

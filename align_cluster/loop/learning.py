@@ -16,6 +16,7 @@ from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.files import atomic
 from align_cluster.learner.batching import (
+    Judged,
     MicroBatch,
     RankMetric,
     Reduced,
@@ -25,15 +26,36 @@ from align_cluster.learner.batching import (
 )
 from align_cluster.loop.conditions import ConditionStore
 from align_cluster.loop.rollouts import DrawnChunk, RolloutCollector
-from align_cluster.types import Chunk, Credit, Manifest, Receipt
+from align_cluster.types import Chunk, Credit, Manifest, Prompt, Receipt
 from align_cluster.weights import check
 
 
 class CriticValues(NamedTuple):
-    """Holds the critic's values [S, N, R] of all states of all samples of a step, and the noise levels [N + 1]."""
+    """Holds the critic's values [S, N, R] of all states of all samples of a step, and the noise levels [N + 1].
+
+    `slots` are the denoising steps that train the actor (None: all). With replay, `kept` are states fp16
+    [S, K, C, H, W] of the samples and `places` [S, K] the steps that they stand before.
+    """
 
     values: np.ndarray
     sigmas: np.ndarray
+    slots: tuple[int, ...] | None = None
+    kept: np.ndarray | None = None
+    places: np.ndarray | None = None
+
+
+def joined(answers: Sequence[Judged]) -> CriticValues:
+    """Return what ranks said together; rank r had every world-th chunk, from number r on."""
+
+    def column(name: str) -> np.ndarray | None:
+        parts = [getattr(answer, name) for answer in answers]
+        found = [None] * sum(map(len, parts))
+        for rank, own in enumerate(parts):
+            found[rank :: len(parts)] = own
+        return np.concatenate(found) if found else None
+
+    first = answers[0]
+    return CriticValues(column("values"), first.sigmas, first.slots, column("kept"), column("places"))
 
 
 class LearnerClient:
@@ -60,21 +82,22 @@ class LearnerClient:
         def ask() -> list[tuple]:
             return self.ranks.values([self._data(drawn[rank::world]) for rank in range(world)])
 
-        answers = self.rollouts.recover(drawn, ask, self.ranks.shutdown)
-        found: list[np.ndarray] = [None] * len(drawn)
-        for rank, (values, _) in enumerate(answers):
-            found[rank::world] = values
-        return CriticValues(np.concatenate(found), answers[0][1])
+        return joined(self.rollouts.recover(drawn, ask, self.ranks.shutdown))
 
     def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
         """Train on one step's samples and return the learner's metrics over all ranks."""
         world = self.plan.learners
         micro_batches = step_micro_batches(self.config, [item.chunk for item in drawn], credit)
+        if credit.replay:  # texts of earlier steps may have gone out
+            earlier = [Prompt(-1, text) for batch in credit.replay for text in batch.texts]
+            self.conditions.encode([*(prompt for item in drawn for prompt in item.chunk.prompts), *earlier])
         null = self.conditions.null(self.config.rollout.guidance)
+        more = {"train_actor": credit.actor, "replay": credit.replay}
 
         def share(rank: int) -> RankWork:
-            work = rank_work(step, micro_batches, drawn, rank=rank, world=world, train_actor=credit.actor)
-            return RankWork(replace(work, chunks=()), self._data(work.chunks))
+            work = rank_work(step, micro_batches, drawn, rank=rank, world=world, **more)
+            replayed = [self.conditions.of(text) for text in work.replay_texts]
+            return RankWork(replace(work, chunks=()), self._data(work.chunks) + replayed)
 
         def ask() -> list[dict[str, RankMetric]]:
             return self.ranks.update([share(rank) for rank in range(world)], null)

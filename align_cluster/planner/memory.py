@@ -128,7 +128,8 @@ class Networks:
         if self.critic:
             own_network = self.critic.network is not self.denoiser
             copy = _tensors(self.critic.network, without="lora_") if own_network else {}
-            sizes["critic_weights"] = _bytes(_tensors(self.critic.head)) + _bytes(copy)
+            decoder = vae if self.critic.encoder else {}
+            sizes["critic_weights"] = sum(map(_bytes, (_tensors(self.critic), copy, decoder)))
             sizes["critic_trained"] = 4 * sum(parameter.numel() for parameter in self.critic.trainable)
         return sizes
 
@@ -137,7 +138,7 @@ class Networks:
 
         An update is counted at the noise levels of one pass: the losses go through the passes one after the other.
         """
-        for module in (self.denoiser, self.vae, *([self.critic.head, self.critic.network] if self.critic else ())):
+        for module in (self.denoiser, self.vae, *([self.critic, self.critic.network] if self.critic else ())):
             counter.adopt(module)
 
         def taken(compute: Callable[..., object], size: int) -> Usage:

@@ -127,7 +127,7 @@ def critic_flops(config: RunConfig, plan: Plan, sizes: Sizes) -> float:
     if not sizes.values.flops:
         return 0.0
     steps, settings = config.rollout.steps, config.algorithm
-    states = settings.critic_epochs * min(settings.critic_states or steps, steps)
+    states = settings.critic_epochs * settings.critic_reads(steps)
     return (steps * sizes.values.flops + states * sizes.learner(config).critic.flops) / settings.critic_batch
 
 

@@ -7,6 +7,7 @@ from align_cluster.backbones import BACKBONES
 from align_cluster.backbones.adapters import adapter_parameters, add_adapters
 from align_cluster.backbones.base import CriticSection
 from align_cluster.backbones.critic import Critic, CriticHead, captured
+from align_cluster.backbones.noising import clean
 from align_cluster.backbones.sd3 import SD3
 
 from .contract import Case
@@ -46,7 +47,7 @@ def actor(case):
     return add_adapters(case, case.load_denoiser(), ("default", "critic"))
 
 
-@pytest.mark.parametrize("features", ["lora", "frozen", "copy"])
+@pytest.mark.parametrize("features", ["lora", "frozen", "copy", "whole", "pixels"])
 def test_a_new_critic_says_zero_and_a_trained_one_tells_latents_levels_and_texts_apart(case, actor, features):
     critic = Critic(case, actor, 2, CriticSection(features=features, **SMALL))
     x, sigma, sequence, pooled = inputs(case)
@@ -89,7 +90,7 @@ def test_the_tokens_matter_as_soon_as_the_last_layer_has_moved(case, actor):
     assert all(pool.read.weight.grad.abs().max() > 0 for pool in critic.head.pooling)
 
 
-@pytest.mark.parametrize("features", ["lora", "frozen"])
+@pytest.mark.parametrize("features", ["lora", "frozen", "pixels"])
 def test_the_critics_gradient_reaches_no_weight_of_the_actor_and_the_actors_none_of_the_critic(case, actor, features):
     critic = Critic(case, actor, 1, CriticSection(features=features, **SMALL))
     shake(critic)
@@ -148,8 +149,9 @@ def test_the_actors_velocity_is_the_same_with_a_critic_beside_it(case, actor):
     assert torch.equal(case.velocity(actor, *inputs(case)), bare)
 
 
-def test_a_state_restores_the_values_and_another_critics_is_refused(case, actor):
-    critic = Critic(case, actor, 1, CriticSection(**SMALL))
+@pytest.mark.parametrize("features", ["lora", "whole", "pixels"])
+def test_a_state_restores_the_values_and_another_critics_is_refused(case, actor, features):
+    critic = Critic(case, actor, 1, CriticSection(features=features, **SMALL))
     shake(critic)
     state = {name: value.clone() for name, value in critic.state().items()}
     values = critic(*inputs(case))
@@ -159,6 +161,66 @@ def test_a_state_restores_the_values_and_another_critics_is_refused(case, actor)
     other = Critic(case, actor, 2, CriticSection(**SMALL))
     with pytest.raises(ValueError, match="does not match"):
         other.restore(state)
+
+
+@pytest.mark.parametrize(("setting", "place"), [("text", 2), ("text", 3), ("level", 1)])
+def test_without_a_condition_the_critic_cannot_tell_it(case, actor, setting, place):
+    """The base's own layers know the noise level; so only what the head sees of it is taken away."""
+    values = []
+    for known in (True, False):
+        critic = Critic(case, actor, 1, CriticSection(**SMALL, **{setting: known}))
+        shake(critic)
+        given = list(inputs(case))
+        if setting == "level":
+            layers = [torch.randn(3, 5, pool.norm.normalized_shape[0]) for pool in critic.head.pooling]
+            sigmas = [given[1], given[1].flip(0)] if known else [None, None]
+            values.append([critic.head(layers, sigma) for sigma in sigmas])
+            continue
+        one = critic(*given)
+        given[place] = given[place] + 1
+        values.append([one, critic(*given)])
+    (one, other), (blind, same) = values
+    assert torch.equal(blind, same)
+    assert not torch.equal(one, other) or not inputs(case)[place].numel()  # some have no pooled text
+
+
+def test_a_whole_copy_begins_as_the_base_or_at_random_and_trains_every_weight_in_fp32(case, actor):
+    base, copy = case.load_denoiser(), Critic(case, actor, 1, CriticSection(features="whole", **SMALL))
+    section = CriticSection(features="whole", init="random", **SMALL)
+    random, again = (Critic(case, actor, 1, section, seed=7) for _ in range(2))
+    own = dict(base.named_parameters())
+    assert {name for name in copy.named if name.startswith("network.")} == {f"network.{name}" for name in own}
+    assert all(value.requires_grad and value.dtype == torch.float32 for value in copy.trainable)
+    assert all(torch.equal(copy.named[f"network.{name}"], value.float()) for name, value in own.items())
+    drawn = [name for name, value in own.items() if value.ndim > 1 and value.std() > 0]
+    assert not any(torch.equal(random.named[f"network.{name}"], own[name].float()) for name in drawn)
+    assert all(torch.equal(random.named[name], again.named[name]) for name in random.named)
+    shake(copy)
+    copy(*inputs(case)).sum().backward()
+    reached = [value.grad is not None and value.grad.abs().max() > 0 for value in copy.network.parameters()]
+    assert sum(reached) > 0.5 * len(reached)
+    assert all(parameter.grad is None for parameter in actor.parameters())
+
+
+def test_random_weights_that_nothing_would_train_are_refused():
+    where = list(CriticSection(init="random").problems("algorithm.critic", None))
+    assert len(where) == 1 and "set features to whole" in where[0]
+    assert not list(CriticSection(init="random", features="whole").problems("algorithm.critic", None))
+
+
+def test_pixels_are_those_of_the_image_that_one_step_of_the_base_predicts(case, actor):
+    critic = Critic(case, actor, 1, CriticSection(features="pixels", **SMALL))
+    shake(critic)
+    x, sigma, sequence, pooled = inputs(case)
+    bare = case.velocity(case.load_denoiser(), x, sigma, sequence, pooled)
+    expected = case.pixels(clean(x, bare, sigma, case.prediction))
+    tokens = critic.encoder(expected, sequence, None)
+    torch.testing.assert_close(critic(x, sigma, sequence, pooled), critic.head([tokens], sigma), rtol=1e-4, atol=1e-5)
+    _, _, height, width = expected.shape
+    assert tokens.shape == (3, -(-height // 8) * -(-width // 8), 16)
+    x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(critic(x, sigma, sequence, pooled).sum(), x)
+    assert gradient.abs().max() > 0  # guidance can follow it
 
 
 def test_the_head_weighs_tokens_by_what_they_say_and_not_by_where_they_stand():

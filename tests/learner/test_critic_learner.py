@@ -18,7 +18,7 @@ from align_cluster.learner.batching import MetricSums
 from align_cluster.learner.critic import CriticBatch, CriticLearner
 from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
-from align_cluster.types import Prompt, Record
+from align_cluster.types import Prompt, Record, ReplayBatch
 
 from ..drawing import chunk_of
 
@@ -29,7 +29,7 @@ SIGMAS = np.array([1.0, 0.7, 0.3, 0.1, 0.0])
 def learner(sd35):
     torch.manual_seed(0)
     actor = add_adapters(sd35, sd35.load_denoiser(), ("default", "critic"))
-    algorithm = PPO(PPO.Config(critic_lr=3e-3, value_clip=100))
+    algorithm = PPO(PPO.Config(critic_lr=3e-3, value_clip=100, critic_epochs=1))
     return CriticLearner(Critic(sd35, actor, 1, CriticSection(width=32, heads=4)), algorithm, OptimizerConfig(), 1)
 
 
@@ -151,7 +151,7 @@ def test_of_fewer_states_each_epoch_trains_others_and_their_mean_is_that_of_all(
 
     given = replace(batch(record, rewards, values), generators=streams)
     assert learner._slots(given, 0) == [[0, 1, 2, 3]] * 4
-    learner.algorithm = PPO(PPO.Config(critic_states=1, value_clip=100))
+    learner.algorithm = PPO(PPO.Config(critic_states=1, value_clip=100, critic_epochs=1))
     drawn = [learner._slots(given, epoch) for epoch in range(20)]
     assert all(len(own) == 1 for rows in drawn for own in rows)
     assert all({rows[row][0] for rows in drawn} == {0, 1, 2, 3} for row in range(4))
@@ -220,3 +220,82 @@ def test_a_loss_that_is_not_finite_changes_no_weight(learner, condition):
     learner.update([CriticBatch(batch(record, rewards, values), text, torch.ones(2))], 0.5, sums)
     assert sums.sums["critic_skipped"].total == 1 and "critic_grad_norm" not in sums.sums
     assert all(torch.equal(value, before[name]) for name, value in learner.critic.state().items())
+
+
+def replayed(condition, count: int = 6, heads: int = 1) -> tuple[ReplayBatch, dict]:
+    """States of two prompts, whose texts differ in length, and their conditions."""
+    record, _, rewards = rollouts(condition, count, 8)
+    places = np.arange(count) % 4
+    targets = np.repeat(rewards.astype(np.float32)[:, None], heads, 1)
+    states, levels = record.before[np.arange(count), places].astype(np.float16), SIGMAS[places].astype(np.float32)
+    conditions = {"long": condition, "short": replace(condition, sequence=condition.sequence[:-3])}
+    texts = tuple(("long", "short")[i % 3 == 0] for i in range(count))
+    return ReplayBatch(states, levels, targets, texts, count), conditions
+
+
+@pytest.mark.parametrize("batch_size", [2, 24])
+def test_a_replayed_batch_is_the_gradient_step_of_its_mean_squared_error(learner, condition, batch_size):
+    given, conditions = replayed(condition)
+    learner.batch, critic = batch_size, learner.critic
+    learner.optimizer = torch.optim.SGD(critic.trainable, 0.1)
+    losses = []
+    for i, text in enumerate(given.texts):
+        own = TextBatch.build([conditions[text]], None, torch.device("cpu"))
+        x, level = torch.tensor(given.states[i : i + 1]).float(), torch.tensor(given.levels[i : i + 1])
+        losses.append(0.5 * (critic(x, level, own.sequence, own.pooled) - float(given.targets[i, 0])) ** 2)
+    loss = torch.cat(losses).mean()
+    gradients = torch.autograd.grad(loss, critic.trainable, allow_unused=True)
+    norm = float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+    before, sums = [parameter.detach().clone() for parameter in critic.trainable], MetricSums()
+    learner.replay([given], conditions, sums)
+    said = sums.sums["value_loss"]
+    assert said.total / said.weight == pytest.approx(float(loss.detach()), rel=1e-4)
+    for parameter, old, gradient in zip(critic.trainable, before, gradients, strict=True):
+        step = 0 if gradient is None else 0.1 * gradient * min(1.0, 1.0 / norm)
+        torch.testing.assert_close(parameter.detach(), old - step, rtol=1e-3, atol=1e-6)
+
+
+def test_ranks_share_a_replayed_batch_and_a_reward_that_does_not_judge_has_no_part_in_it(learner, condition):
+    given, conditions = replayed(condition)
+    last = list(learner.critic.head.last.parameters())
+
+    def gradient(batch: ReplayBatch) -> torch.Tensor:
+        found = []
+        learner._step = lambda sound: found.append(torch.cat([p.grad.flatten().clone() for p in last])) or 0.0
+        learner.optimizer.zero_grad()
+        learner.replay([batch], conditions, MetricSums())
+        return found[0]
+
+    whole = gradient(given)
+    learner.world = 2  # a rank's gradient is twice as large, and then averaged
+    torch.testing.assert_close(sum(gradient(given.share(rank, 2)) for rank in range(2)) / 2, whole)
+    learner.world = 1
+    unjudged = given.targets.copy()
+    unjudged[3:] = np.nan
+    half = ReplayBatch(given.states[:3], given.levels[:3], given.targets[:3], given.texts[:3], given.total)
+    torch.testing.assert_close(gradient(replace(given, targets=unjudged)), gradient(half))
+
+
+def test_a_rank_without_a_share_of_a_small_batch_makes_an_update_of_nothing(learner, condition):
+    given, conditions = replayed(condition)
+    sums = MetricSums()
+    learner.replay([given.share(6, 7)], conditions, sums)
+    assert sums.sums["critic_skipped"].total == 0 and "value_loss" not in sums.sums
+
+
+def test_replay_keeps_states_of_each_samples_own_choice_in_half_precision(learner, condition):
+    record, _, _ = rollouts(condition, 40, 9)
+    record.indices[:] = record.indices[:, ::-1]
+    states, places = learner.kept(record)
+    assert states.shape == (40, 2, 4, 8, 8) and states.dtype == np.float16 and places.shape == (40, 2)
+    for row in range(40):
+        slots = [list(record.indices[row]).index(place) for place in places[row]]
+        assert np.array_equal(states[row], record.before[row, slots].astype(np.float16))
+    assert {tuple(sorted(own)) for own in places.tolist()} == {(a, b) for a in range(4) for b in range(a + 1, 4)}
+    rows = slice(10, 20)
+    part = Record(
+        chunk_of(Prompt(0, "p"), range(10, 20)), 1, record.x0[rows], SIGMAS, record.indices[rows], record.before[rows]
+    )
+    assert np.array_equal(learner.kept(part)[1], places[rows])  # whatever chunk it is in
+    learner.algorithm = PPO(PPO.Config(replay={"states": 9}))
+    assert np.array_equal(learner.kept(record)[0], record.before.astype(np.float16))

@@ -42,6 +42,7 @@ JOBS = {
         *STEPS,
         *("learner.updates_per_step=2", "rollout.group_size=2", "algorithm.critic_lr=3e-3"),
         *("algorithm.critic.width=32", "algorithm.critic.heads=4", "algorithm.warm_up.updates=2"),
+        *("algorithm.critic_epochs=1", "algorithm.replay={images: 10, states: 2, minibatch: 2}"),
     ),
 }
 # What is measured in seconds, or is a matter of who was free.

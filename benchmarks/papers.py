@@ -12,13 +12,12 @@ none of it is, and `not shown` otherwise. A run is one line of results/papers.js
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from papers_runs import ARMS, ROWS, train
+from papers_runs import ROWS, train
 from rows import add, read
 from scipy import stats
 

@@ -1,4 +1,4 @@
-"""What claims of the papers need beside training: images of the base model and of finished runs, drawn in this process."""
+"""Images of the base model and of finished runs, drawn in this process, that claims of the papers need."""
 
 from dataclasses import replace
 from pathlib import Path

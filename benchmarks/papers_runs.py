@@ -19,12 +19,14 @@ from pathlib import Path
 from common import commit, machine
 from rows import read
 
+from align_cluster.config.load import load
 from align_cluster.embedded import scene
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "papers.jsonl"
 COLUMNS = ("geneval/accuracy", "clip", "preference", "jpeg")
 STEP_METRICS = ("group/zero_std_ratio", "group/reward_std_mean", "advantage/abs_mean", "time/step")
+SECONDS = {"nft": 0.03, "grpo": 0.04, "ppo": 0.17, "srpo": 0.1, "refl": 0.1}  # an image, drawn and trained on two quiet cores
 QUIET = ("evaluate.grid_every=0", "checkpoint.every=0")
 
 
@@ -72,7 +74,7 @@ def long(*settings: str) -> tuple[str, ...]:
 
 COLLAPSE = ("steps=320", "evaluate.every=80", "prompts.tasks=[single_object,colors]")
 COLLAPSE += ("evaluate.prompts.tasks=[single_object,colors]",)
-ACTORS = strict("rollout.window={kind: fraction, fraction: 0.4, choice: first}", "optimizer.lr=6e-4")
+ABSOLUTE = ("algorithm.relative=none", "algorithm.branches=denoise", "algorithm.margin=null")
 PAID = (
     *("algorithm={kind: grpo, clip: 2.0e-3, kl_beta: 0.01}", "rewards.clip.role=monitor"),
     *("rewards.preference.role=train", "advantage.std=global", "optimizer.lr=6e-4", "optimizer.max_grad_norm=1.0"),
@@ -96,12 +98,16 @@ ARMS = {
     "slas": Arm("embedded_slas", long()),
     "flow_grpo": Arm("embedded_grpo", strict("rollout.group_size=8", "optimizer.lr=6e-4")),
     **{
-        f"critic_{decay}": Arm("embedded_critic", strict("prompts_per_step=96", f"algorithm.decay={decay}"))
+        f"critic_{decay}": Arm(
+            "embedded_critic", strict("prompts_per_step=96", "optimizer.lr=6e-4", f"algorithm.decay={decay}")
+        )
         for decay in ("0.95", "0.5", "0")
     },
     "srpo": Arm("embedded_srpo", preferred()),
     "srpo_all": Arm("embedded_srpo", preferred("algorithm.levels=[0.964, 0.05]")),
     "srpo_late": Arm("embedded_srpo", preferred("algorithm.levels=[0.5, 0.05]")),
+    "direct_align": Arm("embedded_srpo", preferred(*ABSOLUTE)),
+    "refl": Arm("embedded_srpo", preferred("algorithm={kind: refl, steps: [6, 8], margin: null, grad_scale: 1.0}")),
     "paid": Arm("embedded_srpo", preferred(*PAID)),
     "prompted": Arm("embedded_srpo", preferred(), prompted="on a light background"),
 }
@@ -111,13 +117,25 @@ def run(name: str, seed: int) -> dict:
     """Run an arm once; return its row."""
     arm, started, used = ARMS[name], time.perf_counter(), _processor()
     settings = [f"seed={seed}", *arm.settings]
+    facts = {"arm": name, "seed": seed, "config": arm.config, "overrides": settings}
+    facts |= {"date": date.today().isoformat(), "commit": commit(), "machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder))
         found = prompt(arm, settings, Path(folder)) if arm.prompted else train(arm, settings, Path(folder))
-    facts = {"arm": name, "seed": seed, "config": arm.config, "overrides": settings, "date": date.today().isoformat()}
     cost = {"wall_seconds": time.perf_counter() - started, "processor_seconds": _processor() - used}
-    cost = {key: round(seconds) for key, seconds in cost.items()}
-    return facts | {"commit": commit(), "machine": machine()} | cost | found
+    return facts | {key: round(seconds) for key, seconds in cost.items()} | found
+
+
+def expected(name: str) -> tuple[int, float]:
+    """Return the images that an arm trains on, and the minutes that a run of it takes on two quiet cores."""
+    arm = ARMS[name]
+    if arm.prompted:
+        return 0, 1.0
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        write_prompts(Path(folder))
+        config = load(ROOT / "configs" / f"{arm.config}.yaml", list(arm.settings))
+    images = config.steps * config.images_per_step
+    return images, 1 + images * SECONDS[config.algorithm.kind] / 60
 
 
 def write_prompts(folder: Path) -> None:

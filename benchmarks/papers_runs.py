@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "papers.jsonl"
 COLUMNS = ("geneval/accuracy", "clip", "preference", "jpeg")
 STEP_METRICS = ("group/zero_std_ratio", "group/reward_std_mean", "advantage/abs_mean", "time/step")
-SECONDS = {"nft": 0.03, "grpo": 0.04, "ppo": 0.17, "srpo": 0.1, "refl": 0.1}  # an image, drawn and trained on two quiet cores
+SECONDS = {"nft": 0.03, "grpo": 0.04, "ppo": 0.17, "srpo": 0.1, "refl": 0.1}  # an image, on two quiet cores
 QUIET = ("evaluate.grid_every=0", "checkpoint.every=0")
 
 

@@ -7,7 +7,6 @@ of each prompt at each evaluation, so that arms are compared prompt by prompt.
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -115,15 +114,14 @@ ARMS = {
 
 def run(name: str, seed: int) -> dict:
     """Run an arm once; return its row."""
-    arm, started, used = ARMS[name], time.perf_counter(), _processor()
+    arm, started = ARMS[name], time.perf_counter()
     settings = [f"seed={seed}", *arm.settings]
     facts = {"arm": name, "seed": seed, "config": arm.config, "overrides": settings}
     facts |= {"date": date.today().isoformat(), "commit": commit(), "machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Path(folder))
         found = prompt(arm, settings, Path(folder)) if arm.prompted else train(arm, settings, Path(folder))
-    cost = {"wall_seconds": time.perf_counter() - started, "processor_seconds": _processor() - used}
-    return facts | {key: round(seconds) for key, seconds in cost.items()} | found
+    return facts | {"wall_seconds": round(time.perf_counter() - started)} | found
 
 
 def expected(name: str) -> tuple[int, float]:
@@ -187,9 +185,3 @@ def per_prompt(evaluations: list[dict]) -> dict[str, list[list[float]]]:
                 values = [float(f"{part[prompt]:.4g}") for part in parts for prompt in sorted(part, key=int)]
                 found.setdefault(column, []).append(values)
     return found
-
-
-def _processor() -> float:
-    """Return the seconds of processor time of all processes that this one has started and waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime

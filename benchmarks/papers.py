@@ -127,6 +127,7 @@ CLAIMS = {
     "critic-ppo": Claim(CRITIC, "ends higher than Flow-GRPO at equal images", "accuracy", "critic_0.95", "flow_grpo"),
     "critic-half": Claim(CRITIC, "also with lambda .5", "accuracy", "critic_0.5", "flow_grpo"),
     "critic-none": Claim(CRITIC, "also with lambda 0", "accuracy", "critic_0", "flow_grpo"),
+    "srpo-control": Claim(SRPO, "(its words in a prompt cost nothing)", "accuracy", "prompted", BASE, -0.03),
     "srpo-moves": Claim(SRPO, "moves its target", "preference", "srpo", BASE),
     "srpo-keeps": Claim(SRPO, "and keeps accuracy", "accuracy", "srpo", BASE, -0.03),
     "srpo-prompted": Claim(

@@ -36,6 +36,14 @@ def test_decay_tables_of_the_old_adapter_are_golden(old, golden):
     assert nft(old="on_policy").old_decay(1000) == 0
 
 
+def test_decays_of_the_old_adapter_are_their_formulas_at_3000_updates():
+    updates = np.arange(3000)
+    slow, late = np.minimum(updates / 1000, 0.5), np.clip(3 / 400 * (updates - 75), 0, 0.999)
+    for old, expected in (("slow", slow), ("late", late), ("on_policy", 0 * slow)):
+        found = [nft(old=old).old_decay(int(update)) for update in updates]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("mode", "golden"),
     [

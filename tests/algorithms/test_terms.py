@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,6 +173,20 @@ def test_the_nft_loss_is_its_definition_sample_by_sample(beta):
         torch.testing.assert_close(positive + negative, 2 * v_old)
         value = r * one_loss(positive, x_t, t, x0)[0] + (1 - r) * one_loss(negative, x_t, t, x0)[0]
         assert losses[i].item() == pytest.approx((5.0 / beta * value).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_the_nft_gradient_is_the_derivative_of_its_definition_by_hand(beta):
+    given = nft_example()
+    given["v"] = given["v"].requires_grad_()
+    nft_policy_loss(**given, beta=beta, advantage_clip=5.0).sum().backward()
+    v, v_old, x_t, x0 = (given[name].detach().numpy().reshape(5, -1) for name in ("v", "v_old", "x_t", "x0"))
+    t, r = (given[name].numpy()[:, None] for name in ("sigma", "optimality"))
+    expected = 0.0
+    for share, sign in ((r, 1), (1 - r, -1)):  # the good side regresses on v, the bad one away from it
+        error = x_t - t * (v_old + sign * beta * (v - v_old)) - x0
+        expected -= sign * 5.0 * share * t * 2 * error / error.shape[1] / abs(error).mean(1, keepdims=True)
+    np.testing.assert_allclose(given["v"].grad.numpy().reshape(5, -1), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_at_the_old_velocity_the_nft_value_does_not_depend_on_optimality():

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from align_cluster.backbones.flux import Flux
+from align_cluster.backbones.pipeline import pack, unpack
 from align_cluster.conditions.exploration import E2po
 from align_cluster.conditions.perturb import render, tokenize
 from align_cluster.rollouts.guidance import TextBatch
@@ -39,6 +40,13 @@ def test_without_an_image_size_images_have_the_stock_pipelines_1024_pixels(folde
     pipe = tiny_flux.stock(folder)
     latent = Flux(Flux.Config(path=str(folder))).latent_shape
     assert latent == (4, 128, 128) and pipe.default_sample_size == 128 and pipe.vae_scale_factor * 128 == 1024
+
+
+def test_a_token_is_a_patch_of_two_by_two_with_the_channel_outermost():
+    latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    tokens = latents.numpy().reshape(2, 3, 2, 2, 3, 2).transpose(0, 2, 4, 1, 3, 5).reshape(2, 6, 12)
+    np.testing.assert_array_equal(pack(latents).numpy(), tokens)
+    assert torch.equal(unpack(pack(latents), 4, 6), latents)
 
 
 def test_the_guidance_that_dev_is_told_changes_its_velocity_and_schnell_is_told_none(folder, schnell_folder):

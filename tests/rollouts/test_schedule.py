@@ -37,6 +37,12 @@ def test_the_tables_of_dancegrpo_and_srpo_are_golden():
     np.testing.assert_allclose(linear_sigmas(50, 3.0)[[5, 25, 30]], [0.9643, 0.75, 0.6667], atol=5e-5)
 
 
+def test_dancegrpos_levels_are_its_formula_at_every_number_of_steps():
+    for steps in range(2, 101):
+        even = 1 - np.arange(steps + 1) / steps
+        np.testing.assert_allclose(linear_sigmas(steps, 3.0), 3 * even / (1 + 2 * even), rtol=0, atol=1e-15)
+
+
 def test_the_levels_of_stable_diffusion_are_golden():
     timesteps = ddim_timesteps(50)
     assert timesteps.tolist() == list(range(981, 0, -20)) and timesteps.dtype == np.int64

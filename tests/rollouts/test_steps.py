@@ -104,6 +104,25 @@ def test_the_log_density_of_the_scalar_flow_sde_step_is_golden():
     assert step.density(mean, std, mean + 0.1).item() == pytest.approx(-0.129628, abs=1e-6)
 
 
+def test_a_dancegrpo_rollout_is_the_one_written_in_numpy_with_its_densities_and_its_last_image():
+    sigmas, x, rng = linear_sigmas(16, 3.0), latents(3, 4, 2, 2).double(), np.random.default_rng(0)
+    step, mine = DanceSde(DanceSde.Config(eta=0.3), sigmas), x.numpy()
+    for k in range(16):
+        v, noise = velocity(x, float(sigmas[k])), torch.from_numpy(rng.standard_normal(x.shape))
+        mean, std, _ = step.mean(filled(k, 3), x, v)
+        x = step.advance(k, x, v, noise if step.is_noisy(k) else None)
+        now, dt = sigmas[k], sigmas[k + 1] - sigmas[k]
+        clean = mine - now * velocity(mine, now)
+        score = -(mine - (1 - now) * clean) / now**2
+        middle, spread = mine + velocity(mine, now) * dt - 0.5 * 0.3**2 * score * dt, 0.3 * np.sqrt(-dt)
+        mine = middle + spread * noise.numpy() if k < 15 else clean
+        np.testing.assert_allclose(x.numpy(), mine, rtol=0, atol=1e-5)
+        if k < 15:
+            law = -((mine - middle) ** 2) / (2 * spread**2) - np.log(spread * np.sqrt(2 * np.pi))
+            found = step.density(mean, std, x).numpy()
+            np.testing.assert_allclose(found, law.mean((1, 2, 3)), rtol=0, atol=1e-5)
+
+
 def test_the_step_deviations_of_ddim_on_stable_diffusion_are_golden():
     std, timesteps = ddim_coefficients(ddim_levels(50), 1.0, "epsilon").std, list(ddim_timesteps(50))
     golden = {981: 0.454463, 501: 0.294785, 21: 0.039480, 1: 0.020648}
@@ -370,6 +389,24 @@ def test_the_second_order_dpm_step_is_the_published_formula():
     d1 = (m0 - m1) / (h0 / h)
     expected = st / s0 * x - (1 - st) * (math.exp(-h) - 1) * m0 - 0.5 * (1 - st) * (math.exp(-h) - 1) * d1
     torch.testing.assert_close(dpm2_step(x, m0, m1, s1, s0, st), expected, rtol=1e-12, atol=1e-12)
+
+
+@each("steps", [10, 25, 40])
+def test_a_dpm_rollout_is_the_solver_written_in_numpy(steps):
+    sigmas, noise = sd3_sigmas(steps, 3.0), np.linspace(-2, 2, 9)
+    x, before = noise, None
+    for k in range(steps):
+        now, after = sigmas[k], sigmas[k + 1]
+        clean = x - now * velocity(x, now)
+        if k in (0, steps - 1):
+            x = x + (after - now) * velocity(x, now)
+        else:
+            h = np.log((1 - after) / after) - np.log((1 - now) / now)
+            last = np.inf if k == 1 else np.log((1 - now) / now) - np.log((1 - sigmas[k - 1]) / sigmas[k - 1])
+            x = after / now * x - (1 - after) * (np.exp(-h) - 1) * (clean + 0.5 * h / last * (clean - before))
+        before = clean
+    found = sample("dpm2", sigmas, torch.from_numpy(noise)[:, None])
+    np.testing.assert_allclose(found[:, 0].numpy(), x, rtol=0, atol=1e-7)
 
 
 def test_dpm_is_finite_and_first_order_where_the_half_log_snr_is_infinite():

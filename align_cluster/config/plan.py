@@ -14,9 +14,11 @@ from align_cluster.learner.batching import Part, assign_updates
 from align_cluster.machine import cores
 from align_cluster.prompts.groups import chunk_spans
 
-# In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
-TURN = 0.45
-REST = 1 - 2 * TURN
+# Samplers and learners that take turns share a core, one of each; where they do not, each has SHARE of one. Rewards
+# overlap with the samplers.
+SHARE = 0.9
+TURN = SHARE / 2
+REST = 1 - SHARE
 # Of a GPU, a learner rank asks for one half; samplers and rewards that ask for less than a half share the other one.
 HALF = 0.5
 LEAST = 0.05  # what must be left of it for samplers
@@ -40,7 +42,7 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     chunk; counts of workers that the config states make no difference. Where the learner must batch as the rollout did,
     because log-probs depend on the batch in their last bits, chunks are micro-batches.
     """
-    slots = max(0, gpus - _reward_gpus(config)) or max(1, cores // config.cluster.threads)
+    slots = places(config, cores, gpus)
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     per_update = math.ceil(config.images_per_step / config.learner.updates_per_step)
     free, alike = not algorithm.needs_density, min(most.draw, most.train)
@@ -55,12 +57,22 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     if merge is None:
         # Weights in bf16 would round small updates away, and log-probs are compared with those of a plain network.
         merge = free and not (gpus and config.backbone.precision == "bf16")
+    ahead, stated = config.loop.ahead, (config.cluster.samplers, config.cluster.learners)
+    if ahead is None:
+        ahead = int(all(stated) and sum(stated) <= slots)
     return config.model_copy(
         update={
+            "loop": config.loop.model_copy(update={"ahead": ahead}),
             "rollout": config.rollout.model_copy(update={"chunk": chunk, "merge_lora": merge}),
             "learner": config.learner.model_copy(update={"micro_batch": micro_batch, "fold": fold}),
         }
     )
+
+
+def places(config: RunConfig, cores: int, gpus: int) -> int:
+    """Return how many samplers or learners fit beside each other: the GPUs that rewards leave, or else the cores by the
+    threads of a worker."""
+    return max(0, gpus - _reward_gpus(config)) or max(1, cores // config.cluster.threads)
 
 
 def _even(total: int, workers: int, most: int) -> int:
@@ -156,13 +168,20 @@ class Plan:
         return self.learner_gpus == 1
 
 
-def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Plan:  # noqa: B008 - it is frozen
+def derive(
+    config: RunConfig,
+    cores: int,
+    gpus: int,
+    most: Rows = Rows(),  # noqa: B008 - it is frozen
+    work: float = 1.0,
+) -> Plan:
     """Plan a run on `cores` CPU cores and `gpus` GPUs in all. Counts in `config.cluster` win over derived ones, and
     batches that the config leaves open are settled as `settle` does.
 
-    On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does. Reward workers
-    that ask for less than half a GPU share one with samplers; the others have GPUs of their own. Raises UserError where
-    stated counts cannot work.
+    On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does. With
+    `loop.ahead` they work at the same time, and share the cores or GPUs out: `work` is what learners do over what
+    samplers do in a step. Reward workers that ask for less than half a GPU share one with samplers; the others have
+    GPUs of their own. Raises UserError where stated counts cannot work.
     """
     config = settle(config, cores, gpus, most)
     rollout, cluster, notes = config.rollout, config.cluster, []
@@ -181,6 +200,8 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
     slots = gpus or max(1, cores // cluster.threads)
     samplers = cluster.samplers or min(slots, chunks)
     learners = cluster.learners or min(slots, per_update)
+    if config.loop.ahead:
+        samplers, learners = _beside(config, slots, "GPUs" if gpus else "cores", (chunks, per_update), work)
     if learners > per_update:
         notes.append(
             f"cluster.learners is {learners}, but an update has {per_update} micro-batches: {per_update} learners start"
@@ -195,16 +216,19 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
         raise UserError(
             f"cluster.learners is {learners} with {gpus} GPUs; each learner needs one: set it to {gpus} or less"
         )
-    if not gpus and max(samplers, learners) * cluster.threads > cores:
+    at_once = samplers + learners if config.loop.ahead else max(samplers, learners)
+    if not gpus and at_once * cluster.threads > cores:
         notes.append(
-            f"{max(samplers, learners)} workers with {cluster.threads} threads share {cores} cores, which costs speed; "
+            f"{at_once} workers with {cluster.threads} threads share {cores} cores, which costs speed; "
             "leave cluster.samplers and cluster.learners unset"
         )
     if config.backbone.compile and not gpus:
         notes.append("backbone.compile takes minutes before the first step on CPUs; it pays in runs of many hours only")
-    share = cluster.threads * TURN if not gpus else 1.0
-    sampler_cpus = _floor(min(share, cores * TURN / samplers))
-    learner_cpus = _floor(min(share, cores * TURN / learners))
+    share, room = (SHARE, cores * SHARE / at_once) if config.loop.ahead else (TURN, 0.0)
+    sampler_cpus, learner_cpus = (
+        _floor(min(share * cluster.threads if not gpus else 1.0, room or cores * TURN / count))
+        for count in (samplers, learners)
+    )
     left = cores - samplers * sampler_cpus - learners * learner_cpus
     return Plan(
         config=config,
@@ -215,7 +239,9 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
         threads=cluster.threads,
         sampler_cpus=sampler_cpus,
         learner_cpus=learner_cpus,
-        **_gpu_shares(beside, samplers, learners, gpus, bool(cluster.samplers or cluster.learners)),
+        **_gpu_shares(
+            beside, samplers, learners, gpus, bool(config.loop.ahead or cluster.samplers or cluster.learners)
+        ),
         chunk=max(lengths),
         micro_batch=max(part.stop - part.start for part in parts),
         fold=config.learner.fold,
@@ -227,6 +253,45 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )
+
+
+def step_time(work: tuple[float, float], pieces: tuple[int, int], workers: tuple[int, int]) -> float:
+    """Return how long a step takes where samplers and learners work at the same time: as the slower of both.
+
+    Each pair is of samplers and of learners: one worker's time for a whole step, the pieces that it is cut into, of
+    which a worker does one at a time, and the workers.
+    """
+    return max(
+        time / cut * math.ceil(cut / min(count, cut)) for time, cut, count in zip(work, pieces, workers, strict=True)
+    )
+
+
+def best_split(work: tuple[float, float], pieces: tuple[int, int], slots: int) -> tuple[int, int]:
+    """Return the numbers of samplers and learners, `slots` together at most, whose step is shortest; see `step_time`.
+
+    Of equally good splits it is the one with the fewest workers.
+    """
+    pairs = [(s, n) for s in range(1, min(slots - 1, pieces[0]) + 1) for n in range(1, min(slots - s, pieces[1]) + 1)]
+    return min(pairs, key=lambda pair: (step_time(work, pieces, pair), sum(pair)))
+
+
+def _beside(config: RunConfig, slots: int, unit: str, pieces: tuple[int, int], work: float) -> tuple[int, int]:
+    """Return the numbers of samplers and learners that work at the same time on `slots` cores or GPUs."""
+    samplers, learners = config.cluster.samplers, config.cluster.learners
+    threads = f" for workers of {config.cluster.threads} threads" if config.cluster.threads > 1 else ""
+    if slots < 2:
+        raise UserError(
+            f"loop.ahead is 1, and there is one place{threads} among the {unit}, where a sampler and a learner would "
+            "take turns anyway; set it to 0"
+        )
+    if unit == "GPUs" and (samplers or 1) + (learners or 1) > slots:
+        raise UserError(
+            f"loop.ahead is 1, and {samplers or 1} samplers and {learners or 1} learners cannot be beside each other "
+            f"on {slots} GPUs; lower cluster.samplers or cluster.learners, or set loop.ahead to 0"
+        )
+    if samplers is None and learners is None:
+        return best_split((1.0, work), pieces, slots)
+    return samplers or max(1, min(slots - learners, pieces[0])), learners or max(1, min(slots - samplers, pieces[1]))
 
 
 def _reward_shares(config: RunConfig) -> list[float]:

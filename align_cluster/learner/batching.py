@@ -75,6 +75,7 @@ class StepWork:
 
     The micro-batches' `source` counts in `chunks`. `totals` give the sum of sample weights of each update over all
     ranks. `null` is the empty prompt's condition where guidance needs it. Without `train_actor` only the critic learns.
+    `fresh` says that the policy's weights are still those that drew the samples.
     """
 
     step: int
@@ -83,6 +84,7 @@ class StepWork:
     totals: dict[int, float]
     null: Condition | None = None
     train_actor: bool = True
+    fresh: bool = True
 
     def chunk_of(self, micro_batch: MicroBatch) -> TrainingChunk:
         """Return the chunk that a micro-batch's rows belong to."""
@@ -175,6 +177,7 @@ def rank_work(
     world: int = 1,
     null: Condition | None = None,
     train_actor: bool = True,
+    fresh: bool = True,
 ) -> StepWork:
     """Return one rank's work for a step. `chunks` are all of the step; the work holds those that the rank needs."""
     mine, sources = rank_share(micro_batches, rank, world)
@@ -185,6 +188,7 @@ def rank_work(
         totals=total_weights(micro_batches),
         null=null,
         train_actor=train_actor,
+        fresh=fresh,
     )
 
 

@@ -12,7 +12,7 @@ import ray
 from align_cluster.cluster.pool import Pool, stream
 from align_cluster.config.run import ClusterConfig, RunConfig
 from align_cluster.settings import GIB
-from align_cluster.types import Condition, Perturbation, Prompt
+from align_cluster.types import Chunk, Condition, Perturbation, Prompt
 
 log = logging.getLogger(__name__)
 SHARE = 0.1  # of the object store's free memory: images and records of a step need the rest
@@ -34,6 +34,16 @@ class Perturbed(Stored):
 
     cosine: float
     pairwise: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Holds what a chunk's texts are drawn and trained with, by text, and a reference to the empty prompt's condition
+    where guidance needs it. It stays good, whatever the store lets go of meanwhile."""
+
+    conditions: dict[str, Stored]
+    perturbed: dict[str, Perturbed]
+    null: Any
 
 
 class Recent:
@@ -148,6 +158,12 @@ class ConditionStore:
                 self.recent.nbytes / GIB,
                 self.recent.limit / GIB,
             )
+
+    def texts(self, chunk: Chunk, guidance: float) -> Texts:
+        """Return what the last `encode` and `explore` have found for a chunk of their prompts."""
+        conditions = {text: self._condition(text) for text in chunk.texts}
+        perturbed = {text: self.perturbed_of(text) for text in chunk.perturbed_texts}
+        return Texts(conditions, perturbed, self.null(guidance))
 
     def of(self, text: str) -> Any:
         """Return a reference to a text's condition. Raises KeyError for a text that the last `encode` did not name and

@@ -24,6 +24,13 @@ LEARNER = (
         "largest",
         "first_log_ratio",
     ),
+    Metric(
+        "train/stale_log_ratio_max",
+        "nats/dim",
+        "the same of a step that was drawn one update earlier: how far that update moved the policy",
+        "largest",
+        "stale_log_ratio",
+    ),
     Metric("train/value_loss", "", "critic's loss, mean over the step's images and denoising steps"),
     Metric("train/critic_grad_norm", "", "critic's gradient norm before clipping, largest of the step", "largest"),
     Metric(
@@ -81,6 +88,7 @@ METRICS = (
     Metric("value/<name>/correlation/<step>", "", "correlation of the value at a denoising step with the reward"),
     Metric("advantage/step/<step>", "", "mean magnitude of the advantages of one denoising step, before whitening"),
     Metric("throughput/images_per_s", "images/s", "training images over the step's wall time"),
+    Metric("staleness", "updates", "steps of training by which the weights that drew the step's images are older"),
     Metric("weights/bytes", "bytes", "size of the published weight buffer"),
     Metric("weights/adopt_s", "s", "from publishing to the last sampler's receipt"),
     Metric("weights/version", "version", "policy version that the samplers hold after the step"),

@@ -133,7 +133,7 @@ class LearnerGroup:
                         f"cluster.{setting}"
                     )
                 ray.get(ready, timeout=self.timeout_s)
-            if refs is not self.built and self.ranks:
+            if self.ranks and refs is not self.built:
                 self.spans += [Span(f"learner-{i}", "learn", self.since, time.monotonic()) for i in range(len(refs))]
             return ray.get(refs, timeout=self.timeout_s)
         except RayTaskError as error:

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.run import RunConfig
+from align_cluster.config.split import beside
 from align_cluster.errors import UserError
 from align_cluster.learner.batching import Part, assign_updates
 from align_cluster.machine import cores
@@ -123,6 +124,7 @@ class Plan:
     micro_batch     images of a learner's micro-batch, each in `fold` of the `inner_passes` at once
     micro_batches   micro-batches of one learner in one update
     rollout_calls   forward passes of the denoiser, each with a whole chunk, that a step's images take
+    pieces          chunks of a step, and micro-batches of an update: more samplers or learners than that have no work
     gpus            GPUs that samplers and learners use; `together` samplers share one
     hosts           places where samplers are, which rewards may share
     notes           sentences on settings that could not be followed, or that cost speed
@@ -148,6 +150,7 @@ class Plan:
     chunks_per_step: int
     updates_per_step: int
     micro_batches: int
+    pieces: tuple[int, int]
     inner_passes: int
     rollout_calls: int
     notes: tuple[str, ...] = ()
@@ -190,7 +193,7 @@ def derive(
     per_update = max(Counter(part.update for part in parts).values())
 
     asked, own = _reward_shares(config), _reward_gpus(config)
-    beside = [share for share in asked if 0 < share < HALF]
+    guests = [share for share in asked if 0 < share < HALF]
     if gpus <= own and any(asked):
         raise UserError(
             f"rewards ask for {sum(asked):g} GPUs in their pools, and there are {gpus}, of which training needs one; "
@@ -201,7 +204,7 @@ def derive(
     samplers = cluster.samplers or min(slots, chunks)
     learners = cluster.learners or min(slots, per_update)
     if config.loop.ahead:
-        samplers, learners = _beside(config, slots, "GPUs" if gpus else "cores", (chunks, per_update), work)
+        samplers, learners = beside(config, slots, "GPUs" if gpus else "cores", (chunks, per_update), work)
     if learners > per_update:
         notes.append(
             f"cluster.learners is {learners}, but an update has {per_update} micro-batches: {per_update} learners start"
@@ -240,7 +243,7 @@ def derive(
         sampler_cpus=sampler_cpus,
         learner_cpus=learner_cpus,
         **_gpu_shares(
-            beside, samplers, learners, gpus, bool(config.loop.ahead or cluster.samplers or cluster.learners)
+            guests, samplers, learners, gpus, bool(config.loop.ahead or cluster.samplers or cluster.learners)
         ),
         chunk=max(lengths),
         micro_batch=max(part.stop - part.start for part in parts),
@@ -249,49 +252,11 @@ def derive(
         chunks_per_step=chunks,
         updates_per_step=config.learner.updates_per_step,
         micro_batches=math.ceil(per_update / learners),
+        pieces=(chunks, per_update),
         inner_passes=inner_passes(config),
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )
-
-
-def step_time(work: tuple[float, float], pieces: tuple[int, int], workers: tuple[int, int]) -> float:
-    """Return how long a step takes where samplers and learners work at the same time: as the slower of both.
-
-    Each pair is of samplers and of learners: one worker's time for a whole step, the pieces that it is cut into, of
-    which a worker does one at a time, and the workers.
-    """
-    return max(
-        time / cut * math.ceil(cut / min(count, cut)) for time, cut, count in zip(work, pieces, workers, strict=True)
-    )
-
-
-def best_split(work: tuple[float, float], pieces: tuple[int, int], slots: int) -> tuple[int, int]:
-    """Return the numbers of samplers and learners, `slots` together at most, whose step is shortest; see `step_time`.
-
-    Of equally good splits it is the one with the fewest workers.
-    """
-    pairs = [(s, n) for s in range(1, min(slots - 1, pieces[0]) + 1) for n in range(1, min(slots - s, pieces[1]) + 1)]
-    return min(pairs, key=lambda pair: (step_time(work, pieces, pair), sum(pair)))
-
-
-def _beside(config: RunConfig, slots: int, unit: str, pieces: tuple[int, int], work: float) -> tuple[int, int]:
-    """Return the numbers of samplers and learners that work at the same time on `slots` cores or GPUs."""
-    samplers, learners = config.cluster.samplers, config.cluster.learners
-    threads = f" for workers of {config.cluster.threads} threads" if config.cluster.threads > 1 else ""
-    if slots < 2:
-        raise UserError(
-            f"loop.ahead is 1, and there is one place{threads} among the {unit}, where a sampler and a learner would "
-            "take turns anyway; set it to 0"
-        )
-    if unit == "GPUs" and (samplers or 1) + (learners or 1) > slots:
-        raise UserError(
-            f"loop.ahead is 1, and {samplers or 1} samplers and {learners or 1} learners cannot be beside each other "
-            f"on {slots} GPUs; lower cluster.samplers or cluster.learners, or set loop.ahead to 0"
-        )
-    if samplers is None and learners is None:
-        return best_split((1.0, work), pieces, slots)
-    return samplers or max(1, min(slots - learners, pieces[0])), learners or max(1, min(slots - samplers, pieces[1]))
 
 
 def _reward_shares(config: RunConfig) -> list[float]:
@@ -318,12 +283,12 @@ def _cut(config: RunConfig) -> tuple[list[int], list[Part]]:
     return lengths, assign_updates(lengths, config.update_bounds, config.learner.micro_batch)
 
 
-def _gpu_shares(beside: list[float], samplers: int, learners: int, gpus: int, stated: bool) -> dict[str, float]:
-    """Share out GPUs, as fields of a Plan; `beside` are the parts that reward workers on samplers' GPUs want."""
+def _gpu_shares(guests: list[float], samplers: int, learners: int, gpus: int, stated: bool) -> dict[str, float]:
+    """Share out GPUs, as fields of a Plan; `guests` are the parts that reward workers on samplers' GPUs want."""
     apart = stated and 0 < samplers + learners <= gpus
     together = 1 if apart or not gpus else math.ceil(samplers / gpus)
     hosts = samplers if apart else max(math.ceil(samplers / together), learners)
-    room, load = 1.0 if apart else HALF, max(sum(beside[host::hosts]) for host in range(hosts))
+    room, load = 1.0 if apart else HALF, max(sum(guests[host::hosts]) for host in range(hosts))
     if room - load < LEAST:
         raise UserError(
             f"rewards ask for {load:g} of a GPU in their pools, and share it with samplers, to whom a learner leaves "
@@ -377,6 +342,10 @@ def local_resources() -> tuple[int, int]:
 def table(plan: Plan) -> str:
     """Return the plan as text, with one line for each decision."""
     rows = [
+        (
+            "the next step",
+            "is drawn while the learner trains" if plan.config.loop.ahead else "is drawn after the update",
+        ),
         ("samplers", f"{_span(plan.samplers, plan.most_samplers)} x {_share(plan.sampler_cpus, plan.sampler_gpus)}"),
         ("learners", f"{plan.learners} x {_share(plan.learner_cpus, plan.learner_gpus)}"),
         *(

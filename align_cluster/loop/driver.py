@@ -15,6 +15,7 @@ from align_cluster.config.run import RunConfig
 from align_cluster.errors import counted
 from align_cluster.files import storage, write_json, write_text
 from align_cluster.interrupts import begun, interruptible, uninterrupted
+from align_cluster.loop.activity import Activity
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.ahead import StepDrawer
 from align_cluster.loop.checkpoints import CheckpointManager
@@ -100,6 +101,7 @@ def align(
     estimator = (CriticAdvantageEstimator if has_critic else AdvantageEstimator)(config)
     checkpoints = CheckpointManager(config, start.store, start.inputs, workers, estimator, clock, guard, bars.note)
     heartbeat = Heartbeat(run.path, config, clock, workers)
+    activity = Activity(workers, clock, run, bars.note)
     with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
         evaluation = Evaluation(config, held_out, workers, run, metrics, clock, bars.note)
         if start.state:
@@ -130,6 +132,7 @@ def align(
                 sync = weights.publish("behaviour")
             row = observed | rollout.metrics
             row |= step_metrics(config, drawn, credit, trained, clock, sync)
+            row |= activity.measure(step + 1, config.images_per_step)
             with uninterrupted():  # a step's row and the state after it belong together
                 metrics.write(step + 1, row)
                 alarm = guard.rollback_wanted(step + 1, row, bars.note)

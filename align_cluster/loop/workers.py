@@ -26,6 +26,7 @@ class WorkerGroup:
     def __init__(self, config: RunConfig, plan: Plan, places: dict[str, list[Any]], report: Report) -> None:
         self.plan, self.show = plan, report
         self.progress: dict[str, tuple[int, int]] = {}
+        self.idle: dict[str, float] = {}  # share of the last step that each kind of worker waited
         self.lost_before = 0  # workers that a resumed run lost earlier
         self.samplers = _sampler_pool(config, plan, places)
         self.rewards = [_reward_pool(config, plan, pool, places) for pool in plan.reward_pools]

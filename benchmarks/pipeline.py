@@ -45,7 +45,7 @@ LONGER_S = 4.0  # seconds of a step's longer part: long against what the driver 
 SPLITS = {"1:1": (1, 1), "1:2": (1, 2), "1:4": (1, 4), "2:1": (2, 1), "4:1": (4, 1)}  # work of drawing : training
 REWARDS = {"quick": 0.05, "slow": 1.0}  # seconds of all scores of a step, over those of its drawing
 SAMPLERS, CHUNKS, CHUNK = 2, 8, 12
-LEFT_OUT = 2  # steps at the start, which begin with nothing drawn, and at the end, which draw nothing more
+LEFT_OUT = 1  # steps at the start, which begin with nothing drawn, and at the end, which draw nothing more
 LORA = 18_800_000  # parameters, fp32
 OVERRIDES = (
     "name=pipeline",
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("what", choices=["embedded", "standins", "table"])
     parser.add_argument("--split", choices=SPLITS, help="of the stand-ins' work (default: all)")
     parser.add_argument("--rewards", choices=REWARDS, help="how long the stand-ins score (default: both)")
-    parser.add_argument("--steps", type=int, default=6, help="steps that are measured with each setting")
+    parser.add_argument("--steps", type=int, default=4, help="steps that are measured with each setting")
     args = parser.parse_args()
     if args.what == "embedded":
         keep("embedded", "nft", compare(("cluster.samplers=1", "cluster.learners=1", "evaluate.count=2"), args.steps))

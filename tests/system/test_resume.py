@@ -45,7 +45,7 @@ JOBS = {
     ),
 }
 # What is measured in seconds, or is a matter of who was free.
-TIMES = ("seconds", "time/", "throughput/", "scoring/", "weights/adopt_s")
+TIMES = ("seconds", "time/", "throughput/", "scoring/", "idle/", "weights/adopt_s")
 
 
 def preempting(moment: str, at: int) -> type[HookedWorkers]:

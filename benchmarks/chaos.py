@@ -108,10 +108,10 @@ def saboteur(folder: Path) -> type[HookedWorkers]:
         left.pop(row["id"])
 
     class Saboteur(HookedWorkers):
-        step = 0
+        drawing = step = 0  # the steps that are drawn and trained
 
-        def strike(self, moment: str, after_s: float = 0.0) -> None:
-            for kill in [kill for kill in left.values() if (kill.step, kill.moment) == (self.step, moment)]:
+        def strike(self, moment: str, step: int, after_s: float = 0.0) -> None:
+            for kill in [kill for kill in left.values() if (kill.step, kill.moment) == (step, moment)]:
                 del left[kill.id]
                 if after_s:
                     threading.Timer(after_s, self.carry_out, [kill]).start()
@@ -121,7 +121,7 @@ def saboteur(folder: Path) -> type[HookedWorkers]:
         def carry_out(self, kill: Kill) -> None:
             victims = [(name, victim) for name, victim in self.victims(kill.kind) if alive(victim)]
             if not victims:  # the ones before are not buried yet
-                left[kill.id] = replace(kill, step=self.step + 1)
+                left[kill.id] = replace(kill, step=kill.step + 1)
                 return
             name, victim = victims[kill.pick % len(victims)]
             append_jsonl(folder / "kills.jsonl", asdict(kill) | {"victim": name, "at": time.time()})
@@ -141,33 +141,37 @@ def saboteur(folder: Path) -> type[HookedWorkers]:
             workers = [worker for worker in workers if worker.calls] or workers
             return [(worker.name, process(worker.location) if worker.location else worker.actor) for worker in workers]
 
-        def draw(self, chunks, request):
-            self.step = chunks[0].step + 1  # of an evaluation, a number that no kill has
-            self.strike("before rollout")
-            rollout = super().draw(chunks, request)
-            if self.step > 0:
-                ids = [list(item.chunk.id) for item in rollout.drawn]
-                append_jsonl(folder / "drawn.jsonl", {"step": self.step, "chunks": ids})
+        def begin(self, chunks, request):
+            self.drawing = chunks[0].step + 1  # of an evaluation, a number that no kill has
+            self.strike("before rollout", self.drawing)
+            return super().begin(chunks, request)
+
+        def collect(self, drawing):
+            rollout = super().collect(drawing)
+            ids = [list(item.chunk.id) for item in rollout.drawn]
+            if ids[0][0] >= 0:
+                append_jsonl(folder / "drawn.jsonl", {"step": ids[0][0] + 1, "chunks": ids})
             return rollout
 
         def report(self, stage, done, total):
             super().report(stage, done, total)
             if stage == "rollout" and done == total // 2:
-                self.strike("in rollout")
+                self.strike("in rollout", self.drawing)
             if stage == "rollout" and done == total:
-                self.strike("in scoring")
+                self.strike("in scoring", self.drawing)
 
         def update(self, step, drawn, credit):
-            self.strike("before update")
-            self.strike("in update", IN_UPDATE_S)
+            self.step = step + 1
+            self.strike("before update", self.step)
+            self.strike("in update", self.step, IN_UPDATE_S)
             trained = super().update(step, drawn, credit)
-            self.strike("after update")
+            self.strike("after update", self.step)
             return trained
 
         def publish(self, source):
-            self.strike("in publish", 0.01)
+            self.strike("in publish", self.step, 0.01)
             sync = super().publish(source)
-            self.strike("after publish")
+            self.strike("after publish", self.step)
             if source == "behaviour" and self.step:
                 append_jsonl(folder / "published.jsonl", {"step": self.step, "at": time.time()})
             return sync

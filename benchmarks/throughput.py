@@ -256,7 +256,7 @@ def bench_driver(rounds: int) -> dict[str, float]:
     from align_cluster.config.plan import RewardPool
     from align_cluster.loop.conditions import ConditionStore
     from align_cluster.loop.rollouts import RolloutCollector
-    from align_cluster.loop.scoring import Scoring
+    from align_cluster.loop.syncing import WeightSync
     from align_cluster.rewards.worker import RewardWorker
 
     config = config_of("nft", "rewards={jpeg: {kind: jpeg}}", "rollout.chunk=1")
@@ -265,9 +265,10 @@ def bench_driver(rounds: int) -> dict[str, float]:
         blank, judge = (ray.remote(kind).options(num_cpus=0) for kind in (Blank, RewardWorker))
         samplers = Pool("sampler", lambda name, _: blank.remote(config.backbone, 1, name), 2, timeout_s=120)
         rewards = Pool("reward jpeg", lambda *_: judge.remote(dict(config.rewards)), 1, timeout_s=120)
-        scoring = Scoring(rewards, RewardPool("jpeg", ("jpeg",), workers=1, most=1, cpus=0.0, batch=48))
+        pools = [(rewards, RewardPool("jpeg", ("jpeg",), workers=1, most=1, cpus=0.0, batch=48))]
         conditions = ConditionStore(config, samplers)
-        collector = RolloutCollector(config, samplers, [scoring], conditions, lambda *_: None)
+        weights = WeightSync(120, samplers, None, 0)  # the base model's: nothing is published
+        collector = RolloutCollector(config, samplers, pools, conditions, weights, lambda *_: None)
         conditions.encode(prompts)
         request = training_request(config, 0, 0)
         for count in (12, 768, 3072):

@@ -26,10 +26,11 @@ from align_cluster.learner.worker import Learner
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.critic_advantages import CriticAdvantageEstimator
-from align_cluster.loop.learning import CriticValues, Sync, joined, step_micro_batches
+from align_cluster.loop.learning import CriticValues, joined, step_micro_batches
 from align_cluster.loop.requests import evaluation_request, plan_chunks, training_request
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.loop.summary import Results, step_metrics
+from align_cluster.loop.syncing import Sync
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
@@ -75,20 +76,25 @@ def train(config: RunConfig, folder: Path, device: str = "cpu") -> Finished:
             PROMPTS[source.kind](source).load() for source in (config.prompts, config.evaluate.prompts)
         )
         results, rows, clock = Results(before=workers.evaluate(held_out)), [], Clock()
-        checksums = [workers.publish("behaviour").manifest.checksum]
+        syncs = [workers.publish("behaviour")] * (1 + config.loop.ahead)  # the first one draws the next step
+        checksums = [syncs[0].manifest.checksum]
         for step in range(config.steps):
             clock.next_step(step + 1)
             chunks = plan_chunks(config, prompts, step)
             texts = [text for chunk in chunks for text in chunk.texts]
             explored = workers.explore(texts, step) if config.exploration else {}
-            drawn = workers.draw(chunks, training_request(config, step, workers.version))
+            workers.adopt(syncs[0])
+            drawn = workers.draw(chunks, training_request(config, step, syncs[0].manifest.version))
+            fresh = syncs[0].manifest.checksum == checksums[-1]
             credit = estimator.assign(drawn, workers.values(drawn) if workers.algorithm.critic else None)
-            trained = workers.update(step, drawn, credit)
+            trained = workers.update(step, drawn, credit, fresh)
+            explored |= {"staleness": float(not fresh)}
             explored |= estimator.observe(drawn, trained)
             results.check_ratio(trained, config.learner.ratio_tolerance)
             sync = workers.publish("behaviour")
             rows.append({"step": step + 1} | explored | step_metrics(config, drawn, credit, trained, clock, sync))
             checksums.append(sync.manifest.checksum)
+            syncs = [*syncs[1:], sync]
         sync = workers.publish("evaluation")
         weights = {tensor.name: view(sync.buffer, tensor) for tensor in sync.manifest.tensors}
         lora = BACKBONES[config.backbone.kind](config.backbone).save_lora(weights, folder)
@@ -152,7 +158,7 @@ class Workers:
             perturbed = {text: self.perturbations[text] for text in chunk.perturbed_texts}
             info, images, record = self.sampler.draw(chunk, own, null, request, perturbed)
             assert info.fingerprint == fingerprint(chunk, request, keys_of(own), keys_of(perturbed))
-            drawn.append(DrawnChunk(info, images, record, self.rewards.score(images, chunk.prompts), request))
+            drawn.append(DrawnChunk(info, images, record, self.rewards.score(images, chunk.prompts), None))
         return drawn
 
     def training_chunks(self, drawn: list[DrawnChunk]) -> list[TrainingChunk]:
@@ -163,23 +169,27 @@ class Workers:
         """Return the critic's values of all samples."""
         return joined([self.learner.values(self.training_chunks(drawn))])
 
-    def update(self, step: int, drawn: list[DrawnChunk], credit: Credit) -> dict[str, Reduced]:
+    def update(self, step: int, drawn: list[DrawnChunk], credit: Credit, fresh: bool = True) -> dict[str, Reduced]:
         """Train on one step's samples; return the learner's metrics."""
         chunks = [item.chunk for item in drawn]
         micro_batches = step_micro_batches(self.config, chunks, credit)
         null = self.conditions[""] if self.config.rollout.guidance > 1 else None
         pairs = self.training_chunks(drawn)
         replay = {"replay": credit.replay, "replay_conditions": self.conditions}
-        work = rank_work(step, micro_batches, pairs, null=null, train_actor=credit.actor, **replay)
+        work = rank_work(step, micro_batches, pairs, null=null, train_actor=credit.actor, fresh=fresh, **replay)
         return reduce_metrics([self.learner.update(work)])
 
     def publish(self, source: str) -> Sync:
         """Give the sampler the learner's adapter, and prove that it holds it."""
         self.version += 1
         started = time.perf_counter()
-        manifest, buffer = self.learner.publish(source, self.version)
-        check(manifest, [self.sampler.adopt(manifest, buffer)], 1)
-        return Sync(manifest, buffer, time.perf_counter() - started)
+        sync = Sync(*self.learner.publish(source, self.version), time.perf_counter() - started)
+        self.adopt(sync)
+        return sync
+
+    def adopt(self, sync: Sync) -> None:
+        """Give the sampler published weights, and prove that it holds them."""
+        check(sync.manifest, [self.sampler.adopt(sync.manifest, sync.buffer)], 1)
 
     def evaluate(self, held_out: list[Prompt]) -> dict[str, float]:
         """Return the held-out scores of the weights that the sampler holds."""

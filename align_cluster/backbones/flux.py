@@ -7,7 +7,8 @@ import torch
 from pydantic import Field
 
 from align_cluster.backbones.base import BackboneSection
-from align_cluster.backbones.pipeline import JOINT_ATTENTION, ClipExploration, PipelineBackbone, pack, unpack
+from align_cluster.backbones.clip_exploration import ClipExploration
+from align_cluster.backbones.pipeline import JOINT_ATTENTION, PipelineBackbone, pack, unpack
 from align_cluster.types import Condition
 
 

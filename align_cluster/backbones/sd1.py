@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from align_cluster.backbones.base import BackboneSection
+from align_cluster.backbones.clip_exploration import ClipExploration
 from align_cluster.backbones.levels import ddim_levels, diffusion_levels
-from align_cluster.backbones.pipeline import ClipExploration, PipelineBackbone
+from align_cluster.backbones.pipeline import PipelineBackbone
 from align_cluster.errors import UserError
 from align_cluster.types import Condition
 

@@ -156,6 +156,7 @@ def plan(args: argparse.Namespace) -> int:
     from align_cluster.errors import UserError
     from align_cluster.planner.batches import rows_that_fit
     from align_cluster.planner.report import GIB, estimate, local_gpu, text
+    from align_cluster.planner.work import learner_work
 
     config = _config(args)
     cores, gpus = local_resources()
@@ -167,7 +168,10 @@ def plan(args: argparse.Namespace) -> int:
     if gpus and memory:
         with suppress(UserError):  # the estimate below meets the same error, and says it
             rows = rows_that_fit(config, cores, gpus, memory)
-    plan = derive(config, cores, gpus, rows)
+    work = 1.0
+    with suppress(UserError):
+        work = learner_work(config, cores, gpus, rows)
+    plan = derive(config, cores, gpus, rows, work)
     if not args.json:
         print(table(plan), flush=True)  # what comes next takes a while
     try:

@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 from align_cluster.cluster.actors import make_learner_rank
 from align_cluster.cluster.errors import LOST, WorkersLost, cause_of, reason
 from align_cluster.cluster.pool import location_of
-from align_cluster.cluster.slots import WorkerStatus
+from align_cluster.cluster.slots import Span, WorkerStatus
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
@@ -27,6 +27,7 @@ from align_cluster.learner.batching import RankMetric, StepWork
 from align_cluster.learner.state import Snapshot
 
 MAX_LOSSES = 4  # ranks lost in a row, without an update in between, before the run ends: the fault is then not chance
+MOST_SPANS = 1000  # finished calls that the group remembers the times of, at least those of a step
 GRACE_S = 10.0  # how long an error of one rank is held back, to learn whether another rank has died and broken it
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class LearnerGroup:
 
     `snapshot` is the state after the last update, or None before the first one. The driver holds it in its own node's
     object store, so it outlives the node that made it. `lost` counts lost ranks, and `events` are the last losses, each
-    with its time of day.
+    with its time of day. `wait` is how the driver waits for the first of some references, at most for some seconds: it
+    may do other work meanwhile. `spans` say when ranks did their last calls.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
@@ -60,6 +62,8 @@ class LearnerGroup:
         self.since = time.monotonic()
         self.waiting = False  # whether the driver waits for them
         self.events: deque[tuple[float, str]] = deque(maxlen=20)
+        self.spans: deque[Span] = deque(maxlen=MOST_SPANS)
+        self.wait: Callable[[list[Any], float], list[Any]] = first_ready
         self.built: list[Any] = []
         self.snapshot: Snapshot | None = None
         self.lost = self.lost_in_a_row = 0
@@ -120,7 +124,8 @@ class LearnerGroup:
         try:
             while pending:
                 # Any rank's error must surface at once: the others would wait for that rank in a collective.
-                ready, pending = ray.wait(pending, num_returns=1, timeout=limit_s)
+                ready = self.wait(pending, limit_s)
+                pending = [ref for ref in pending if ref not in ready]
                 if not ready:
                     doing = "finish" if setting == "timeout_s" else "load their model"
                     raise RankLost(
@@ -128,6 +133,8 @@ class LearnerGroup:
                         f"cluster.{setting}"
                     )
                 ray.get(ready, timeout=self.timeout_s)
+            if self.ranks and refs is not self.built:
+                self.spans += [Span(f"learner-{i}", "learn", self.since, time.monotonic()) for i in range(len(refs))]
             return ray.get(refs, timeout=self.timeout_s)
         except RayTaskError as error:
             cause = cause_of(error)
@@ -202,6 +209,10 @@ class LearnerGroup:
 
         return self._call(ask)[0], buffers[-1]
 
+    def work(self, since: float) -> list[Span]:
+        """Return the spans of work that ended after `since` (monotonic seconds)."""
+        return [span for span in self.spans if span.end > since]
+
     def status(self) -> list[WorkerStatus]:
         """Say which ranks have not yet answered, and since when they were asked. Another thread may call it."""
         asked, count, work = self.asked, max(1, len(self.ranks)), "at work"
@@ -221,3 +232,8 @@ class LearnerGroup:
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
+
+
+def first_ready(refs: list[Any], seconds: float) -> list[Any]:
+    """Wait at most `seconds` for the first of some references to be ready, and return it in a list."""
+    return ray.wait(refs, num_returns=1, timeout=seconds)[0]

@@ -19,7 +19,7 @@ from align_cluster.cluster import private
 from align_cluster.cluster.checks import token_problem
 from align_cluster.cluster.pool import fetch
 from align_cluster.cluster.preload import Preload
-from align_cluster.config.plan import HALF, Plan, derive
+from align_cluster.config.plan import HALF, Plan, Rows, derive
 from align_cluster.config.run import ClusterConfig, RunConfig
 from align_cluster.errors import UserError
 
@@ -118,13 +118,20 @@ def resources() -> tuple[int, int]:
 
 
 def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
-    """Plan a run on the cluster's cores and GPUs; batches that it leaves open are chosen by the memory of a GPU."""
-    if ray.available_resources().get("GPU", 0) < 0.01:  # none, or none is free, which `reserve` says
-        return derive(config, cores, gpus)
-    # Here, because it imports networks, for which a run on CPUs need not wait.
-    from align_cluster.planner.batches import rows_that_fit
+    """Plan a run on the cluster's cores and GPUs.
 
-    return derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gpu_memory(config.cluster.timeout_s)))
+    Batches that it leaves open are chosen by the memory of a GPU, and pools that work at the same time by their work.
+    """
+    rows, free = Rows(), ray.available_resources().get("GPU", 0) > 0.01  # without a free one, `reserve` says so
+    if not (free or config.loop.ahead):
+        return derive(config, cores, gpus)
+    # Here, because it imports networks, for which other runs on CPUs need not wait.
+    from align_cluster.planner.batches import rows_that_fit
+    from align_cluster.planner.work import learner_work
+
+    if free:
+        rows = rows_that_fit(config, cores, gpus, gpu_memory(config.cluster.timeout_s))
+    return derive(config, cores, gpus, rows, learner_work(config, cores, gpus, rows))
 
 
 def gpu_memory(timeout_s: float) -> float:

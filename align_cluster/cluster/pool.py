@@ -1,6 +1,7 @@
 """A supervised pool of identical workers. Another worker does what a lost or hanging one had to do."""
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -12,12 +13,13 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError, RuntimeEnvSetupError
 
 from align_cluster.cluster.errors import LOST, WorkersLost, cause_of, reason, start_error
-from align_cluster.cluster.slots import Call, GivenUp, InputLost, RetryPolicy, Slot, Worker, WorkerStatus
+from align_cluster.cluster.slots import Call, GivenUp, InputLost, RetryPolicy, Slot, Span, Worker, WorkerStatus
 
 DEPTH = 2  # calls queued on a worker, so that the next one is there when the first ends
 MAX_TRIES = 4  # workers that one call may lose before the run ends: a call that kills its worker would kill them all
 MAX_LATE_TRIES = 2  # times that one call may be late before the run ends, each as long as the pool's deadline
 BACKOFF_S = 0.5  # pause before the third worker of a slot; each later pause is twice as long
+MOST_SPANS = 10_000  # finished calls that a pool remembers the times of: those of a step, however many chunks it has
 QUARANTINE_S = 300.0  # how long a slot is left alone after MAX_FAILURES: time for a node to be mended
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Pool:
     slot for QUARANTINE_S, and the other workers do the work. It does not retry errors that the work itself raises: they
     rise to the caller as they are. `grow` adds workers, up to `max_size`, where the cluster has room for them; their
     index is `size` or more. `verify` raises where an answer to a broadcast is not what it must be. `events` are the
-    last losses, each with its time of day.
+    last losses, each with its time of day, and `spans` say when workers did their last calls.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Pool:
         self.started = self.lost = 0
         self.ever_ready = False
         self.events: deque[tuple[float, str]] = deque(maxlen=20)
+        self.spans: deque[Span] = deque(maxlen=MOST_SPANS)
         self.slots = [Slot(index) for index in range(size)]
         self.workers: list[Worker] = []
         for slot in self.slots:
@@ -271,6 +274,8 @@ class Pool:
             value = InputLost(reason(cause_of(error)))
         except ObjectLostError as error:  # the result went down with its node; Ray will soon say so of the worker
             return self._replace(worker, error)
+        if worker.starting is None:
+            self.spans.append(Span(worker.name, worker.doing, worker.since, time.monotonic()))
         worker.since = time.monotonic()
         if ref not in worker.calls:
             return self._arrived(worker, ref, value)
@@ -304,6 +309,12 @@ class Pool:
                 given_up += self._replace(worker, error)
         return given_up
 
+    def work(self, since: float) -> list[Span]:
+        """Return the spans of work that ended after `since` (monotonic seconds) or still go on, these up to now."""
+        now = time.monotonic()
+        on = [Span(w.name, w.doing, w.since, now) for w in self.workers if w.starting is None and w.refs]
+        return [span for span in self.spans if span.end > since] + on
+
     def status(self) -> list[WorkerStatus]:
         """Say what every worker does, and what has become of empty slots. Another thread may call it."""
         now = time.monotonic()
@@ -329,20 +340,29 @@ def location_of(actor: Any) -> str:
     return f"{ray.util.get_node_ip_address()} pid {os.getpid()}"
 
 
-def stream(*pools: Pool) -> Iterator[Done]:
+def stream(
+    *pools: Pool,
+    until: Callable[[], bool] = lambda: False,
+    beside: Sequence[Any] = (),
+    seconds: float = math.inf,
+) -> Iterator[Done]:
     """Yield results of all pools as they come, until nothing is queued or running. New work may be added meanwhile.
 
-    Raises TimeoutError, which names who is waited for, when no worker gets ready for the pools' deadline.
+    It ends earlier where `until` holds. With `beside`, references to work of others, it goes on until one of them is
+    ready, or for `seconds`, whether the pools have work or not. Raises TimeoutError, which names who is waited for,
+    when no worker gets ready for the pools' deadline.
     """
     deadline = max(pool.timeout_s for pool in pools)
     tick = min(5.0, deadline / 4, *(pool.retry_policy.deadline_s / 4 for pool in pools if pool.retry_policy))
-    heard = time.monotonic()
-    while any(pool.busy for pool in pools):
+    heard, end = time.monotonic(), time.monotonic() + seconds
+    while not until() and ((busy := any(pool.busy for pool in pools)) or (beside and time.monotonic() < end)):
         refs = {ref: pool for pool in pools for worker in pool.workers for ref in worker.refs}
-        ready = _wait(list(refs), pools, tick)
+        ready = _wait([*beside, *refs], pools, max(0.0, min(tick, end - time.monotonic())))
+        if beside and (time.monotonic() >= end or any(ref in beside for ref in ready)):
+            return
         found = [done for ref in ready for done in refs[ref].collect(ref)]
         found += [done for pool in pools for done in pool.supervise()]
-        if ready or found or any(worker.calls for pool in pools for worker in pool.workers):
+        if ready or found or not busy or any(worker.calls for pool in pools for worker in pool.workers):
             heard = time.monotonic()
         yield from found
         if time.monotonic() - heard > deadline:

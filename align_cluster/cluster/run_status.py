@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def examine_run(path: Path) -> list[Check]:
     if "events" not in state:
         remedy = "start the run again with this version, by --resume auto"
         return [Check("fail", "run", f"{run.state} was written by another version", remedy)]
-    checks = [_progress(state), _driver(state), *(_worker(state, worker) for worker in state["workers"])]
+    checks = [_progress(state), _driver(state), *_idle(state), *(_worker(state, worker) for worker in state["workers"])]
     for event in state["events"][-EVENTS:]:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         checks.append(Check("warn", f"at {at}", event["what"]))
@@ -45,6 +46,13 @@ def _progress(state: dict[str, Any]) -> Check:
     counts = [f"{stage} {done} of {total}" for stage, (done, total) in state["progress"].items() if done < total]
     text = ", ".join([f"{where}: {state['phase']} since {state['seconds']:.0f} s", *counts])
     return Check("ok" if state["seconds"] < 10 * state["late_s"] else "warn", "run", text)
+
+
+def _idle(state: dict[str, Any]) -> Iterator[Check]:
+    """Say what share of the last step each kind of worker waited, where the run has come so far."""
+    if shares := state.get("idle"):
+        text = ", ".join(f"{name.removeprefix('idle/')} {share:.0%}" for name, share in shares.items())
+        yield Check("ok", "waited in the last step", text)
 
 
 def _driver(state: dict[str, Any]) -> Check:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from align_cluster.types import FailureKind
 
@@ -79,6 +79,13 @@ class Worker:
         return tuple(ref for ref in (self.starting, self.adopting, *self.calls) if ref is not None)
 
     @property
+    def doing(self) -> str:
+        """Name the kind of work that a worker which has started does, or did last."""
+        if self.adopting is not None:
+            return "adopt"
+        return next((call.method for call, _ in list(self.calls.values())), "idle")
+
+    @property
     def phase(self) -> str:
         """Say in words what the worker does."""
         if self.starting is not None:
@@ -87,6 +94,15 @@ class Worker:
             return "taking over the weights"
         call = next((call for call, _ in list(self.calls.values())), None)
         return f"{call.method} {call.key}" if call else "idle"
+
+
+class Span(NamedTuple):
+    """Says that a worker did one thing from `start` to `end` (monotonic seconds), as the driver sees it."""
+
+    worker: str
+    doing: str
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)

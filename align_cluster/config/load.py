@@ -32,7 +32,7 @@ _MAY_CHANGE = (
 )
 
 # Settings that a run fills in where they are left open; a resumed run takes them over.
-_CHOSEN = ("rollout.chunk", "rollout.merge_lora", "learner.micro_batch", "learner.fold")
+_CHOSEN = ("rollout.chunk", "rollout.merge_lora", "learner.micro_batch", "learner.fold", "loop.ahead")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -165,6 +165,7 @@ def config_hash(config: RunConfig) -> str:
 
 def differences(old: dict[str, Any], new: RunConfig) -> list[str]:
     """List the settings of a resumed run that had to stay as they were: "path: old there, new here" for each."""
+    old = _in_step(old)
     with suppress(ValidationError):  # else of a version that had other settings: they differ
         old = RunConfig.model_validate(old).model_dump(mode="json")  # with the defaults of settings that are new
     found = []
@@ -186,9 +187,15 @@ def differences(old: dict[str, Any], new: RunConfig) -> list[str]:
 
 def as_before(old: dict[str, Any], new: RunConfig) -> RunConfig:
     """Return the config of a resumed run with what the run had filled in when it began."""
+    old = _in_step(old)
     for path in _CHOSEN:
         section, name = path.split(".")
         block, known = getattr(new, section), (old.get(section) or {}).get(name)
         if getattr(block, name) is None and known is not None:
             new = new.model_copy(update={section: block.model_copy(update={name: known})})
     return new
+
+
+def _in_step(old: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an earlier run; where it was begun before there was `loop`, it drew nothing ahead."""
+    return {"loop": {"ahead": 0}} | old

@@ -9,14 +9,17 @@ from dataclasses import KW_ONLY, dataclass
 
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.run import RunConfig
+from align_cluster.config.split import beside
 from align_cluster.errors import UserError
 from align_cluster.learner.batching import Part, assign_updates
 from align_cluster.machine import cores
 from align_cluster.prompts.groups import chunk_spans
 
-# In sync mode samplers and learners take turns, so a core is shared by one of each; rewards overlap with the samplers.
-TURN = 0.45
-REST = 1 - 2 * TURN
+# Samplers and learners that take turns share a core, one of each; where they do not, each has SHARE of one. Rewards
+# overlap with the samplers.
+SHARE = 0.9
+TURN = SHARE / 2
+REST = 1 - SHARE
 # Of a GPU, a learner rank asks for one half; samplers and rewards that ask for less than a half share the other one.
 HALF = 0.5
 LEAST = 0.05  # what must be left of it for samplers
@@ -40,7 +43,7 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     chunk; counts of workers that the config states make no difference. Where the learner must batch as the rollout did,
     because log-probs depend on the batch in their last bits, chunks are micro-batches.
     """
-    slots = max(0, gpus - _reward_gpus(config)) or max(1, cores // config.cluster.threads)
+    slots = places(config, cores, gpus)
     algorithm = ALGORITHMS[config.algorithm.kind](config.algorithm)
     per_update = math.ceil(config.images_per_step / config.learner.updates_per_step)
     free, alike = not algorithm.needs_density, min(most.draw, most.train)
@@ -55,12 +58,22 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
     if merge is None:
         # Weights in bf16 would round small updates away, and log-probs are compared with those of a plain network.
         merge = free and not (gpus and config.backbone.precision == "bf16")
+    ahead, stated = config.loop.ahead, (config.cluster.samplers, config.cluster.learners)
+    if ahead is None:
+        ahead = int(all(stated) and sum(stated) <= slots)
     return config.model_copy(
         update={
+            "loop": config.loop.model_copy(update={"ahead": ahead}),
             "rollout": config.rollout.model_copy(update={"chunk": chunk, "merge_lora": merge}),
             "learner": config.learner.model_copy(update={"micro_batch": micro_batch, "fold": fold}),
         }
     )
+
+
+def places(config: RunConfig, cores: int, gpus: int) -> int:
+    """Return how many samplers or learners fit beside each other: the GPUs that rewards leave, or else the cores by the
+    threads of a worker."""
+    return max(0, gpus - _reward_gpus(config)) or max(1, cores // config.cluster.threads)
 
 
 def _even(total: int, workers: int, most: int) -> int:
@@ -111,6 +124,7 @@ class Plan:
     micro_batch     images of a learner's micro-batch, each in `fold` of the `inner_passes` at once
     micro_batches   micro-batches of one learner in one update
     rollout_calls   forward passes of the denoiser, each with a whole chunk, that a step's images take
+    pieces          chunks of a step, and micro-batches of an update: more samplers or learners than that have no work
     gpus            GPUs that samplers and learners use; `together` samplers share one
     hosts           places where samplers are, which rewards may share
     notes           sentences on settings that could not be followed, or that cost speed
@@ -136,6 +150,7 @@ class Plan:
     chunks_per_step: int
     updates_per_step: int
     micro_batches: int
+    pieces: tuple[int, int]
     inner_passes: int
     rollout_calls: int
     notes: tuple[str, ...] = ()
@@ -156,13 +171,20 @@ class Plan:
         return self.learner_gpus == 1
 
 
-def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Plan:  # noqa: B008 - it is frozen
+def derive(
+    config: RunConfig,
+    cores: int,
+    gpus: int,
+    most: Rows = Rows(),  # noqa: B008 - it is frozen
+    work: float = 1.0,
+) -> Plan:
     """Plan a run on `cores` CPU cores and `gpus` GPUs in all. Counts in `config.cluster` win over derived ones, and
     batches that the config leaves open are settled as `settle` does.
 
-    On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does. Reward workers
-    that ask for less than half a GPU share one with samplers; the others have GPUs of their own. Raises UserError where
-    stated counts cannot work.
+    On CPUs every core gets one sampler and one learner, which alternate in time; on GPUs every GPU does. With
+    `loop.ahead` they work at the same time, and share the cores or GPUs out: `work` is what learners do over what
+    samplers do in a step. Reward workers that ask for less than half a GPU share one with samplers; the others have
+    GPUs of their own. Raises UserError where stated counts cannot work.
     """
     config = settle(config, cores, gpus, most)
     rollout, cluster, notes = config.rollout, config.cluster, []
@@ -171,7 +193,7 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
     per_update = max(Counter(part.update for part in parts).values())
 
     asked, own = _reward_shares(config), _reward_gpus(config)
-    beside = [share for share in asked if 0 < share < HALF]
+    guests = [share for share in asked if 0 < share < HALF]
     if gpus <= own and any(asked):
         raise UserError(
             f"rewards ask for {sum(asked):g} GPUs in their pools, and there are {gpus}, of which training needs one; "
@@ -181,6 +203,8 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
     slots = gpus or max(1, cores // cluster.threads)
     samplers = cluster.samplers or min(slots, chunks)
     learners = cluster.learners or min(slots, per_update)
+    if config.loop.ahead:
+        samplers, learners = beside(config, slots, "GPUs" if gpus else "cores", (chunks, per_update), work)
     if learners > per_update:
         notes.append(
             f"cluster.learners is {learners}, but an update has {per_update} micro-batches: {per_update} learners start"
@@ -195,16 +219,19 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
         raise UserError(
             f"cluster.learners is {learners} with {gpus} GPUs; each learner needs one: set it to {gpus} or less"
         )
-    if not gpus and max(samplers, learners) * cluster.threads > cores:
+    at_once = samplers + learners if config.loop.ahead else max(samplers, learners)
+    if not gpus and at_once * cluster.threads > cores:
         notes.append(
-            f"{max(samplers, learners)} workers with {cluster.threads} threads share {cores} cores, which costs speed; "
+            f"{at_once} workers with {cluster.threads} threads share {cores} cores, which costs speed; "
             "leave cluster.samplers and cluster.learners unset"
         )
     if config.backbone.compile and not gpus:
         notes.append("backbone.compile takes minutes before the first step on CPUs; it pays in runs of many hours only")
-    share = cluster.threads * TURN if not gpus else 1.0
-    sampler_cpus = _floor(min(share, cores * TURN / samplers))
-    learner_cpus = _floor(min(share, cores * TURN / learners))
+    share, room = (SHARE, cores * SHARE / at_once) if config.loop.ahead else (TURN, 0.0)
+    sampler_cpus, learner_cpus = (
+        _floor(min(share * cluster.threads if not gpus else 1.0, room or cores * TURN / count))
+        for count in (samplers, learners)
+    )
     left = cores - samplers * sampler_cpus - learners * learner_cpus
     return Plan(
         config=config,
@@ -215,7 +242,9 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
         threads=cluster.threads,
         sampler_cpus=sampler_cpus,
         learner_cpus=learner_cpus,
-        **_gpu_shares(beside, samplers, learners, gpus, bool(cluster.samplers or cluster.learners)),
+        **_gpu_shares(
+            guests, samplers, learners, gpus, bool(config.loop.ahead or cluster.samplers or cluster.learners)
+        ),
         chunk=max(lengths),
         micro_batch=max(part.stop - part.start for part in parts),
         fold=config.learner.fold,
@@ -223,6 +252,7 @@ def derive(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Pla
         chunks_per_step=chunks,
         updates_per_step=config.learner.updates_per_step,
         micro_batches=math.ceil(per_update / learners),
+        pieces=(chunks, per_update),
         inner_passes=inner_passes(config),
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
@@ -253,12 +283,12 @@ def _cut(config: RunConfig) -> tuple[list[int], list[Part]]:
     return lengths, assign_updates(lengths, config.update_bounds, config.learner.micro_batch)
 
 
-def _gpu_shares(beside: list[float], samplers: int, learners: int, gpus: int, stated: bool) -> dict[str, float]:
-    """Share out GPUs, as fields of a Plan; `beside` are the parts that reward workers on samplers' GPUs want."""
+def _gpu_shares(guests: list[float], samplers: int, learners: int, gpus: int, stated: bool) -> dict[str, float]:
+    """Share out GPUs, as fields of a Plan; `guests` are the parts that reward workers on samplers' GPUs want."""
     apart = stated and 0 < samplers + learners <= gpus
     together = 1 if apart or not gpus else math.ceil(samplers / gpus)
     hosts = samplers if apart else max(math.ceil(samplers / together), learners)
-    room, load = 1.0 if apart else HALF, max(sum(beside[host::hosts]) for host in range(hosts))
+    room, load = 1.0 if apart else HALF, max(sum(guests[host::hosts]) for host in range(hosts))
     if room - load < LEAST:
         raise UserError(
             f"rewards ask for {load:g} of a GPU in their pools, and share it with samplers, to whom a learner leaves "
@@ -312,6 +342,10 @@ def local_resources() -> tuple[int, int]:
 def table(plan: Plan) -> str:
     """Return the plan as text, with one line for each decision."""
     rows = [
+        (
+            "the next step",
+            "is drawn while the learner trains" if plan.config.loop.ahead else "is drawn after the update",
+        ),
         ("samplers", f"{_span(plan.samplers, plan.most_samplers)} x {_share(plan.sampler_cpus, plan.sampler_gpus)}"),
         ("learners", f"{plan.learners} x {_share(plan.learner_cpus, plan.learner_gpus)}"),
         *(

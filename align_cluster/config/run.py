@@ -1,6 +1,6 @@
 """Holds every choice of a run in one model. Settings of rewards, algorithms and the like stand beside their code."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
@@ -62,6 +62,27 @@ class RolloutConfig(Section):
     """Whether samplers add the LoRA into the weights of the base, which draws faster. Null does so where it costs no
     accuracy: not for grpo and ppo, whose log-probs it would shift, and not in bf16 on GPUs, where it would round small
     updates away."""
+
+
+class LoopConfig(Section):
+    """Says how drawing and training take turns."""
+
+    ahead: Literal[0, 1] | None = None
+    """How many steps the samplers draw ahead of the learner. 0: samplers and learner take turns. 1: while the learner
+    trains on a step, the samplers draw the next one with the weights of one update step before, and only the slower of
+    both takes time. Null takes 1 where samplers and learners have cores or GPUs of their own (cluster.samplers and
+    cluster.learners are given, and both fit beside each other), else 0; the run keeps it when it is resumed."""
+
+    @field_validator("ahead", mode="before")
+    @classmethod
+    def not_deeper(cls, ahead: Any) -> Any:
+        """Refuse a deeper queue, with the reason."""
+        if isinstance(ahead, int) and ahead > 1:
+            raise ValueError(
+                "0 or 1: one step ahead already keeps the slower of samplers and learner busy all the time, and each "
+                "more would only make the weights that draw older"
+            )
+        return ahead
 
 
 class ClusterConfig(Section):
@@ -183,6 +204,8 @@ class RunConfig(Root):
     """AdamW and its learning rate."""
     learner: LearnerConfig = LearnerConfig()
     """How a step's images are cut into updates and batches, and how DeepSpeed shares them."""
+    loop: LoopConfig = LoopConfig()
+    """Whether the next step is drawn while the learner trains on one."""
     cluster: ClusterConfig = ClusterConfig()
     """Where workers run, how many there are, and how long they may take."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -77,7 +77,7 @@ class StepWork:
     The micro-batches' `source` counts in `chunks`. `totals` give the sum of sample weights of each update over all
     ranks. `null` is the empty prompt's condition where guidance needs it. Without `train_actor` only the critic learns.
     Where it learns from replayed states, `replay` has this rank's share of each of its updates, and `replay_conditions`
-    those of their texts.
+    those of their texts. `fresh` says that the policy's weights are still those that drew the samples.
     """
 
     step: int
@@ -86,6 +86,7 @@ class StepWork:
     totals: dict[int, float]
     null: Condition | None = None
     train_actor: bool = True
+    fresh: bool = True
     replay: tuple[ReplayBatch, ...] | None = None
     replay_conditions: Mapping[str, Condition] = field(default_factory=dict)
 
@@ -187,6 +188,7 @@ def rank_work(
     train_actor: bool = True,
     replay: Sequence[ReplayBatch] | None = None,
     replay_conditions: Mapping[str, Condition] = MappingProxyType({}),
+    fresh: bool = True,
 ) -> StepWork:
     """Return one rank's work for a step. `chunks` are all of the step; the work holds those that the rank needs."""
     mine, sources = rank_share(micro_batches, rank, world)
@@ -199,6 +201,7 @@ def rank_work(
         train_actor=train_actor,
         replay=None if replay is None else tuple(batch.share(rank, world) for batch in replay),
         replay_conditions=replay_conditions,
+        fresh=fresh,
     )
 
 

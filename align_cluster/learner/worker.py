@@ -137,8 +137,8 @@ class Learner:
         self.algorithm.check_metrics(values_of)
         weights = torch.from_numpy(micro_batch.weights).to(device).repeat(len(passes))
         if micro_batch.update == 0 and "log_ratio" in values_of:
-            # The weights are still those of the rollout, so this must be 0.
-            values_of["first_log_ratio"] = values_of["log_ratio"]
+            # While the weights are still those of the rollout, this must be 0.
+            values_of["first_log_ratio" if work.fresh else "stale_log_ratio"] = values_of["log_ratio"]
         for name, values in {"loss": loss.detach(), **values_of}.items():
             weighted = values * weights
             metrics.add(name, float(weighted.sum()), float(weights.sum()), float(weighted.abs().max()))

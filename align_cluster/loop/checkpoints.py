@@ -67,7 +67,9 @@ class CheckpointManager:
     def _restore(self, state: State) -> Results:
         facts = state.facts
         self.workers.ranks.restore(state.learner)
-        self.workers.weights.version = facts["version"] - 1  # the samplers' version is published anew
+        if self.config.loop.ahead and not state.behind:
+            raise LookupError("it lacks the weights that the next step is drawn with")
+        self.workers.weights.restore(facts["version"], state.behind)
         self.workers.rollouts.images_drawn = facts["images_drawn"]
         self.workers.lost_before = facts["workers_lost"]
         self.estimator.restore(facts["credit"], state.credit)
@@ -121,7 +123,8 @@ class CheckpointManager:
             "evaluated": evaluated,
         }
         facts = json.loads(json.dumps(facts))  # what is saved later must not change with the run
-        self.latest = State(step, facts, self.workers.ranks.snapshot, self.estimator.arrays(), metrics.mark())
+        learner, credit = self.workers.ranks.snapshot, self.estimator.arrays()
+        self.latest = State(step, facts, learner, credit, metrics.mark(), self.workers.weights.behind())
 
     def _save(self, score: float | None = None) -> None:
         self.writer.save(Job(self.latest.step, self.latest.files, {"score": score, "good": self.guard.good}))

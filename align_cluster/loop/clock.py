@@ -9,7 +9,8 @@ from typing import Any
 class Clock:
     """Counts seconds by stage, of the current step (`step`) and since the start (`total`).
 
-    `number` is the step at work, from 1. `doing` is the stage at work with the time that it began (monotonic).
+    `number` is the step at work, from 1, which began at `step_began` (monotonic). `doing` is the stage at work with the
+    time that it began (monotonic).
     """
 
     def __init__(self, began: float | None = None) -> None:
@@ -18,7 +19,7 @@ class Clock:
         self.number = 0
         self.doing = ("start", time.monotonic())
         self.step: dict[str, float] = {}
-        self.step_began = time.perf_counter()
+        self.step_began = time.monotonic()
         self.total: dict[str, float] = {}
 
     def add(self, stage: str, seconds: float) -> None:
@@ -48,11 +49,11 @@ class Clock:
 
     def next_step(self, number: int) -> None:
         """Begin to count step `number`."""
-        self.step, self.number, self.step_began = {}, number, time.perf_counter()
+        self.step, self.number, self.step_began = {}, number, time.monotonic()
 
     def end_step(self) -> float:
         """Return the wall time of the step. What no stage has counted becomes the stage "driver"."""
-        whole = time.perf_counter() - self.step_began
+        whole = time.monotonic() - self.step_began
         self.add("driver", max(0.0, whole - sum(self.step.values())))
         return whole
 

@@ -2,17 +2,17 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 
-from align_cluster.cluster.pool import Pool, stream
+from align_cluster.cluster.pool import Done, Pool, stream
 from align_cluster.config.run import ClusterConfig, RunConfig
 from align_cluster.settings import GIB
-from align_cluster.types import Condition, Perturbation, Prompt
+from align_cluster.types import Chunk, Condition, Perturbation, Prompt
 
 log = logging.getLogger(__name__)
 SHARE = 0.1  # of the object store's free memory: images and records of a step need the rest
@@ -34,6 +34,16 @@ class Perturbed(Stored):
 
     cosine: float
     pairwise: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Holds what a chunk's texts are drawn and trained with, by text, and a reference to the empty prompt's condition
+    where guidance needs it. It stays good, whatever the store lets go of meanwhile."""
+
+    conditions: dict[str, Stored]
+    perturbed: dict[str, Perturbed]
+    null: Any
 
 
 class Recent:
@@ -93,6 +103,7 @@ class ConditionStore:
 
     def __init__(self, config: RunConfig, samplers: Pool) -> None:
         self.config, self.samplers = config, samplers
+        self.others: Callable[[Done], None] = _unexpected  # takes what others have asked the samplers for
         self.recent = Recent(bound(config.cluster))
         self.warned = False
 
@@ -131,12 +142,19 @@ class ConditionStore:
         return metrics
 
     def _ask(self, method: str, texts: list[str], *args: Any) -> Iterator[tuple[str, Condition | Perturbation]]:
-        """Yield each text with what a sampler's method returns for it, as the results come."""
+        """Yield each text with what a sampler's method returns for it, as the results come.
+
+        What samplers draw meanwhile goes to `others`.
+        """
         size = min(MOST_TEXTS, -(-len(texts) // self.samplers.size)) or 1
-        for start in range(0, len(texts), size):
-            self.samplers.submit(start, method, texts[start : start + size], *args)
-        for done in stream(self.samplers):
-            yield from zip(texts[done.key : done.key + size], done.value, strict=True)
+        asked = {("texts", start): texts[start : start + size] for start in range(0, len(texts), size)}
+        for key, some in asked.items():
+            self.samplers.submit(key, method, some, *args)
+        for done in stream(self.samplers, until=lambda: not asked):
+            if done.key in asked:
+                yield from zip(asked.pop(done.key), done.value, strict=True)
+            else:
+                self.others(done)
 
     def _warn(self) -> None:
         """Say once that what is needed at one time is larger than the bound."""
@@ -148,6 +166,12 @@ class ConditionStore:
                 self.recent.nbytes / GIB,
                 self.recent.limit / GIB,
             )
+
+    def texts(self, chunk: Chunk, guidance: float) -> Texts:
+        """Return what the last `encode` and `explore` have found for a chunk of their prompts."""
+        conditions = {text: self._condition(text) for text in chunk.texts}
+        perturbed = {text: self.perturbed_of(text) for text in chunk.perturbed_texts}
+        return Texts(conditions, perturbed, self.null(guidance))
 
     def of(self, text: str) -> Any:
         """Return a reference to a text's condition. Raises KeyError for a text that the last `encode` did not name and
@@ -183,3 +207,7 @@ def bound(config: ClusterConfig) -> float:
     here = ray.get_runtime_context().get_node_id()
     own = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
     return SHARE * min(resources.get("object_store_memory", 0.0) for resources in (own, ray.available_resources()))
+
+
+def _unexpected(done: Done) -> None:
+    raise RuntimeError(f"a sampler's answer to {done.key}, which nobody waits for")

@@ -1,7 +1,6 @@
 """The run on one page: plan groups, draw, score, credit, update, publish; evaluate before, between and after."""
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from align_cluster.config.run import RunConfig
 from align_cluster.errors import counted
 from align_cluster.files import storage, write_json, write_text
 from align_cluster.interrupts import begun, interruptible, uninterrupted
+from align_cluster.loop.activity import Activity
 from align_cluster.loop.advantages import AdvantageEstimator
+from align_cluster.loop.ahead import StepDrawer
 from align_cluster.loop.checkpoints import CheckpointManager
 from align_cluster.loop.clock import Clock
 from align_cluster.loop.critic_advantages import CriticAdvantageEstimator, save_critic
 from align_cluster.loop.evaluation import Evaluation
 from align_cluster.loop.heartbeat import Heartbeat
 from align_cluster.loop.inputs import inputs
-from align_cluster.loop.requests import plan_chunks, training_request
 from align_cluster.loop.resume import StartingPoint, starting_point
 from align_cluster.loop.summary import Results, step_metrics, summary
 from align_cluster.loop.workers import WorkerGroup
@@ -96,11 +96,12 @@ def align(
 ) -> dict[str, Any]:
     """Run the loop, from the first evaluation (or where the run stood) to the LoRA; return the run's summary."""
     run, clock, guard, results = start.run, Clock(bars.began), Guard(config.guard, config.trained), Results()
-    rollouts, learner, weights = workers.rollouts, workers.learner, workers.weights
+    learner, weights, steps = workers.learner, workers.weights, StepDrawer(config, prompts, workers, clock)
     has_critic = ALGORITHMS[config.algorithm.kind](config.algorithm).critic is not None
     estimator = (CriticAdvantageEstimator if has_critic else AdvantageEstimator)(config)
     checkpoints = CheckpointManager(config, start.store, start.inputs, workers, estimator, clock, guard, bars.note)
     heartbeat = Heartbeat(run.path, config, clock, workers)
+    activity = Activity(workers, clock, run, bars.note)
     with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
         evaluation = Evaluation(config, held_out, workers, run, metrics, clock, bars.note)
         if start.state:
@@ -117,15 +118,7 @@ def align(
             checkpoints.step(start.steps, metrics, evaluation.between(start.steps), results)
         for step in range(start.steps, config.steps):
             clock.next_step(step + 1)
-            chunks = plan_chunks(config, prompts, step)
-            drawn_for = [prompt for chunk in chunks for prompt in chunk.prompts]
-            with clock.stage("encode"):
-                workers.conditions.encode(drawn_for)
-            with clock.stage("explore") if config.exploration else nullcontext():
-                explored = workers.conditions.explore(drawn_for, step)
-            with clock.at("draw"):
-                rollout = rollouts.draw(chunks, training_request(config, step, weights.version))
-            clock.add_all(rollout.seconds)
+            rollout = steps.take(step)  # the samplers are then at work on the step after it, if loop.ahead says so
             drawn = rollout.drawn
             with clock.stage("credit"):
                 credit = estimator.assign(drawn, learner.values(drawn) if has_critic else None)
@@ -137,8 +130,9 @@ def align(
             results.check_ratio(trained, config.learner.ratio_tolerance)
             with clock.stage("publish"):
                 sync = weights.publish("behaviour")
-            row = explored | observed | rollout.metrics
+            row = observed | rollout.metrics
             row |= step_metrics(config, drawn, credit, trained, clock, sync)
+            row |= activity.measure(step + 1, config.images_per_step)
             with uninterrupted():  # a step's row and the state after it belong together
                 metrics.write(step + 1, row)
                 alarm = guard.rollback_wanted(step + 1, row, bars.note)
@@ -147,6 +141,7 @@ def align(
             guard.require_scores(step + 1, silent([item.scores for item in drawn], config.rewards), config.rewards)
             if alarm:
                 checkpoints.roll_back(alarm)
+                steps.drop()
                 weights.publish("behaviour")
             checkpoints.step(step + 1, metrics, evaluation.between(step + 1), results)
         bars.phase(f"scoring the result: {counted(evaluation.images, 'image')}")

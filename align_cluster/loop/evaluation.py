@@ -8,9 +8,9 @@ from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError, counted
 from align_cluster.files import write_json
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.learning import Sync
 from align_cluster.loop.requests import evaluation_request
 from align_cluster.loop.rollouts import DrawnChunk
+from align_cluster.loop.syncing import Sync
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.grids import save_grid
 from align_cluster.observe.guards import no_score
@@ -68,7 +68,7 @@ class Evaluation:
     def between(self, step: int) -> float | None:
         """Do what is due after `step` steps and return the headline score, if it was taken. The last step is `last`'s.
 
-        The samplers get the evaluation weights for it, and then their own again.
+        The samplers first finish the step that they draw; they get their own weights back with the next one.
         """
         scored, shown = (every and step % every == 0 for every in (self.settings.every, self.settings.grid_every))
         if step == self.config.steps or not (scored or shown):
@@ -76,7 +76,6 @@ class Evaluation:
         with self.clock.stage("evaluate"):
             self.workers.weights.publish("evaluation")
             scores = self._record(step, self._draw([*self.chunks * bool(scored), *self.grid_chunks * bool(shown)]))
-            self.workers.weights.publish("behaviour")
             return headline_score(self.config.headline, scores.get("overall", {}))
 
     def last(self) -> tuple[Sync, dict]:
@@ -86,6 +85,7 @@ class Evaluation:
             return sync, self._record(self.config.steps, self._draw([*self.chunks, *self.grid_chunks]))
 
     def _draw(self, chunks: list[Chunk]) -> list[DrawnChunk]:
+        self.workers.rollouts.rest()
         self.workers.conditions.encode([prompt for chunk in chunks for prompt in chunk.prompts])
         request = evaluation_request(self.config, self.workers.weights.version)
         return self.workers.rollouts.draw(chunks, request).drawn

@@ -79,6 +79,7 @@ class Heartbeat:
             "phase": phase,
             "seconds": round(now - since, 1),
             "progress": {stage: list(counts) for stage, counts in self.workers.progress.items()},
+            "idle": {name: round(share, 3) for name, share in self.workers.idle.items()},
             "late_s": self.config.cluster.late_s,
             "workers": [_entry(doing, now) for group in self.workers.groups for doing in group.status()],
             "events": [{"at": at, "what": text} for at, text in events[-20:]],

@@ -1,20 +1,14 @@
-"""The driver's side of the learner: a step's work for its ranks, and weights from it to the samplers."""
+"""The driver's side of the learner: a step's work for its ranks."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
-import ray
-from ray.exceptions import ObjectLostError
 
 from align_cluster.cluster.learners import LearnerGroup, RankWork
-from align_cluster.cluster.pool import Pool, fetch, stream
 from align_cluster.config.plan import Plan
 from align_cluster.config.run import RunConfig
-from align_cluster.files import atomic
 from align_cluster.learner.batching import (
     Judged,
     MicroBatch,
@@ -26,8 +20,8 @@ from align_cluster.learner.batching import (
 )
 from align_cluster.loop.conditions import ConditionStore
 from align_cluster.loop.rollouts import DrawnChunk, RolloutCollector
-from align_cluster.types import Chunk, Credit, Manifest, Prompt, Receipt
-from align_cluster.weights import check
+from align_cluster.loop.syncing import WeightSync
+from align_cluster.types import Chunk, Credit, Prompt
 
 
 class CriticValues(NamedTuple):
@@ -69,11 +63,12 @@ class LearnerClient:
         config: RunConfig,
         plan: Plan,
         ranks: LearnerGroup,
-        rollouts: RolloutCollector,
         conditions: ConditionStore,
+        rollouts: RolloutCollector,
+        weights: WeightSync,
     ) -> None:
         self.config, self.plan, self.ranks = config, plan, ranks
-        self.rollouts, self.conditions = rollouts, conditions
+        self.conditions, self.rollouts, self.weights = conditions, rollouts, weights
 
     def values(self, drawn: list[DrawnChunk]) -> CriticValues:
         """Ask the critic for its values of a step's samples."""
@@ -88,11 +83,11 @@ class LearnerClient:
         """Train on one step's samples and return the learner's metrics over all ranks."""
         world = self.plan.learners
         micro_batches = step_micro_batches(self.config, [item.chunk for item in drawn], credit)
-        if credit.replay:  # texts of earlier steps may have gone out
-            earlier = [Prompt(-1, text) for batch in credit.replay for text in batch.texts]
-            self.conditions.encode([*(prompt for item in drawn for prompt in item.chunk.prompts), *earlier])
-        null = self.conditions.null(self.config.rollout.guidance)
-        more = {"train_actor": credit.actor, "replay": credit.replay}
+        order = drawn[0].order
+        if credit.replay:
+            self.conditions.encode([Prompt(-1, text) for batch in credit.replay for text in batch.texts])
+        fresh = not self.weights.staleness(order.request.version)
+        more = {"train_actor": credit.actor, "fresh": fresh, "replay": credit.replay}
 
         def share(rank: int) -> RankWork:
             work = rank_work(step, micro_batches, drawn, rank=rank, world=world, **more)
@@ -100,7 +95,7 @@ class LearnerClient:
             return RankWork(replace(work, chunks=()), self._data(work.chunks) + replayed)
 
         def ask() -> list[dict[str, RankMetric]]:
-            return self.ranks.update([share(rank) for rank in range(world)], null)
+            return self.ranks.update([share(rank) for rank in range(world)], order.texts.null)
 
         return reduce_metrics(self.rollouts.recover(drawn, ask, self.ranks.shutdown))
 
@@ -109,9 +104,10 @@ class LearnerClient:
         as a rank takes them."""
         found = []
         for item in drawn:
-            found += [item.record, *map(self.conditions.of, item.chunk.texts)]
+            known = list(item.order.texts.conditions.values())
             if self.config.update_exploration:
-                found += [self.conditions.perturbed_of(text).reference for text in item.chunk.perturbed_texts]
+                known += item.order.texts.perturbed.values()
+            found += [item.record, *(stored.reference for stored in known)]
         return found
 
 
@@ -132,52 +128,3 @@ def step_micro_batches(config: RunConfig, chunks: Sequence[Chunk], credit: Credi
         size=config.learner.micro_batch,
         targets=targets,
     )
-
-
-@dataclass(frozen=True)
-class Sync:
-    """Describes a weight sync that was proven: the manifest, a reference to the buffer, and the seconds from the buffer
-    to the last receipt."""
-
-    manifest: Manifest
-    buffer: Any
-    seconds: float
-
-
-class WeightSync:
-    """Sends the learner's weights to all samplers and proves that they arrived. `version` is that of the last sync."""
-
-    def __init__(self, timeout_s: float, samplers: Pool, ranks: LearnerGroup) -> None:
-        self.timeout_s, self.samplers, self.ranks = timeout_s, samplers, ranks
-        self.version = 0
-        samplers.verify = self._verify
-
-    def publish(self, source: Literal["behaviour", "evaluation"]) -> Sync:
-        """Send the adapter that samplers draw with ("behaviour"), or the one that is evaluated and shipped."""
-        self.version += 1
-        while True:
-            manifest, buffer = self.ranks.publish(source, self.version)
-            started = time.perf_counter()
-            try:
-                # The driver's own copy: samplers that start later then do not depend on the learner's node.
-                buffer = ray.put(fetch(buffer, self.timeout_s))
-                break
-            except ObjectLostError:  # it went down with the learner's node, and the learner starts anew
-                continue
-        receipts = self.samplers.broadcast("adopt", manifest, buffer)
-        check(manifest, receipts, len(self.samplers.ready_workers))
-        return Sync(manifest, buffer, time.perf_counter() - started)
-
-    def _verify(self, receipt: Receipt) -> None:
-        """Check one receipt. A sampler that starts later must prove the published weights, too."""
-        manifest, _ = self.samplers.broadcast_state[1]
-        check(manifest, [receipt], 1)
-
-    def save(self, sync: Sync, folder: Path) -> Path:
-        """Write published weights as a LoRA file, which a sampler makes, and return its path."""
-        self.samplers.submit("lora", "lora_file", sync.manifest, sync.buffer)
-        (done,) = stream(self.samplers)
-        name, content = done.value
-        with atomic(folder / name) as file:
-            file.write_bytes(content)
-        return folder / name

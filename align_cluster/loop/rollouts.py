@@ -1,20 +1,23 @@
 """Drawing and scoring chunks. Tensors stay in the object store; the driver holds references."""
 
 import logging
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ray.exceptions import ObjectLostError
 
 from align_cluster.cluster.errors import reason
+from align_cluster.cluster.learners import first_ready
 from align_cluster.cluster.pool import Done, Pool, fetch, stream
 from align_cluster.cluster.slots import InputLost
+from align_cluster.config.plan import RewardPool
 from align_cluster.config.run import RunConfig
-from align_cluster.loop.conditions import ConditionStore
+from align_cluster.loop.conditions import ConditionStore, Texts
 from align_cluster.loop.scoring import Scoring
+from align_cluster.loop.syncing import WeightSync
 from align_cluster.rewards.mix import beside, without
 from align_cluster.rollouts.sampler import DrawRequest, fingerprint
 from align_cluster.types import Chunk, ChunkId, DrawInfo, Scores
@@ -25,8 +28,29 @@ Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass(frozen=True)
+class Order:
+    """Asks for one chunk, drawn as `request` says. Its `texts` are encoded."""
+
+    chunk: Chunk
+    request: DrawRequest
+    texts: Texts
+
+    @property
+    def references(self) -> list[Any]:
+        """Return references to the conditions of the chunk's texts and then to its perturbed ones, in their order."""
+        return [stored.reference for stored in (*self.texts.conditions.values(), *self.texts.perturbed.values())]
+
+    def verify(self, info: DrawInfo) -> None:
+        """Check that the chunk was drawn with exactly the levels, seeds, weights and conditions that were asked for."""
+        encodings = (self.texts.conditions, self.texts.perturbed)
+        keys = ({text: stored.key for text, stored in one.items()} for one in encodings)
+        if info.fingerprint != fingerprint(self.chunk, self.request, *keys):
+            raise RuntimeError(f"chunk {self.chunk.id} was not drawn as requested; sampler and driver versions differ")
+
+
+@dataclass(frozen=True)
 class DrawnChunk:
-    """Holds one chunk that was drawn as `request` asks and then scored; `images` and `record` are references.
+    """Holds one chunk that was drawn as `order` asks and then scored; `images` and `record` are references.
 
     Rows that are not finite have no scores, whatever a reward says of their black images.
     """
@@ -35,7 +59,7 @@ class DrawnChunk:
     images: Any
     record: Any
     scores: Scores
-    request: DrawRequest
+    order: Order
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", without(self.scores, self.info.non_finite))
@@ -53,138 +77,175 @@ class DrawnChunk:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Holds the result of one draw: its chunks in the order they were asked for, seconds by stage, and how scoring kept
-    up as metrics."""
+    """Holds the result of one draw: its chunks in the order they were asked for, and how scoring kept up as metrics."""
 
     drawn: list[DrawnChunk]
-    seconds: dict[str, float]
     metrics: dict[str, float]
 
 
-@dataclass
-class _Progress:
-    """Keeps how far one draw has come."""
+class Drawing:
+    """Keeps how far one draw has come: what was ordered, drawn, and scored by each pool of reward workers."""
 
-    chunks: dict[ChunkId, Chunk]
-    request: DrawRequest
-    shown: list[str]
-    drawn: dict[ChunkId, tuple] = field(default_factory=dict)
-    parts: dict[ChunkId, list[Scores]] = field(default_factory=dict)
-    scored: int = 0
-    last_drawn: float = field(default_factory=time.perf_counter)
+    def __init__(self, orders: Sequence[Order], scoring: Sequence[Scoring]) -> None:
+        self.orders = {order.chunk.id: order for order in orders}
+        self.scoring = {one.pool: one for one in scoring}
+        self.drawn: dict[ChunkId, tuple] = {}
+        self.parts: dict[ChunkId, list[Scores]] = {key: [] for key in self.orders}
+        self.scored = 0
+
+    @property
+    def training(self) -> bool:
+        """Tell whether it is a training step, and no evaluation."""
+        return min(self.orders)[0] >= 0
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether every chunk is drawn and scored."""
+        return len(self.drawn) == len(self.orders) and (self.scored == len(self.orders) or not self.scoring)
 
 
 class RolloutCollector:
-    """Has chunks drawn by the samplers and scored by the reward workers, each as soon as it is drawn."""
+    """Has chunks drawn by the samplers and scored by the reward workers, each as soon as it is drawn.
+
+    Several draws may be under way. The samplers take them one after the other, and change weights between them only:
+    they finish what they have, then switch.
+    """
 
     def __init__(
-        self, config: RunConfig, samplers: Pool, scoring: Sequence[Scoring], conditions: ConditionStore, report: Report
+        self,
+        config: RunConfig,
+        samplers: Pool,
+        rewards: Sequence[tuple[Pool, RewardPool]],
+        conditions: ConditionStore,
+        weights: WeightSync,
+        report: Report,
     ) -> None:
-        self.config, self.samplers, self.scoring = config, samplers, scoring
-        self.conditions, self.report = conditions, report
+        self.config, self.samplers, self.rewards = config, samplers, rewards
+        self.conditions, self.weights, self.report = conditions, weights, report
+        conditions.others = self._take
         self.images_drawn = 0
+        self.waiting: deque[Order] = deque()
+        self.drawings: list[Drawing] = []
 
     def draw(self, chunks: Sequence[Chunk], request: DrawRequest) -> Rollout:
-        """Draw and score chunks, whose texts must be encoded.
+        """Draw and score chunks, whose texts must be encoded."""
+        return self.collect(self.begin(chunks, request))
 
-        Stage "rollout" lasts until the last chunk is drawn, "reward" from there until the last score. People see those
-        of an evaluation as one stage, "evaluate".
-        """
-        started = time.perf_counter()
-        by_id = {chunk.id: chunk for chunk in chunks}
-        shown = ["rollout", "reward"] if chunks[0].step >= 0 else ["evaluate"]
-        progress = _Progress(by_id, request, shown, parts={key: [] for key in by_id})
-        for chunk in chunks:
-            self._submit(chunk, request)
-        self._grow()
-        for stage in shown:
-            self.report(stage, 0, len(chunks))
-        for scoring in self.scoring:
-            scoring.begin(chunks)
-        by_pool = {scoring.pool: scoring for scoring in self.scoring}
-        for done in stream(self.samplers, *by_pool):
-            if isinstance(done.value, InputLost):
-                self._draw_again(by_pool[done.pool].withdraw(done), progress)
-            elif done.pool is self.samplers:
-                self._take_images(done, progress)
-            else:
-                self._take_scores(by_pool[done.pool].collect(done), progress)
-            self._grow()
-        return self._finish(progress, started)
+    def begin(self, chunks: Sequence[Chunk], request: DrawRequest) -> Drawing:
+        """Begin to draw chunks, whose texts must be encoded, after all that were begun before."""
+        scoring = [Scoring(*pair) for pair in self.rewards]
+        for one in scoring:
+            one.begin(chunks)
+        orders = [Order(chunk, request, self.conditions.texts(chunk, request.guidance)) for chunk in chunks]
+        drawing = self._begin(orders, scoring)
+        self._show_drawn(drawing)
+        self._show_scored(drawing)
+        return drawing
 
-    def _grow(self) -> None:
-        """Ask for one sampler more while chunks wait."""
+    def _begin(self, orders: Sequence[Order], scoring: Sequence[Scoring]) -> Drawing:
+        drawing = Drawing(orders, scoring)
+        self.drawings.append(drawing)
+        self.waiting.extend(orders)
+        self._feed()
+        return drawing
+
+    def _feed(self) -> None:
+        """Hand out what waits. Where that takes other weights, the samplers first finish all that they have."""
+        while self.waiting and (self.waiting[0].request.version == self.weights.held or not self.samplers.busy):
+            order = self.waiting.popleft()
+            self.weights.hold(order.request.version)
+            arguments = (order.chunk, order.texts.null, order.request, *order.references)
+            self.samplers.submit(order.chunk.id, "draw_chunk", *arguments, returns=3)
         if self.samplers.waiting:
             self.samplers.grow()
+        for drawing in self.drawings:  # a worker has room for any draw, whoever's call has ended
+            for scoring in drawing.scoring.values():
+                scoring.feed()
 
-    def _take_images(self, done: Done, progress: _Progress) -> None:
-        chunk = progress.chunks[done.key]
-        self._verify(done.value, chunk, progress.request)
-        progress.drawn[chunk.id] = (done.value, *done.refs)
-        for scoring in self.scoring:
-            scoring.add(chunk, done.refs[0])
-        progress.last_drawn = time.perf_counter()
-        if len(progress.shown) > 1:
-            self.report(progress.shown[0], len(progress.drawn), len(progress.chunks))
+    def rest(self) -> None:
+        """Wait until the samplers have drawn all that was begun. Scoring may go on."""
+        self._run(lambda: not (self.waiting or self.samplers.busy))
 
-    def _take_scores(self, found: dict[ChunkId, Scores], progress: _Progress) -> None:
-        for key, scores in found.items():
-            progress.parts[key].append(scores)
-            progress.scored += len(progress.parts[key]) == len(self.scoring)
-        self.report(progress.shown[-1], progress.scored, len(progress.chunks))
-
-    def _finish(self, progress: _Progress, started: float) -> Rollout:
-        chunks = progress.chunks
-        metrics = {name: value for scoring in self.scoring for name, value in scoring.end().items()}
-        if len(chunks) >= len(self.samplers.workers):  # fewer chunks do not tell how many samplers are needed
+    def collect(self, drawing: Drawing) -> Rollout:
+        """Wait until a draw is scored, and return it."""
+        self._run(lambda: drawing.finished)
+        metrics = {name: value for one in drawing.scoring.values() for name, value in one.end().items()}
+        if len(drawing.orders) >= len(self.samplers.workers):  # fewer chunks do not tell how many samplers are needed
             self.samplers.trim()
-        self.images_drawn += sum(map(len, chunks.values()))
-        order = list(self.config.rewards)
-        drawn = [
-            DrawnChunk(*progress.drawn[chunk.id], beside(progress.parts[chunk.id], order), progress.request)
-            for chunk in chunks.values()
+        self.drawings.remove(drawing)
+        self.images_drawn += sum(len(order.chunk) for order in drawing.orders.values())
+        names = list(self.config.rewards)
+        found = [
+            DrawnChunk(*drawing.drawn[key], beside(drawing.parts[key], names), order)
+            for key, order in drawing.orders.items()
         ]
-        seconds = {
-            "rollout": progress.last_drawn - started,
-            "reward": time.perf_counter() - progress.last_drawn,
-        }
-        return Rollout(drawn, seconds, metrics)
+        for other in self.drawings[:1]:
+            self._show_scored(other)
+        return Rollout(found, metrics)
 
-    def _submit(self, chunk: Chunk, request: DrawRequest) -> None:
-        encodings = [self.conditions.of(text) for text in chunk.texts]
-        encodings += [self.conditions.perturbed_of(text).reference for text in chunk.perturbed_texts]
-        null = self.conditions.null(request.guidance)
-        self.samplers.submit(chunk.id, "draw_chunk", chunk, null, request, *encodings, returns=3)
+    def _run(self, until: Callable[[], bool]) -> None:
+        """Draw and score until something holds."""
+        for done in stream(self.samplers, *(pool for pool, _ in self.rewards), until=until):
+            self._take(done)
 
-    def _draw_again(self, missed: list[tuple[Chunk, Any]], progress: _Progress) -> None:
+    def wait_beside(self, refs: list[Any], seconds: float) -> list[Any]:
+        """Return the first ready one of references to others' work, in a list, and draw and score until it is there."""
+        if self.drawings:
+            for done in stream(self.samplers, *(pool for pool, _ in self.rewards), beside=refs, seconds=seconds):
+                self._take(done)
+            seconds = 0
+        return first_ready(refs, seconds)
+
+    def _take(self, done: Done) -> None:
+        """Take in the end of one call, and go on with what waits for it."""
+        key = done.key if done.pool is self.samplers else done.key.parts[0].chunk.id
+        drawing = next(one for one in self.drawings if key in one.orders)
+        if isinstance(done.value, InputLost):
+            self._draw_again(drawing.scoring[done.pool].withdraw(done), drawing)
+        elif done.pool is self.samplers:
+            drawing.orders[key].verify(done.value)
+            drawing.drawn[key] = (done.value, *done.refs)
+            for scoring in drawing.scoring.values():
+                scoring.add(drawing.orders[key].chunk, done.refs[0])
+            self._show_drawn(drawing)
+        else:
+            for chunk, scores in drawing.scoring[done.pool].collect(done).items():
+                drawing.parts[chunk].append(scores)
+                drawing.scored += len(drawing.parts[chunk]) == len(drawing.scoring)
+            self._show_scored(drawing)
+        self._feed()
+
+    def _show_drawn(self, drawing: Drawing) -> None:
+        """Report how many chunks of a training step are drawn; people see an evaluation as one stage."""
+        if drawing.training and drawing.scoring:
+            self.report("rollout", len(drawing.drawn), len(drawing.orders))
+
+    def _show_scored(self, drawing: Drawing) -> None:
+        """Report how many chunks are scored; of training steps, of the first that is under way."""
+        if not drawing.training or drawing is self.drawings[0]:
+            self.report("reward" if drawing.training else "evaluate", drawing.scored, len(drawing.orders))
+
+    def _draw_again(self, missed: list[tuple[Chunk, Any]], drawing: Drawing) -> None:
         """Have images drawn again that went down with their node before they were scored."""
         for chunk, images in missed:
-            if chunk.id not in progress.drawn:
+            if chunk.id not in drawing.drawn:
                 continue  # it is being drawn again for another reward
-            known = progress.drawn[chunk.id][1]
+            known = drawing.drawn[chunk.id][1]
             if known == images:
-                del progress.drawn[chunk.id]
-                self._submit(chunk, progress.request)
+                del drawing.drawn[chunk.id]
+                self.waiting.append(drawing.orders[chunk.id])
             else:  # it has been drawn again meanwhile
-                for scoring in self.scoring:
+                for scoring in drawing.scoring.values():
                     scoring.add(chunk, known)
-
-    def _verify(self, info: DrawInfo, chunk: Chunk, request: DrawRequest) -> None:
-        """Check that a chunk was drawn with exactly the levels, seeds, weights and conditions that were asked for."""
-        keys = {text: self.conditions.key(text) for text in chunk.texts}
-        perturbed = {text: self.conditions.perturbed_of(text).key for text in chunk.perturbed_texts}
-        if info.fingerprint != fingerprint(chunk, request, keys, perturbed):
-            raise RuntimeError(f"chunk {chunk.id} was not drawn as requested; sampler and driver versions differ")
 
     def redraw(self, drawn: list[DrawnChunk]) -> None:
         """Draw chunks again, in place: the same images and record in new objects. Scores stay."""
-        for item in drawn:
-            self._submit(item.chunk, item.request)
-        places = {item.chunk.id: index for index, item in enumerate(drawn)}
-        for done in stream(self.samplers):
-            index, (images, record) = places[done.key], done.refs
-            self._verify(done.value, drawn[index].chunk, drawn[index].request)
-            drawn[index] = replace(drawn[index], info=done.value, images=images, record=record)
+        drawing = self._begin([item.order for item in drawn], [])
+        self._run(lambda: drawing.finished)
+        self.drawings.remove(drawing)
+        for index, item in enumerate(drawn):
+            info, images, record = drawing.drawn[item.chunk.id]
+            drawn[index] = replace(item, info=info, images=images, record=record)
 
     def recover(
         self, drawn: list[DrawnChunk], ask: Callable[[], Any], prepare: Callable[[], None] | None = None

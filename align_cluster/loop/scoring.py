@@ -1,4 +1,4 @@
-"""Feeds one pool of reward workers during a draw: decides what is scored together and when the pool grows."""
+"""Feeds one pool of reward workers for one draw: decides what is scored together and when the pool grows."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +94,7 @@ class Scoring:
             self.pool.grow()
         if not self.settings.ordered:
             self.waiting[chunk.id] = chunk
-            self._submit_waiting()
+            self.feed()
             return
         if all(other.id in self.drawn for other in self.planned[chunk.id]):
             self._submit(self.planned[chunk.id])
@@ -106,7 +106,7 @@ class Scoring:
         else:
             self._keep(done.key.parts, done.value)
             self._end(done.key)
-        self._submit_waiting()
+        self.feed()
         return self._completed()
 
     def withdraw(self, done: Done) -> list[tuple[Chunk, Any]]:
@@ -180,7 +180,7 @@ class Scoring:
         self.pool.trim()
         return values | {f"reward/{one}/images_per_s": self.images / spent for one, spent in self.seconds.items()}
 
-    def _submit_waiting(self) -> None:
+    def feed(self) -> None:
         """Hand out what waits for dynamic batches, as long as a worker has room."""
         while self.waiting and self.pool.has_room:
             batch = next(batches(self.waiting.values(), self.batch))

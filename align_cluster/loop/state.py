@@ -1,8 +1,8 @@
 """What a checkpoint holds: the whole state of a run after a step. It imports no Ray, so that others can read it too.
 
-It is the state of the learner and of the advantage estimator, the counters of the loop, the times, and metrics.jsonl
-and evaluations.jsonl up to then. Prompts, seeds, windows and perturbed conditions are functions of (seed, step), so the
-number of steps is the cursor of all of them.
+It is the state of the learner and of the advantage estimator, the weights that the next step is drawn with where they
+are older, the counters of the loop, the times, and metrics.jsonl and evaluations.jsonl up to then. Prompts, seeds,
+windows and perturbed conditions are functions of (seed, step), so the number of steps is the cursor of all of them.
 """
 
 import json
@@ -42,7 +42,8 @@ class State:
     """Holds a run after `step` steps.
 
     `facts` are plain JSON, `credit` the arrays that the advantage estimator keeps, and `texts` returns the content of
-    the run's line files by name.
+    the run's line files by name. `behind` are the weights, by name, that the next step is drawn with where they are
+    older than the learner's (`loop.ahead`).
     """
 
     step: int
@@ -50,6 +51,7 @@ class State:
     learner: Snapshot
     credit: dict[str, np.ndarray] = field(default_factory=dict)
     texts: Callable[[], dict[str, bytes]] = dict
+    behind: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> bool:
@@ -62,6 +64,7 @@ class State:
 
         tensors = {f"learner/{name}": value for name, value in self.learner.tensors().items()}
         tensors |= {f"credit/{name}": np.ascontiguousarray(value) for name, value in self.credit.items()}
+        tensors |= {f"behind/{name}": np.ascontiguousarray(value) for name, value in self.behind.items()}
         facts = self.facts | {"step": self.step, "learner": self.learner.counts}
         return {STATE: save(tensors), FACTS: json.dumps(facts, indent=1).encode(), **self.texts()}
 
@@ -79,7 +82,7 @@ class State:
             for data in texts.values():
                 data.decode()
             learner = Snapshot.of(facts["learner"], under("learner/", tensors))
-            return cls(step, facts, learner, under("credit/", tensors), lambda: texts)
+            return cls(step, facts, learner, under("credit/", tensors), lambda: texts, under("behind/", tensors))
 
 
 def store_of(config: RunConfig, run: RunDir) -> Store:

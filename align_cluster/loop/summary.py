@@ -15,8 +15,8 @@ from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError
 from align_cluster.learner.batching import Reduced
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.learning import Sync
 from align_cluster.loop.rollouts import DrawnChunk
+from align_cluster.loop.syncing import Sync
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.metrics import LEARNER
 from align_cluster.rewards.mix import concatenate

@@ -11,9 +11,9 @@ from align_cluster.cluster.slots import RetryPolicy
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
 from align_cluster.loop.conditions import ConditionStore
-from align_cluster.loop.learning import LearnerClient, WeightSync
+from align_cluster.loop.learning import LearnerClient
 from align_cluster.loop.rollouts import Report, RolloutCollector
-from align_cluster.loop.scoring import Scoring
+from align_cluster.loop.syncing import WeightSync
 
 
 class WorkerGroup:
@@ -26,15 +26,17 @@ class WorkerGroup:
     def __init__(self, config: RunConfig, plan: Plan, places: dict[str, list[Any]], report: Report) -> None:
         self.plan, self.show = plan, report
         self.progress: dict[str, tuple[int, int]] = {}
+        self.idle: dict[str, float] = {}  # share of the last step that each kind of worker waited
         self.lost_before = 0  # workers that a resumed run lost earlier
         self.samplers = _sampler_pool(config, plan, places)
         self.rewards = [_reward_pool(config, plan, pool, places) for pool in plan.reward_pools]
         self.ranks = LearnerGroup(config, plan, places["learner"])
-        scoring = [Scoring(*pair) for pair in zip(self.rewards, plan.reward_pools, strict=True)]
         self.conditions = ConditionStore(config, self.samplers)
-        self.rollouts = RolloutCollector(config, self.samplers, scoring, self.conditions, self.report)
-        self.learner = LearnerClient(config, plan, self.ranks, self.rollouts, self.conditions)
-        self.weights = WeightSync(config.cluster.timeout_s, self.samplers, self.ranks)
+        self.weights = WeightSync(config.cluster.timeout_s, self.samplers, self.ranks, config.loop.ahead)
+        rewards = list(zip(self.rewards, plan.reward_pools, strict=True))
+        self.rollouts = RolloutCollector(config, self.samplers, rewards, self.conditions, self.weights, self.report)
+        self.learner = LearnerClient(config, plan, self.ranks, self.conditions, self.rollouts, self.weights)
+        self.ranks.wait = self.rollouts.wait_beside
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Take note of how far a stage has come."""

@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -132,6 +132,31 @@ def stacked_chart(steps: Sequence[float], layers: dict[str, Sequence[float]], si
     return _draw(paint, size, "step")
 
 
+def timeline_chart(lanes: Sequence[dict[str, Any]], seconds: float, size: Size) -> str:
+    """Draw what workers did in a step of `seconds`: one lane a worker, one colour for each kind of work, with a legend.
+
+    A lane has a `worker` and `spans`, which are (work, start, end) in seconds.
+    """
+    kinds = list(dict.fromkeys(work for lane in lanes for work, _, _ in lane["spans"]))
+
+    def paint(axes: "Axes") -> None:
+        for number, lane in enumerate(lanes):
+            for work, start, end in lane["spans"]:
+                colour = PALETTE[f"stage-{kinds.index(work) % STAGES}"]
+                axes.barh(number, end - start, left=start, height=0.7, color=colour, linewidth=0)
+        for index, kind in enumerate(kinds):
+            axes.barh(0, 0, color=PALETTE[f"stage-{index % STAGES}"], label=f" {kind.replace('_', ' ')}")
+        axes.set(xlim=(0, seconds), ylim=(len(lanes) - 0.4, -0.6))
+        axes.set_yticks([])
+        for number, lane in enumerate(lanes):
+            axes.text(-0.01 * seconds, number, lane["worker"], ha="right", va="center")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1.04))
+
+    longest = max(len(lane["worker"]) for lane in lanes)
+    right = max(map(len, kinds), default=0) * 5.5 + 30
+    return _draw(paint, size, "s", right=right, left=longest * 5.5 + 14)
+
+
 def scatter_chart(series: Sequence[Series], size: Size, x_label: str, y_label: str) -> str:
     """Draw points without lines on two equal axes, and the diagonal on which y is x."""
     known = [value for one in series for x, y in one.points if y is not None for value in (x, y)]
@@ -168,14 +193,24 @@ def _thin(xs: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([xs[run[-1]] for run in runs]), np.array([_mean(values[run]) for run in runs])
 
 
-def _draw(paint: Callable[["Axes"], object], size: Size, x_label: str = "", y_label: str = "", right: float = 0) -> str:
-    """Let `paint` fill a figure of `size` with `right` pixels left free at its right, and return its SVG."""
+def _draw(
+    paint: Callable[["Axes"], object],
+    size: Size,
+    x_label: str = "",
+    y_label: str = "",
+    right: float = 0,
+    left: float = 0,
+) -> str:
+    """Let `paint` fill a figure of `size` with `right` pixels left free at its right, and return its SVG.
+
+    At its left are `left` pixels, or as many as numbers and a label at the axis take.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     width, height = size
-    left, bottom, right, top = (58 if y_label else 42), 30, right + 12, 14
+    left, bottom, right, top = left or (58 if y_label else 42), 30, right + 12, 14
     place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -15,7 +15,15 @@ from markupsafe import Markup
 
 from align_cluster.errors import counted
 from align_cluster.files import writable, write_text
-from align_cluster.observe.charts import PALETTE, STAGES, Series, line_chart, smoothing, stacked_chart
+from align_cluster.observe.charts import (
+    PALETTE,
+    STAGES,
+    Series,
+    line_chart,
+    smoothing,
+    stacked_chart,
+    timeline_chart,
+)
 from align_cluster.observe.panels import COLOURS, WIDE, Panel, inline, metric_panel, picture
 from align_cluster.observe.progress import clock
 from align_cluster.observe.rundata import RunData, load
@@ -25,7 +33,8 @@ from align_cluster.observe.table import compare, short, within_noise
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 GRIDS = 9  # sample grids that a page shows of a run at most, spread from the first to the last
 FIRST = ("group/", "images/", "advantage/", "slas/", "explore/", "train/", "lr")  # order of the metrics of an update
-ELSEWHERE = ("reward/", "time/", "throughput/", "weights/", "scoring/")  # metrics that other sections show
+ELSEWHERE = ("reward/", "time/", "throughput/", "weights/", "scoring/", "idle/")  # metrics that other sections show
+LANES = 8  # workers of a kind that the timeline of a step shows at most
 SPEED = "/images_per_s"  # how the speed of a reward ends, which stands among its scores
 
 
@@ -86,6 +95,7 @@ def _view(run: RunData, colour: str) -> dict[str, Any]:
         "tiles": _tiles(run),
         "stages": _stages(run),
         "stage_chart": _stage_chart(run),
+        "timeline": _timeline(run),
         "sync": _sync(run),
         "made": _made(run),
     }
@@ -236,7 +246,7 @@ def _update_metrics(runs: list[RunData]) -> list[str]:
 
 
 def _speed_metrics(runs: list[RunData]) -> list[str]:
-    names = _names(runs, "throughput/", "weights/adopt_s", "scoring/")
+    names = _names(runs, "throughput/", "idle/", "weights/adopt_s", "scoring/")
     return names + [name for name in _names(runs, "reward/") if name.endswith(SPEED)]
 
 
@@ -260,6 +270,19 @@ def _stages(run: RunData) -> list[tuple[str, str, float, float]]:
 def _stage_chart(run: RunData) -> Markup | None:
     layers = {name: [row.get(name) or 0.0 for row in run.rows] for name in run.stages}
     return inline(stacked_chart([row["step"] for row in run.rows], layers, WIDE)) if layers else None
+
+
+def _timeline(run: RunData) -> Markup | None:
+    """Return a chart of who worked when in the last step; of many workers, the first of each kind."""
+    lanes = run.timeline.get("workers")
+    if not lanes:
+        return None
+    shown = [lane for kind in dict.fromkeys(lane["pool"] for lane in lanes) for lane in _some(lanes, kind)]
+    return inline(timeline_chart(shown, run.timeline["seconds"], (WIDE[0], 50 + 18 * len(shown))))
+
+
+def _some(lanes: list[dict[str, Any]], pool: str) -> list[dict[str, Any]]:
+    return [lane for lane in lanes if lane["pool"] == pool][:LANES]
 
 
 def _made(run: RunData) -> dict[str, Any]:

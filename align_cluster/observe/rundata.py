@@ -21,7 +21,8 @@ class RunData:
 
     `rows` and `evaluations` hold one record a step, in order. `before` and `after` are the held-out scores of the base
     model and of the last evaluation, as `observe.table.summarise` returns them, with `by_prompt` where the run has it;
-    `headline` is the column to show first. `checkpoints` are the steps of those in the run directory.
+    `headline` is the column to show first. `checkpoints` are the steps of those in the run directory, and
+    `timeline` says who worked when in the last step.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RunData:
     grids: list[tuple[int, Path]] = field(default_factory=list)
     grid_prompts: list[str] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
+    timeline: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     def points(self, metric: str) -> list[Point]:
@@ -92,6 +94,7 @@ def load(files: RunDir) -> RunData:
         grids=[(step, files.grid(step)) for step in files.grid_steps()],
         grid_prompts=[str(prompt) for prompt in read_json(files.grid_prompts) or []],
         checkpoints=sorted(step for step in kept if step is not None),
+        timeline=read_json(files.timeline) or {},
         error=(read_json(files.state) or {}).get("error"),
     )
 

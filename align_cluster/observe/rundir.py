@@ -26,6 +26,7 @@ class RunDir:
         self.evaluations = self.path / "evaluations.jsonl"
         self.summary = self.path / "summary.json"
         self.state = self.path / "state.json"
+        self.timeline = self.path / "timeline.json"
         self.grids = self.path / "grids"
         self.grid_prompts = self.grids / "prompts.json"
         self.tensorboard = self.path / "tensorboard"

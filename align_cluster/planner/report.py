@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from align_cluster.algorithms import ALGORITHMS
 from align_cluster.config.plan import Plan, RewardPool
 from align_cluster.config.run import RunConfig
+from align_cluster.config.split import best_split, step_time
 from align_cluster.planner.fit import (
     CONTEXT,
     GIB,
@@ -32,7 +33,19 @@ PEAKS = {
     "L40S": (362, 91.6),
     "RTX 4090": (165, 82.6),
 }
+MOST_SPLITS = 9  # splits of GPUs that a plan compares
 ASSUMED = "H100"  # the GPU whose peak counts where the planned one is not in PEAKS
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Says how long a step takes with `loop.ahead` and so many workers; `shared`: each GPU has one of either kind."""
+
+    ahead: int
+    samplers: int
+    learners: int
+    shared: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Estimate:
     roles       bytes of one worker of each kind, by name
     flops       FLOPs of one image in each stage of a step
     seconds     seconds of a step by stage, at FRACTION of the peak of `gpu`; empty on CPUs
+    paces       seconds of a step where samplers and learners take turns, and where they work at the same time, with
+                their numbers; empty on CPUs
     need        bytes that the fullest GPU holds
     memory      bytes that each GPU has, where that is known
     hints       the settings that save most memory, where the run does not fit
@@ -52,6 +67,7 @@ class Estimate:
     roles: dict[str, WorkerMemory]
     flops: dict[str, float]
     seconds: dict[str, float]
+    paces: tuple["Pace", ...]
     gpu: str
     need: float
     memory: float | None
@@ -72,12 +88,13 @@ def estimate(config: RunConfig, plan: Plan, memory: float | None = None, device_
     sizes = measure(config, plan, "cuda" if plan.gpus else "cpu")
     gpu = next((name for name in PEAKS if name in device_name), ASSUMED)
     flops, need = image_flops(config, plan, sizes), fullest_gpu(config, plan, sizes)
-    known = memory if plan.gpus else None
+    known, seconds = memory if plan.gpus else None, step_seconds(config, plan, flops, gpu) if plan.gpus else {}
     return Estimate(
         parameters=sizes.parameters,
         roles=roles(config, plan, sizes),
         flops=flops,
-        seconds=step_seconds(config, plan, flops, gpu) if plan.gpus else {},
+        seconds=seconds,
+        paces=tuple(paces(config, plan, flops, seconds)) if plan.gpus else (),
         gpu=gpu,
         need=need,
         memory=known,
@@ -167,6 +184,27 @@ def step_seconds(config: RunConfig, plan: Plan, flops: dict[str, float], gpu: st
     return {stage: plan.images_per_step * seconds for stage, seconds in per_image.items()}
 
 
+def paces(config: RunConfig, plan: Plan, flops: dict[str, float], seconds: dict[str, float]) -> Iterator[Pace]:
+    """Yield how long a step takes with `loop.ahead` 0 and 1: with the plan's workers where they have GPUs of their own
+    or the settings state them, else with the best ones; and then with other splits of the GPUs.
+
+    Scoring goes on beside the rollout, and is over before the update.
+    """
+    one_gpu = seconds["rollout"] * (plan.hosts if plan.apart else min(plan.gpus, plan.samplers)) / flops["rollout"]
+    work = (one_gpu * flops["rollout"], one_gpu * flops["update"])
+    own, stated = (plan.samplers, plan.learners), config.cluster.samplers or config.cluster.learners
+    shared = not (plan.apart and stated)
+    together = (min(plan.gpus, plan.pieces[0]), min(plan.gpus, plan.pieces[1])) if shared else own
+    drawn = max(step_time((work[0], 0.0), plan.pieces, together), seconds["reward"])
+    yield Pace(0, *together, shared, drawn + step_time((0.0, work[1]), plan.pieces, together))
+    if plan.gpus < 2:
+        return
+    best = best_split(work, plan.pieces, plan.gpus)
+    splits = dict.fromkeys([own if plan.apart else best, best, *((s, plan.gpus - s) for s in range(1, plan.gpus))])
+    for split in list(splits)[:MOST_SPLITS]:
+        yield Pace(1, *split, False, max(step_time(work, plan.pieces, split), seconds["reward"]))
+
+
 def notes(config: RunConfig, plan: Plan) -> Iterator[str]:
     """Yield a sentence for each part of the run that the estimate leaves out."""
     for name in config.rewards:
@@ -198,6 +236,12 @@ def text(config: RunConfig, plan: Plan, found: Estimate) -> str:
     if found.seconds:
         times = ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in found.seconds.items())
         rows.append(("seconds a step", f"{times}, at {FRACTION:.0%} of the peak of each {found.gpu}"))
+    for pace in found.paces[:2]:
+        how = "on the same GPUs" if pace.shared else "on GPUs of their own"
+        workers = f"{pace.samplers} samplers and {pace.learners} learners {how}"
+        rows.append((f"a step, loop.ahead {pace.ahead}", f"{pace.seconds:.3g} s with {workers}"))
+    if others := ", ".join(f"{pace.samplers} + {pace.learners}: {pace.seconds:.3g}" for pace in found.paces[2:]):
+        rows.append(("with other splits", f"{others}, in seconds"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     said = [f"note: {note}" for note in found.notes]

@@ -176,7 +176,8 @@ def test_settling_fills_what_is_open_and_only_that_and_never_looks_at_stated_wor
             assert value <= (stated[name] if known else ROWS), (name, named)
             if known and not (name == "learner.micro_batch" and settled.rollout.chunk < 5):
                 assert value == stated[name], (name, named)
-        opened = settled.model_copy(update={"rollout": config.rollout, "learner": config.learner})
+        parts = {name: getattr(config, name) for name in ("rollout", "learner", "loop")}
+        opened = settled.model_copy(update=parts)
         assert opened == config, "nothing else changed"
         assert settle(settled, 3, 0) == settle(settled, 64, 8) == settled, "settled once and for all"
         for workers in ("cluster.samplers=5", "cluster.learners=1", "cluster.max_samplers=9"):

@@ -9,9 +9,9 @@ from align_cluster.config.run import RunConfig
 from align_cluster.learner.batching import Reduced, make_micro_batches
 from align_cluster.loop.advantages import AdvantageEstimator
 from align_cluster.loop.clock import Clock
-from align_cluster.loop.learning import Sync
 from align_cluster.loop.rollouts import DrawnChunk
 from align_cluster.loop.summary import step_metrics
+from align_cluster.loop.syncing import Sync
 from align_cluster.observe.metrics import describe
 from align_cluster.prompts.groups import plan_step
 from align_cluster.types import DrawInfo, Failure, Manifest, Prompt, Scores

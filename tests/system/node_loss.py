@@ -54,8 +54,8 @@ class Observer(HookedWorkers):
         self._redraw, self.rollouts.redraw = self.rollouts.redraw, self.redraw
         self._missed, self.rollouts._draw_again = self.rollouts._draw_again, self.draw_again
 
-    def draw(self, chunks, request):
-        answer = super().draw(chunks, request)
+    def collect(self, drawing):
+        answer = super().collect(drawing)
         self.facts["samplers"].append(len(self.samplers.ready_workers))
         return answer
 
@@ -63,9 +63,9 @@ class Observer(HookedWorkers):
         self.facts["redrawn"] += len(drawn)
         self._redraw(drawn)
 
-    def draw_again(self, missed, progress):
+    def draw_again(self, missed, drawing):
         self.facts["lost_images"] += len(missed)
-        self._missed(missed, progress)
+        self._missed(missed, drawing)
 
 
 def saboteur(cluster: Cluster, extra: object) -> type[HookedWorkers]:
@@ -76,9 +76,9 @@ def saboteur(cluster: Cluster, extra: object) -> type[HookedWorkers]:
             cluster.remove_node(self.node, allow_graceful=False)
             type(self).node = cluster.add_node(**NODE)
 
-        def draw(self, chunks, request):
+        def begin(self, chunks, request):
             self.armed = chunks[0].step == 1
-            return super().draw(chunks, request)
+            return super().begin(chunks, request)
 
         def report(self, stage, done, total):
             super().report(stage, done, total)
@@ -99,11 +99,11 @@ def newcomer(cluster: Cluster) -> type[HookedWorkers]:
     """Workers for whom a node joins after the first step, which has asked for a sampler more than there is room for."""
 
     class Newcomer(Observer):
-        def draw(self, chunks, request):
+        def begin(self, chunks, request):
             if chunks[0].step == 1:
                 cluster.add_node(**NODE)
                 self.samplers.wait_until(lambda: len(self.samplers.ready_workers) == self.samplers.size)
-            return super().draw(chunks, request)
+            return super().begin(chunks, request)
 
     return Newcomer
 

@@ -293,6 +293,7 @@ def test_a_late_learner_rank_ends_the_wait(make_pool, pid_of, monkeypatch):
     pid_of(quick), pid_of(late)
     ranks = learners.LearnerGroup.__new__(learners.LearnerGroup)  # its waiting alone, without a learner
     ranks.timeout_s, ranks.start_timeout_s, ranks.asked = 2.0, 2.0, []
+    ranks.ranks, ranks.wait = [], learners.first_ready
     assert ranks._wait([actor.add.remote(1) for actor in (quick, late)]) == [1, 1]
     with pytest.raises(
         learners.RankLost, match=r"1 of 2 learner ranks did not finish within the 2 s of cluster.timeout_s"

@@ -46,44 +46,38 @@ JOBS = {
     ),
 }
 # What is measured in seconds, or is a matter of who was free.
-TIMES = ("seconds", "time/", "throughput/", "scoring/", "weights/adopt_s")
+TIMES = ("seconds", "time/", "throughput/", "scoring/", "idle/", "weights/adopt_s")
 
 
 def preempting(moment: str, at: int) -> type[HookedWorkers]:
     """Workers whose driver is sent SIGTERM at its `at`-th step (from 0), before or after the thing called `moment`."""
 
     class Preempted(HookedWorkers):
-        sent = False
+        sent, drawn, trained = False, None, None  # the steps that are drawn and trained
 
-        def send(self, now: str) -> None:
-            if now == moment and getattr(self, "now", None) == at and not self.sent:
+        def send(self, now: str, step: int | None) -> None:
+            if now == moment and step == at and not self.sent:
                 self.sent = True
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        def draw(self, chunks, request):
-            if chunks[0].step >= 0:
-                self.now = chunks[0].step
-            inner = self.rollouts.report
+        def begin(self, chunks, request):
+            self.drawn = chunks[0].step
+            return super().begin(chunks, request)
 
-            def report(stage, done, total):
-                inner(stage, done, total)
-                if done:
-                    self.send(stage)
+        def report(self, stage, done, total):
+            super().report(stage, done, total)
+            if done:
+                self.send(stage, self.drawn)
 
-            self.rollouts.report = report
-            try:
-                return super().draw(chunks, request)
-            finally:
-                self.rollouts.report = inner
-
-        def update(self, *args):
-            self.send("before update")
-            trained = super().update(*args)
-            self.send("after update")
+        def update(self, step, *args):
+            self.trained = step
+            self.send("before update", step)
+            trained = super().update(step, *args)
+            self.send("after update", step)
             return trained
 
         def publish(self, source):
-            self.send(f"publish {source}")
+            self.send(f"publish {source}", self.trained)
             return super().publish(source)
 
     return Preempted

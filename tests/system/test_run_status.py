@@ -85,7 +85,7 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
                 ranks.append((self.ranks.status()[0], self.ranks.asked is self.ranks.built))
             return super().publish(source)
 
-        def draw(self, chunks, request):
+        def begin(self, chunks, request):
             if not ranks:
                 ranks.append((self.ranks.status()[0], self.ranks.asked is self.ranks.built))
             if chunks[0].step == 1:
@@ -94,7 +94,7 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
                 os.kill(process, signal.SIGSTOP)
                 threading.Timer(9, lambda: seen.append(json.loads(watches[0].file.read_text()))).start()
                 threading.Timer(10, os.kill, [process, signal.SIGCONT]).start()
-            return super().draw(chunks, request)
+            return super().begin(chunks, request)
 
     class Seen(Heartbeat):
         def __enter__(self):
@@ -109,7 +109,7 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     assert loads and loaded and answered.since == asked.since  # since it was asked, and not since the driver waited
     assert not asked.waiting and asked.phase in ("loading its model", "idle") and answered.phase == "idle"
     (state,) = seen
-    assert (state["step"], state["phase"], state["pid"]) == (2, "draw", os.getpid()) and state["seconds"] > 4
+    assert (state["step"], state["phase"], state["pid"]) == (2, "rollout", os.getpid()) and state["seconds"] > 4
     (worker,) = [worker for worker in state["workers"] if worker["name"] == "sampler-0"]
     assert worker["phase"].split()[0] in ("encode", "draw_chunk") and worker["waiting"] and worker["seconds"] > 4
     said = [record.getMessage() for record in caplog.records]

@@ -18,10 +18,10 @@ def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed:
     """Workers that kill one of the named pool at moments of the second step: one with work, where there is one."""
 
     class Saboteur(HookedWorkers):
-        step, left = 0, list(moments)
+        drawn, trained, left = 0, 0, list(moments)  # the steps that are drawn and trained
 
-        def strike(self, moment: str, delay: float = 0.0) -> None:
-            if self.step != 2 or moment not in self.left:
+        def strike(self, moment: str, step: int, delay: float = 0.0) -> None:
+            if step != 2 or moment not in self.left:
                 return
             self.left.remove(moment)
             pool = self.samplers if pool_name == "samplers" else self.rewards[0]
@@ -29,24 +29,25 @@ def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed:
             killed.append(int(victim.location.split()[-1]) if victim.location else pid_of(victim.actor))
             threading.Timer(delay, os.kill, [killed[-1], signal.SIGKILL]).start()
 
-        def draw(self, chunks, request):
-            self.step = chunks[0].step + 1
-            self.strike("before rollout")
-            return super().draw(chunks, request)
+        def begin(self, chunks, request):
+            self.drawn = chunks[0].step + 1
+            self.strike("before rollout", self.drawn)
+            return super().begin(chunks, request)
 
         def report(self, stage, done, total):
             super().report(stage, done, total)
             if stage == "rollout" and done:
-                self.strike("in rollout" if done < total else "in scoring")
+                self.strike("in rollout" if done < total else "in scoring", self.drawn)
 
         def update(self, step, drawn, credit):
-            self.strike("before update")
+            self.trained = step + 1
+            self.strike("before update", self.trained)
             return super().update(step, drawn, credit)
 
         def publish(self, source):
-            self.strike("in publish", 0.02)
+            self.strike("in publish", self.trained, 0.02)
             sync = super().publish(source)
-            self.strike("after publish")
+            self.strike("after publish", self.trained)
             return sync
 
     return Saboteur

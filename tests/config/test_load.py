@@ -123,7 +123,7 @@ MISTAKES = [
     ("lr: 1e-4", "betas: [0.9]", ["optimizer.betas.1 is missing", "the list is too short"]),
     ("lr: 1e-4", "betas: [0.9, 2]", ["optimizer.betas.1 is 2", "at most 1"]),
     ("lr: 1e-4", "betas: 0.9", ["optimizer.betas is 0.9", "a list in [brackets]"]),
-    ("lr: 1e-4", "schedule: exponential", ["optimizer.schedule is 'exponential'", "'constant' or 'linear'"]),
+    ("lr: 1e-4", "schedule: exponential", ["optimizer.schedule is 'exponential'", "'constant', 'linear' or 'cosine'"]),
     ("optimizer:\n  lr: 1e-4", "optimizer: 3", ["optimizer is 3", "a mapping of settings such as optimizer.lr"]),
     ("  steps: 4", "  step: {kind: sde}", ["rollout.step.kind is 'sde'", "euler, dpm2, flow_sde"]),
     (

@@ -60,6 +60,7 @@ def test_a_wheel_holds_the_run_files_and_says_what_it_is(wheel):
         facts = HeaderParser().parsestr(files.read(about).decode())
     shipped = {file.name for file in (ROOT / "configs").iterdir()}
     assert {Path(name).name for name in names if name.startswith("align_cluster/run_files/")} == shipped
+    assert {"align_cluster/constraints/tested.txt", "align_cluster/constraints/oldest.txt"} <= names
     assert "align_cluster/py.typed" in names and any(name.endswith("/licenses/LICENSE") for name in names)
     assert facts["License-Expression"] == "Apache-2.0" and "Typing :: Typed" in facts.get_all("Classifier")
     assert not any(name.startswith(("tests/", "configs/", "benchmarks/")) for name in names)

@@ -25,6 +25,7 @@ STARTS = 3  # a busy machine may need several, and each gets more time
 PATIENCE_S = 30.0  # that Ray gives its processes to start; the second try has twice as long, the third four times
 SAME_SIGNAL_S = 0.2  # within which a signal to all processes of a group has come to this one too
 REACH_S = 5.0  # what another port of this machine may take to answer
+HANDSHAKE_S = 10.0  # what a Ray may take to answer as one on a busy machine
 RAYLET_DIED = 2  # exit code, as of every error that a sentence explains
 END_S = 5.0  # what a failed start may take to end its processes, before they are killed
 
@@ -160,7 +161,7 @@ def is_private(address: str) -> bool:
     """Tell whether the Ray at `address` listens on the loopback interface only.
 
     Ray puts this machine's other address in the place of 127.0.0.1, where such a Ray is not found. Raises OSError where
-    nothing listens at an address of host and port: Ray would try for minutes.
+    no Ray listens at an address of host and port: Ray would try for minutes.
     """
     from ray._private import services
 
@@ -170,6 +171,7 @@ def is_private(address: str) -> bool:
     if "/" in host or not host or not port.isdigit():
         return False
     socket.create_connection((host, int(port)), REACH_S).close()
+    _handshake(address)
     if host not in ("127.0.0.1", "localhost"):
         return False
     try:
@@ -177,6 +179,19 @@ def is_private(address: str) -> bool:
     except OSError:
         return True
     return False
+
+
+def _handshake(address: str) -> None:
+    """Raise OSError where what listens at an address is no Ray, which speaks gRPC: Ray itself would try for minutes."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("0", "false"):  # which needs the certificates that Ray has
+        return
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(HANDSHAKE_S)
+        except grpc.FutureTimeoutError:
+            raise OSError("what listens there is no Ray") from None
 
 
 def make_token() -> None:

@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,9 +71,9 @@ def lab(folder: Path) -> Iterator["Lab"]:
         for daemon in daemons:
             processes.append(subprocess.Popen(daemon, env=env, **quiet))
             if daemon is munge:
-                _until((folder / "munge.socket").exists, "munge")
+                until((folder / "munge.socket").exists, "munge")
         made = Lab(env)
-        _until(lambda: made("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", "two idle nodes")
+        until(lambda: made("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", "two idle nodes")
         yield made
     finally:
         if processes:
@@ -104,18 +104,22 @@ class Lab:
 
     def until_ended(self, job: str, log: Path) -> None:
         """Wait until a job has ended, as it should."""
-        _until(lambda: self.field(job, "JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), job)
+        until(lambda: self.field(job, "JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), job)
         assert self.field(job, "JobState") == "COMPLETED", log.read_text()
 
-    def until_queued_again(self, job: str, restarts: int) -> None:
-        """Wait until a job is queued for the `restarts`-th time after its first, and let it start at once."""
-        _until(lambda: int(self.field(job, "Restarts")) >= restarts, f"job {job} to be queued again")
-        _until(lambda: self.field(job, "JobState") in ("PENDING", "RUNNING"), f"job {job} to have left its nodes")
-        if self.field(job, "JobState") == "PENDING":  # Slurm lets two minutes pass
-            self("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def until(self, job: str, log: Path, holds: Callable[[], bool], what: str) -> None:
+        """Wait until something holds, while the job is not failed. Slurm lets two minutes pass before it starts a job
+        again."""
+
+        def checked() -> bool:
+            assert self.field(job, "JobState") != "FAILED", f"job {job}: {log.read_text()}"
+            return holds()
+
+        until(checked, what)
 
 
-def _until(holds, what: str, patience_s: float = 900) -> None:
+def until(holds: Callable[[], bool], what: str, patience_s: float = 900) -> None:
+    """Wait until something holds."""
     deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline, f"waited in vain for {what}"

@@ -184,7 +184,7 @@ def planned(run_file, overrides, nodes, gib):
     if gpus:
         plan = derive(config, cores, gpus, rows_that_fit(config, cores, gpus, gib * GIB))
         assert plan.samplers == plan.learners == gpus, "every GPU has a sampler and a learner rank"
-        assert estimate(plan.config, plan, gib * GIB, None).fits, f"it does not fit into {gib:g} GiB"
+        assert estimate(plan.config, plan, gib * GIB).fits, f"it does not fit into {gib:g} GiB"
     tenth = [{kind: count / 10 for kind, count in node.items()} for node in nodes]
     assert fit_on(tenth, config).state == "fail", "fewer nodes would not do"
 

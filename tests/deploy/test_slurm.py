@@ -12,11 +12,11 @@ import pytest
 
 from align_cluster.observe.sinks import read_jsonl
 
-from .slurm_lab import _until, lab, missing
+from .slurm_lab import lab, missing, until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
-STEPS = 6
+STEPS = 30
 
 slurm = pytest.mark.skipif(bool(missing()), reason=missing() or "a Slurm runs here")
 
@@ -54,27 +54,29 @@ def test_a_run_over_two_nodes_outlives_its_ray_its_time_limit_and_a_node_and_end
 
         job = train(here, tmp_path, "disturbed")
         log = tmp_path / f"align-cluster-{job}.log"
-        _until(lambda: steps(tmp_path, "disturbed") >= 1, "the first step")
+
+        def after(step):
+            here.until(job, log, lambda: steps(tmp_path, "disturbed") >= step, f"step {step}")
+
+        after(1)
         of_node_1 = f"/tmp/align-cluster-{job}.1/"
         raylets = [one for one in psutil.process_iter() if one.name() == "raylet"]
         (raylet,) = (one for one in raylets if of_node_1 in str(one.cmdline()))
         raylet.send_signal(signal.SIGKILL)
-        _until(lambda: steps(tmp_path, "disturbed") >= 2, "a step after the Ray of the second node has died")
-        ray_log = tmp_path / "runs" / f"slurm-{job}" / "ray-1.log"
-        _until(lambda: "starting it again" in ray_log.read_text(), "that Ray to be started again")
+        after(2)  # without the second node
         here("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes(here, job)}")
-        here.until_queued_again(job, 1)
+        here.until(job, log, lambda: here.field(job, "Restarts") == "1", "the job to be queued again")
         assert "the run has saved" in log.read_text() and "ended by SIGTERM" in log.read_text()
+        assert "starting it again" in (tmp_path / "runs" / f"slurm-{job}" / "ray-1.log").read_text()
         here("scontrol", "update", f"JobId={job}", "TimeLimit=120")
-        before = steps(tmp_path, "disturbed")
-        assert before < STEPS
-        _until(lambda: steps(tmp_path, "disturbed") > before, "a step after the time limit")
-        if steps(tmp_path, "disturbed") < STEPS:
-            here("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-            here("scontrol", "update", "NodeName=n2", "State=RESUME")
-            here.until_queued_again(job, 2)
+        saved = steps(tmp_path, "disturbed")
+        after(saved + 1)
+        here("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+        here("scontrol", "update", "NodeName=n2", "State=RESUME")
+        here.until(job, log, lambda: here.field(job, "Restarts") == "2", "the job to be queued again")
+        assert steps(tmp_path, "disturbed") < STEPS
         here.until_ended(job, log)
-        assert "resum" in log.read_text() or "going on after step" in log.read_text()
+        assert f"going on after step {saved} of {STEPS}" in log.read_text()
         assert lora(tmp_path, "disturbed") == lora(tmp_path, "quiet")
 
 
@@ -93,7 +95,7 @@ def test_a_run_file_that_is_not_there_ends_the_job_with_one_sentence(tmp_path):
             ((), "error: no run file; give it after the script"),
         ):
             job = sbatch(here, tmp_path, *arguments, nodes=1)
-            _until(lambda job=job: here.field(job, "JobState") == "FAILED", "the job to fail")
+            until(lambda job=job: here.field(job, "JobState") == "FAILED", "the job to fail")
             assert here.field(job, "ExitCode") == "2:0"
             assert said in (tmp_path / f"align-cluster-{job}.log").read_text()
 
@@ -108,12 +110,12 @@ def test_a_reward_service_on_slurm_says_where_it_is_asks_for_its_token_and_is_qu
         file = str(ROOT / "configs" / "rewards_service.yaml")
         job = sbatch(here, tmp_path, file, "--set", "rewards.geneval=null", "deployments.geneval=null", script=script)
         url, token = tmp_path / "runs" / "rewards.url", tmp_path / "runs" / "rewards.token"
-        _until(url.exists, (tmp_path / f"align-rewards-{job}.log").name)
+        until(url.exists, (tmp_path / f"align-rewards-{job}.log").name)
         RewardClient(url.read_text().strip(), token.read_text()).rewards()
         with pytest.raises(Unauthorized):
             RewardClient(url.read_text().strip(), "another").rewards()
         here("scancel", "--signal=TERM", "--batch", job)
-        _until(lambda: here.field(job, "Restarts") == "1", "the job to be queued again")
+        until(lambda: here.field(job, "Restarts") == "1", "the job to be queued again")
         assert not url.exists()
         here("scancel", job)
 

@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 MANIFEST = Path(__file__).parents[2] / "deploy" / "kuberay" / "base" / "rayservice.yaml"
 
-# What RayService does: it hands its serveConfigV2 to the Serve of its cluster, whose controller imports the application.
+# What RayService does: it hands its serveConfigV2 to its cluster, whose Serve controller imports the application.
 RUN = """
 import json, sys, time
 import numpy as np

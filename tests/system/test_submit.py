@@ -9,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import venv
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -43,19 +46,22 @@ def free_ports(count):
     return ports
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """(dashboard address, environment of its clients) of a cluster of two cores; stopped by its own handle."""
+@contextmanager
+def started(python, **variables):
+    """(dashboard address, environment of its clients) of a cluster of two cores, whose Python is `python`; stopped by
+    its own handle. `variables` are those of its nodes and of its clients; None leaves one out."""
     folder = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))  # Ray's sockets need a short path
     (folder / "token").write_text("0123456789abcdef" * 4)
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{Path(python).parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_AUTH_MODE": "token",
     }
+    nodes = {name: value for name, value in (env | variables).items() if value is not None}
     port, dashboard, *others = free_ports(2 + len(PORTS))
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
     command += [
         f"--port={port}",
         "--dashboard-host=127.0.0.1",
@@ -64,13 +70,12 @@ def cluster():
     ]
     command += [f"--{name}-port={number}" for name, number in zip(PORTS, others, strict=True)]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000", f"--temp-dir={folder}"]
-    head = subprocess.Popen(
-        command, env=env | {"RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
-    )
+    head = subprocess.Popen(command, env=nodes, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
     address = f"http://127.0.0.1:{dashboard}"
+    del env["RAY_AUTH_MODE"]
     try:
-        wait_for(address, head)
-        yield address, env
+        wait_for(address, head, 401 if nodes["RAY_AUTH_MODE"] == "token" else 200)
+        yield address, env | {"HEAD_OF_THE_TESTS": f"127.0.0.1:{port}"}
     finally:
         head.terminate()
         try:
@@ -80,14 +85,22 @@ def cluster():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(address, head):
+@pytest.fixture(scope="module")
+def cluster():
+    with started(sys.executable) as made:
+        yield made
+
+
+def wait_for(address, head, answers):
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert head.poll() is None, f"ray start ended with {head.returncode}"
         try:
             urllib.request.urlopen(f"{address}/api/version", timeout=2)
+            assert answers == 200, "the cluster must ask for its token"
+            return
         except urllib.error.HTTPError as answer:
-            assert answer.code == 401, "the cluster must ask for its token"
+            assert answer.code == answers
             return
         except OSError:
             time.sleep(0.5)
@@ -269,3 +282,38 @@ def test_a_job_whose_driver_gets_sigterm_exits_with_75_and_goes_on_when_it_is_su
     steps = int(saved.name[5:]) + 1
     again = submit(cluster, *arguments, "--set", *TINY, f"steps={steps}")
     assert again.returncode == 0 and f"step {steps}/{steps}" in again.stdout and f"step 1/{steps}" not in again.stdout
+
+
+@pytest.fixture
+def bare_python(tmp_path):
+    """The Python of an environment that has what this package depends on, and not the package."""
+    venv.create(tmp_path / "bare", with_pip=False)
+    (packages,) = (tmp_path / "bare" / "lib").glob("python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read: no sources
+    return tmp_path / "bare" / "bin" / "python"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_a_cluster_without_the_package_and_without_or_with_a_token_runs_the_code_that_goes_along(
+    bare_python, tmp_path, mode
+):
+    arguments = ["configs/quickstart.yaml", "--out", str(tmp_path), "--name", "job", "--set", *TINY]
+    with started(bare_python, PYTHONPATH=None, RAY_AUTH_MODE=mode) as cluster:
+        lacks = submit(cluster, *arguments)
+        assert lacks.returncode == 1 and "or --with-code" in lacks.stdout, lacks.stdout + lacks.stderr
+        done = submit(cluster, *arguments, "--with-code")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "job" / "lora" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.exhaustive
+def test_train_on_the_machine_of_a_head_joins_it_by_auto_with_its_token(cluster, tmp_path):
+    address, env = cluster
+    folder = Path(env["RAY_AUTH_TOKEN_PATH"]).parent
+    env = env | {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": env["HEAD_OF_THE_TESTS"]}
+    command = [sys.executable, "-m", "align_cluster.cli", "train", "configs/quickstart.yaml", "--out", str(tmp_path)]
+    command += ["--name", "auto", "--set", *TINY, "cluster.address=auto"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "joining the Ray at auto" in done.stdout and (tmp_path / "auto" / "summary.json").exists()

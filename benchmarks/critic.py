@@ -3,6 +3,8 @@ beside two, steering beside plain sampling, and what the critic costs; on the em
 
     python benchmarks/critic.py run                       # every row that is missing; stop and go on as you like
     python benchmarks/critic.py run --arms geneval --seeds 0
+    python benchmarks/critic.py draw --data FOLDER        # 9,000 images of the frozen model, once; 60 MiB a thousand
+    python benchmarks/critic.py learn --data FOLDER       # what critics explain of them, by number of images and arm
     python benchmarks/critic.py cost                      # values on learners and on samplers; bytes of SD3.5-M
     python benchmarks/critic.py table                     # what there is, as Markdown
     python benchmarks/critic.py plot                      # results/critic_*.png; needs the extra benchmarks
@@ -10,7 +12,7 @@ beside two, steering beside plain sampling, and what the critic costs; on the em
 An arm names the rewards that are trained: the strict 0/1 GenEval rule, the embedded CLIP's preference, or both.
 Prompts, images, updates, learning rate and seeds are those of the rows of Flow-GRPO in results/learning.jsonl, up to
 the 24th of their 48 steps. The critics of the runs on GenEval then steer held-out prompts. A row of
-results/critic.jsonl is one run.
+results/critic.jsonl is one run, and one of results/critic_explains.jsonl one critic that learned from stored rollouts.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import rows
 from learning import COLUMNS, DOMAINS, GROUP, PROMPTS, RESULTS, train
 from learning import ROWS as LEARNING
 
-ROWS, COST = RESULTS / "critic.jsonl", RESULTS / "critic_cost.json"
+ROWS, COST, EXPLAINS = (RESULTS / name for name in ("critic.jsonl", "critic_cost.json", "critic_explains.jsonl"))
 STEPS, EVERY, PROMPTS_STEERED, IMAGES_STEERED = 24, 12, 60, 2
 ARMS = {"geneval": ("geneval",), "both": DOMAINS, "clip": ("clip",)}
 STEERING_ARM = "geneval"
@@ -170,9 +172,38 @@ def plot(kept: list[dict]) -> None:
     plt.close(figure)
 
 
+def study(folder: Path, jobs: list[str]) -> None:
+    """Let the critics of `jobs` learn that have no row yet, each in turn."""
+    from critic_study import JOBS, learn
+
+    for name in jobs or JOBS:
+        arm, images = name.rsplit(":", 1)
+        if not any((row["arm"], row["images"]) == (arm, int(images)) for row in rows.read(EXPLAINS)):
+            rows.add(EXPLAINS, learn(folder, arm, int(images)))
+
+
+def explained_table(kept: list[dict]) -> str:
+    """Explained variance of held-out prompts' rewards by noise level, after the last update."""
+    if not kept:
+        return ""
+    sigmas = [level for level in kept[0]["sigmas"] if level < 1]
+    heads = ["critic", "images", "updates", "below .5", *(f"{level:.2f}" for level in sigmas)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in sorted(
+        kept, key=lambda row: (list(dict.fromkeys(r["arm"] for r in kept)).index(row["arm"]), row["images"])
+    ):
+        last = row["curve"][-1]
+        cells = [last["low"], *last["levels"][1:]] if "levels" in last else []
+        said = " | ".join(f"{share:.2f}" for share in cells)
+        lines.append(f"| {row['arm']} | {row['images']} | {row['updates']} | {said} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "cost", "table", "plot"])
+    parser.add_argument("command", choices=["run", "draw", "learn", "cost", "table", "plot"])
+    parser.add_argument("--data", type=Path, default=Path("runs/critic_rollouts"))
+    parser.add_argument("--jobs", nargs="+", default=[], metavar="ARM:IMAGES")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
@@ -181,6 +212,13 @@ def main() -> None:
             for arm in args.arms:
                 if not any((row["arm"], row["seed"]) == (arm, seed) for row in rows.read(ROWS)):
                     rows.add(ROWS, run(arm, seed))
+    elif args.command in ("draw", "learn"):
+        from critic_data import draw
+
+        for line in draw(args.data):
+            print(line, flush=True)
+        if args.command == "learn":
+            study(args.data, args.jobs)
     elif args.command == "cost":
         from critic_cost import cost, cost_table
 
@@ -189,7 +227,8 @@ def main() -> None:
         return
     elif args.command == "plot":
         plot(rows.read(ROWS))
-    print(table(rows.read(ROWS)), steering_table(rows.read(ROWS)), sep="\n\n")
+    found = table(rows.read(ROWS)), steering_table(rows.read(ROWS)), explained_table(rows.read(EXPLAINS))
+    print(*found, sep="\n\n")
 
 
 if __name__ == "__main__":

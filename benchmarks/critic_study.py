@@ -22,7 +22,7 @@ from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Condition, ReplayBatch
 
-MINIBATCH, LOOKS = 64, 300  # states an update; updates between two looks at held-out states
+MINIBATCH, UPDATES, LOOKS = 64, 600, 300  # states an update; updates between two looks at held-out states
 JUDGED = 400  # held-out images, one a prompt
 # name: settings of the critic beside those of the run file
 ARMS = {
@@ -34,6 +34,13 @@ ARMS = {
     "no text": {"text": False},
     "no level": {"level": False},
 }
+
+
+RATES = {"whole": 3e-4, "random": 3e-4}  # AdamW's, where 1e-3 is too high: all weights of a network train
+JOBS = (
+    *("lora:2000", "lora:4000", "lora:500", "lora:8000", "lora:1000", "whole:4000", "pixels:4000", "frozen:4000"),
+    *("no text:4000", "no level:4000", "random:4000"),
+)
 
 
 class Study:
@@ -85,8 +92,11 @@ class Study:
         return self.mean + self.deviation * found
 
 
-def learn(folder: Path, arm: str, images: int, reward: str, updates: int, rate: float, seed: int) -> dict:
-    """Train one critic; the row says what it explained by noise level at each look, and at which one it knew most."""
+def learn(
+    folder: Path, arm: str, images: int, reward: str = "mixed", updates: int = UPDATES, rate: float = 0, seed: int = 0
+) -> dict:
+    """Train one critic; the row says what it explained by noise level at each look. Rate 0 takes the arm's own."""
+    rate = rate or RATES.get(arm, 1e-3)
     study = Study(folder, images, reward)
     learner, rng, curve = study.learner(arm, rate, seed), np.random.default_rng(seed), []
     low, started = study.sigmas[:-1] < 0.5, time.process_time()

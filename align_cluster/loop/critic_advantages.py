@@ -80,7 +80,7 @@ class CriticAdvantageEstimator:
             learned["replay"] = self._replay(drawn, found, kept, prompts)
             metrics |= {"value/replay/images": len(self.replay), "value/replay/updates": len(learned["replay"])}
             if len(self.replay):
-                metrics["value/replay/age"] = self.replay.age(drawn[0].info.version)
+                metrics["value/replay/age"] = self.replay.age
         return Credit(grouped(advantages).astype(np.float32), grouped(valid), metrics, actor=self.warm, **learned)
 
     def _replay(

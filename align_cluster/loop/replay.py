@@ -115,9 +115,12 @@ class ReplayBuffer:
         while True:
             yield from torch.randperm(len(self), generator=own).tolist()
 
-    def age(self, version: int) -> float:
-        """Return by how many versions the policy has moved on since the kept images were drawn, on average."""
-        return version - float(np.concatenate([block.versions for block in self.blocks]).mean())
+    @property
+    def age(self) -> float:
+        """Return how many steps ago the kept images were drawn, on average. Versions do not tell: evaluations and
+        resumed runs publish more of them."""
+        counts = [len(block) for block in self.blocks]
+        return float(np.average(np.arange(len(counts))[::-1], weights=counts))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays that a checkpoint keeps."""

@@ -85,7 +85,7 @@ METRICS = (
     Metric("value/actor", "", "1 where the actor learned too, 0 while only the critic did"),
     Metric("value/replay/images", "images", "images whose states the critic learns from"),
     Metric("value/replay/updates", "updates", "updates that the critic made from them in this step"),
-    Metric("value/replay/age", "versions", "versions of the weights that were published since they were drawn, mean"),
+    Metric("value/replay/age", "steps", "how many steps ago they were drawn, mean"),
     Metric("value/<name>/held_out", "fraction", "explained variance below noise 0.5, last steps' held-out prompts"),
     Metric("value/<name>/explained_variance", "fraction", "share of a reward's variance that the critic explains"),
     Metric("value/<name>/explained_variance/<levels>", "fraction", "the same at these noise levels"),

@@ -55,7 +55,7 @@ def test_the_oldest_steps_go_first_and_there_are_never_more_images_than_allowed(
         buffer.add(block(step))
         sizes.append(len(buffer))
     assert sizes == [4, 8, 12, 12, 12, 12]
-    assert [kept.versions[0] for kept in buffer.blocks] == [4, 5, 6] and buffer.age(6) == 1
+    assert [kept.versions[0] for kept in buffer.blocks] == [4, 5, 6] and buffer.age == 1
     buffer.add(block(7, 3))
     assert len(buffer) == 11
 

@@ -108,15 +108,15 @@ def test_real_workers_hold_what_was_predicted(folder, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_critic_takes_beside_the_actor_what_was_predicted(folder, tmp_path):
-    critics = [{"features": name, "width": 64, "heads": 4} for name in ("lora", "copy")]
+    critics = [{"features": name, "width": 64, "heads": 4} for name in ("lora", "copy", "whole", "pixels")]
     kinds = [{"kind": "ppo", "critic": critic, "critic_batch": 8} for critic in critics]
     kinds.append(kinds[0] | {"critic_batch": 24})  # three micro-batches, more than the actor's update takes
     configs = [run(folder, 2, algorithm=kind) for kind in ({"kind": "grpo"}, *kinds)]
     actor, *critics = (one["learner"] for one in held(configs, 1, tmp_path / "held.json"))
     foreseen, *more = (predicted(config, 1)["learner"] for config in configs)
     assert [foreseen, *more] == pytest.approx([actor, *critics], rel=0.05)
-    added = pytest.approx([one - actor for one in critics[:2]], abs=0.03 * actor)
-    assert [one - foreseen for one in more[:2]] == added and more[2] > more[0]
+    added = pytest.approx([one - actor for one in critics[:4]], abs=0.03 * actor)
+    assert [one - foreseen for one in more[:4]] == added and more[4] > more[0]
 
 
 @pytest.mark.exhaustive

@@ -99,13 +99,7 @@ CLAIMS = {
     "e2po-flat": Claim(E2PO, "keeps groups from going flat", "flat groups, late", "nft_2", "e2po_2x4"),
     "e2po-images": Claim(E2PO, "is level with NFT at equal images", "accuracy", "e2po_2x4", "nft_8", -0.03),
     "e2po-spread": Claim(
-        E2PO,
-        "keeps its spread where NFT's dies",
-        "reward std in a group, late",
-        "collapse_e2po",
-        "collapse_nft",
-        0,
-        ONE,
+        E2PO, "keeps its spread where NFT's dies", "reward std in a group, late", "collapse_e2po", "collapse_nft"
     ),
     "e2po-collapse": Claim(E2PO, "its groups stay alive there", "flat groups, late", "collapse_nft", "collapse_e2po"),
     "e2po-long": Claim(E2PO, "and it ends higher there", "accuracy", "collapse_e2po", "collapse_nft", 0, ONE),

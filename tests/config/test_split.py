@@ -61,7 +61,9 @@ def test_eight_gpus_are_shared_out_by_the_work_and_each_has_one_worker(run_confi
     assert (plan.sampler_gpus, plan.learner_gpus, plan.together, plan.hosts) == (1, 1, 1, workers[0])
 
 
-@each(("stated", "workers"), [(["samplers=3"], (3, 5)), (["learners=7"], (1, 7)), (["samplers=2", "learners=2"], (2, 2))])
+@each(
+    ("stated", "workers"), [(["samplers=3"], (3, 5)), (["learners=7"], (1, 7)), (["samplers=2", "learners=2"], (2, 2))]
+)
 def test_stated_numbers_win_and_the_other_pool_gets_the_rest(run_config, stated, workers):
     plan = derive(run_config(*AHEAD, *(f"cluster.{one}" for one in stated)), 64, 8)
     assert (plan.samplers, plan.learners) == workers

@@ -89,7 +89,7 @@ def saboteur(cluster: Cluster, extra: object) -> type[HookedWorkers]:
                 self.other_node()
 
         def update(self, step, drawn, credit):
-            if step == 2:
+            if step == 2 - self.plan.config.loop.ahead:  # one step ahead, the next one is drawn meanwhile
                 self.other_node()
                 time.sleep(5)  # until Ray knows; an update that is quicker finds the records still there
             return super().update(step, drawn, credit)

@@ -188,19 +188,20 @@ def process(place: str) -> int:
     return int(place.rsplit(" ", 1)[1])
 
 
-def config_of(steps: int) -> RunConfig:
-    return load(ROOT / "configs/quickstart.yaml", [*OVERRIDES, f"steps={steps}"])
+def config_of(steps: int, ahead: int) -> RunConfig:
+    return load(ROOT / "configs/quickstart.yaml", [*OVERRIDES, f"steps={steps}", f"loop.ahead={ahead}"])
 
 
-def drive(folder: Path, steps: int) -> None:
+def drive(folder: Path, steps: int, ahead: int) -> None:
     """One life of the driver: from the start, or from where the one before was killed."""
     driver.WorkerGroup = saboteur(folder)
-    driver.train(config_of(steps), folder, "auto")
+    driver.train(config_of(steps, ahead), folder, "auto")
 
 
-def lives(folder: Path, steps: int) -> tuple[dict[str, Any], int, float]:
+def lives(folder: Path, steps: int, ahead: int) -> tuple[dict[str, Any], int, float]:
     """Summary of the run in `folder`, how many drivers it took, and seconds in all."""
-    began, count, command = time.monotonic(), 0, [sys.executable, __file__, "drive", str(folder), "--steps", str(steps)]
+    began, count, command = time.monotonic(), 0, [sys.executable, __file__, "drive", str(folder)]
+    command += ["--steps", str(steps), "--ahead", str(ahead)]
     while True:
         count += 1
         with (folder / f"log-{count}.txt").open("w") as log:
@@ -218,14 +219,14 @@ def step_seconds(folder: Path) -> dict[int, float]:
     return {step: ends[step] - ends[step - 1] for step in sorted(ends) if step - 1 in ends}
 
 
-def storm(seed: int, steps: int, counts: dict[str, int], out: Path) -> dict[str, Any]:
+def storm(seed: int, steps: int, ahead: int, counts: dict[str, int], out: Path) -> dict[str, Any]:
     """Both runs, and what came of them."""
     kills, found = schedule(seed, steps, counts), {}
     for name, planned in (("quiet", []), ("stormy", kills)):
         folder = out / name
         folder.mkdir(parents=True)
         (folder / "schedule.json").write_text(json.dumps([asdict(kill) for kill in planned]))
-        found[name] = lives(folder, steps)
+        found[name] = lives(folder, steps, ahead)
     (quiet, _, quiet_s), (stormy, drivers, stormy_s) = found["quiet"], found["stormy"]
     done = read_jsonl(out / "stormy" / "kills.jsonl")
     usual, longer = statistics.median(step_seconds(out / "quiet").values()), step_seconds(out / "stormy")
@@ -238,6 +239,7 @@ def storm(seed: int, steps: int, counts: dict[str, int], out: Path) -> dict[str,
     return {
         "seed": seed,
         "steps": steps,
+        "ahead": ahead,
         "images_per_step": 16,
         "planned": len(kills),
         "kills": len(done),
@@ -308,17 +310,18 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="of `drive`, which `run` calls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--ahead", type=int, choices=[0, 1], default=0, help="loop.ahead; 1 keeps no figures")
     parser.add_argument("--kills", nargs="+", metavar="KIND=COUNT", help="other than the kept run's")
     args = parser.parse_args()
     if args.what == "drive":
-        drive(args.folder, args.steps)
+        drive(args.folder, args.steps, args.ahead)
     elif args.what == "table":
         print("\n".join(table(json.loads(RESULTS.read_text()))))
     else:
         counts = parse_kills(args.kills) if args.kills else KILLS
         with tempfile.TemporaryDirectory(prefix="ac-chaos-", dir="/tmp") as folder:
-            found = storm(args.seed, args.steps, counts, Path(folder))
-        if not args.kills:
+            found = storm(args.seed, args.steps, args.ahead, counts, Path(folder))
+        if not (args.kills or args.ahead):
             RESULTS.write_text(json.dumps(found, indent=2) + "\n")
         print("\n".join(table(found)))
         if not (found["weights_equal"] and not found["steps_lost"] and not found["groups_lost"]):

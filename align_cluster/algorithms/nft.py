@@ -54,6 +54,14 @@ class NFT(Algorithm):
                     f"set it to at most {steps}, or leave it out"
                 )
 
+        def notes(self, where: str, run: Root) -> Iterator[str]:
+            """Note a policy without lag that is drawn with older weights all the same."""
+            if self.old == "on_policy" and run.loop.ahead:
+                yield (
+                    f"{where}.old is on_policy, and loop.ahead 1 draws each step with the weights of one step before; "
+                    "set loop.ahead to 0 for images of the very policy that is trained"
+                )
+
     needs_density = False
     needs_flow = True
     default_step = "dpm2"

@@ -153,11 +153,11 @@ def reward_role(pool: str) -> str:
 def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
     """Return what the run reserves: bundles of resources, and for each role which bundle its worker number i runs in.
 
-    Samplers and a learner rank that alternate share a bundle, and with it a GPU. Reward workers that ask for a small
+    Samplers and a learner rank that take turns share a bundle, and with it a GPU. Reward workers that ask for a small
     part of a GPU share it too. A bundle with a learner holds a whole GPU, because Ray would put two halves on the same
     device, where NCCL refuses two ranks.
     """
-    first_learner = plan.samplers if plan.apart else 0
+    first_learner = plan.samplers if plan.apart or plan.config.loop.ahead else 0
     places = {
         "sampler": [index // plan.together for index in range(plan.samplers)],
         "learner": [first_learner + index for index in range(plan.learners)],

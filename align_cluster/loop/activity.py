@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ class Activity:
             busy[name] = sum(span.end - span.start for span in spans)
             found[f"idle/{name}"] = min(1.0, max(0.0, 1 - busy[name] / (seconds * max(1, sizes[name]))))
             lanes += timeline(spans, start, JOIN * seconds, name)
-        write_json(self.run.timeline, {"step": step, "seconds": round(seconds, 4), "workers": lanes})
+        with suppress(OSError):  # a full disk costs a picture; those who write what counts say so
+            write_json(self.run.timeline, {"step": step, "seconds": round(seconds, 4), "workers": lanes})
         self._judge(busy["samplers"], busy["learners"], seconds)
         workers.idle = found
         return found | ({"throughput/images_per_gpu_s": images / seconds / self.gpus} if self.gpus else {})

@@ -96,7 +96,7 @@ class Drawing:
     @property
     def training(self) -> bool:
         """Tell whether it is a training step, and no evaluation."""
-        return min(self.orders)[0] >= 0
+        return next(iter(self.orders))[0] >= 0
 
     @property
     def finished(self) -> bool:
@@ -199,7 +199,9 @@ class RolloutCollector:
     def _take(self, done: Done) -> None:
         """Take in the end of one call, and go on with what waits for it."""
         key = done.key if done.pool is self.samplers else done.key.parts[0].chunk.id
-        drawing = next(one for one in self.drawings if key in one.orders)
+        drawing = next((one for one in self.drawings if key in one.orders), None)
+        if drawing is None:
+            return  # a late answer about images that were drawn again meanwhile, and scored
         if isinstance(done.value, InputLost):
             self._draw_again(drawing.scoring[done.pool].withdraw(done), drawing)
         elif done.pool is self.samplers:

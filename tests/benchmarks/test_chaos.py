@@ -73,8 +73,10 @@ def test_the_kept_run_lost_nothing():
 
 
 @pytest.mark.exhaustive
-def test_a_short_storm_ends_as_the_quiet_run():
-    command = [sys.executable, str(SCRIPT), "run", "--steps", "4", "--kills", "sampler=2", "reward=1", "learner=1"]
-    done = subprocess.run([*command, "driver=1"], capture_output=True, text=True, timeout=1200)
+@pytest.mark.parametrize("ahead", ["0", "1"])
+def test_a_short_storm_ends_as_the_quiet_run(ahead):
+    kills = ["sampler=2", "reward=1", "learner=1", "driver=1"]
+    command = [sys.executable, str(SCRIPT), "run", "--steps", "4", "--ahead", ahead, "--kills", *kills]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| final LoRA equal to the quiet run's, bit by bit | yes |" in done.stdout

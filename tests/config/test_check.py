@@ -393,6 +393,7 @@ def test_exploring_a_backbone_without_a_clip_encoder_is_refused_with_one_that_ha
             ["learner.guidance_gradient=both"],
             ["learner.guidance_gradient is both", "rollout.guidance 1 has no second branch"],
         ),
+        (["algorithm.old=on_policy", "loop.ahead=1"], ["algorithm.old is on_policy", "set loop.ahead to 0"]),
         (["rollout.step.kind=cps"], ["rollout.step.kind is cps", "nft has no use for", "dpm2"]),
         (
             [*GRPO, "rollout.step.kind=flow_ddim"],

@@ -1,7 +1,9 @@
 """Runs on a Ray of several nodes: quiet, with nodes that go down on the way while others join, and with one that joins
 while a run waits for room. And what the doctor says of the nodes. Prints one JSON line.
 
-    node_loss.py loss|join FOLDER PYTHON
+    node_loss.py loss|ahead|join FOLDER PYTHON
+
+`ahead` is `loss` with runs that draw one step ahead.
 
 Needs a Ray of its own, and Ray reads how soon a node counts as lost from the environment: test_nodes.py starts it.
 """
@@ -87,7 +89,7 @@ def saboteur(cluster: Cluster, extra: object) -> type[HookedWorkers]:
                 self.other_node()
 
         def update(self, step, drawn, credit):
-            if step == 2:
+            if step == 2 - self.plan.config.loop.ahead:  # one step ahead, the next one is drawn meanwhile
                 self.other_node()
                 time.sleep(5)  # until Ray knows; an update that is quicker finds the records still there
             return super().update(step, drawn, credit)
@@ -151,12 +153,13 @@ def run(folder: Path, crew: type[HookedWorkers], overrides: tuple[str, ...]) -> 
 def main(what: str, folder: Path) -> None:
     head = NODE | {"include_dashboard": False, "temp_dir": f"{folder}/ray"}
     cluster, found = Cluster(initialize_head=True, head_node_args=head), {}
-    if what == "loss":
+    if what != "join":
         extra = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    if what == "loss":
+    if what != "join":
+        ahead = f"loop.ahead={int(what == 'ahead')}"
         for name, crew in (("quiet", Observer), ("stormy", saboteur(cluster, extra))):
-            found[name] = run(folder / name, crew, ("cluster.samplers=2",))
+            found[name] = run(folder / name, crew, ("cluster.samplers=2", ahead))
     else:
         one = ("cluster.samplers=1", "cluster.max_samplers=2", "steps=4")
         found["elastic"] = run(folder / "elastic", newcomer(cluster), one)

@@ -29,9 +29,13 @@ def nodes(preload: Preload, what: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow  # two runs, on nodes that come and go
-def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records(preload):
-    found = nodes(preload, "loss")
+@pytest.mark.parametrize(
+    "what", [pytest.param("loss", marks=pytest.mark.slow), pytest.param("ahead", marks=pytest.mark.exhaustive)]
+)
+def test_a_run_survives_the_loss_of_nodes_with_workers_images_and_records(preload, what):
+    """Two runs, on nodes that come and go. One step ahead, what is drawn again needs older weights than the samplers
+    hold then."""
+    found = nodes(preload, what)
     quiet, stormy = found["quiet"], found["stormy"]
     assert stormy["workers_lost"] >= 2 and quiet["workers_lost"] == 0
     assert stormy["lost_images"] + stormy["redrawn"] > 0

@@ -71,7 +71,8 @@ def auth(tmp_path, monkeypatch):
 
 def all_files_are_here(config):
     blocks = (config.prompts, config.evaluate.prompts)
-    return all(Path(path).is_file() for one in blocks for path in [getattr(one, "path", None)] if path)
+    named = [getattr(one, name, None) for one in blocks for name in ("path", "folder", "exclude")]
+    return all(Path(path).is_file() for path in named if path)
 
 
 def refused(capsys, *arguments):

@@ -80,27 +80,32 @@ def packages() -> Iterator[Check]:
     if sys.version_info[:2] > TESTED_PYTHON:
         tested = ".".join(map(str, TESTED_PYTHON))
         yield Check("warn", "python", f"{platform.python_version()} is newer than {tested}, which was tested", UNTESTED)
+    notes = dict(untested())
     for name in REQUIRED:
         version = package_version(name)
-        yield Check.of(bool(version), name, version or "missing", "pip install align-cluster", "fail")
+        if note := notes.pop(name, ""):
+            yield Check("warn", name, note, UNTESTED)
+        else:
+            yield Check.of(bool(version), name, version or "missing", "pip install align-cluster", "fail")
     for name, (extra, purpose) in OPTIONAL.items():
         version = package_version(name)
-        remedy = f"for {purpose}: pip install 'align-cluster[{extra}]'"
-        yield Check.of(bool(version), name, version or "not installed", remedy)
-    yield from untested()
+        if note := notes.pop(name, ""):
+            yield Check("warn", name, note, UNTESTED)
+        else:
+            remedy = f"for {purpose}: pip install 'align-cluster[{extra}]'"
+            yield Check.of(bool(version), name, version or "not installed", remedy)
+    yield from (Check("warn", name, note, UNTESTED) for name, note in notes.items())
 
 
-def untested() -> Iterator[Check]:
-    """Warn of each installed package that is older or newer than the versions that were tested."""
+def untested() -> Iterator[tuple[str, str]]:
+    """Yield each installed package that is older or newer than the versions that were tested, and a note about it."""
     oldest = pins("oldest")
     for name, newest in pins("tested").items():
-        version = package_version(name)
-        if not version:
-            continue
-        if _release(version) > _release(newest):
-            yield Check("warn", name, f"{version} is newer than {newest}, the newest that was tested", UNTESTED)
-        elif _release(version) < _release(least := oldest.get(name, newest)):
-            yield Check("warn", name, f"{version} is older than {least}, the oldest that was tested", UNTESTED)
+        version, least = package_version(name), oldest.get(name, newest)
+        if version and _release(version) > _release(newest):
+            yield name, f"{version} is newer than {newest}, the newest that was tested"
+        elif version and _release(version) < _release(least):
+            yield name, f"{version} is older than {least}, the oldest that was tested"
 
 
 def pins(which: Literal["tested", "oldest"]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,18 @@ class _Log:
 
     async def show(self) -> Any:
         """Show what comes until the job has ended; return Ray's details of the job."""
+        from aiohttp import ClientError
+
         answered = time.monotonic()
         while True:
             try:
                 info = self.client.get_job_info(self.job)
-                await self._read()
+                answered = time.monotonic()
+                with suppress(RuntimeError, OSError, ClientError):  # a connection that breaks is made again
+                    await self._read()
                 if info.status.is_terminal():  # before the log was read, so the log was whole
                     return info
-                answered = time.monotonic()
-            except Exception as error:  # requests', aiohttp's and Ray's own, for a connection that broke
+            except (RuntimeError, OSError) as error:
                 if "status code 404" in str(error):
                     raise UserError(
                         f"{self.client.get_address()} has no job {self.job}; `ray job list` shows those that it has"

@@ -97,7 +97,9 @@ def strict(schema):
     return made
 
 
-@pytest.mark.parametrize(("where", "document"), all_documents(), ids=lambda one: str(one)[:12])
+@pytest.mark.parametrize(
+    ("where", "document"), all_documents(), ids=lambda one: one if isinstance(one, str) else one["kind"]
+)
 def test_a_custom_resource_has_only_what_kuberays_schema_knows(where, document):
     if document["kind"] not in KINDS:
         pytest.skip("a core resource, checked below")
@@ -153,15 +155,15 @@ def workers(document):
     return [node] * group["replicas"], gib and float(gib)
 
 
-@pytest.mark.parametrize(
-    ("where", "document"),
-    [
-        (where, one)
-        for where, one in all_documents()
-        if "align-cluster/run-file" in one["metadata"].get("annotations", {})
-    ],
-    ids=lambda one: str(one)[:12],
-)
+def with_a_run_file():
+    """The documents that name a run file; to plan one for GPUs takes seconds."""
+    for where, one in all_documents():
+        if "annotations" in one["metadata"]:
+            marks = [] if where == "cpu" else [pytest.mark.slow]
+            yield pytest.param(where, one, marks=marks, id=f"{where}-{one['kind']}")
+
+
+@pytest.mark.parametrize(("where", "document"), with_a_run_file())
 def test_the_nodes_of_a_manifest_are_what_plan_derives_for_its_run_file(where, document):
     named = ROOT / document["metadata"]["annotations"]["align-cluster/run-file"]
     assert named.is_file(), f"{where} names {named}"

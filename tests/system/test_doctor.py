@@ -80,7 +80,11 @@ def test_torchvision_is_tested_as_plain_diffusers_imports_it(tmp_path, monkeypat
 
 
 def test_a_missing_package_is_named_with_its_extra_and_what_it_is_for(monkeypatch):
-    monkeypatch.setattr(checks, "package_version", lambda name: None if name in checks.OPTIONAL else "1.0")
+    monkeypatch.setattr(
+        checks,
+        "package_version",
+        lambda name: checks.pins("tested").get(name, "1") if name not in checks.OPTIONAL else None,
+    )
     missing = {check.name: check for check in checks.packages() if check.state == "warn"}
     assert set(missing) == set(checks.OPTIONAL)
     assert missing["scipy"].remedy == "for geneval's detector mask2former: pip install 'align-cluster[rewards]'"

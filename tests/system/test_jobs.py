@@ -14,7 +14,7 @@ import pytest
 
 from align_cluster.cli import main
 from align_cluster.cluster import checks, private, wheel
-from align_cluster.cluster.checks import UNTESTED, pins, untested
+from align_cluster.cluster.checks import UNTESTED, packages, pins
 from align_cluster.cluster.placement import connect
 from align_cluster.cluster.submit import fill, needs_model
 from align_cluster.config.load import load
@@ -71,7 +71,8 @@ def auth(tmp_path, monkeypatch):
 
 def all_files_are_here(config):
     blocks = (config.prompts, config.evaluate.prompts)
-    return all(Path(path).is_file() for one in blocks for path in [getattr(one, "path", None)] if path)
+    named = [getattr(one, name, None) for one in blocks for name in ("path", "folder", "exclude")]
+    return all(Path(path).is_file() for path in named if path)
 
 
 def refused(capsys, *arguments):
@@ -154,8 +155,8 @@ def test_the_doctor_names_versions_outside_of_what_was_tested(monkeypatch):
     assert newest["ray"] == "2.60.0" and oldest["ray"] != newest["ray"]
     installed = newest | {"torch": f"{newest['torch']}+cpu", "ray": "2.61.1", "diffusers": "0.30.0", "scipy": None}
     monkeypatch.setattr(checks, "package_version", installed.get)
-    found = {check.name: check for check in untested()}
-    assert found.keys() == {"ray", "diffusers"} and {check.remedy for check in found.values()} == {UNTESTED}
+    found = {check.name: check for check in packages() if check.remedy == UNTESTED}
+    assert found.keys() - {"python"} == {"ray", "diffusers"} and {check.state for check in found.values()} == {"warn"}
     assert found["ray"].value == "2.61.1 is newer than 2.60.0, the newest that was tested"
     assert found["diffusers"].value == f"0.30.0 is older than {oldest['diffusers']}, the oldest that was tested"
 

@@ -47,7 +47,7 @@ def overrides(arm: str, seed: int) -> list[str]:
     return [
         *(f"steps={STEPS}", f"seed={seed}", f"prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}"),
         *("rewards.geneval.score=strict", *roles, "optimizer.lr=6e-4", "optimizer.schedule=constant"),
-        *("algorithm.warm_up.updates=8", f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
+        *("algorithm.warm_up.updates=96", f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
     ]
 
 

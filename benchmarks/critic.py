@@ -3,8 +3,7 @@ beside two, steering beside plain sampling, and what the critic costs; on the em
 
     python benchmarks/critic.py run                       # every row that is missing; stop and go on as you like
     python benchmarks/critic.py run --arms geneval --seeds 0
-    python benchmarks/critic.py draw --data FOLDER        # 9,000 images of the frozen model, once; 60 MiB a thousand
-    python benchmarks/critic.py learn --data FOLDER       # what critics explain of them, by number of images and arm
+    python benchmarks/critic.py learn --data FOLDER       # what critics explain of stored rollouts, by number of images
     python benchmarks/critic.py cost                      # values on learners and on samplers; bytes of SD3.5-M
     python benchmarks/critic.py table                     # what there is, as Markdown
     python benchmarks/critic.py plot                      # results/critic_*.png; needs the extra benchmarks
@@ -47,7 +46,7 @@ def overrides(arm: str, seed: int) -> list[str]:
     return [
         *(f"steps={STEPS}", f"seed={seed}", f"prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}"),
         *("rewards.geneval.score=strict", *roles, "optimizer.lr=6e-4", "optimizer.schedule=constant"),
-        *("algorithm.warm_up.updates=8", f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
+        *("algorithm.warm_up.updates=96", f"evaluate.every={EVERY}", "evaluate.grid_every=0"),
     ]
 
 
@@ -173,35 +172,36 @@ def plot(kept: list[dict]) -> None:
 
 
 def study(folder: Path, jobs: list[str]) -> None:
-    """Let the critics of `jobs` learn that have no row yet, each in turn."""
-    from critic_study import JOBS, learn
+    """Let the critics of `jobs` learn that have no row yet, each in turn, from images that are drawn where they are
+    missing. The last row is what a state decides."""
+    from critic_data import draw
+    from critic_study import JOBS, decided, learn
 
     for name in jobs or JOBS:
         arm, images = name.rsplit(":", 1)
         if not any((row["arm"], row["images"]) == (arm, int(images)) for row in rows.read(EXPLAINS)):
-            rows.add(EXPLAINS, learn(folder, arm, int(images)))
+            for line in draw(folder, int(images)):
+                print(line, flush=True)
+            rows.add(EXPLAINS, decided(folder) if arm == "decided" else learn(folder, arm, int(images)))
 
 
 def explained_table(kept: list[dict]) -> str:
-    """Explained variance of held-out prompts' rewards by noise level, after the last update."""
+    """Explained variance of held-out prompts' rewards by noise level, after the last update of each critic."""
     if not kept:
         return ""
-    sigmas = [level for level in kept[0]["sigmas"] if level < 1]
-    heads = ["critic", "images", "updates", "below .5", *(f"{level:.2f}" for level in sigmas)]
+    heads = ["critic", "images", "updates", "below .5", *(f"{level:.2f}" for level in kept[0]["sigmas"])]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in sorted(
-        kept, key=lambda row: (list(dict.fromkeys(r["arm"] for r in kept)).index(row["arm"]), row["images"])
-    ):
+    arms = list(dict.fromkeys(row["arm"] for row in kept))
+    for row in sorted(kept, key=lambda row: (arms.index(row["arm"]), row["images"])):
         last = row["curve"][-1]
-        cells = [last["low"], *last["levels"][1:]] if "levels" in last else []
-        said = " | ".join(f"{share:.2f}" for share in cells)
+        said = " | ".join(f"{share:.2f}" for share in (last["low"], *last["levels"]))
         lines.append(f"| {row['arm']} | {row['images']} | {row['updates']} | {said} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "draw", "learn", "cost", "table", "plot"])
+    parser.add_argument("command", choices=["run", "learn", "cost", "table", "plot"])
     parser.add_argument("--data", type=Path, default=Path("runs/critic_rollouts"))
     parser.add_argument("--jobs", nargs="+", default=[], metavar="ARM:IMAGES")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -212,13 +212,8 @@ def main() -> None:
             for arm in args.arms:
                 if not any((row["arm"], row["seed"]) == (arm, seed) for row in rows.read(ROWS)):
                     rows.add(ROWS, run(arm, seed))
-    elif args.command in ("draw", "learn"):
-        from critic_data import draw
-
-        for line in draw(args.data):
-            print(line, flush=True)
-        if args.command == "learn":
-            study(args.data, args.jobs)
+    elif args.command == "learn":
+        study(args.data, args.jobs)
     elif args.command == "cost":
         from critic_cost import cost, cost_table
 

@@ -85,8 +85,8 @@ def parts(split: str, folder: Path) -> list[Path]:
     return [folder / f"{split}_{first:05d}.npz" for first in range(0, count, PART)]
 
 
-def draw(folder: Path) -> Iterator[str]:
-    """Draw every part that is missing, held-out ones first; yields a line a part."""
+def draw(folder: Path, images: int = TRAINED) -> Iterator[str]:
+    """Draw what is missing of the held-out images and of so many of the others; yields a line a part."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     config = settings()
@@ -94,7 +94,7 @@ def draw(folder: Path) -> Iterator[str]:
     for offset, split in enumerate(("held_out", "train")):
         prompts = prompts_of(config, split)
         for number, path in enumerate(parts(split, folder)):
-            if path.exists():
+            if path.exists() or (split == "train" and number * PART >= images):
                 continue
             states, scores = [], []
             for first in range(number * PART, (number + 1) * PART, BATCH):
@@ -103,11 +103,17 @@ def draw(folder: Path) -> Iterator[str]:
                 states.append(drawn[0]), scores.append(drawn[1])
             save(path, states=np.concatenate(states), scores=np.concatenate(scores))
             yield f"{path.name}: mean scores {np.concatenate(scores).mean(0).round(3)}"
-    if not (path := folder / "branches.npz").exists():
+
+
+def branch(folder: Path) -> np.ndarray:
+    """Scores [roots, N, BRANCHES, 4] of the futures of held-out states, drawn unless they are there."""
+    path = folder / "branches.npz"
+    if not path.exists():
+        drawing, config = Drawing(settings()), settings()
         roots, prompts = np.load(parts("held_out", folder)[0])["states"][:ROOTS], prompts_of(config, "held_out")[:ROOTS]
         found = [drawing.branches(prompts, roots[:, k], k) for k in range(roots.shape[1] - 1)]
         save(path, scores=np.stack(found, 1))
-        yield f"{path.name}: decided share of accuracy {ceiling(np.stack(found, 1))[:, 0].round(2)}"
+    return np.load(path)["scores"]
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:
@@ -117,7 +123,12 @@ def save(path: Path, **arrays: np.ndarray) -> None:
 
 
 def ceiling(scores: np.ndarray) -> np.ndarray:
-    """Share of each score's variance [N, 4] that the state decides, from scores [roots, N, branches, 4]: the variance
-    of the branches' means, less what their number adds to it, over the variance of all."""
+    """Share of the variance [N] that the state decides, from a score [roots, N, branches]: what the variance within a
+    state's futures leaves of that of all."""
     within = scores.var(2, ddof=1).mean(0)
-    return 1 - within / scores.transpose(1, 0, 2, 3).reshape(scores.shape[1], -1, scores.shape[-1]).var(1)
+    return 1 - within / scores.transpose(1, 0, 2).reshape(scores.shape[1], -1).var(1)
+
+
+def rewarded(scores: np.ndarray, reward: str) -> np.ndarray:
+    """A column of scores [..., 4], or the run file's own reward "mixed"."""
+    return scores[..., [0, 2]].mean(-1) if reward == "mixed" else scores[..., COLUMNS.index(reward)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import commit, machine
-from critic_data import COLUMNS, parts, prompts_of, settings
+from critic_data import branch, ceiling, parts, prompts_of, rewarded, settings
 
 from align_cluster.algorithms.gae import explained_variance
 from align_cluster.algorithms.ppo import PPO
@@ -38,8 +38,8 @@ ARMS = {
 
 RATES = {"whole": 3e-4, "random": 3e-4}  # AdamW's, where 1e-3 is too high: all weights of a network train
 JOBS = (
-    *("lora:2000", "lora:4000", "lora:500", "lora:8000", "lora:1000", "whole:4000", "pixels:4000", "frozen:4000"),
-    *("no text:4000", "no level:4000", "random:4000"),
+    *("lora:2000", "decided:0", "lora:500", "lora:4000", "lora:8000", "lora:1000", "whole:4000", "pixels:4000"),
+    *("frozen:4000", "no text:4000", "no level:4000", "random:4000"),
 )
 
 
@@ -61,8 +61,7 @@ class Study:
         files = [np.load(path) for path in parts(split, folder)[: -(-images // 500)]]
         states = np.concatenate([file["states"][:, :-1] for file in files])[:images]
         scores = np.concatenate([file["scores"] for file in files])[:images]
-        column = scores[:, COLUMNS.index(reward)] if reward in COLUMNS else scores[:, [0, 2]].mean(1)  # "mixed"
-        return states, column, [prompt.text for prompt in prompts_of(self.config, split)[:images]]
+        return states, rewarded(scores, reward), [prompt.text for prompt in prompts_of(self.config, split)[:images]]
 
     def learner(self, arm: str, rate: float, seed: int) -> CriticLearner:
         section = self.config.algorithm.critic.model_copy(update=ARMS[arm])
@@ -108,10 +107,21 @@ def learn(
             whole = explained_variance(values[:, low], np.repeat(paid[:, None], low.sum(), 1))
             curve.append({"update": update, "low": whole, "levels": levels})
             print(f"{arm} {images} {update}: {whole:.3f}, {np.round(levels, 2)}", flush=True)
-    return {
-        **{"arm": arm, "images": images, "reward": reward, "updates": updates, "rate": rate, "seed": seed},
-        **{"date": date.today().isoformat(), "commit": commit(), "machine": machine()},
-        "sigmas": study.sigmas[:-1].tolist(),
-        "cpu_seconds": round(time.process_time() - started),
-        "curve": curve,
-    }
+    facts = {"arm": arm, "images": images, "reward": reward, "updates": updates, "rate": rate, "seed": seed}
+    return row(facts, study.sigmas, round(time.process_time() - started), curve)
+
+
+def decided(folder: Path) -> dict:
+    """What a critic could explain at most: the share of the reward's variance that the state decides."""
+    started = time.process_time()
+    levels = ceiling(rewarded(branch(folder), "mixed"))
+    config = settings()
+    sigmas = BACKBONES[config.backbone.kind](config.backbone).sigmas(config.rollout.steps)
+    curve = [{"update": 0, "low": float(levels[sigmas[:-1] < 0.5].mean()), "levels": levels.tolist()}]
+    facts = {"arm": "decided", "images": 0, "reward": "mixed", "updates": 0}
+    return row(facts, sigmas, round(time.process_time() - started), curve)
+
+
+def row(facts: dict, sigmas: np.ndarray, seconds: int, curve: list[dict]) -> dict:
+    where = {"date": date.today().isoformat(), "commit": commit(), "machine": machine()}
+    return facts | where | {"sigmas": sigmas[:-1].tolist(), "cpu_seconds": seconds, "curve": curve}

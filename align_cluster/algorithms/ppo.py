@@ -41,7 +41,8 @@ class Replay(Section):
     """The denoising states that are kept of each image, in fp16, chosen at random. They take 128 KiB each at 512
     pixels, so 4096 images with 2 of them take 1 GiB."""
     minibatch: PositiveInt = 128
-    """The number of images, of all that are kept, that each update of the critic reads."""
+    """The number of images, of all that are kept, that each update of the critic reads. The encodings of their prompts
+    go to the learner with them."""
 
 
 class PPO(PolicyGradient):

@@ -112,7 +112,7 @@ class CriticAdvantageEstimator:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays that a checkpoint keeps: what is replayed, and the last values and rewards."""
         recent = {f"recent/{i:02d}/{j}": array for i, item in enumerate(self.recent) for j, array in enumerate(item)}
-        replayed = self.replay.arrays() if self.replay else {}
+        replayed = {} if self.replay is None else self.replay.arrays()
         return recent | {f"replay/{name}": array for name, array in replayed.items()}
 
     def restore(self, state: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -123,7 +123,7 @@ class CriticAdvantageEstimator:
         self.recent.clear()
         for i in sorted({name.split("/")[0] for name in recent}):
             self.recent.append(tuple(recent[f"{i}/{j}"] for j in range(4)))
-        if self.replay:
+        if self.replay is not None:
             self.replay.restore(under("replay/", arrays))
 
     def _normalised(self, rewards: np.ndarray, judged: np.ndarray) -> np.ndarray:

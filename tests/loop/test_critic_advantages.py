@@ -175,7 +175,7 @@ def test_a_reward_that_failed_costs_its_image_and_nothing_else():
 
 
 def test_a_restored_creditor_goes_on_as_if_nothing_had_happened():
-    config = settings(updates=3, replay={"images": 8, "states": 1, "minibatch": 4})
+    config = settings(updates=3, replay={"images": 12, "states": 1, "minibatch": 4})
     one, values = CriticAdvantageEstimator(config), said()
     one.assign(drawn(config, 0)[0], kept(values))
     one.observe([], {})

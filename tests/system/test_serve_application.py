@@ -38,7 +38,7 @@ client.deploy_apps(ServeDeploySchema.model_validate(described), _blocking=False)
 url, state = f"http://127.0.0.1:{port}", None
 while not state or state.status != "RUNNING":  # longer than a minute, on a busy machine
     state = serve.status().applications.get("rewards")
-    assert not state or state.status != "DEPLOY_FAILED", state.message
+    assert not state or state.status != "DEPLOY_FAILED", state
     time.sleep(0.5)
 asks = RewardClient(url, "a-secret-of-the-tests")
 asks.ready()

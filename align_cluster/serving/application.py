@@ -23,7 +23,13 @@ from align_cluster.settings import Section
 
 async def _asgi(scope: dict[str, Any], receive: Any, send: Any) -> None:
     """Hand a request to the app of the replica that this runs in; Ray Serve wants the app before there is a replica."""
-    await serve.get_replica_context().servable_object.app(scope, receive, send)
+    if scope["type"] == "lifespan":  # comes before there is a replica; the app has nothing to do then
+        while True:
+            told = (await receive())["type"]
+            await send({"type": f"{told}.complete"})
+            if told == "lifespan.shutdown":
+                return
+    await serve.get_replica_context().servable_object.routes(scope, receive, send)
 
 
 @serve.deployment(name="http", max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})
@@ -34,7 +40,7 @@ class HttpSide:
     def __init__(self, config: ServiceConfig, handles: dict[str, Any]) -> None:
         """Read the service's token in the environment of this replica."""
         token = config.token.read() if config.token else None
-        self.app = create_app(
+        self.routes = create_app(
             Deployments(handles),
             describe(config.rewards),
             limits=config.limits,

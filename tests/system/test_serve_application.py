@@ -34,8 +34,12 @@ described, port = json.loads(sys.argv[1]), int(sys.argv[2])
 private.start(num_cpus=4, log_to_driver=False, logging_level="error")
 described["http_options"] |= {"host": "127.0.0.1", "port": port}
 client = serve_start(proxy_location="HeadOnly", http_options=described["http_options"])
-client.deploy_apps(ServeDeploySchema.model_validate(described), _blocking=True)
-url = f"http://127.0.0.1:{port}"
+client.deploy_apps(ServeDeploySchema.model_validate(described), _blocking=False)
+url, state = f"http://127.0.0.1:{port}", None
+while not state or state.status != "RUNNING":  # longer than a minute, on a busy machine
+    state = serve.status().applications.get("rewards")
+    assert not state or state.status != "DEPLOY_FAILED", state
+    time.sleep(0.5)
 asks = RewardClient(url, "a-secret-of-the-tests")
 asks.ready()
 prompts = [Prompt(0, "a photo of a red circle", {})]

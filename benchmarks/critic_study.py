@@ -22,7 +22,7 @@ from align_cluster.learner.settings import OptimizerConfig
 from align_cluster.rollouts.guidance import TextBatch
 from align_cluster.types import Condition, ReplayBatch
 
-MINIBATCH, UPDATES, LOOKS = 64, 600, 300  # states an update; updates between two looks at held-out states
+MINIBATCH, UPDATES, LOOKS = 64, 300, 100  # states an update; updates between two looks at held-out states
 JUDGED = 400  # held-out images, one a prompt
 # name: settings of the critic beside those of the run file
 ARMS = {

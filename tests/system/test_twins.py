@@ -1,4 +1,7 @@
-"""Every embedded run file takes two real steps: what ships, runs. In this process, and for six of them on Ray too."""
+"""Every embedded run file takes two real steps: what ships, runs. In this process, and for six of them on Ray too.
+
+With one sampler and one learner on two cores they draw one step ahead.
+"""
 
 import math
 from pathlib import Path
@@ -116,9 +119,8 @@ def test_a_run_on_ray_is_the_run_in_one_process_bit_by_bit(name, overrides, in_p
     config = small(name, *overrides)
     run = train(config)
     assert_same_run(in_process(config), run.path)
-    assert all(
-        (row.get("time/explore", 0) > 0) == bool(config.exploration) for row in read_jsonl(RunDir(run.path).metrics)
-    )
+    first, _ = read_jsonl(RunDir(run.path).metrics)  # the second one is explored in the first one's time
+    assert (first.get("time/explore", 0) > 0) == bool(config.exploration)
 
 
 @pytest.mark.exhaustive

@@ -8,6 +8,7 @@ import align_cluster.cluster  # noqa: F401 - before ray, see there
 
 # isort: split
 import hashlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray import serve
@@ -32,8 +33,13 @@ async def _asgi(scope: dict[str, Any], receive: Any, send: Any) -> None:
     await serve.get_replica_context().servable_object.routes(scope, receive, send)
 
 
+def _app() -> Callable[..., Awaitable[None]]:
+    """Return the app; Ray Serve calls whatever function it is given."""
+    return _asgi
+
+
 @serve.deployment(name="http", max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})
-@serve.ingress(_asgi)
+@serve.ingress(_app)
 class HttpSide:
     """Answers the routes of api.py; the rewards' workers compute the scores."""
 

@@ -159,7 +159,7 @@ def with_a_run_file():
     """The documents that name a run file; to plan one for GPUs takes seconds."""
     for where, one in all_documents():
         if "annotations" in one["metadata"]:
-            marks = [] if where == "cpu" else [pytest.mark.slow]
+            marks = [] if where == "cpu" else [pytest.mark.exhaustive]
             yield pytest.param(where, one, marks=marks, id=f"{where}-{one['kind']}")
 
 

@@ -110,10 +110,11 @@ def branch(folder: Path) -> np.ndarray:
     path = folder / "branches.npz"
     if not path.exists():
         drawing, config = Drawing(settings()), settings()
-        roots, prompts = np.load(parts("held_out", folder)[0])["states"][:ROOTS], prompts_of(config, "held_out")[:ROOTS]
+        roots = np.load(parts("held_out", folder)[0], allow_pickle=False)["states"][:ROOTS]
+        prompts = prompts_of(config, "held_out")[:ROOTS]
         found = [drawing.branches(prompts, roots[:, k], k) for k in range(roots.shape[1] - 1)]
         save(path, scores=np.stack(found, 1))
-    return np.load(path)["scores"]
+    return np.load(path, allow_pickle=False)["scores"]
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:

@@ -58,7 +58,7 @@ class Study:
         self.conditions: dict[str, Condition] = dict(zip(texts, self.backbone.encode(texts), strict=True))
 
     def _read(self, folder: Path, split: str, images: int, reward: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        files = [np.load(path) for path in parts(split, folder)[: -(-images // 500)]]
+        files = [np.load(path, allow_pickle=False) for path in parts(split, folder)[: -(-images // 500)]]
         states = np.concatenate([file["states"][:, :-1] for file in files])[:images]
         scores = np.concatenate([file["scores"] for file in files])[:images]
         return states, rewarded(scores, reward), [prompt.text for prompt in prompts_of(self.config, split)[:images]]

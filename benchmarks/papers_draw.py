@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from align_cluster.backbones.lora_file import Lora, read_lora
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
 from align_cluster.evaluate.local import LocalModel
-from align_cluster.evaluate.lora import Lora, find_lora, read_lora
+from align_cluster.evaluate.lora import find_lora
 from align_cluster.observe.table import by_prompt
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import plan_evaluation

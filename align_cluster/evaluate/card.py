@@ -24,7 +24,7 @@ from align_cluster.settings import HUB_ID
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 # What the code of a card was tried with. torch and torchvision belong together: torchvision has compiled operators.
-NEEDS = ("torch==2.13.0", "torchvision==0.28.0", "diffusers==0.42.1", "peft==0.21.2", "transformers>=5.23,<6")
+NEEDS = ("torch==2.13.0", "torchvision==0.28.0", "diffusers==0.42.1", "peft==0.21.2", "transformers==5.24.0")
 
 
 def code(text: object) -> str:
@@ -92,7 +92,7 @@ def write_card(result: Result, folder: Path, *, form: str, title: str, licence: 
         training=_training(result),
         settings=dump(config).strip(),
         licence=licence,
-        needs=" ".join(f'"{need}"' if "<" in need else need for need in NEEDS),
+        needs=" ".join(NEEDS),
     )
     write_text(folder / "README.md", text)
 

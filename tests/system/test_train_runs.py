@@ -40,6 +40,7 @@ def test_a_run_leaves_every_file_of_the_contract(runs, kind):
     assert report.startswith("<!doctype html>") and "data:image/png;base64," in report
     assert {path.name for path in files.path.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", "report.html"),
+        "timeline.json",
         *("grids", "lora", "tensorboard", "checkpoints", "lock", "state.json"),
     }
 

@@ -114,8 +114,10 @@ def become(connection: socket.socket) -> None:
 
 def follow(connection: socket.socket) -> None:
     """End when whoever asked is gone."""
-    connection.recv(1)
-    os._exit(1)
+    try:
+        connection.recv(1)
+    finally:  # a reset is an end as well, where something sent was not read
+        os._exit(1)
 
 
 def ask(folder: str, command: list[str]) -> None:

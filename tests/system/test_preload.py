@@ -48,6 +48,7 @@ def told(python: list[str], script: Path, code: str) -> tuple[dict, subprocess.C
     environment = os.environ | {"ONLY": "here"}
     arguments = {"env": environment, "cwd": script.parent, "preexec_fn": before, "process_group": os.getpgrp()}
     done = subprocess.run([*python, script, code], input="words", capture_output=True, text=True, **arguments)
+    assert done.stdout, done.stderr
     return json.loads(done.stdout), done
 
 

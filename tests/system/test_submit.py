@@ -181,7 +181,7 @@ def proxy(cluster):
             process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_job_that_is_left_and_followed_through_a_proxy_stops_as_sigterm_does_where_ctrl_c_is_answered_so(
     cluster, proxy, tmp_path
 ):

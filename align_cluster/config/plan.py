@@ -60,7 +60,7 @@ def settle(config: RunConfig, cores: int, gpus: int, most: Rows = Rows()) -> Run
         merge = free and not (gpus and config.backbone.precision == "bf16")
     ahead, stated = config.loop.ahead, (config.cluster.samplers, config.cluster.learners)
     if ahead is None:
-        ahead = int(all(stated) and sum(stated) <= slots)
+        ahead = int(gpus > 0 and all(stated) and sum(stated) <= slots)
     return config.model_copy(
         update={
             "loop": config.loop.model_copy(update={"ahead": ahead}),

@@ -70,8 +70,9 @@ class LoopConfig(Section):
     ahead: Literal[0, 1] | None = None
     """How many steps the samplers draw ahead of the learner. 0: samplers and learner take turns. 1: while the learner
     trains on a step, the samplers draw the next one with the weights of one update step before, and only the slower of
-    both takes time. Null takes 1 where samplers and learners have cores or GPUs of their own (cluster.samplers and
-    cluster.learners are given, and both fit beside each other), else 0; the run keeps it when it is resumed."""
+    both takes time. Null takes 1 where samplers and learners have GPUs of their own (cluster.samplers and
+    cluster.learners are given, and both fit beside each other), else 0, so that on CPUs a run's bits do not depend on
+    its number of samplers; the run keeps it when it is resumed."""
 
     @field_validator("ahead", mode="before")
     @classmethod

@@ -15,23 +15,25 @@ AHEAD = ("loop.ahead=1", "prompts_per_step=48", "rollout.chunk=6", "learner.micr
 
 
 @each(("samplers", "learners", "ahead"), [(None, None, 0), (1, None, 0), (None, 1, 0), (1, 1, 1), (2, 1, 0), (1, 2, 0)])
-def test_two_cores_draw_ahead_where_both_numbers_are_stated_and_fit_beside_each_other(
+def test_gpus_draw_ahead_where_both_numbers_are_stated_and_fit_beside_each_other_and_cpus_where_it_is_asked(
     run_config, samplers, learners, ahead
 ):
     stated = [f"cluster.{name}={n}" for name, n in (("samplers", samplers), ("learners", learners)) if n]
-    assert settle(run_config(*stated), 2, 0).loop.ahead == ahead
-    assert settle(run_config(*stated, "loop.ahead=0"), 2, 0).loop.ahead == 0
+    assert settle(run_config(*stated), 8, 2).loop.ahead == ahead
+    assert settle(run_config(*stated, "loop.ahead=0"), 8, 2).loop.ahead == 0
+    assert settle(run_config(*stated), 2, 0).loop.ahead == 0
+    assert settle(run_config(*stated, "loop.ahead=1"), 2, 0).loop.ahead == 1
     assert settle(run_config(*stated, "rewards.judge.pool.gpus=1"), 2, 3).loop.ahead == ahead
 
 
 def test_a_run_keeps_what_it_began_with_and_one_from_before_the_setting_draws_nothing_ahead(run_config):
     stated = ("cluster.samplers=1", "cluster.learners=1")
-    began = settle(run_config(*stated), 2, 0)
+    began = settle(run_config(*stated), 8, 2)
     old = began.model_dump(mode="json")
     assert settle(as_before(old, run_config(*stated)), 1, 0).loop.ahead == 1
     assert differences(old, run_config("loop.ahead=0")) == ["loop.ahead: 1 there, 0 here"]
     del old["loop"]
-    assert settle(as_before(old, run_config(*stated)), 2, 0).loop.ahead == 0
+    assert settle(as_before(old, run_config(*stated)), 8, 2).loop.ahead == 0
     assert differences(old, run_config("loop.ahead=1")) == ["loop.ahead: 0 there, 1 here"]
 
 

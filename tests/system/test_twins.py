@@ -1,7 +1,4 @@
-"""Every embedded run file takes two real steps: what ships, runs. In this process, and for six of them on Ray too.
-
-With one sampler and one learner on two cores they draw one step ahead.
-"""
+"""Every embedded run file takes two real steps: what ships, runs. In this process, and for six of them on Ray too."""
 
 import math
 from pathlib import Path

@@ -246,7 +246,7 @@ def test_the_code_of_each_card_runs_as_it_stands_where_align_cluster_is_installe
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     drawn = [np.asarray(Image.open(tmp_path / f"{i}.png"), dtype=int) for i in range(len(codes))]
     assert all(one.shape == (48, 48, 3) and one.std() > 5 for one in drawn)
-    assert np.abs(drawn[1] - drawn[2]).max() == 0  # the merged denoiser is the pipeline's
+    assert np.abs(drawn[2] - drawn[3]).max() == 0  # the merged denoiser is the pipeline's
 
 
 def test_a_card_says_which_change_is_within_the_noise(finished, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from align_cluster.algorithms.base import REWARD, Algorithm, Batch, Policy
-from align_cluster.algorithms.reward_gradient import noised
+from align_cluster.backbones.noising import noised
 from align_cluster.rollouts.denoise import initial_noise
 from align_cluster.rollouts.windows import Window
 from align_cluster.settings import Root, Section

@@ -7,7 +7,8 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, field_validator
 
 from align_cluster.algorithms.base import REWARD, SATISFIED, Algorithm, Batch, Policy
-from align_cluster.algorithms.reward_gradient import clean, margin_problems
+from align_cluster.algorithms.reward_gradient import margin_problems
+from align_cluster.backbones.noising import clean
 from align_cluster.rollouts.windows import Window
 from align_cluster.settings import Root, Section
 

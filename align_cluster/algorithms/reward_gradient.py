@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import torch
 
 from align_cluster.backbones.noising import Prediction, like, signal
-from align_cluster.backbones.noising import clean as clean
-from align_cluster.backbones.noising import noised as noised
 from align_cluster.rewards import REWARDS
 from align_cluster.settings import Root
 

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from align_cluster.algorithms.base import REWARD, SATISFIED, Algorithm, Batch, Policy
-from align_cluster.algorithms.reward_gradient import margin_problems, noised, recover
+from align_cluster.algorithms.reward_gradient import margin_problems, recover
+from align_cluster.backbones.noising import noised
 from align_cluster.rewards import REWARDS
 from align_cluster.rewards.base import DifferentiableReward
 from align_cluster.rewards.words import Template, Vocabulary, split, worded

@@ -199,8 +199,8 @@ def derive(
             f"rewards ask for {sum(asked):g} GPUs in their pools, and there are {gpus}, of which training needs one; "
             "lower rewards.<name>.pool.gpus: workers that ask for less than 0.5 share GPUs with training"
         )
+    slots = places(config, cores, gpus)
     gpus -= own
-    slots = gpus or max(1, cores // cluster.threads)
     samplers = cluster.samplers or min(slots, chunks)
     learners = cluster.learners or min(slots, per_update)
     if config.loop.ahead:

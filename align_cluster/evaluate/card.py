@@ -22,6 +22,7 @@ from align_cluster.observe.table import compare, short, within_noise
 from align_cluster.plain import yaml_value
 from align_cluster.settings import HUB_ID
 
+ADAPTERS = ("lora", "peft")  # the forms that are added to the base
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 # What the code of a card was tried with. torch and torchvision belong together: torchvision has compiled operators.
 NEEDS = ("torch==2.13.0", "torchvision==0.28.0", "diffusers==0.42.1", "peft==0.21.2", "transformers==5.24.0")
@@ -78,7 +79,7 @@ def write_card(result: Result, folder: Path, *, form: str, title: str, licence: 
         config=config,
         backbone=backbone,
         form=form,
-        first=config.backbone.lora.path if config.backbone.lora.merges and form in ("lora", "peft") else None,
+        first=_merged_first(config) if form in ADAPTERS else None,
         title=title,
         front=yaml.safe_dump(front_matter(form, config, licence), sort_keys=False),
         comfyui=comfyui_name(run.name),
@@ -105,20 +106,13 @@ def comfyui_name(run: str) -> str:
 def front_matter(form: str, config: RunConfig, licence: dict[str, str]) -> dict[str, Any]:
     """Return the hub's metadata. A base that is a local folder is left out, because the hub knows ids alone."""
     base = config.backbone.path if re.fullmatch(HUB_ID, config.backbone.path) else None
-    adapter = form in ("lora", "peft")
-    relation = "adapter" if adapter else "finetune"
+    relation = "adapter" if form in ADAPTERS else "finetune"
     return {
         **({"base_model": base, "base_model_relation": relation} if base else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         **licence,
-        "tags": [
-            "text-to-image",
-            "diffusers",
-            *["lora"] * adapter,
-            "align-cluster",
-            config.algorithm.kind,
-        ],
+        "tags": ["text-to-image", "diffusers", *["lora"] * (form in ADAPTERS), "align-cluster", config.algorithm.kind],
     }
 
 
@@ -142,11 +136,16 @@ def _what(result: Result, form: str) -> str:
     """Say in a few words what was exported."""
     config, lora = result.config.backbone, result.lora
     base, size = code(config.path), f"rank {lora.rank}, trained with alpha {config.lora.alpha:g}"
-    first = config.lora.path if config.lora.merges else None
-    if form in ("lora", "peft"):
+    first = _merged_first(result.config)
+    if form in ADAPTERS:
         return f"A LoRA ({size}) for {base}" + (f" with {code(first)} merged in" if first else "")
     kind = result.backbone.network if form == "merged" else result.backbone.index["_class_name"]
     return f"A {code(kind)}: {base} with {f'{code(first)} and ' if first else ''}a LoRA ({size}) merged in"
+
+
+def _merged_first(config: RunConfig) -> str | None:
+    """Return the path of the LoRA that was merged into the base before training, if there was one."""
+    return config.backbone.lora.path if config.backbone.lora.merges else None
 
 
 def _copy_grids(folder: Path, run: RunData) -> bool:

@@ -14,7 +14,7 @@ from align_cluster.backbones.adapters import lora_config
 from align_cluster.backbones.lora_file import PEFT, Lora
 from align_cluster.config.load import dump
 from align_cluster.errors import UserError
-from align_cluster.evaluate.card import comfyui_name, licence_of, write_card
+from align_cluster.evaluate.card import ADAPTERS, comfyui_name, licence_of, write_card
 from align_cluster.evaluate.checkpoints import opened
 from align_cluster.evaluate.lora import bind
 from align_cluster.evaluate.result import Result, public, read_result
@@ -24,7 +24,6 @@ from align_cluster.observe.rundir import RunDir
 from align_cluster.rollouts.sampler import Sampler
 from align_cluster.settings import HUB_ID
 
-ADAPTERS = ("lora", "peft")  # the forms that are added to the base
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

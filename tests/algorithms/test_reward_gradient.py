@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from align_cluster.algorithms.reward_gradient import clean, noised, recover, signal
+from align_cluster.algorithms.reward_gradient import recover
+from align_cluster.backbones.noising import clean, noised, signal
 
 from ..cases import each
 

@@ -48,7 +48,7 @@ def test_every_stage_runs_to_its_end_on_a_cpu_and_has_a_figure_for_all_but_what_
     assert len(measured) > 25 and rehearsed["table"].count("| failed |") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_second_call_repeats_only_what_is_not_done(tmp_path):
     rehearsed = rehearse(tmp_path, "--stages", "learner,rewards")
     assert rehearsed["code"] == 0 and {stage["state"] for stage in rehearsed["stages"].values()} == {"done"}

@@ -139,12 +139,12 @@ def test_sigterm_at_any_moment_saves_and_the_resumed_run_draws_with_the_weights_
 
 
 @pytest.mark.slow
-def test_after_a_rollback_the_step_that_the_collapsed_weights_drew_is_drawn_anew(tiny, tmp_path):
+def test_after_a_rollback_the_step_that_the_collapsed_weights_drew_is_drawn_anew(tiny, train):
     """The limit is broken as soon as there are five norms to compare with, after step 6. Step 7 is then drawn with the
     weights that are taken back: its log-probs are the learner's."""
     rule = "guard.grad_norm={limit: 1.0e-6, patience: 1, action: rollback}"
     kept = ("steps=8", "checkpoint.every=2", "evaluate.grid_every=0", "guard.rollbacks=9", "loop.ahead=1")
-    path = driver.train(tiny("grpo", rule, *kept, *ONE, "evaluate.images_per_prompt=1"), tmp_path)
+    path = train(tiny("grpo", rule, *kept, *ONE, "evaluate.images_per_prompt=1")).path
     rows = read_jsonl(RunDir(path).metrics)
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1, 1, 1, 0, 1]
     assert rows[6]["train/first_log_ratio_max"] == 0

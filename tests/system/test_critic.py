@@ -51,8 +51,13 @@ def test_one_and_two_samplers_end_in_the_same_lora_and_the_same_critic(job, trai
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", ["rollout.chunk=2", "backbone.precision=fp32"])  # one rank pads, or both have samples
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param("backbone.precision=fp32", marks=pytest.mark.slow),  # both ranks have samples
+        pytest.param("rollout.chunk=2", marks=pytest.mark.exhaustive),  # one rank pads
+    ],
+)
 def test_two_learner_ranks_train_the_same_critic_up_to_rounding(job, train, more):
     runs = [train(job(f"cluster.learners={ranks}", more)) for ranks in (1, 2)]
     ours, theirs = (load_file(RunDir(run.path).critic / "critic.safetensors") for run in runs)

@@ -40,13 +40,17 @@ def saboteur(when: str, rank: int, pid_of, killed: list[int]) -> type[HookedWork
     return Saboteur
 
 
-CASES = [("nft", "in", 0)]
-MORE = [("nft", "after", 0), ("grpo", "before", 1), ("nft", "start", 1), ("grpo", "in", 1), ("ppo", "after", 0)]
+CASES = [
+    ("nft", "in", 0),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [("grpo", "before", 1), ("nft", "start", 1), ("grpo", "in", 1), ("ppo", "after", 0)]
+    ),
+    pytest.param("nft", "after", 0, marks=pytest.mark.exhaustive),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "when", "rank"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
-)
+@pytest.mark.parametrize(("kind", "when", "rank"), CASES)
 def test_a_rank_killed_at_any_moment_changes_nothing(runs, tiny, train, pid_of, monkeypatch, kind, when, rank):
     quiet, killed = runs[kind], []
     monkeypatch.setattr(driver, "WorkerGroup", saboteur(when, rank, pid_of, killed))

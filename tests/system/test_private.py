@@ -96,7 +96,7 @@ print(sum("gcs_server" in process.name() for process in private._children()))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_ray_that_is_late_is_started_again_and_leaves_no_processes(tmp_path):
     """On a busy machine its processes are not up in the half minute that Ray gives them."""
     run = [sys.executable, "-c", FAILING.format(failures=1, folder=f"/tmp/ac-{os.getpid()}")]

@@ -143,10 +143,10 @@ CASES = [
         for case in [
             ("nft", "reward", 2),
             ("ppo", "before update", 3),
-            ("nft", "publish evaluation", 2),
         ]
     ),
     pytest.param("grpo", "after update", 1, marks=pytest.mark.exhaustive),
+    pytest.param("nft", "publish evaluation", 2, marks=pytest.mark.exhaustive),
     pytest.param("nft", "publish behaviour", 3, marks=pytest.mark.exhaustive),
     pytest.param("ppo", "publish evaluation", 3, marks=pytest.mark.exhaustive),
 ]
@@ -280,11 +280,11 @@ def test_a_driver_that_is_killed_goes_on_from_its_last_checkpoint(undisturbed, t
 
 
 @pytest.mark.slow
-def test_a_collapse_rolls_the_weights_back_and_the_prompts_go_on(tiny, tmp_path, capsys):
+def test_a_collapse_rolls_the_weights_back_and_the_prompts_go_on(tiny, train, capsys):
     """The limit is broken as soon as there are five norms to compare with, after step 6."""
     rule = "guard.grad_norm={limit: 1.0e-6, patience: 1, action: rollback}"
     kept = ("steps=7", "checkpoint.every=2", "checkpoint.keep=9", "evaluate.grid_every=0", "guard.rollbacks=1")
-    path = driver.train(tiny("nft", rule, *kept, "evaluate.images_per_prompt=1"), tmp_path)
+    path = train(tiny("nft", rule, *kept, "evaluate.images_per_prompt=1")).path
     said = " ".join(capsys.readouterr().out.split())
     assert "rolled back to the weights after step 4; prompts and seeds go on" in said
     store = Store(str(RunDir(path).checkpoints))

@@ -227,11 +227,8 @@ def derive(
         )
     if config.backbone.compile and not gpus:
         notes.append("backbone.compile takes minutes before the first step on CPUs; it pays in runs of many hours only")
-    share, room = (SHARE, cores * SHARE / at_once) if config.loop.ahead else (TURN, 0.0)
-    sampler_cpus, learner_cpus = (
-        _floor(min(share * cluster.threads if not gpus else 1.0, room or cores * TURN / count))
-        for count in (samplers, learners)
-    )
+    beside_each_other = [at_once] * 2 if config.loop.ahead else [samplers, learners]
+    sampler_cpus, learner_cpus = (_cpus(config, cores, gpus, count) for count in beside_each_other)
     left = cores - samplers * sampler_cpus - learners * learner_cpus
     return Plan(
         config=config,
@@ -257,6 +254,17 @@ def derive(
         rollout_calls=chunks * rollout.steps * (1 if rollout.guidance == 1 else 2),
         notes=tuple(notes),
     )
+
+
+def _cpus(config: RunConfig, cores: int, gpus: int, count: int) -> float:
+    """Return what each of `count` workers that compute at the same time asks for of a core.
+
+    On CPUs a core has whole workers, so that they fit on nodes of any size.
+    """
+    share, threads = SHARE if config.loop.ahead else TURN, config.cluster.threads
+    if gpus:
+        return _floor(min(1.0, cores * share / count))
+    return _floor(share * threads / math.ceil(count * threads / cores))
 
 
 def _reward_shares(config: RunConfig) -> list[float]:

@@ -36,6 +36,7 @@ OVERRIDES = (
     "prompts_per_step=3",
     "cluster.timeout_s=300",
     "rollout.group_size=16",  # images and records of a chunk are then too large to travel beside the answer
+    "rollout.chunk=16",  # three a step: there is work for a sampler more, and images on every node
     "rollout.steps=4",
     "cluster.learners=1",
     "evaluate.count=1",
@@ -104,7 +105,7 @@ def newcomer(cluster: Cluster) -> type[HookedWorkers]:
         def begin(self, chunks, request):
             if chunks[0].step == 1:
                 cluster.add_node(**NODE)
-                self.samplers.wait_until(lambda: len(self.samplers.ready_workers) == self.samplers.size)
+                self.samplers.wait_until(lambda: len(self.samplers.ready_workers) == self.samplers.max_size)
             return super().begin(chunks, request)
 
     return Newcomer
@@ -157,9 +158,10 @@ def main(what: str, folder: Path) -> None:
         extra = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     if what != "join":
-        ahead = f"loop.ahead={int(what == 'ahead')}"
+        # So many that the two cores have a sampler each: with two, the learner is alone on one of them.
+        more = ("loop.ahead=1", "cluster.samplers=3") if what == "ahead" else ("loop.ahead=0", "cluster.samplers=2")
         for name, crew in (("quiet", Observer), ("stormy", saboteur(cluster, extra))):
-            found[name] = run(folder / name, crew, ("cluster.samplers=2", ahead))
+            found[name] = run(folder / name, crew, more)
     else:
         one = ("cluster.samplers=1", "cluster.max_samplers=2", "steps=4")
         found["elastic"] = run(folder / "elastic", newcomer(cluster), one)

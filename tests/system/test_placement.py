@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,15 @@ with tempfile.TemporaryDirectory(prefix="ac-", dir="/tmp", ignore_cleanup_errors
             print(ray.get([gpu.options(**each).remote() for each in options]))
     ray.shutdown()
 """
+
+
+def test_what_a_plan_asks_for_fits_on_nodes_of_one_core_each(plan):
+    """However many workers are stated: a core has whole ones."""
+    for cores, samplers, learners, ahead in product((2, 3), (1, 2, 3, 5), (1, 2), (0, 1)):
+        counts = (f"cluster.samplers={samplers}", f"cluster.learners={learners}", f"loop.ahead={ahead}")
+        bundles, _ = slots(plan(cores, 0, *counts))
+        nodes = [1.0] * cores
+        for need in sorted((bundle["CPU"] for bundle in bundles), reverse=True):
+            node = next((index for index, left in enumerate(nodes) if left >= need - 1e-6), None)
+            assert node is not None, (cores, counts, bundles)
+            nodes[node] -= need

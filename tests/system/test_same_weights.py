@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from hooked import HookedWorkers
+from ray.exceptions import RayActorError
 
 from align_cluster.loop import driver
 
@@ -26,7 +27,11 @@ def saboteur(pool_name: str, moments: tuple[str, ...], pid_of: Callable, killed:
             self.left.remove(moment)
             pool = self.samplers if pool_name == "samplers" else self.rewards[0]
             victim = next((worker for worker in pool.workers if worker.calls), pool.workers[0])
-            killed.append(int(victim.location.split()[-1]) if victim.location else pid_of(victim.actor))
+            try:
+                killed.append(int(victim.location.split()[-1]) if victim.location else pid_of(victim.actor))
+            except RayActorError:  # the strike before hit it as it started, which its pool does not know yet
+                killed.append(killed[-1])
+                return
             threading.Timer(delay, os.kill, [killed[-1], signal.SIGKILL]).start()
 
         def begin(self, chunks, request):

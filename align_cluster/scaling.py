@@ -28,6 +28,7 @@ from align_cluster.observe.charts import Series, line_chart
 from align_cluster.observe.sinks import read_jsonl
 
 FIRST = 1  # steps at the start that are left out: they wait for workers that are still starting
+WORKERS = ("samplers", "learners", "reward_workers")
 POOLS = ("samplers", "learners", "rewards")
 Load = Callable[[list[str]], RunConfig]
 
@@ -108,9 +109,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
 
     seconds = median("time/step")
     return {
-        "samplers": plan.samplers,
-        "learners": plan.learners,
-        "reward_workers": plan.reward_workers,
+        **{name: getattr(plan, name) for name in WORKERS},
         "images": plan.images_per_step,
         "step_s": seconds,
         "images_per_s": plan.images_per_step / seconds,
@@ -128,16 +127,21 @@ def efficiency(found: dict[str, Any]) -> dict[int, float]:
 def table(found: dict[str, Any]) -> Table:
     """Return an experiment as a table."""
     titled = Table(title=f"{'weak' if found['weak'] else 'strong'} scaling", title_justify="left")
-    for title in ("nodes", "samplers", "learners", "images a step", "s a step", "images/s", "efficiency", "sync ms"):
+    for title in ("nodes", "workers", "images", "s/step", "images/s", "efficiency", "sync ms", "wait %"):
         titled.add_column(title, justify="right")
-    for pool in POOLS:
-        titled.add_column(f"{pool} wait", justify="right")
     shares = efficiency(found)
     for count, point in found["nodes"].items():
-        numbers = [count, *(str(point[name]) for name in ("samplers", "learners", "images"))]
-        numbers += [f"{point['step_s']:.2f}", f"{point['images_per_s']:.1f}", f"{shares[int(count)]:.2f}"]
-        numbers += [f"{1e3 * point['sync_s']:.0f}", *(f"{point['idle'][pool]:.0%}" for pool in POOLS)]
-        titled.add_row(*numbers)
+        titled.add_row(
+            count,
+            "/".join(str(point[name]) for name in WORKERS),
+            str(point["images"]),
+            f"{point['step_s']:.2f}",
+            f"{point['images_per_s']:.1f}",
+            f"{shares[int(count)]:.2f}",
+            f"{1e3 * point['sync_s']:.0f}",
+            "/".join(f"{100 * point['idle'][pool]:.0f}" for pool in POOLS),
+        )
+    titled.caption = "workers, and how much of a step they wait: samplers/learners/rewards"
     return titled
 
 

@@ -11,7 +11,7 @@ from align_cluster.cli import build_parser, main
 from align_cluster.machine import cores
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = "init train validate plan sample evaluate export submit serve-rewards score doctor report".split()
+COMMANDS = "init train validate plan sample evaluate export submit serve-rewards score scale doctor report".split()
 COMMANDS += ["schema", "explain", "list", "completion"]
 
 

@@ -315,6 +315,26 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument(
         "--no-wait", action="store_true", help="return once the job is queued, instead of following its log"
     )
+    scale = add(
+        "scale",
+        commands.scale,
+        "run a job for a few steps on 1, 2, 4 ... nodes, and show what each of them brings",
+        "scale configs/sd35_medium_nft.yaml --nodes 1 2 4 8 --address auto",
+        *("config", "set", "json"),
+    )
+    scale.add_argument("--nodes", type=_whole(1), nargs="+", required=True, metavar="N", help="numbers of nodes")
+    how = scale.add_mutually_exclusive_group()
+    how.add_argument("--weak", action="store_true", help="a step's prompts grow with the nodes (default)")
+    how.add_argument("--strong", action="store_true", help="a step stays as it is")
+    scale.add_argument("--steps", type=_whole(1), default=4, help="steps that are measured each time (default 4)")
+    scale.add_argument("--address", help="Ray cluster (default: the run file's, or nodes on this machine)")
+    scale.add_argument(
+        "--out",
+        type=_path,
+        dest="folder",
+        metavar="DIR",
+        help="folder of the figures, to which another call adds (default: NAME-scale)",
+    )
     add(
         "serve-rewards",
         commands.serve_rewards,

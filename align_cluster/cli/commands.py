@@ -5,6 +5,7 @@ Everything heavy is imported inside the functions, so that `align-cluster --help
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -129,6 +130,46 @@ def train(args: argparse.Namespace) -> int:
             from align_cluster.loop.driver import train
 
             train(config, user_path(config.out), args.resume, ready, began)
+    return 0
+
+
+def scale(args: argparse.Namespace) -> int:
+    """Run a job for a few steps on several numbers of nodes, and print what each of them brings."""
+    from align_cluster.interrupts import interruptible
+
+    with interruptible(alone=True):
+        from rich.console import Console
+
+        from align_cluster.cluster.preload import imports, preload
+        from align_cluster.cluster.sealing import check
+
+        with preload() as ready:
+            here = [f"cluster.address={json.dumps(args.address)}"] if args.address else []
+            args.set = [*args.set, *here]
+            config = _config(args)
+            check(config)
+            if ready and config.cluster.address:
+                ready.close()
+            elif ready:
+                ready.load(imports(config))
+            from align_cluster.config.run import RunConfig
+            from align_cluster.scaling import experiment, table
+
+            def load(more: list[str]) -> RunConfig:
+                return _load(args.config, [*args.set, *more], RunConfig)
+
+            folder = args.folder or Path(f"{config.name}-scale")
+            found = experiment(load, sorted(set(args.nodes)), not args.strong, args.steps, folder, ready)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    Console().print(table(found))
+    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        print(
+            "These nodes share one machine: this shows what more workers and placement cost here, and nothing of a "
+            "network or of memory that each node has to itself."
+        )
+    print(f"{folder}: scale.json, scale.svg")
     return 0
 
 

@@ -57,8 +57,9 @@ def reach(address: str, config: "RunConfig | None" = None) -> list[Check]:
     from align_cluster.config.run import ClusterConfig
 
     try:
-        with cluster(ClusterConfig(address=address)):
-            cores, gpus = resources()
+        whole = ClusterConfig(address=address)
+        with cluster(whole):
+            cores, gpus = resources(whole)
             found = [Check("ok", f"cluster {address}", f"{cores} cores, {gpus} GPUs"), *nodes()]
             return [*found, fit(config)] if config else found
     except UserError as error:

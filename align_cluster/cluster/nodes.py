@@ -108,7 +108,7 @@ def fit(config: RunConfig) -> Check:
     """Check that a run would get its share of the cluster now; the share is given back at once."""
     name = f"run {config.name}"
     try:
-        plan = derive(config, *resources())
+        plan = derive(config, *resources(config.cluster))
         with reserve(plan):
             return Check("ok", name, f"fits: {_pools(plan)}")
     except UserError as error:

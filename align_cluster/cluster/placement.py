@@ -6,14 +6,14 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from align_cluster.cluster import private
 from align_cluster.cluster.checks import token_problem
@@ -23,7 +23,9 @@ from align_cluster.config.plan import HALF, Plan, Rows, derive
 from align_cluster.config.run import ClusterConfig, RunConfig
 from align_cluster.errors import UserError
 
+ANYWHERE = "anywhere"
 FULL = ("OutOfDiskError", "ObjectStoreFullError")  # Ray's errors; their text may stand inside another error's
+NODE_ID = "ray.io/node-id"  # the label with which Ray marks each node
 PATIENCE_S = 5.0  # a run that has just ended returns its resources within about a second, on a busy machine later
 
 
@@ -111,10 +113,37 @@ def _first_lines(data: dict[str, Any], **_: Any) -> None:
         _say_once(text.strip().partition("\n")[0])
 
 
-def resources() -> tuple[int, int]:
-    """Return (CPU cores, GPUs) of the whole cluster."""
-    total = ray.cluster_resources()
-    return int(total.get("CPU", 0)), int(total.get("GPU", 0))
+def nodes(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Return Ray's entries of the cluster's living nodes: those with these names, addresses or ids, or for None all.
+
+    Raises UserError where the cluster has no such node.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if names is None:
+        return alive
+    keys = ("NodeID", "NodeName", "NodeManagerHostname", "NodeManagerAddress")
+    for name in names:
+        if not any(name == node[key] for node in alive for key in keys):
+            there = ", ".join(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in alive)
+            raise UserError(f"cluster.nodes: the cluster has no node {name!r}; it has {there}")
+    return [node for node in alive if any(node[key] in names for key in keys)]
+
+
+def resources(config: ClusterConfig) -> tuple[int, int]:
+    """Return (CPU cores, GPUs) of all nodes that a run may use."""
+    total = _summed([node["Resources"] for node in nodes(config.nodes)])
+    return int(total["CPU"]), int(total["GPU"])
+
+
+def _summed(resources: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {kind: sum(own.get(kind, 0.0) for own in resources) for kind in ("CPU", "GPU")}
+
+
+def anywhere(config: ClusterConfig) -> Any:
+    """Return how Ray places what has no place of its own: on a node that the run may use, or for None on any."""
+    if config.nodes is None:
+        return None
+    return NodeLabelSchedulingStrategy(hard={NODE_ID: In(*(node["NodeID"] for node in nodes(config.nodes)))})
 
 
 def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
@@ -122,7 +151,7 @@ def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
 
     Batches that it leaves open are chosen by the memory of a GPU, and pools that work at the same time by their work.
     """
-    rows, free = Rows(), ray.available_resources().get("GPU", 0) > 0.01  # without a free one, `reserve` says so
+    rows, free = Rows(), _free(config.cluster)["GPU"] > 0.01  # without a free one, `reserve` says so
     if not (free or config.loop.ahead):
         return derive(config, cores, gpus)
     # Here, because it imports networks, for which other runs on CPUs need not wait.
@@ -130,13 +159,20 @@ def plan_run(config: RunConfig, cores: int, gpus: int) -> Plan:
     from align_cluster.planner.work import learner_work
 
     if free:
-        rows = rows_that_fit(config, cores, gpus, gpu_memory(config.cluster.timeout_s))
+        rows = rows_that_fit(config, cores, gpus, gpu_memory(config.cluster))
     return derive(config, cores, gpus, rows, learner_work(config, cores, gpus, rows))
 
 
-def gpu_memory(timeout_s: float) -> float:
-    """Return the bytes of one of the cluster's GPUs, as a worker there sees it."""
-    return fetch(ray.remote(num_cpus=0, num_gpus=0.01)(_memory_here).remote(), timeout_s)
+def _free(config: ClusterConfig) -> dict[str, float]:
+    """Return what is free of the nodes that a run may use."""
+    free = ray._private.state.available_resources_per_node()
+    return _summed([free.get(node["NodeID"], {}) for node in nodes(config.nodes)])
+
+
+def gpu_memory(config: ClusterConfig) -> float:
+    """Return the bytes of one of the run's GPUs, as a worker there sees it."""
+    task = ray.remote(num_cpus=0, num_gpus=0.01, scheduling_strategy=anywhere(config) or "DEFAULT")(_memory_here)
+    return fetch(task.remote(), config.timeout_s)
 
 
 def _memory_here() -> float:
@@ -184,33 +220,39 @@ def slots(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
 
 
 @contextmanager
-def reserve(plan: Plan) -> Iterator[dict[str, list[PlacementGroupSchedulingStrategy]]]:
-    """Reserve the run's share of the cluster, whole or not at all; yield for each role where worker number i runs.
+def reserve(plan: Plan) -> Iterator[dict[str, list[Any]]]:
+    """Reserve the run's share of the cluster, whole or not at all; yield for each role where worker number i runs, and
+    as ANYWHERE where further workers may.
 
     Raises UserError, which names what is missing, where the cluster does not have it, or where others hold it and do
     not give it back within seconds.
     """
     bundles, places = slots(plan)
-    total, free = ray.cluster_resources(), ray.available_resources()
+    config = plan.config.cluster
+    usable = nodes(config.nodes)
+    total, free = _summed([node["Resources"] for node in usable]), _free(config)
     need = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", "GPU")}
-    fits = all(count <= total.get(key, 0) + 1e-6 for key, count in need.items())
-    group = placement_group(bundles, strategy="PACK") if fits else None
+    fits = all(count <= total[key] + 1e-6 for key, count in need.items())
+    only = {NODE_ID: f"in({','.join(node['NodeID'] for node in usable)})"} if config.nodes else {}
+    selector = [only] * len(bundles) if only else None
+    group = placement_group(bundles, strategy="PACK", bundle_label_selector=selector) if fits else None
     try:
         if group is None or not group.wait(PATIENCE_S):
             short = [
-                f"{count:g} {key} ({total.get(key, 0):g} in all, {free.get(key, 0):g} free)"
+                f"{count:g} {key} ({total[key]:g} in all, {free[key]:g} free)"
                 for key, count in need.items()
-                if count > free.get(key, 0) + 1e-6
+                if count > free[key] + 1e-6
             ]
+            where = f"the cluster lacks on {', '.join(config.nodes)}" if config.nodes else "the cluster lacks"
             raise UserError(
-                f"the cluster lacks {' and '.join(short) or f'nodes that hold all of {bundles}'} for {plan.samplers} "
+                f"{where} {' and '.join(short) or f'nodes that hold all of {bundles}'} for {plan.samplers} "
                 f"samplers, {plan.learners} learners and {plan.reward_workers} reward workers: lower cluster.samplers, "
                 "cluster.learners or cluster.reward_workers, add nodes, or wait for other jobs to end"
             )
         yield {
             role: [PlacementGroupSchedulingStrategy(group, index) for index in indices]
             for role, indices in places.items()
-        }
+        } | {ANYWHERE: [anywhere(config)]}
     finally:
         if group is not None:
             remove_placement_group(group)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
@@ -19,7 +19,10 @@ import ray
 from align_cluster.cluster.checks import token_file
 from align_cluster.errors import UserError
 from align_cluster.interrupts import interrupted
-from align_cluster.machine import cores
+from align_cluster.machine import cores, memory
+
+if TYPE_CHECKING:
+    from align_cluster.cluster.preload import Preload
 
 STARTS = 3  # a busy machine may need several, and each gets more time
 PATIENCE_S = 30.0  # that Ray gives its processes to start; the second try has twice as long, the third four times
@@ -56,6 +59,34 @@ def start(within: Callable[[], AbstractContextManager] = nullcontext, **settings
                 f"Ray did not start in time: the load is {load:.1f} on {cores()} cores; starting it again",
                 file=sys.stderr,
             )
+
+
+@contextmanager
+def several(count: int, preload: "Preload | None" = None) -> Iterator[None]:
+    """Start and join a Ray of `count` nodes on this machine, which share its cores and a third of its memory evenly.
+
+    Raises UserError where there are fewer cores than nodes, or where it does not start.
+    """
+    from ray.cluster_utils import Cluster
+
+    each = cores() // count
+    if not each:
+        raise UserError(f"--nodes {count}: this machine has {cores()} cores; ask for fewer nodes, or give --address")
+    make_token()
+    own = {"num_cpus": each, "object_store_memory": memory() // (3 * count)}
+    others, started = set(_children()), None
+    try:
+        with preload.used_by_ray() if preload else nullcontext(), loopback_only(), patient(2 * PATIENCE_S):
+            started = Cluster(initialize_head=True, head_node_args=own | {"include_dashboard": False})
+            for _ in range(count - 1):
+                started.add_node(**own)
+            ray.init(address=started.address, log_to_driver=False, logging_level="error")
+        yield
+    finally:
+        ray.shutdown()
+        if started:
+            started.shutdown()
+        end([child for child in _children() if child not in others])
 
 
 def _late(error: Exception) -> bool:

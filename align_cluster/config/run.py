@@ -93,6 +93,8 @@ class ClusterConfig(Section):
     address: str | None = None
     """The Ray cluster to run on. Null takes the address in the environment variable RAY_ADDRESS, or starts a private
     Ray on this machine where that is not set. "auto" joins the Ray that runs on this machine."""
+    nodes: Annotated[list[str], Field(min_length=1)] | None = None
+    """The nodes of the cluster that workers run on, by name, address or Ray's id. Null uses all of them."""
     samplers: PositiveInt | None = None
     """The number of samplers that a run begins with. Null starts one for each GPU, or on CPUs one for every `threads`
     cores, but no more than a step has chunks."""

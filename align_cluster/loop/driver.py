@@ -68,7 +68,7 @@ def train(
         bars.phase(f"joining the Ray at {config.cluster.address}" if config.cluster.address else "starting Ray")
         with cluster(config.cluster, preload):
             sealing.check_workers(config)
-            plan = plan_run(start.settled(config), *resources())
+            plan = plan_run(start.settled(config), *resources(config.cluster))
             config = plan.config
             with reserve(plan) as places, WorkerGroup(config, plan, places, bars.stage) as workers:
                 write_text(run.config, dump(config))

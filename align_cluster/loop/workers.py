@@ -5,7 +5,7 @@ from typing import Any
 
 from align_cluster.cluster.actors import make_reward_worker, make_sampler
 from align_cluster.cluster.learners import LearnerGroup
-from align_cluster.cluster.placement import reward_role
+from align_cluster.cluster.placement import ANYWHERE, reward_role
 from align_cluster.cluster.pool import Pool
 from align_cluster.cluster.slots import RetryPolicy
 from align_cluster.config.plan import Plan, RewardPool
@@ -65,7 +65,7 @@ class WorkerGroup:
 
 def _sampler_pool(config: RunConfig, plan: Plan, places: dict[str, list[Any]]) -> Pool:
     def make(name: str, index: int) -> Any:
-        place = places["sampler"][index] if index < plan.samplers else None
+        place = places["sampler"][index] if index < plan.samplers else places[ANYWHERE][0]
         return make_sampler(config, plan, place, name)
 
     return Pool("sampler", make, plan.samplers, config.cluster.timeout_s, plan.most_samplers)
@@ -73,7 +73,7 @@ def _sampler_pool(config: RunConfig, plan: Plan, places: dict[str, list[Any]]) -
 
 def _reward_pool(config: RunConfig, plan: Plan, pool: RewardPool, places: dict[str, list[Any]]) -> Pool:
     def make(name: str, index: int) -> Any:
-        place = places[reward_role(pool.name)][index] if index < pool.workers else None
+        place = places[reward_role(pool.name)][index] if index < pool.workers else places[ANYWHERE][0]
         return make_reward_worker(config, plan, pool, place)
 
     policies = [config.rewards[name].on_failure for name in pool.rewards]

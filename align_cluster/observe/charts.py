@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Point = tuple[float, float | None]  # x and y; a y of None leaves a gap
 Size = tuple[int, int]  # width and height in pixels
 
+COUNTS = ("step", "nodes")  # what an axis counts in whole numbers
 MAX_POINTS = 160  # points that one line keeps; a longer one shows averages, since a chart is about 250 pixels wide
 PALETTE = {
     "panel": "#ffffff",
@@ -82,9 +83,10 @@ def line_chart(
     smooth: int = 1,
     ys: tuple[float, float] | None = None,
     from_zero: bool = False,
+    x_label: str = "step",
     y_label: str = "",
 ) -> str:
-    """Draw lines over steps; several lines with labels have a legend at their right.
+    """Draw lines over steps or another count; several lines with labels have a legend at their right.
 
     `smooth` > 1 draws each point faintly and the mean of the last `smooth` points boldly. `ys` fixes the y range;
     `from_zero` lets it begin at 0 unless there are negative values.
@@ -111,7 +113,7 @@ def line_chart(
 
     longest = max(len(one.label) for one in series)
     legend = longest * 5.5 + 30 if len(series) > 1 and longest else 0
-    return _draw(paint, size, "step", y_label, legend)
+    return _draw(paint, size, x_label, y_label, legend)
 
 
 def stacked_chart(steps: Sequence[float], layers: dict[str, Sequence[float]], size: Size) -> str:
@@ -217,7 +219,7 @@ def _draw(
         matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         axes = figure.add_axes(place)
-        axes.xaxis.set_major_locator(MaxNLocator(max(2, width // 75), steps=(1, 2, 5, 10), integer=x_label == "step"))
+        axes.xaxis.set_major_locator(MaxNLocator(max(2, width // 75), steps=(1, 2, 5, 10), integer=x_label in COUNTS))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         axes.set_xlabel(x_label, loc="right", labelpad=1)

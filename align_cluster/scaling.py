@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from align_cluster.cluster import private
@@ -126,7 +127,7 @@ def efficiency(found: dict[str, Any]) -> dict[int, float]:
 
 def table(found: dict[str, Any]) -> Table:
     """Return an experiment as a table."""
-    titled = Table(title=f"{'weak' if found['weak'] else 'strong'} scaling", title_justify="left")
+    titled = Table(title=f"{'weak' if found['weak'] else 'strong'} scaling", title_justify="left", box=SIMPLE)
     for title in ("nodes", "workers", "images", "s/step", "images/s", "efficiency", "sync ms", "wait %"):
         titled.add_column(title, justify="right")
     shares = efficiency(found)

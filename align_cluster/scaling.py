@@ -127,7 +127,9 @@ def efficiency(found: dict[str, Any]) -> dict[int, float]:
 
 def table(found: dict[str, Any]) -> Table:
     """Return an experiment as a table."""
-    titled = Table(title=f"{'weak' if found['weak'] else 'strong'} scaling", title_justify="left", box=SIMPLE)
+    titled = Table(
+        title=f"{'weak' if found['weak'] else 'strong'} scaling", title_justify="left", box=SIMPLE, padding=0
+    )
     for title in ("nodes", "workers", "images", "s/step", "images/s", "efficiency", "sync ms", "wait %"):
         titled.add_column(title, justify="right")
     shares = efficiency(found)

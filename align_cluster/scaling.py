@@ -127,9 +127,8 @@ def efficiency(found: dict[str, Any]) -> dict[int, float]:
 
 def table(found: dict[str, Any]) -> Table:
     """Return an experiment as a table."""
-    titled = Table(
-        title=f"{'weak' if found['weak'] else 'strong'} scaling", title_justify="left", box=SIMPLE, padding=0
-    )
+    title = f"{'weak' if found['weak'] else 'strong'} scaling"
+    titled = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for title in ("nodes", "workers", "images", "s/step", "images/s", "efficiency", "sync ms", "wait %"):
         titled.add_column(title, justify="right")
     shares = efficiency(found)

@@ -264,7 +264,7 @@ def _cpus(config: RunConfig, cores: int, gpus: int, count: int) -> float:
     share, threads = SHARE if config.loop.ahead else TURN, config.cluster.threads
     if gpus:
         return _floor(min(1.0, cores * share / count))
-    return _floor(share * threads / math.ceil(count * threads / cores))
+    return _floor(share * threads / math.ceil(count * threads / max(1, cores)))
 
 
 def _reward_shares(config: RunConfig) -> list[float]:

@@ -23,7 +23,7 @@ def env(**more):
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": paths} | more
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_images_are_as_large_as_photographs_and_the_same_in_every_process():
     images, prompts = piece(1, REQUEST)
     assert images.shape == (REQUEST, 512, 512, 3) and len({prompt.text for prompt in prompts}) == 1

@@ -62,7 +62,7 @@ def test_a_loss_without_reference_asks_for_no_reference(job):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "sd1" else ()) for kind in BACKBONES]
+    "kind", [pytest.param(kind, marks=pytest.mark.exhaustive if kind == "sd1" else ()) for kind in BACKBONES]
 )
 def test_every_backbone_is_counted_with_a_critic(kind, job):
     config = job(kind, "ppo")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from align_cluster.cluster import checks
+from align_cluster.cluster import checks, doctor
 from align_cluster.cluster.checks import GIB
 from align_cluster.cluster.nodes import fit, fit_on, node_checks
 
@@ -36,7 +36,13 @@ def test_a_node_like_this_one_is_ok_and_others_are_told_apart():
 
 
 @pytest.mark.slow
-def test_the_doctor_proves_a_weight_sync_through_a_real_ray():
+def test_a_weight_sync_to_every_node_is_proven_on_a_cluster(local_ray):
+    proven = doctor.sync(local_ray.get_runtime_context().gcs_address)
+    assert proven.state == "ok" and "to samplers on 1 node in" in proven.value and "proven" in proven.value
+
+
+@pytest.mark.exhaustive
+def test_the_doctor_proves_a_weight_sync_through_a_ray_of_its_own():
     code = "import sys; from align_cluster.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, "doctor", "--json"],

@@ -20,6 +20,7 @@ from align_cluster.loop.state import State
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.sinks import read_jsonl
 
+from ..inprocess import assert_same_run
 from ..observe.mounts import in_mount, needs_mounts
 from .conftest import TINY
 
@@ -247,19 +248,21 @@ def start(folder: Path, *arguments: str, address: str = "") -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_75_on_sigterm_and_with_resume_auto_goes_on(undisturbed, tmp_path):
-    """SIGTERM as batch systems send it: to all that the command started."""
-    process = start(tmp_path, "--resume", "auto")
+def test_the_command_ends_with_75_on_sigterm_and_with_resume_auto_goes_on(tiny, in_process, tmp_path):
+    """SIGTERM as batch systems send it: to all that the command started, which has a Ray of its own."""
+    # As the run in this process that it is compared with, where one learner trains and no grid is drawn.
+    one = ("cluster.learners=1", "evaluate.grid_every=0", "evaluate.images_per_prompt=2")
+    process = start(tmp_path, "--resume", "auto", "--set", *one)
     try:
         while len(read_jsonl(tmp_path / "nft" / "metrics.jsonl")) < 2:  # the first step is finished then
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) == 75
-        assert start(tmp_path, "--resume", "auto").wait(300) == 0
+        assert start(tmp_path, "--resume", "auto", "--set", *one).wait(300) == 0
     finally:
         process.kill()
-    assert_no_seam(tmp_path / "nft", undisturbed["nft"].path)
+    assert_same_run(in_process(tiny("nft", *JOBS["nft"], *one)), tmp_path / "nft")
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_a_submitted_run_streams_its_log_leaves_its_lora_and_writes_its_secret_n
     assert not any(secret.encode() in text for text in written)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_job_without_its_token_ends_before_it_draws_and_says_whose_environment_lacks_it(cluster, tmp_path):
     far = "rewards.far={kind: http, url: 'http://10.0.0.5:8000', reward: clip, token: {env: SERVICE_TOKEN}}"
     done = submit(cluster, "configs/quickstart.yaml", "--out", str(tmp_path), "--set", *TINY, far)
@@ -152,7 +152,7 @@ def test_a_job_without_its_token_ends_before_it_draws_and_says_whose_environment
     assert "note: the run reads the cluster's own SERVICE_TOKEN" in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_doctor_compares_a_run_file_with_the_nodes_that_a_dashboard_lists(cluster):
     address, env = cluster
     asked = ["--address", address, "--config", "configs/quickstart.yaml", "--quick"]

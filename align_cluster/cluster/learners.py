@@ -55,6 +55,7 @@ class LearnerGroup:
 
     def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
         self.config, self.plan, self.places = config, plan, places
+        self.name = "learner"
         self.timeout_s, self.start_timeout_s = config.cluster.timeout_s, config.cluster.start_timeout_s
         self.ranks: list[Any] = []
         self.locations: list[str] = []

@@ -26,6 +26,7 @@ from align_cluster.loop.heartbeat import Heartbeat
 from align_cluster.loop.inputs import inputs
 from align_cluster.loop.resume import StartingPoint, starting_point
 from align_cluster.loop.summary import Results, step_metrics, summary
+from align_cluster.loop.tracking import feeds, live
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.guards import Guard
 from align_cluster.observe.progress import Progress, table
@@ -100,9 +101,11 @@ def align(
     has_critic = ALGORITHMS[config.algorithm.kind](config.algorithm).critic is not None
     estimator = (CriticAdvantageEstimator if has_critic else AdvantageEstimator)(config)
     checkpoints = CheckpointManager(config, start.store, start.inputs, workers, estimator, clock, guard, bars.note)
-    heartbeat = Heartbeat(run.path, config, clock, workers)
+    trackers = feeds(config, run, start.state is not None, bars.note)
+    metrics = MetricWriter(run.path, start.state and start.steps, bars.note, trackers)
+    heartbeat = Heartbeat(run.path, config, clock, workers, lambda: live(config, metrics, clock, workers, guard))
     activity = Activity(workers, clock, run, bars.note)
-    with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
+    with metrics, checkpoints, heartbeat:
         evaluation = Evaluation(config, held_out, workers, run, metrics, clock, bars.note)
         if start.state:
             bars.phase(f"going on after step {start.steps} of {config.steps}")

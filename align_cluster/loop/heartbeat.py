@@ -5,7 +5,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,11 +24,14 @@ log = logging.getLogger(__name__)
 class Heartbeat:
     """Runs a thread beside the loop, which says what the loop does even while the loop waits.
 
-    It asks nothing of the workers: what a worker does is what it was last given to do.
+    It asks nothing of the workers: what a worker does is what it was last given to do. `beat` is called at each write.
     """
 
-    def __init__(self, path: Path, config: RunConfig, clock: Clock, workers: WorkerGroup) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, clock: Clock, workers: WorkerGroup, beat: Callable[[], None] = lambda: None
+    ) -> None:
         self.file, self.config, self.clock, self.workers = RunDir(path).state, config, clock, workers
+        self.beat = beat
         self.said: dict[tuple[str, str], float] = {}  # when to say again that a worker is late
         self.failures: set[str | None] = set()  # errors of the disk that were logged once
         self.ended = threading.Event()
@@ -51,6 +54,7 @@ class Heartbeat:
         while not self.ended.wait(BEAT_S):
             state = self.state()
             self._write(state)
+            self.beat()
             for sentence in self.late(state):
                 log.warning("%s", sentence)
 

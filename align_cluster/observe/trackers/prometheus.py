@@ -48,7 +48,10 @@ class Prometheus(Tracker):
     live = True
 
     def open(self, run: TrackedRun) -> bool:
-        """Write prometheus.json, by which Prometheus finds this run. It is there while the run works."""
+        """Write NAME.prometheus.json beside the run's folder, by which a Prometheus finds the run while it works.
+
+        It is not inside, because Prometheus takes a star in the last part of a path only.
+        """
         self.run, self.gauges, self.shown, self.totals = run, dict[str, Gauge](), Values(), Values()
         self.file = RunDir(run.path).prometheus
         write_json(self.file, [{"labels": {"job": "ray"}, "targets": run.addresses()}])
@@ -79,5 +82,5 @@ class Prometheus(Tracker):
         self.gauges[word](value, dict(zip(labels, [self.run.path.name, *given], strict=True)))
 
     def close(self, failed: bool) -> None:
-        """Remove prometheus.json."""
+        """Remove that file."""
         self.file.unlink(missing_ok=True)

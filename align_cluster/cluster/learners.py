@@ -106,7 +106,7 @@ class LearnerGroup:
                     raise WorkersLost(f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}") from error
                 since = "as it began" if self.snapshot is None else f"from update {self.snapshot.counts['updates']}"
                 self.events.append((time.time(), f"{error}; the learner starts again {since}"))
-                log.warning("%s", self.events[-1][1])
+                log.warning("%s", self.events[-1][1], extra={"worker": self.name})
                 time.sleep(2.0 ** (self.lost_in_a_row - 1) - 1)
 
     def _call(self, ask: Callable[[], list[Any]]) -> list[Any]:

@@ -29,7 +29,7 @@ from align_cluster.loop.summary import Results, step_metrics, summary
 from align_cluster.loop.tracking import feeds, live
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.guards import Guard
-from align_cluster.observe.progress import Progress, table
+from align_cluster.observe.progress import Progress
 from align_cluster.observe.report import write_report
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.prompts import PROMPTS
@@ -58,11 +58,12 @@ def train(
     check_prompts(config, prompts, held_out)
     with (
         interruptible(),
-        Progress(config.steps, STAGES, began=began) as bars,
+        Progress(config.steps, STAGES, began=began, run=config.name) as bars,
         starting_point(config, out, resume, bars.note, inputs(config, prompts, held_out)) as start,
         storage(start.run.path),
     ):
         run = start.run
+        bars.named(run.path.name)
         if start.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
@@ -77,7 +78,7 @@ def train(
                 facts = align(config, prompts, held_out, start, workers, bars)
                 write_json(run.summary, facts)
                 write_report(run.path)
-    bars.console.print(table(facts, run.path))
+    bars.finish(facts, run.path)
     return run.path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from align_cluster.config.check import check
 from align_cluster.config.load import load
 from align_cluster.errors import UserError
 from align_cluster.observe.metrics import declared
@@ -123,7 +124,9 @@ def test_a_tracker_that_is_new_to_a_resumed_run_gets_the_earlier_steps_first(tmp
 def test_a_tracker_without_its_package_is_refused_with_the_command_that_installs_it(kind, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = load(TINY, [f"track=[{{kind: {kind}}}]"])
-    (problem,) = config.track[0].problems("track.0", config)
+    with pytest.raises(UserError) as refused:
+        check(config)
+    problem = str(refused.value)
     assert problem.startswith(f"track.0.kind is {kind}, and") and f"pip install 'align-cluster[{kind}]'" in problem
 
 

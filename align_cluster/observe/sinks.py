@@ -161,12 +161,12 @@ class MetricWriter:
 
         `failed` says that an error or an interruption ended the run.
         """
-        feed.close(self.feeds, failed)
         try:
             if self.board:
                 self.board.close()
         except OSError as error:
             self.note(f"{self.files.tensorboard} is not complete ({error.strerror}); metrics.jsonl is what counts")
+        feed.close(self.feeds, failed)
 
     def __enter__(self) -> "MetricWriter":
         """Return the writer itself."""

@@ -138,7 +138,7 @@ def _inside(value: Any, where: str) -> Iterator[tuple[str, Section]]:
             yield where, value
         parts = {name: getattr(value, name) for name in type(value).model_fields}
     else:
-        parts = value if isinstance(value, dict) else {}
+        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
     for name, part in parts.items():
         yield from _inside(part, f"{where}.{name}".lstrip("."))
 

@@ -112,9 +112,11 @@ def init(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Run an alignment job. What its workers import is being imported while this process finds out what the job is."""
     from align_cluster.interrupts import interruptible
+    from align_cluster.observe.logs import as_json
 
     began = time.monotonic()
-    print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
+    if not as_json():
+        print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
     with interruptible(alone=True):
         from align_cluster.cluster.preload import imports, preload
         from align_cluster.cluster.sealing import check

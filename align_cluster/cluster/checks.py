@@ -29,6 +29,8 @@ OPTIONAL = {  # package: the extra that brings it, and what needs it
     "open_clip_torch": ("rewards", "the rewards hps and open_clip_score, and geneval's colours in photographs"),
     "scipy": ("rewards", "geneval's detector mask2former"),
     "fastapi": ("serve", "reward services"),
+    "wandb": ("wandb", "the tracker wandb"),
+    "mlflow": ("mlflow", "the tracker mlflow"),
 }
 
 

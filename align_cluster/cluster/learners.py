@@ -55,6 +55,7 @@ class LearnerGroup:
 
     def __init__(self, config: RunConfig, plan: Plan, places: list[Any]) -> None:
         self.config, self.plan, self.places = config, plan, places
+        self.name = "learner"
         self.timeout_s, self.start_timeout_s = config.cluster.timeout_s, config.cluster.start_timeout_s
         self.ranks: list[Any] = []
         self.locations: list[str] = []
@@ -105,7 +106,7 @@ class LearnerGroup:
                     raise WorkersLost(f"{self.lost_in_a_row} learner ranks lost in a row, the last: {error}") from error
                 since = "as it began" if self.snapshot is None else f"from update {self.snapshot.counts['updates']}"
                 self.events.append((time.time(), f"{error}; the learner starts again {since}"))
-                log.warning("%s", self.events[-1][1])
+                log.warning("%s", self.events[-1][1], extra={"worker": self.name})
                 time.sleep(2.0 ** (self.lost_in_a_row - 1) - 1)
 
     def _call(self, ask: Callable[[], list[Any]]) -> list[Any]:

@@ -28,6 +28,11 @@ MOST_NODES = 10_000  # that a dashboard lists; it refuses to be asked for more
 SKEW_S = 5.0  # seconds between two clocks from which on logs are hard to put in order
 
 
+def log_folder() -> str:
+    """Return where this node's Ray keeps the logs of its workers; other nodes have a folder of the same name."""
+    return ray._private.worker._global_node.get_logs_dir_path()
+
+
 def software() -> dict[str, str]:
     """Return the versions of the packages that decide a run's result."""
     versions = {"align_cluster": __version__}

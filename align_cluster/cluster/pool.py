@@ -203,7 +203,7 @@ class Pool:
         pause = QUARANTINE_S if slot.quarantined else BACKOFF_S * 2 ** (slot.failures - 2) if slot.failures > 1 else 0.0
         slot.lost = time.monotonic()
         slot.due = slot.lost + pause
-        self._log_event(self._loss_message(worker, calls, pause))
+        self._log_event(self._loss_message(worker, calls, pause), worker.name)
         for other in list(self.workers):
             if other.spare and other.starting is not None and not worker.spare:
                 self._stop_worker(other)  # it might take the room that the new worker needs
@@ -230,9 +230,9 @@ class Pool:
             after = f"a new one starts in {pause:g} s" if pause else "a new one starts"
         return f"{worker.name}{where} was lost: {slot.error}; {work}; {after}"
 
-    def _log_event(self, text: str) -> None:
+    def _log_event(self, text: str, worker: str | None = None) -> None:
         self.events.append((time.time(), text))
-        log.warning("%s", text)
+        log.warning("%s", text, extra={"worker": worker})
 
     def _give_up(self, calls: list[Call], slot: Slot, error: Exception) -> list[Done]:
         """Take the call in work out of `calls` where it has lost too many workers, and return its result."""

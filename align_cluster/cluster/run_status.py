@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,10 @@ def examine_run(path: Path) -> list[Check]:
     checks = [_progress(state), _driver(state), *_idle(state), *(_worker(state, worker) for worker in state["workers"])]
     for event in state["events"][-EVENTS:]:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-        checks.append(Check("warn", f"at {at}", event["what"]))
+        checks.append(Check("warn", f"at {at}", event["what"], _log_of(state, event["what"])))
+    if state.get("logs"):
+        text = f"{state['logs']}/worker-*-PID.err and .out, on the node of the worker with that pid"
+        checks.append(Check("ok", "workers' logs", text))
     return checks
 
 
@@ -72,7 +76,18 @@ def _worker(state: dict[str, Any], worker: dict[str, Any]) -> Check:
     lost = "last error" in worker["phase"]
     place = f" ({worker['location']})" if worker["location"] else ""
     text = f"{worker['phase']} since {worker['seconds']:.0f} s{place}"
-    return Check("warn" if late or lost else "ok", worker["name"], text)
+    if not (late or lost):
+        return Check("ok", worker["name"], text)
+    return Check("warn", worker["name"], text, _log_of(state, text))
+
+
+def _log_of(state: dict[str, Any], text: str) -> str:
+    """Return where the log of the worker lies whose process the text names, if that is on this machine."""
+    process = re.search(r"\bpid (\d+)\)", text)
+    if not (process and state.get("logs")):
+        return ""
+    found = sorted(Path(state["logs"]).glob(f"worker-*-{process[1]}.err"))
+    return f"its log is {found[-1]}" if found else ""
 
 
 def _exists(pid: int) -> bool:

@@ -23,7 +23,7 @@ from align_cluster.plain import MAX_CHARACTERS, MAX_DEPTH, yaml_value
 from align_cluster.settings import Root
 
 Settings = TypeVar("Settings", bound=Root)
-_NO_RESULT_DEPENDS_ON = ("name", "out", "cluster", "checkpoint")
+_NO_RESULT_DEPENDS_ON = ("name", "out", "cluster", "checkpoint", "track")
 # What may change where a run is resumed, besides: how long it goes on, what is looked at, and how the learner works.
 _MAY_CHANGE = (
     *_NO_RESULT_DEPENDS_ON,

@@ -12,6 +12,7 @@ from align_cluster.conditions.exploration import E2po
 from align_cluster.kinds import one_of
 from align_cluster.learner.settings import LearnerConfig, LearnerSetup, OptimizerConfig
 from align_cluster.observe.guards import GuardConfig
+from align_cluster.observe.trackers import TRACKERS
 from align_cluster.prompts import PROMPTS
 from align_cluster.prompts.groups import update_bounds
 from align_cluster.rewards import REWARDS
@@ -217,6 +218,18 @@ class RunConfig(Root):
     """When the run counts as collapsing, and what it does then."""
     evaluate: EvaluateConfig
     """Which held-out prompts are evaluated, how and how often."""
+    track: list[one_of(TRACKERS)] = []
+    """Where the run's numbers go besides metrics.jsonl and TensorBoard, such as [{kind: wandb}, {kind: prometheus}]. A
+    tracker that fails or is slow never stops or slows the training. A resumed run may change it."""
+
+    @field_validator("track")
+    @classmethod
+    def has_each_tracker_once(cls, trackers: list[Section]) -> list[Section]:
+        """Refuse two trackers of one kind, which would keep their files in the same place."""
+        kinds = [tracker.kind for tracker in trackers]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("a list with each kind once")
+        return trackers
 
     @property
     def trained(self) -> list[str]:

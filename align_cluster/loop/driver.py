@@ -26,9 +26,10 @@ from align_cluster.loop.heartbeat import Heartbeat
 from align_cluster.loop.inputs import inputs
 from align_cluster.loop.resume import StartingPoint, starting_point
 from align_cluster.loop.summary import Results, step_metrics, summary
+from align_cluster.loop.tracking import feeds, live
 from align_cluster.loop.workers import WorkerGroup
 from align_cluster.observe.guards import Guard
-from align_cluster.observe.progress import Progress, table
+from align_cluster.observe.progress import Progress
 from align_cluster.observe.report import write_report
 from align_cluster.observe.sinks import MetricWriter
 from align_cluster.prompts import PROMPTS
@@ -57,11 +58,12 @@ def train(
     check_prompts(config, prompts, held_out)
     with (
         interruptible(),
-        Progress(config.steps, STAGES, began=began) as bars,
+        Progress(config.steps, STAGES, began=began, run=config.name) as bars,
         starting_point(config, out, resume, bars.note, inputs(config, prompts, held_out)) as start,
         storage(start.run.path),
     ):
         run = start.run
+        bars.named(run.path.name)
         if start.finished(config):
             bars.note(f"{run.path} has finished its {config.steps} steps; set steps to more to go on")
             return run.path
@@ -76,7 +78,7 @@ def train(
                 facts = align(config, prompts, held_out, start, workers, bars)
                 write_json(run.summary, facts)
                 write_report(run.path)
-    bars.console.print(table(facts, run.path))
+    bars.finish(facts, run.path)
     return run.path
 
 
@@ -100,9 +102,11 @@ def align(
     has_critic = ALGORITHMS[config.algorithm.kind](config.algorithm).critic is not None
     estimator = (CriticAdvantageEstimator if has_critic else AdvantageEstimator)(config)
     checkpoints = CheckpointManager(config, start.store, start.inputs, workers, estimator, clock, guard, bars.note)
-    heartbeat = Heartbeat(run.path, config, clock, workers)
+    trackers = feeds(config, run, start.state is not None, bars.note)
+    metrics = MetricWriter(run.path, start.state and start.steps, bars.note, trackers)
+    heartbeat = Heartbeat(run.path, config, clock, workers, lambda: live(config, metrics, clock, workers, guard))
     activity = Activity(workers, clock, run, bars.note)
-    with MetricWriter(run.path, start.state and start.steps, bars.note) as metrics, checkpoints, heartbeat:
+    with metrics, checkpoints, heartbeat:
         evaluation = Evaluation(config, held_out, workers, run, metrics, clock, bars.note)
         if start.state:
             bars.phase(f"going on after step {start.steps} of {config.steps}")

@@ -5,11 +5,12 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from align_cluster.cluster.nodes import log_folder
 from align_cluster.cluster.slots import WorkerStatus
 from align_cluster.config.run import RunConfig
 from align_cluster.files import write_json
@@ -24,11 +25,14 @@ log = logging.getLogger(__name__)
 class Heartbeat:
     """Runs a thread beside the loop, which says what the loop does even while the loop waits.
 
-    It asks nothing of the workers: what a worker does is what it was last given to do.
+    It asks nothing of the workers: what a worker does is what it was last given to do. `beat` is called at each write.
     """
 
-    def __init__(self, path: Path, config: RunConfig, clock: Clock, workers: WorkerGroup) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, clock: Clock, workers: WorkerGroup, beat: Callable[[], None] = lambda: None
+    ) -> None:
         self.file, self.config, self.clock, self.workers = RunDir(path).state, config, clock, workers
+        self.beat = beat
         self.said: dict[tuple[str, str], float] = {}  # when to say again that a worker is late
         self.failures: set[str | None] = set()  # errors of the disk that were logged once
         self.ended = threading.Event()
@@ -51,8 +55,9 @@ class Heartbeat:
         while not self.ended.wait(BEAT_S):
             state = self.state()
             self._write(state)
-            for sentence in self.late(state):
-                log.warning("%s", sentence)
+            self.beat()
+            for worker, sentence in self.late(state):
+                log.warning("%s", sentence, extra={"worker": worker})
 
     def _write(self, state: dict[str, Any]) -> None:
         try:
@@ -82,12 +87,13 @@ class Heartbeat:
             "idle": {name: round(share, 3) for name, share in self.workers.idle.items()},
             "late_s": self.config.cluster.late_s,
             "workers": [_entry(doing, now) for group in self.workers.groups for doing in group.status()],
+            "logs": log_folder(),
             "events": [{"at": at, "what": text} for at, text in events[-20:]],
             "error": None,
         }
 
-    def late(self, state: dict[str, Any]) -> Iterator[str]:
-        """Yield a sentence for each worker that is late: once, and again whenever its time has doubled."""
+    def late(self, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield each worker that is late with a sentence: once, and again whenever its time has doubled."""
         limit = self.config.cluster.late_s
         for worker in state["workers"]:
             name, phase, seconds = worker["name"], worker["phase"], worker["seconds"]
@@ -97,8 +103,9 @@ class Heartbeat:
                 self.said[name, phase] = 2 * seconds
                 where = f" ({worker['location']})" if worker["location"] else ""
                 yield (
+                    name,
                     f"step {state['step']}: the driver, in {state['phase']} since {state['seconds']:.0f} s, waits for "
-                    f"{name}{where}: {phase} since {seconds:.0f} s"
+                    f"{name}{where}: {phase} since {seconds:.0f} s",
                 )
 
 

@@ -138,6 +138,11 @@ class Guard:
         self.recent: dict[str, list[float]] = {name: [] for name in rewards}
 
     @property
+    def rules(self) -> list[str]:
+        """Return the names of the rules that are on."""
+        return [name for name, rule in self.config if isinstance(rule, Rule)]
+
+    @property
     def good(self) -> bool:
         """True if the last step broke no rule."""
         return not any(self.streaks.values())

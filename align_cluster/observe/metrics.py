@@ -102,6 +102,20 @@ METRICS = (
     Metric("weights/version", "version", "policy version that the samplers hold after the step"),
 )
 
+# What trackers get besides the numbers of steps: held-out scores, and every few seconds what the run does. The latter
+# goes to Prometheus alone.
+TRACKED = (
+    Metric("held_out/reward/<name>", "score", "mean over the images of the last held-out evaluation"),
+    Metric("held_out/reward/<name>/<detail>", "score", "the same of a detail of the reward"),
+    Metric("run/step", "", "step at work, from 1; 0 before the first one"),
+    Metric("run/steps", "steps", "steps that the run will have"),
+    Metric("run/step_began_at", "s", "time of day at which the step at work began, in seconds since 1970"),
+    Metric("workers/<pool>/ready", "workers", "workers of a pool that can work now"),
+    Metric("workers/<pool>/lost", "workers", "workers of a pool that were lost since the driver started"),
+    Metric("workers/<pool>/started", "workers", "workers of a pool that were started, those in place of lost ones too"),
+    Metric("guard/<rule>/broken", "steps", "steps in a row, up to the last one, that broke a rule of the guard"),
+)
+
 
 def _fits(pattern: str, name: str) -> bool:
     wanted, given = pattern.split("/"), name.split("/")
@@ -115,6 +129,7 @@ def declared() -> Iterator[Metric]:
     for algorithm in ALGORITHMS.values():
         yield from algorithm.metrics
     yield from METRICS
+    yield from TRACKED
 
 
 def describe(name: str) -> Metric:

@@ -1,5 +1,6 @@
 """Progress shows a run in the terminal while it works; `table` shows its end."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from align_cluster.observe.logs import JsonLog, as_json
 from align_cluster.observe.rundata import load
 from align_cluster.observe.rundir import RunDir
 from align_cluster.observe.table import comparison_table, headline_column, short
@@ -26,7 +28,8 @@ WIDE = 100  # columns of a terminal from which on bars are long
 class Progress:
     """Shows what a run does: sentences until its first stage, then a bar for the run and one for each stage of a step.
 
-    Where stdout is no terminal, plain lines take the place of bars.
+    Where stdout is no terminal, plain lines take the place of bars, or lines of JSON where `observe.logs` is asked for
+    them.
     """
 
     def __init__(
@@ -36,11 +39,12 @@ class Progress:
         every: int | None = None,
         console: Console | None = None,
         began: float | None = None,
+        run: str = "",
     ) -> None:
         """Prepare a display of `total_steps` steps with the given stages, each with the unit that it counts in.
 
         Without a terminal, one line appears every `every` steps; None gives about twenty lines a run. `began` is when
-        the command began, by the monotonic clock; None: now.
+        the command began, by the monotonic clock; None: now. `run` is the run's name in lines of JSON.
         """
         self.total, self.units, self.console = total_steps, stages, console or Console()
         self.every = every or max(1, total_steps // 20)
@@ -48,7 +52,8 @@ class Progress:
         self.recent: deque[float] = deque(maxlen=10)
         self.first_rewards: dict[str, float] = {}
         self.live = None
-        if self.console.is_terminal:
+        self.log = JsonLog(run) if as_json() else None
+        if self.console.is_terminal and not self.log:
             width, length = max(map(len, ["steps", *stages])), 36 if self.console.width >= WIDE else 16
             self.run = Bars(_name(width), BarColumn(length), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self.run_bar = self.run.add_task("steps", total=total_steps, text="")
@@ -60,12 +65,16 @@ class Progress:
     def __enter__(self) -> "Progress":
         """Begin; the bars appear with the first stage."""
         self.last = time.monotonic()
+        if self.log:
+            logging.getLogger().addHandler(self.log)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the bars as they are on the screen."""
         if self.live:
             self.live.stop()
+        if self.log:
+            logging.getLogger().removeHandler(self.log)
 
     def phase(self, text: str) -> None:
         """Say what begins now, with the time since the command began."""
@@ -74,6 +83,7 @@ class Progress:
     def resume(self, step: int, first: dict[str, float]) -> None:
         """Go on after `step` steps, and compare rewards with those in `first`, the metrics of the run's first step."""
         self._rewards(first)
+        self._done(step)
         if self.live:
             self.run.update(self.run_bar, completed=step)
 
@@ -96,6 +106,7 @@ class Progress:
     def step(self, step: int, values: dict[str, float]) -> None:
         """Show that `step` steps (1 ... total) are done; `values` are the metrics of the last one."""
         now = time.monotonic()
+        self._done(step)
         # The time before the first step holds the start of the workers and an evaluation, which do not come again.
         self.recent.append(now - self.last if self.recent else values.get("time/step", now - self.last))
         self.last = now
@@ -128,8 +139,27 @@ class Progress:
                 texts.append(f"{name} {value:.3f} (began {first:.3f})")
         return texts[:SHOWN_REWARDS]
 
+    def named(self, run: str) -> None:
+        """Take the name of the run's folder as the run's in lines of JSON."""
+        if self.log:
+            self.log.run = run
+
+    def finish(self, summary: dict[str, Any], run_dir: Path) -> None:
+        """Show the end of the run: a table, or where it lies."""
+        if self.log:
+            self.log.line(f"done: {run_dir}")
+        else:
+            self.console.print(table(summary, run_dir))
+
+    def _done(self, step: int) -> None:
+        if self.log:
+            self.log.step = step
+
     def _plain(self, text: str) -> None:
-        self.console.print(escape(text), soft_wrap=True, highlight=False)
+        if self.log:
+            self.log.line(text.strip())
+        else:
+            self.console.print(escape(text), soft_wrap=True, highlight=False)
 
 
 class _Bar(BarColumn):

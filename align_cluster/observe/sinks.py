@@ -1,12 +1,13 @@
 """Sinks take a run's numbers: metrics.jsonl and evaluations.jsonl for machines, TensorBoard events for people.
 
-TensorBoard also gets the run's settings, as text and in its table of hyperparameters, and its sample grids.
+Trackers get the same numbers by their feeds. TensorBoard also gets the run's settings, as text and in its table of
+hyperparameters, and its sample grids.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from PIL import Image
 from align_cluster.files import STORAGE
 from align_cluster.observe.metrics import describe
 from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.trackers import feed
+from align_cluster.observe.trackers.base import Values, finite
 from align_cluster.plain import yaml_value
 from align_cluster.texts import lines
 
@@ -29,13 +32,21 @@ class MetricWriter:
     Lines that the disk has no room for stay in memory and are tried again with the next ones.
     """
 
-    def __init__(self, run_dir: Path | str, done: int | None = None, note: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        run_dir: Path | str,
+        done: int | None = None,
+        note: Callable[[str], None] = print,
+        feeds: Sequence[feed.Feed] = (),
+    ) -> None:
         """Open the files in `run_dir`; `note` is called once with a sentence when the disk is full.
+
+        `feeds` are those of the run's trackers.
 
         `done` goes on after that many steps of a run that was interrupted, whose files hold no later rows: its seconds
         count on, and TensorBoard forgets what it has of later steps.
         """
-        self.files, self.note = RunDir(run_dir), note
+        self.files, self.note, self.feeds = RunDir(run_dir), note, feeds
         self.files.path.mkdir(parents=True, exist_ok=True)
         rows = read_jsonl(self.files.metrics) if done else []
         self.first = {name: value for name, value in (rows or [{}])[0].items() if value is not None}
@@ -45,7 +56,7 @@ class MetricWriter:
         self.board = self._open_board(None if fresh else done + 1)
         if fresh:
             self._settings()
-            self._replay(rows, read_jsonl(self.files.evaluations) if done is not None else [])
+            self._replay(earlier(self.files) if done is not None else [])
             for step in self.files.grid_steps():
                 if done is not None and step <= done:
                     self.grid(step)
@@ -62,7 +73,7 @@ class MetricWriter:
         from torch.utils.tensorboard.summary import hparams
 
         text = self.files.config.read_text(encoding="utf-8")
-        settings = dict(_settings(yaml_value(text, str(self.files.config))))
+        settings = dict(flat(yaml_value(text, str(self.files.config))))
         _, values, _ = hparams(settings, {})  # TensorBoard finds out itself which metrics and runs there are
 
         def add(board: Any) -> None:
@@ -71,14 +82,10 @@ class MetricWriter:
 
         self._show(add)
 
-    def _replay(self, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
-        for row in rows:
-            for name in row.keys() - {"step", "seconds"}:
-                if row[name] is not None:
-                    self.board.add_scalar(name, row[name], row["step"])
-        for record in evaluations:
-            for column, value in record["overall"].items():
-                self.board.add_scalar(f"held_out/{column}", value, record["step"])
+    def _replay(self, rows: Sequence[feed.Row]) -> None:
+        for step, values in rows:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line {"step", "seconds" since the run began, name: number ...}, and the same to TensorBoard.
@@ -88,13 +95,20 @@ class MetricWriter:
         for name in values:
             describe(name)
         record = {"step": step, "seconds": round(time.monotonic() - self.start, 3)}
-        self._append(self.files.metrics, record | {name: float(value) for name, value in values.items()})
-        self._scalars(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        values = {name: float(value) for name, value in values.items()}
+        self._append(self.files.metrics, record | values)
+        self._scalars(step, values)
 
     def evaluation(self, step: int, version: int, adapter: str, scores: dict[str, Any]) -> None:
         """Append one held-out evaluation; `scores` is what `observe.table.summarise` returns."""
         self._append(self.files.evaluations, {"step": step, "version": version, "adapter": adapter, **scores})
-        self._scalars(step, {f"held_out/{column}": value for column, value in scores["overall"].items()})
+        self._scalars(step, held_out(scores))
+
+    def live(self, step: int, values: Values) -> None:
+        """Hand what the run does now to the trackers of live values."""
+        for one in self.feeds:
+            if one.tracker.live:
+                one.put(step, values)
 
     def grid(self, step: int) -> None:
         """Show the sample grid of `step`, whose file is there."""
@@ -118,12 +132,14 @@ class MetricWriter:
                     "is room: make some"
                 )
 
-    def _scalars(self, step: int, values: dict[str, float]) -> None:
+    def _scalars(self, step: int, values: Values) -> None:
         def add(board: Any) -> None:
-            for name, value in values.items():
+            for name, value in finite(values).items():
                 board.add_scalar(name, value, step)
 
         self._show(add)
+        for one in self.feeds:
+            one.put(step, values)
 
     def _show(self, add: Callable[[Any], None]) -> None:
         try:
@@ -140,21 +156,25 @@ class MetricWriter:
             marks[path] = (path.stat().st_size if path.exists() else 0, held.encode())
         return lambda: {path.name: _start_of(path, size) + held for path, (size, held) in marks.items()}
 
-    def close(self) -> None:
-        """Write what TensorBoard still holds; a disk that refuses is noted, not raised."""
+    def close(self, failed: bool = False) -> None:
+        """Write what TensorBoard and trackers still hold; what does not take it is noted, not raised.
+
+        `failed` says that an error or an interruption ended the run.
+        """
         try:
             if self.board:
                 self.board.close()
         except OSError as error:
             self.note(f"{self.files.tensorboard} is not complete ({error.strerror}); metrics.jsonl is what counts")
+        feed.close(self.feeds, failed)
 
     def __enter__(self) -> "MetricWriter":
         """Return the writer itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the writer."""
-        self.close()
+        self.close(kind is not None)
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -184,11 +204,24 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for _, line in lines(whole)]
 
 
-def _settings(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each setting with its dotted path; TensorBoard takes numbers, text and truth, so a list becomes text."""
+def earlier(files: RunDir) -> list[feed.Row]:
+    """Return the numbers of a run so far, as trackers get them: those of its steps and of its evaluations."""
+    rows = [(row.pop("step"), row) for row in read_jsonl(files.metrics)]
+    rows += [(record["step"], held_out(record)) for record in read_jsonl(files.evaluations)]
+    known = [(step, {name: v for name, v in row.items() if name != "seconds" and v is not None}) for step, row in rows]
+    return sorted(known, key=lambda row: row[0])
+
+
+def held_out(scores: dict[str, Any]) -> Values:
+    """Return the overall scores of an evaluation under the names that trackers give them."""
+    return {f"held_out/{column}": value for column, value in scores["overall"].items()}
+
+
+def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each setting with its dotted path. Trackers take numbers, text and truth, so a list becomes text."""
     if isinstance(value, dict):
         for name, part in value.items():
-            yield from _settings(part, f"{where}.{name}".lstrip("."))
+            yield from flat(part, f"{where}.{name}".lstrip("."))
     elif value is not None:
         yield where, value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hooked import HookedWorkers
@@ -15,7 +16,9 @@ from align_cluster.cluster.run_status import examine_run
 from align_cluster.files import write_json, write_text
 from align_cluster.loop import driver
 from align_cluster.loop.heartbeat import Heartbeat
+from align_cluster.loop.tracking import feeds
 from align_cluster.observe.rundir import RunDir
+from align_cluster.observe.sinks import read_jsonl
 
 WORKER = {"name": "sampler-0", "location": "10.0.0.2 pid 77", "phase": "draw (1, 0, 0)", "seconds": 3, "waiting": True}
 STATE = {
@@ -61,6 +64,18 @@ def test_a_worker_that_is_late_or_quarantined_is_pointed_at(run):
     assert run(events=[{"at": time.time(), "what": "sampler-0 was lost"}]).popitem()[1].value == "sampler-0 was lost"
 
 
+def test_the_log_of_a_worker_that_is_late_or_was_lost_is_named_where_it_is_on_this_machine(run, tmp_path):
+    for process in (77, 78):
+        write_text(tmp_path / f"worker-abc-01000000-{process}.err", "")
+    lost = {"at": time.time(), "what": "sampler-1 (10.0.0.2 pid 78) was lost: boom; a new one starts"}
+    elsewhere = {"at": time.time() - 60, "what": "sampler-2 (10.0.0.2 pid 79) was lost: boom; a new one starts"}
+    found = run(logs=str(tmp_path), workers=[WORKER | {"seconds": 61.0}], events=[elsewhere, lost])
+    assert found["sampler-0"].remedy == f"its log is {tmp_path}/worker-abc-01000000-77.err"
+    told = [check.remedy for name, check in found.items() if name.startswith("at ")]
+    assert told == ["", f"its log is {tmp_path}/worker-abc-01000000-78.err"]
+    assert found["workers' logs"].value.startswith(f"{tmp_path}/worker-*-PID.err")
+
+
 def test_a_driver_that_is_gone_or_silent_is_a_failure(run):
     assert "is gone since" in run(pid=2**22 + 1)["driver"].value
     assert run(pid=2**22 + 1)["driver"].state == "fail"
@@ -101,10 +116,12 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
             watches.append(self)
             return super().__enter__()
 
+    followed = []
+    monkeypatch.setattr(driver, "feeds", lambda *given: followed.extend(feeds(*given)) or followed)
     monkeypatch.setattr(driver, "WorkerGroup", Slow)
     monkeypatch.setattr(driver, "Heartbeat", Seen)
     with caplog.at_level(logging.WARNING):
-        done = train(tiny("nft", "cluster.late_s=3", "evaluate.grid_every=0"))
+        done = train(tiny("nft", "cluster.late_s=3", "evaluate.grid_every=0", "track=[{kind: prometheus}]"))
     (asked, loads), (answered, loaded) = ranks
     assert loads and loaded and answered.since == asked.since  # since it was asked, and not since the driver waited
     assert not asked.waiting and asked.phase in ("loading its model", "idle") and answered.phase == "idle"
@@ -114,5 +131,13 @@ def test_a_run_writes_what_it_does_while_it_does_it_and_says_who_is_late(tiny, t
     assert worker["phase"].split()[0] in ("encode", "draw_chunk") and worker["waiting"] and worker["seconds"] > 4
     said = [record.getMessage() for record in caplog.records]
     assert any(f"waits for sampler-0 ({worker['location']}): {worker['phase']} since" in line for line in said)
+    assert "sampler-0" in [getattr(record, "worker", None) for record in caplog.records]
+    assert list(Path(state["logs"]).glob(f"worker-*-{worker['location'].split()[-1]}.err"))
+    (prometheus,) = followed  # whose gauges are Ray's
+    shown = prometheus.tracker.shown
+    assert prometheus.given == prometheus.taken > 4 and shown["run/step"] == 2 and shown["workers/sampler/lost"] == 0
+    rows = read_jsonl(RunDir(done.path).metrics)
+    assert shown.keys() >= rows[1].keys() - {"step", "seconds", "rollout/non_finite", "train/skipped", "train/empty"}
+    assert "held_out/reward/geneval" in shown and "guard/grad_norm/broken" in shown
     found = {check.name: check for check in examine_run(done.path)}
     assert found["run"].value == "step 2 of 2: done" and found["driver"].state == "ok"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align_cluster.cli import PARTS, main
-from align_cluster.cli.commands import elsewhere
+from align_cluster.cli import main
+from align_cluster.cli.inspection import elsewhere
+from align_cluster.cli.parser import PARTS
 from align_cluster.config.reference import explain, json_schema, meanings, settings, topics
 from align_cluster.config.run import RunConfig
 from align_cluster.errors import UserError

@@ -12,6 +12,9 @@ TIME_OF_DAY = {
     "cluster/run_status.py": "the age of what another process wrote",
     "conditions/cache.py": "the age of files that other processes write",
     "loop/heartbeat.py": "the beat that is looked at from other machines",
+    "loop/tracking.py": "when a step began, for a Prometheus on another machine",
+    "observe/logs.py": "when a line was logged",
+    "observe/trackers/mlflow.py": "when a value was measured",
 }
 
 

@@ -31,7 +31,7 @@ class RunDir:
         self.grid_prompts = self.grids / "prompts.json"
         self.tensorboard = self.path / "tensorboard"
         self.trackers = self.path / "trackers"
-        self.prometheus = self.path.with_name(f"{self.path.name}.prometheus.json")
+        self.prometheus = self.path.absolute().with_name(f"{self.path.absolute().name}.prometheus.json")
         self.lora = self.path / "lora"
         self.critic = self.path / "critic"
         self.lora_weights = self.lora / "pytorch_lora_weights.safetensors"

@@ -144,7 +144,7 @@ MISTAKES = [
     (
         "evaluate:\n",
         "cluster:\n  gpus: 1\nevaluate:\n",
-        ["cluster.gpus is no setting", "cluster has address, samplers"],
+        ["cluster.gpus is no setting", "cluster has address, nodes, samplers"],
     ),
     (
         "kind: embedded\n  tasks: [colors]\nrollout",

@@ -86,7 +86,7 @@ def test_every_worker_has_room_and_every_learner_rank_a_gpu_of_its_own(plan, cor
 def test_a_run_on_a_cluster_without_the_resources_fails_at_once_and_leaves_no_folder(
     tiny, local_ray, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(driver, "resources", lambda: (64, 2))  # what the plan is made for; the Ray here has 2 cores
+    monkeypatch.setattr(driver, "resources", lambda _: (64, 2))  # what the plan is made for; the Ray here has 2 cores
     began = time.monotonic()
     with pytest.raises(UserError, match=r"^the cluster lacks \d CPU \(2 in all.* and 2 GPU \(0 in all.*2 learners"):
         driver.train(tiny("nft"), tmp_path)

@@ -36,7 +36,7 @@ class Wandb(Tracker):
         folder.mkdir(parents=True, exist_ok=True)
         wandb.setup(wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, **LIMITS))
         if config.mode == "online":
-            wandb.login(prompt=False, verify=False)
+            wandb.login(prompt=False)
         self.run: Any = wandb.init(
             project=config.project,
             entity=config.entity,

@@ -269,8 +269,9 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     scale.add_argument("--nodes", type=_whole(1), nargs="+", required=True, metavar="N", help="numbers of nodes")
     how = scale.add_mutually_exclusive_group()
-    how.add_argument("--weak", action="store_true", help="a step's prompts grow with the nodes (default)")
+    how.add_argument("--weak", dest="strong", action="store_false", help="a step grows with the nodes (default)")
     how.add_argument("--strong", action="store_true", help="a step stays as it is")
+    scale.set_defaults(strong=False)
     scale.add_argument("--steps", type=_whole(1), default=4, help="steps that are measured each time (default 4)")
     scale.add_argument("--address", help="Ray cluster (default: the run file's, or nodes on this machine)")
     scale.add_argument(

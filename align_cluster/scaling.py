@@ -54,6 +54,11 @@ def overrides(config: RunConfig, count: int, weak: bool, steps: int) -> list[str
     return [f"{name}={value}" for name, value in changed.items()]
 
 
+def on_this_machine(config: RunConfig) -> bool:
+    """Return whether nothing names a cluster, so that the nodes are Rays of this machine."""
+    return not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
 def experiment(
     load: Load, counts: Sequence[int], weak: bool, steps: int, folder: Path, preload: Preload | None = None
 ) -> dict[str, Any]:
@@ -72,8 +77,8 @@ def experiment(
         )
     left = [count for count in counts if str(count) not in found["nodes"]]
     if left:
-        here = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
-        with private.several(max(counts), preload) if here else nullcontext(), cluster(config.cluster, preload):
+        several = private.several(max(counts), preload) if on_this_machine(config) else nullcontext()
+        with several, cluster(config.cluster, preload):
             order = _order(max(counts), config)
             for count in left:
                 ids = [node["NodeID"] for node in order[:count]]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import commit, machine
-from standins import standins
+from standins import OF_STANDINS, standins
 
 from align_cluster.config.load import load
 from align_cluster.config.run import RunConfig
@@ -35,21 +35,12 @@ SAMPLERS, CHUNKS, CHUNK = 2, 8, 12
 IMAGES = CHUNKS * CHUNK
 LEFT_OUT = 1  # steps at the start, which begin with nothing drawn, and at the end, which draw nothing more
 OVERRIDES = (
+    *OF_STANDINS,
     "name=pipeline",
     "prompts_per_step=8",
     "rollout.group_size=12",
     f"rollout.chunk={CHUNK}",
     f"learner.micro_batch={CHUNK}",
-    "learner.updates_per_step=1",
-    "rewards={jpeg: {kind: jpeg}}",
-    "checkpoint.every=0",
-    "cluster.learners=1",
-    "evaluate.every=0",
-    "evaluate.grid_every=0",
-    "evaluate.count=2",
-    "evaluate.images_per_prompt=1",
-    "evaluate.grid_prompts=1",
-    "evaluate.grid_columns=1",
 )
 
 

@@ -28,7 +28,7 @@ import psutil
 import ray
 from common import commit, machine
 from hooked import HookedWorkers
-from standins import standins
+from standins import OF_STANDINS, standins
 
 from align_cluster.cluster.preload import Preload, imports
 from align_cluster.config.load import load
@@ -45,20 +45,11 @@ SCORED = 0.02  # of the time of drawing
 FIRST = 1  # steps that are left out
 LORAS = {"38 MB": 9_500_000, "105 MB": 26_250_000}  # fp32 parameters
 OVERRIDES = (
+    *OF_STANDINS,
     "name=scaling",
     f"rollout.group_size={GROUP}",
     f"rollout.chunk={CHUNK}",
     f"learner.micro_batch={CHUNK}",
-    "learner.updates_per_step=1",
-    "rewards={jpeg: {kind: jpeg}}",
-    "checkpoint.every=0",
-    "cluster.learners=1",
-    "evaluate.every=0",
-    "evaluate.grid_every=0",
-    "evaluate.count=2",
-    "evaluate.images_per_prompt=1",
-    "evaluate.grid_prompts=1",
-    "evaluate.grid_columns=1",
 )
 
 

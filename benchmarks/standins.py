@@ -22,6 +22,18 @@ from align_cluster.types import Chunk, Condition, DrawInfo, Manifest, Prompt, Re
 from align_cluster.weights import checksum, publish
 
 LORA = 18_800_000  # parameters, fp32
+OF_STANDINS = (  # settings of a run whose workers sleep: nothing but steps, with one learner and one reward
+    "learner.updates_per_step=1",
+    "rewards={jpeg: {kind: jpeg}}",
+    "checkpoint.every=0",
+    "cluster.learners=1",
+    "evaluate.every=0",
+    "evaluate.grid_every=0",
+    "evaluate.count=2",
+    "evaluate.images_per_prompt=1",
+    "evaluate.grid_prompts=1",
+    "evaluate.grid_columns=1",
+)
 
 
 class SleepingSampler:

@@ -6,11 +6,11 @@ that `align-cluster --help` answers at once.
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from align_cluster.cli.inputs import config_of, load_file, source_of
 
 if TYPE_CHECKING:
-    pass
+    from align_cluster.cluster.preload import Preload
+    from align_cluster.config.run import RunConfig
 
 
 def init(args: argparse.Namespace) -> int:
@@ -34,6 +35,22 @@ def init(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _preloaded(args: argparse.Namespace) -> "Iterator[tuple[RunConfig, Preload | None]]":
+    """Yield the checked config of a command that starts workers, and what these are forks of on a private Ray."""
+    from align_cluster.cluster.preload import imports, preload
+    from align_cluster.cluster.sealing import check
+
+    with preload() as ready:
+        config = config_of(args)
+        check(config)
+        if ready and config.cluster.address:
+            ready.close()
+        elif ready:
+            ready.load(imports(config))
+        yield config, ready
+
+
 def train(args: argparse.Namespace) -> int:
     """Run an alignment job. What its workers import is being imported while this process finds out what the job is."""
     from align_cluster.interrupts import interruptible
@@ -42,21 +59,11 @@ def train(args: argparse.Namespace) -> int:
     began = time.monotonic()
     if not as_json():
         print(f"reading {args.config}", flush=True)  # importing what reads it takes seconds
-    with interruptible(alone=True):
-        from align_cluster.cluster.preload import imports, preload
-        from align_cluster.cluster.sealing import check
+    with interruptible(alone=True), _preloaded(args) as (config, ready):
+        from align_cluster.files import user_path
+        from align_cluster.loop.driver import train
 
-        with preload() as ready:
-            config = config_of(args)
-            check(config)
-            if ready and config.cluster.address:
-                ready.close()
-            elif ready:
-                ready.load(imports(config))
-            from align_cluster.files import user_path
-            from align_cluster.loop.driver import train
-
-            train(config, user_path(config.out), args.resume, ready, began)
+        train(config, user_path(config.out), args.resume, ready, began)
     return 0
 
 
@@ -67,20 +74,11 @@ def scale(args: argparse.Namespace) -> int:
     with interruptible(alone=True):
         from rich.console import Console
 
-        from align_cluster.cluster.preload import imports, preload
-        from align_cluster.cluster.sealing import check
-
-        with preload() as ready:
-            here = [f"cluster.address={json.dumps(args.address)}"] if args.address else []
-            args.set = [*args.set, *here]
-            config = config_of(args)
-            check(config)
-            if ready and config.cluster.address:
-                ready.close()
-            elif ready:
-                ready.load(imports(config))
+        if args.address:
+            args.set = [*args.set, f"cluster.address={json.dumps(args.address)}"]
+        with _preloaded(args) as (config, ready):
             from align_cluster.config.run import RunConfig
-            from align_cluster.scaling import experiment, table
+            from align_cluster.scaling import experiment, on_this_machine, table
 
             def load(more: list[str]) -> RunConfig:
                 return load_file(args.config, [*args.set, *more], RunConfig)
@@ -91,7 +89,7 @@ def scale(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     Console().print(table(found))
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    if on_this_machine(config):
         print(
             "These nodes share one machine: this shows what more workers and placement cost here, and nothing of a "
             "network or of memory that each node has to itself."

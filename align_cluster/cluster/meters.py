@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-import ray
 from ray.util import metrics
 
+from align_cluster.cluster.placement import nodes
 from align_cluster.errors import UserError
 
 
@@ -16,7 +16,7 @@ def gauge(name: str, meaning: str, labels: tuple[str, ...]) -> Callable[[float, 
 
 def addresses() -> list[str]:
     """Return host:port of the exporter of each node. UserError where this Ray exports no metrics."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
-    if not nodes:
+    exporting = [node for node in nodes() if node["MetricsExportPort"] > 0]
+    if not exporting:
         raise UserError("this Ray exports no metrics: unset RAY_enable_metrics_collection where it is started")
-    return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
+    return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in exporting]

@@ -63,18 +63,22 @@ class WorkerGroup:
             group.shutdown()
 
 
+def _place(places: dict[str, list[Any]], role: str, index: int) -> Any:
+    """Return where worker number `index` of a role runs: at its own place, or anywhere beyond these."""
+    own = places[role]
+    return own[index] if index < len(own) else places[ANYWHERE][0]
+
+
 def _sampler_pool(config: RunConfig, plan: Plan, places: dict[str, list[Any]]) -> Pool:
     def make(name: str, index: int) -> Any:
-        place = places["sampler"][index] if index < plan.samplers else places[ANYWHERE][0]
-        return make_sampler(config, plan, place, name)
+        return make_sampler(config, plan, _place(places, "sampler", index), name)
 
     return Pool("sampler", make, plan.samplers, config.cluster.timeout_s, plan.most_samplers)
 
 
 def _reward_pool(config: RunConfig, plan: Plan, pool: RewardPool, places: dict[str, list[Any]]) -> Pool:
     def make(name: str, index: int) -> Any:
-        place = places[reward_role(pool.name)][index] if index < pool.workers else places[ANYWHERE][0]
-        return make_reward_worker(config, plan, pool, place)
+        return make_reward_worker(config, plan, pool, _place(places, reward_role(pool.name), index))
 
     policies = [config.rewards[name].on_failure for name in pool.rewards]
     retry = RetryPolicy(sum(p.timeout_s for p in policies), 1 + max(p.retries for p in policies))

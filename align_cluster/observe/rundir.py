@@ -31,7 +31,8 @@ class RunDir:
         self.grid_prompts = self.grids / "prompts.json"
         self.tensorboard = self.path / "tensorboard"
         self.trackers = self.path / "trackers"
-        self.prometheus = self.path.absolute().with_name(f"{self.path.absolute().name}.prometheus.json")
+        whole = self.path.absolute()  # "." has no name of its own
+        self.prometheus = whole.with_name(f"{whole.name}.prometheus.json")
         self.lora = self.path / "lora"
         self.critic = self.path / "critic"
         self.lora_weights = self.lora / "pytorch_lora_weights.safetensors"
